@@ -1,0 +1,1 @@
+"""cacp_ray: conditional automated channel pruning of CNNs on Ray."""

@@ -1,0 +1,199 @@
+"""The configuration of a run: one YAML file, checked when it is read, saved resolved with the run.
+
+Defaults live here and in the settings dataclasses; a YAML file says what differs; `--set a.b=1`
+changes one value.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from cacp_ray.errors import ConfigError, nearest_names
+from cacp_ray.search.settings import AgentSettings, Mode
+from cacp_ray.training.recipe import Recipe
+
+Rate = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values cannot be changed afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """Which network, and its trained weights."""
+
+    name: str = Field(description="resnet20, torchvision:NAME, timm:NAME or package.module:function")
+    weights: str | None = Field(None, description="safetensors file, or embedded:NAME")
+
+
+class SplitConfig(Section):
+    """Rows of one Parquet file."""
+
+    path: str = Field(description="Parquet file, or embedded:train, embedded:search, embedded:test")
+    rows: tuple[int, int] | None = Field(None, description="first row and the row after the last")
+
+
+class DataConfig(Section):
+    """Three disjoint splits. The test split is measured once, at the end."""
+
+    train: SplitConfig = SplitConfig(path="embedded:train", rows=None)
+    search: SplitConfig = SplitConfig(path="embedded:search", rows=None)
+    test: SplitConfig = SplitConfig(path="embedded:test", rows=None)
+
+
+class TrainConfig(Section):
+    """A base network to train."""
+
+    name: str
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    training: Recipe = Recipe()
+
+
+class PruningConfig(Section):
+    """What may be cut, in which order, and how the cut network is repaired."""
+
+    criterion: str = Field("cap", description="importance order: cap, l1, l2, bn_scale, random")
+    recovery: Literal["none", "bn", "compensate"] = "compensate"
+    calibration_images: int = Field(1000, ge=16, description="from the training split")
+    keep: tuple[str, ...] = Field((), description="patterns of modules that stay whole: stem.*")
+    floor: float = Field(0.1, gt=0, le=1, description="smallest share of a group's channels kept")
+    round_to: int = Field(1, ge=1, description="keep counts are multiples of this")
+
+
+class EvaluationConfig(Section):
+    """How a candidate is scored."""
+
+    batch_size: int = Field(500, ge=1)
+    images: int | None = Field(None, ge=1, description="of the search split; all of them by default")
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+class ClusterConfig(Section):
+    """The evaluator actors."""
+
+    evaluators: int | None = Field(None, ge=1, description="one for each free CPU by default")
+    cpus_per_evaluator: int = Field(1, ge=1, description="threads of one evaluator")
+
+
+class RunConfig(Section):
+    """A search and the fine-tuning of what it finds."""
+
+    name: str = "quickstart"
+    model: ModelConfig = ModelConfig(name="resnet20", weights="embedded:resnet20_cifar10")
+    data: DataConfig = DataConfig()
+    rates: tuple[Rate, ...] = Field((0.3, 0.5, 0.7), min_length=1, description="share of cost KEPT")
+    cost: Literal["macs", "params"] = "macs"
+    strategy: Literal["cacp", "random", "uniform"] = "cacp"
+    evaluations: int = Field(300, ge=1, description="distinct candidates, over all rates")
+    mode: Mode = Field("async", description="rounds repeats bit for bit; async never waits")
+    round_size: int = Field(6, ge=1, description="candidates asked together")
+    seed: int = 0
+    pruning: PruningConfig = PruningConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    agent: AgentSettings = AgentSettings()
+    cluster: ClusterConfig = ClusterConfig()
+    finetune: Recipe = Recipe(epochs=10, lr=0.02, distillation=0.7, label_smoothing=0.0)
+
+    @field_validator("rates")
+    @classmethod
+    def _sorted_and_distinct(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        if len({f"{rate:.2f}" for rate in rates}) < len(rates):
+            raise ValueError("rates must differ in their first two decimals")
+        return tuple(sorted(rates))
+
+
+AnyConfig = TypeVar("AnyConfig", bound=Section)
+
+
+def load_config(
+    kind: type[AnyConfig], source: str | Path | dict[str, Any], overrides: Sequence[str] = ()
+) -> AnyConfig:
+    """Reads and checks a configuration.
+
+    Args:
+        kind: `RunConfig` or `TrainConfig`.
+        source: YAML file, or its content.
+        overrides: `key.path=value`, the value in YAML.
+
+    Raises:
+        ConfigError: The file cannot be read, or a key or value is not allowed.
+    """
+    if isinstance(source, dict):
+        where, values = "configuration", dict(source)
+    else:
+        where = str(source)
+        try:
+            values = yaml.safe_load(Path(source).read_text()) or {}
+        except OSError as error:
+            raise ConfigError(f"configuration {where}: {error.strerror}; give a YAML file") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"configuration {where}: not valid YAML ({reason})") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"configuration {where}: expected `key: value` lines")
+    for text in overrides:
+        _override(values, text)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"configuration {where}: {_first_problem(kind, error)}") from error
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    path, separator, value = text.partition("=")
+    if not separator or not path:
+        raise ConfigError(f"--set {text}: write key.path=value")
+    *parents, last = path.split(".")
+    for key in parents:
+        child = values.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {text}: {key} is not a section")
+        values = child
+    try:
+        values[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text}: the value is not valid YAML") from error
+
+
+def _first_problem(kind: type[Section], error: ValidationError) -> str:
+    problem = error.errors()[0]
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _keys_at(kind, problem["loc"][:-1])
+        return f"unknown key {path}; {nearest_names(str(problem['loc'][-1]), known)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = f" (got {problem['input']!r})" if problem["type"] != "missing" else ""
+    return f"{path}: {message}{given}"
+
+
+def _keys_at(kind: Any, path: Sequence[int | str]) -> list[str]:
+    for part in path:
+        if issubclass(kind, BaseModel):
+            kind = kind.model_fields[str(part)].annotation
+    if dataclasses.is_dataclass(kind):
+        return [field.name for field in dataclasses.fields(kind)]
+    return list(kind.model_fields)
+
+
+def resolved(config: Section) -> dict[str, Any]:
+    """The whole configuration as plain values, as it is saved with a run."""
+    return config.model_dump(mode="json")
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Key paths whose values differ between two resolved configurations."""
+    keys: list[str] = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            keys += changed_keys(before, after, f"{prefix}{key}.")
+        elif before != after:
+            keys.append(prefix + key)
+    return keys

@@ -1,0 +1,139 @@
+"""Labelled images from Parquet in the Hugging Face layout, decoded to uint8 arrays.
+
+The image column is a struct of `bytes` (and `path`) or plain binary, the label column an integer.
+Class names are read from the schema metadata `huggingface` or `class_names`.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image
+
+from cacp_ray.errors import ArtifactError, ConfigError, nearest_names
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "png")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Decoded images of one split, in file order.
+
+    Attributes:
+        images: uint8 (N, H, W, 3).
+        labels: int64 (N,), each in [0, num_classes).
+        classes: Class names.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, count: int) -> "ImageSet":
+        """The first `count` images (all of them when there are fewer)."""
+        return ImageSet(self.images[:count], self.labels[:count], self.classes)
+
+
+def resolve_path(path: str) -> Path:
+    """A data file on disk; `embedded:train|search|test` names the package's CIFAR-10 sample."""
+    if path.startswith("embedded:"):
+        folder = Path(str(resources.files("cacp_ray.data"))) / "cifar10_sample"
+        known = {file.stem: file for file in folder.glob("*.parquet")}
+        name = path.removeprefix("embedded:")
+        if name not in known:
+            raise ConfigError(f"no embedded split {name!r}: {nearest_names(name, known)}")
+        return known[name]
+    return Path(path)
+
+
+def read_parquet(path: str, rows: tuple[int, int] | None = None) -> ImageSet:
+    """Reads and decodes rows [start, stop) of a Parquet file.
+
+    Raises:
+        ArtifactError: The file is missing or corrupt, has no image or label column, holds an image
+            that cannot be decoded, images of several sizes, or a label outside the classes.
+    """
+    file = resolve_path(path)
+    if not file.is_file():
+        raise ArtifactError(f"data {file}: no such file; give the path of a Parquet file")
+    try:
+        table = pq.read_table(file)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(
+            f"data {file}: not a readable Parquet file ({reason}); fetch or convert it again"
+        ) from error
+    start, stop = rows or (0, table.num_rows)
+    if not 0 <= start < stop <= table.num_rows:
+        raise ConfigError(f"data {file}: rows {start}-{stop} are outside its {table.num_rows} rows")
+    image_column = _find_column(table, IMAGE_COLUMNS, file)
+    label_column = _find_column(table, LABEL_COLUMNS, file)
+    table = table.slice(start, stop - start)
+    labels = table[label_column].to_numpy().astype(np.int64)
+    classes = read_class_names(table.schema, label_column) or tuple(
+        str(i) for i in range(int(labels.max()) + 1)
+    )
+    outside = np.flatnonzero((labels < 0) | (labels >= len(classes)))
+    if len(outside):
+        row = int(outside[0])
+        raise ArtifactError(
+            f"data {file}, row {start + row}: label {labels[row]} is outside the "
+            f"{len(classes)} classes; mend the label or the class names"
+        )
+    return ImageSet(_decode(table[image_column], file, start), labels, classes)
+
+
+def read_class_names(schema: pa.Schema, label_column: str) -> tuple[str, ...]:
+    """Class names from the schema metadata, () where it has none."""
+    metadata = schema.metadata or {}
+    try:
+        if b"class_names" in metadata:
+            return tuple(json.loads(metadata[b"class_names"]))
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        return tuple(features[label_column]["names"])
+    except (KeyError, ValueError, TypeError):
+        return ()
+
+
+def _find_column(table: pa.Table, names: Sequence[str], file: Path) -> str:
+    for name in names:
+        if name in table.column_names:
+            return name
+    raise ArtifactError(
+        f"data {file}: none of the columns {', '.join(names)} among {', '.join(table.column_names)}"
+    )
+
+
+def _decode(column: pa.ChunkedArray, file: Path, first_row: int) -> NDArray[np.uint8]:
+    if pa.types.is_struct(column.type):
+        column = pa.chunked_array([c.field("bytes") for c in column.chunks], pa.binary())
+
+    def decode(indexed: tuple[int, pa.BinaryScalar]) -> NDArray[np.uint8]:
+        row, value = indexed
+        try:
+            image = Image.open(io.BytesIO(value.as_buffer()))
+            return np.asarray(image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError, TypeError, AttributeError) as error:
+            raise ArtifactError(
+                f"data {file}, row {first_row + row}: cannot decode the image ({error}); "
+                "remove or replace that row"
+            ) from error
+
+    with ThreadPoolExecutor() as pool:
+        images = list(pool.map(decode, enumerate(column)))
+    shapes = {image.shape for image in images}
+    if len(shapes) > 1:
+        raise ArtifactError(f"data {file}: images of several sizes {sorted(shapes)}; resize first")
+    return np.stack(images)

@@ -1,0 +1,44 @@
+"""Batch transforms on tensors: normalisation, and the usual CIFAR augmentation."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+# Channel statistics of the CIFAR-10 training images scaled to [0, 1].
+CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR_STD = (0.2470, 0.2435, 0.2616)
+
+
+def to_normalized(
+    images: NDArray[np.uint8],
+    mean: tuple[float, ...] = CIFAR_MEAN,
+    std: tuple[float, ...] = CIFAR_STD,
+) -> Tensor:
+    """uint8 (N, H, W, 3) -> float32 (N, 3, H, W), channels_last, normalised."""
+    x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)  # NHWC memory stays
+    x = x.to(torch.float32).div_(255.0)
+    return x.sub_(torch.tensor(mean).view(1, -1, 1, 1)).div_(torch.tensor(std).view(1, -1, 1, 1))
+
+
+def augment(x: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
+    """Random crop with zero padding, and a horizontal flip half of the time, one draw an image.
+
+    Args:
+        x: (N, C, H, W), already normalised, so the padding is the mean colour.
+        generator: The only source of randomness.
+        padding: Pixels added on each side before the crop.
+    """
+    n, _, height, width = x.shape
+    padded = functional.pad(x, (padding,) * 4)
+    span = 2 * padding + 1
+    top = torch.randint(span, (n, 1), generator=generator)
+    left = torch.randint(span, (n, 1), generator=generator)
+    flip = torch.rand(n, 1, generator=generator) < 0.5
+    columns = torch.arange(width)
+    columns = torch.where(flip, width - 1 - columns, columns) + left  # (N, W)
+    rows = torch.arange(height) + top  # (N, H)
+    image = torch.arange(n).view(n, 1, 1)
+    # Advanced indexing on the channels-last view keeps the fast memory layout.
+    return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

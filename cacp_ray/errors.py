@@ -1,0 +1,51 @@
+"""The error tree. Every message says what is wrong, where, and the next step.
+
+    CacpError
+    ├── ConfigError            a setting, name or path that the user gave
+    ├── UnsupportedModelError  a network that cannot be traced or pruned
+    ├── InfeasibleRateError    a rate that no keep counts can reach
+    ├── ArtifactError          a file: missing, corrupt, of another run or version
+    └── EvaluationError        a candidate that could not be measured
+
+The first four are bad input (exit code 2), the last is a failed run (exit code 1).
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class CacpError(Exception):
+    """Base of all errors that a user can act on."""
+
+    exit_code = 2
+
+
+class ConfigError(CacpError):
+    """A setting, name or address that does not work."""
+
+
+class UnsupportedModelError(CacpError):
+    """A network that cannot be traced, sliced or rebuilt."""
+
+
+class InfeasibleRateError(CacpError):
+    """A compression rate that no allowed keep counts can reach."""
+
+
+class ArtifactError(CacpError):
+    """A file that is missing, corrupt, or belongs to something else."""
+
+
+class EvaluationError(CacpError):
+    """A candidate that could not be measured."""
+
+    exit_code = 1
+
+
+def nearest_names(name: str, known: Iterable[str]) -> str:
+    """The part of a message that offers the closest known names."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"known: {', '.join(known)}"

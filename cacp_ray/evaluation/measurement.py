@@ -1,0 +1,106 @@
+"""What travels between the search and the evaluators: a few hundred bytes each way."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Keep counts to score.
+
+    Attributes:
+        index: Unique in a run, in the order asked.
+        rate: The compression rate it was proposed for, in (0, 1].
+        keep_counts: Channels kept, one entry a group.
+        images: Length of the search-split prefix to score; None for the whole split.
+    """
+
+    index: int
+    rate: float
+    keep_counts: tuple[int, ...]
+    images: int | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What scoring a candidate returned.
+
+    Attributes:
+        index: Of the candidate.
+        top1: Share of images in [0, 1]; 0 where the evaluation failed.
+        top5: Share of images in [0, 1].
+        loss: Mean cross-entropy in nats.
+        images: Images scored.
+        seconds: Spent scoring, on the evaluator.
+        status: `ok` or `failed`.
+        error: Reason of a failure, one line.
+        evaluator: Name of the actor.
+        node: Address of its machine.
+        attempt: 1 for the first try.
+        finished_at: Unix time.
+    """
+
+    index: int
+    top1: float
+    top5: float
+    loss: float
+    images: int
+    seconds: float
+    status: Literal["ok", "failed"] = "ok"
+    error: str = ""
+    evaluator: str = "local"
+    node: str = "local"
+    attempt: int = 1
+    finished_at: float = 0.0
+
+
+class Evaluator(Protocol):
+    """The one port of the search loop. Implementations: LocalEvaluator, RayEvaluatorPool."""
+
+    @property
+    def capacity(self) -> int:
+        """Candidates that keep every evaluator busy now (those in flight included)."""
+        ...
+
+    @property
+    def num_alive(self) -> int:
+        """Evaluators ready to score."""
+        ...
+
+    def submit(self, candidate: Candidate) -> None:
+        """Queues a candidate; never blocks."""
+        ...
+
+    def results(self, timeout: float) -> list[Measurement]:
+        """Measurements as they come: at least one, or none after `timeout` seconds."""
+        ...
+
+    def close(self) -> None:
+        """Frees the evaluators."""
+        ...
+
+
+ScoreFunction = Callable[[Candidate], Measurement]
+
+
+class LocalEvaluator:
+    """Scores in this process, in the order submitted."""
+
+    capacity = 1
+    num_alive = 1
+
+    def __init__(self, score: ScoreFunction) -> None:
+        self._score = score
+        self._queue: list[Candidate] = []
+
+    def submit(self, candidate: Candidate) -> None:
+        """Queues a candidate."""
+        self._queue.append(candidate)
+
+    def results(self, timeout: float) -> list[Measurement]:
+        """Scores the oldest queued candidate."""
+        return [self._score(self._queue.pop(0))] if self._queue else []
+
+    def close(self) -> None:
+        """Nothing to free."""

@@ -1,0 +1,178 @@
+"""Model + data -> score(keep counts): the hot path.
+
+`prepare` does once what all candidates share (plan, one statistics pass, importance order, factors) and
+returns plain arrays, which evaluators read from shared memory. `SubnetScorer` then costs little more
+than the forward pass of the small network.
+"""
+
+import hashlib
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cacp_ray.data.transforms import to_normalized
+from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
+from cacp_ray.pruning.compensation import LayerFactors, make_factors
+from cacp_ray.pruning.criteria import get_criterion, rank_channels
+from cacp_ray.pruning.plan import Plan, make_plan
+from cacp_ray.pruning.recovery import make_cut
+from cacp_ray.pruning.statistics import collect_moments
+from cacp_ray.pruning.surgery import Skeleton, reorder_weights
+from cacp_ray.training.metrics import fast_dtype, measure
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What every candidate of one network shares.
+
+    Attributes:
+        model: The base network.
+        plan: How it may be cut.
+        orders: Per group a permutation (C,), best channel first.
+        tensors: Its state dict in importance order, as arrays.
+        factors: Compensation factors by weight name, as arrays; empty for other recoveries.
+        calibration: uint8 (N, H, W, 3), training rows.
+    """
+
+    model: nn.Module
+    plan: Plan
+    orders: tuple[NDArray[np.int64], ...]
+    tensors: dict[str, NDArray[Any]]
+    factors: dict[str, dict[str, NDArray[np.float64]]]
+    calibration: NDArray[np.uint8]
+
+
+def prepare(
+    model: nn.Module,
+    calibration: NDArray[np.uint8],
+    *,
+    criterion: str,
+    recovery: str,
+    seed: int,
+) -> Prepared:
+    """Traces, collects statistics on calibration images (N, H, W, 3), orders channels, factors.
+
+    Raises:
+        ConfigError: Unknown criterion.
+        UnsupportedModelError: The network cannot be cut.
+    """
+    get_criterion(criterion)
+    images = to_normalized(calibration)
+    plan = make_plan(model, images[:1])
+    tensors = {name: value.detach() for name, value in model.state_dict().items()}
+    needs_moments = criterion == "cap" or recovery == "compensate"
+    moments = collect_moments(model, plan, images, seed=seed) if needs_moments else {}
+    orders = rank_channels(criterion, plan, tensors, moments, seed)
+    ordered = reorder_weights(plan, tensors, orders)
+    factors: dict[str, LayerFactors] = {}
+    if recovery == "compensate":
+        factors = make_factors(plan, ordered, moments, orders)
+    return Prepared(
+        model=model,
+        plan=plan,
+        orders=tuple(orders),
+        tensors={name: value.numpy() for name, value in ordered.items()},
+        factors={
+            name: {field: value.numpy() for field, value in vars(layer).items()}
+            for name, layer in factors.items()
+        },
+        calibration=calibration,
+    )
+
+
+class Cutter:
+    """Keep counts -> network, repaired; holds the tensors of one process."""
+
+    def __init__(self, prepared: Prepared, recovery: str) -> None:
+        self.plan = prepared.plan
+        self.skeleton = Skeleton(prepared.model)
+        tensors = {name: from_shared(value) for name, value in prepared.tensors.items()}
+        self.skeleton.load(tensors)
+        self.skeleton.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        tensors = {
+            name: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
+            for name, t in tensors.items()
+        }
+        factors = {
+            name: LayerFactors(**{field: from_shared(value) for field, value in layer.items()})
+            for name, layer in prepared.factors.items()
+        }
+        calibration = to_normalized(prepared.calibration) if recovery == "bn" else None
+        self.cut = make_cut(
+            recovery, self.plan, tensors, factors=factors, skeleton=self.skeleton, calibration=calibration
+        )
+
+    def load(self, keep_counts: Sequence[int]) -> nn.Module:
+        """The network at `keep_counts`; valid until the next call."""
+        return self.skeleton.load(self.cut(keep_counts))
+
+
+def from_shared(array: NDArray[Any]) -> Tensor:
+    """A tensor on the array's own memory, which may be read-only: nothing here writes to it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        return torch.from_numpy(np.asarray(array))
+
+
+def make_scorer(
+    prepared: Prepared,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    *,
+    recovery: str,
+    batch_size: int,
+    dtype: str,
+    threads: int | None = None,
+) -> ScoreFunction:
+    """A function that scores candidates on the search split.
+
+    Args:
+        prepared: Of the network.
+        images: uint8 (N, H, W, 3), the search split in a fixed order.
+        labels: (N,).
+        recovery: `none`, `bn` or `compensate`.
+        batch_size: Images a forward pass.
+        dtype: `auto` (bfloat16 where the CPU has it), `float32` or `bfloat16`.
+        threads: For torch in this process; None leaves them alone.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    cutter = Cutter(prepared, recovery)
+    x, y = to_normalized(images), from_shared(labels)
+    precision = fast_dtype() if dtype == "auto" else DTYPES[dtype]
+
+    def score(candidate: Candidate) -> Measurement:
+        started = time.perf_counter()
+        model = cutter.load(candidate.keep_counts)
+        stop = candidate.images
+        accuracy = measure(model, x[:stop], y[:stop], batch_size=batch_size, dtype=precision)
+        return Measurement(
+            index=candidate.index,
+            top1=accuracy.top1,
+            top5=accuracy.top5,
+            loss=accuracy.loss,
+            images=accuracy.images,
+            seconds=time.perf_counter() - started,
+            finished_at=time.time(),
+        )
+
+    return score
+
+
+def hash_weights(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes and values of a state dict."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().contiguous().numpy()
+        digest.update(f"{name}{value.dtype}{value.shape}".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()

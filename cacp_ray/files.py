@@ -1,0 +1,83 @@
+"""Files that are whole or absent: everything is written to a temporary name, then renamed."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cacp_ray.errors import ArtifactError
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write` with a temporary path beside `path`, then renames the result to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON; NaN is an error."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_file(path, lambda temporary: temporary.write_text(text))
+
+
+def write_yaml(path: Path, value: Any) -> None:
+    """Writes YAML in the order of the keys."""
+    text = yaml.safe_dump(value, sort_keys=False)
+    write_file(path, lambda temporary: temporary.write_text(text))
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON.
+
+    Raises:
+        ArtifactError: The file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise ArtifactError(f"{path}: {error.strerror}; is this the right folder?") from error
+    except ValueError as error:
+        raise ArtifactError(f"{path}: not valid JSON ({error})") from error
+
+
+def describe_environment(seed: int) -> dict[str, Any]:
+    """Versions, hardware, commit and seed: what a result needs beside its configuration."""
+    packages = ("cacp-ray", "torch", "torchvision", "ray", "numpy", "pyarrow")
+    return {
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "commit": _commit(),
+        "seed": seed,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _commit() -> str | None:
+    folder = Path(__file__).parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

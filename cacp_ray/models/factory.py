@@ -1,0 +1,120 @@
+"""Networks by name, and their weights from safetensors files.
+
+A model name is one of: a built-in CIFAR network (`resnet20`), `torchvision:NAME`, `timm:NAME`, or
+`package.module:function`, a factory of the user's own that is called with `num_classes`.
+"""
+
+import importlib
+from functools import partial
+from importlib import resources
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from cacp_ray.errors import ArtifactError, ConfigError, UnsupportedModelError, nearest_names
+from cacp_ray.models.cifar import CifarResNet, CifarVGG16
+
+CIFAR_MODELS = {
+    **{f"resnet{depth}": partial(CifarResNet, depth) for depth in (20, 32, 44, 56, 110)},
+    "vgg16": CifarVGG16,
+}
+
+
+def build_model(name: str, num_classes: int) -> nn.Module:
+    """A network with fresh weights.
+
+    Raises:
+        ConfigError: The name is unknown, or the factory cannot be imported.
+        UnsupportedModelError: The factory did not return an `nn.Module`.
+    """
+    source, _, rest = name.partition(":")
+    if not rest:
+        if name not in CIFAR_MODELS:
+            raise ConfigError(f"unknown model {name!r}: {nearest_names(name, CIFAR_MODELS)}")
+        return CIFAR_MODELS[name](num_classes=num_classes)
+    if source == "torchvision":
+        return _build_torchvision(rest, num_classes)
+    if source == "timm":
+        return _build_timm(rest, num_classes)
+    try:
+        factory = getattr(importlib.import_module(source), rest)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"model {name!r} cannot be imported ({error}): write package.module:function and make "
+            "sure that the package is installed or on PYTHONPATH"
+        ) from error
+    model = factory(num_classes=num_classes)
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"{name} returned {type(model).__name__}: the factory must return a torch.nn.Module"
+        )
+    return model
+
+
+def _build_torchvision(name: str, num_classes: int) -> nn.Module:
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        raise ConfigError(f"torchvision has no model {name!r}: {nearest_names(name, known)}")
+    return models.get_model(name, weights=None, num_classes=num_classes)
+
+
+def _build_timm(name: str, num_classes: int) -> nn.Module:
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError as error:
+        raise ConfigError(f"model timm:{name} needs timm: pip install timm") from error
+    if not timm.is_model(name):
+        raise ConfigError(f"timm has no model {name!r}: {nearest_names(name, timm.list_models())}")
+    return timm.create_model(name, num_classes=num_classes)
+
+
+def resolve_weights(path: str) -> Path:
+    """A weights file on disk; `embedded:NAME` names one that the package ships."""
+    if path.startswith("embedded:"):
+        folder = Path(str(resources.files("cacp_ray.models"))) / "weights"
+        known = {file.stem: file for file in folder.glob("*.safetensors")}
+        name = path.removeprefix("embedded:")
+        if name not in known:
+            raise ConfigError(f"no embedded weights {name!r}: {nearest_names(name, known)}")
+        return known[name]
+    return Path(path)
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Copies a safetensors file into `model`; every key and shape must fit.
+
+    Raises:
+        ArtifactError: The file is missing or unreadable, or keys, shapes or values do not fit.
+    """
+    file = resolve_weights(path)
+    if not file.is_file():
+        raise ArtifactError(f"weights {file}: no such file; give the path of a .safetensors file")
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"weights {file}: not a readable safetensors file ({error})") from error
+    own = model.state_dict()
+    # Published files of this naming often leave the BN batch counter out; it affects nothing here.
+    missing = sorted(k for k in own.keys() - tensors.keys() if not k.endswith("num_batches_tracked"))
+    problems = [f"missing {key}" for key in missing]
+    problems += [f"unexpected {key}" for key in sorted(tensors.keys() - own.keys())]
+    problems += [
+        f"{key} has shape {tuple(tensors[key].shape)}, the model {tuple(own[key].shape)}"
+        for key in sorted(own.keys() & tensors.keys())
+        if own[key].shape != tensors[key].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ArtifactError(
+            f"weights {file} do not fit the model: {'; '.join(problems[:4])}{more}; "
+            "check the model name and the number of classes"
+        )
+    broken = [key for key, value in tensors.items() if not torch.isfinite(value.float()).all()]
+    if broken:
+        raise ArtifactError(f"weights {file}: {broken[0]} holds NaN or infinity; train it again")
+    model.load_state_dict(tensors, strict=False)

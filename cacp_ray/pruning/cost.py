@@ -1,0 +1,81 @@
+"""The cost of keep counts in closed form: a sum of products of affine functions.
+
+A convolution of C_out filters over C_in channels costs c * C_out * C_in, and after slicing both are
+affine in the keep counts K of the channel groups: cost(K) = sum_t c_t (L_t K + l_t) (R_t K + r_t).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+@dataclass(frozen=True)
+class BilinearCost:
+    """Exact for integers below 2^53.
+
+    Attributes:
+        coefficient: (T,) c_t.
+        left: (T, G) L_t.
+        left_bias: (T,) l_t.
+        right: (T, G) R_t.
+        right_bias: (T,) r_t.
+    """
+
+    coefficient: NDArray[np.float64]
+    left: NDArray[np.float64]
+    left_bias: NDArray[np.float64]
+    right: NDArray[np.float64]
+    right_bias: NDArray[np.float64]
+
+    def __call__(self, keep_counts: ArrayLike) -> NDArray[np.int64]:
+        """int (..., G) -> int64 (...)."""
+        counts = np.asarray(keep_counts, dtype=np.float64)
+        left = counts @ self.left.T + self.left_bias
+        right = counts @ self.right.T + self.right_bias
+        return np.rint((left * right) @ self.coefficient).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels of several layers that must be kept or dropped together.
+
+    Attributes:
+        name: Module of its first producer, such as `layer1.0.conv1`.
+        members: Every sliced dimension, such as `layer1.0.conv1.weight:0`.
+        num_channels: Channels of the whole network.
+        is_residual: Whether a sum of several layers' outputs couples them (a residual stream).
+        in_channels: Input channels of the first producer.
+        kernel: Kernel height of the first producer, 1 for a linear layer.
+        stride: Stride of the first producer.
+        height: Rows of the first producer's output, 1 for a linear layer.
+        width: Columns of the first producer's output.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    num_channels: int
+    is_residual: bool
+    in_channels: int
+    kernel: int
+    stride: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What keep counts cost: MACs for one input, and parameters."""
+
+    groups: tuple[ChannelGroup, ...]
+    macs: BilinearCost
+    params: BilinearCost
+
+    @property
+    def num_channels(self) -> NDArray[np.int64]:
+        """(G,) channels of the whole network."""
+        return np.array([group.num_channels for group in self.groups], dtype=np.int64)
+
+    def kind(self, cost: str) -> BilinearCost:
+        """The cost that a rate limits: `macs` or `params`."""
+        return {"macs": self.macs, "params": self.params}[cost]

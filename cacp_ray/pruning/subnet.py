@@ -1,0 +1,123 @@
+"""Subnet folders: JSON and safetensors, no pickle.
+
+`subnet.json` names the base model and says which channels were kept; `model.safetensors` holds the small
+tensors. `load_subnet` builds the base network by its factory, resizes it and loads strictly.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cacp_ray.errors import ArtifactError
+from cacp_ray.files import read_json, write_file, write_json
+from cacp_ray.models.factory import build_model
+from cacp_ray.pruning.plan import Plan
+from cacp_ray.pruning.surgery import Orders, Skeleton
+
+SCHEMA_VERSION = 1
+README = """# Subnet at rate {rate:.2f} ({cost_kept:.2%} of the {cost} of {model} kept)
+
+```python
+import cacp_ray
+
+net = cacp_ray.load_subnet("{folder}")  # the fine-tuned weights where there are some
+```
+
+`subnet.json` says which channels of which group were kept; `model.safetensors` holds the weights after
+the search, `finetuned.safetensors` (with `metrics.json`) those after fine-tuning. The input is
+{shape}, scaled to [0, 1] and normalised as in training.
+"""
+
+
+def describe_kept(plan: Plan, orders: Orders, keep_counts: Sequence[int]) -> list[dict[str, Any]]:
+    """Per group its members and the original indices of the kept channels, in the subnet's order."""
+    return [
+        {
+            "name": group.name,
+            "members": list(group.members),
+            "num_channels": group.num_channels,
+            "kept": [int(channel) for channel in order[:count]],
+        }
+        for group, order, count in zip(plan.groups, orders, keep_counts, strict=True)
+    ]
+
+
+def save_subnet(folder: Path, model: nn.Module, description: Mapping[str, Any]) -> None:
+    """Writes model.safetensors, README.md, and last subnet.json, which makes the folder whole.
+
+    Args:
+        folder: Made when missing.
+        model: The small network.
+        description: Content of subnet.json without the version: model, num_classes, input_shape,
+            base_sha256, cost, rate, cost_kept, keep_counts, groups, macs, params and accuracies.
+    """
+    tensors = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+    write_file(folder / "model.safetensors", lambda path: save_file(tensors, path))
+    text = README.format(
+        rate=description["rate"],
+        cost_kept=description["cost_kept"],
+        cost=description["cost"],
+        model=description["model"],
+        folder=folder,
+        shape=tuple(description["input_shape"]),
+    )
+    write_file(folder / "README.md", lambda path: path.write_text(text))
+    write_json(folder / "subnet.json", {"schema_version": SCHEMA_VERSION} | dict(description))
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The content of subnet.json.
+
+    Raises:
+        ArtifactError: Missing, not JSON, or of a newer version.
+    """
+    description = read_json(folder / "subnet.json")
+    version = description.get("schema_version") if isinstance(description, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{folder / 'subnet.json'}: schema version {version}, this cacp_ray reads "
+            f"{SCHEMA_VERSION}; use the cacp_ray that wrote it"
+        )
+    return description
+
+
+def load_subnet(folder: str | Path, *, finetuned: bool | None = None) -> nn.Module:
+    """A plain network in evaluation mode.
+
+    Args:
+        folder: Such as `runs/NAME/subnets/rate-0.50`.
+        finetuned: Whether to read the fine-tuned weights; by default where there are some.
+
+    Raises:
+        ArtifactError: The folder is not whole, or its files do not fit each other.
+        ConfigError: The model's factory cannot be imported.
+    """
+    folder = Path(folder)
+    description = read_description(folder)
+    use_finetuned = (folder / "finetuned.safetensors").exists() if finetuned is None else finetuned
+    file = folder / ("finetuned.safetensors" if use_finetuned else "model.safetensors")
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{file}: not a readable safetensors file ({error})") from error
+    model = build_model(description["model"], description["num_classes"])
+    own = model.state_dict()
+    wrong = sorted(own.keys() ^ tensors.keys())
+    if wrong:
+        raise ArtifactError(
+            f"{file}: does not fit {description['model']} ({wrong[0]}); the model's code has changed"
+        )
+    resized = {
+        name: torch.empty(value.shape, dtype=value.dtype)
+        for name, value in tensors.items()
+        if own[name].shape != value.shape
+    }
+    small = Skeleton(model).load(resized)
+    small.load_state_dict(tensors, strict=True)
+    small.requires_grad_(True)
+    return small.eval()

@@ -1,0 +1,38 @@
+"""What proposes candidates: ask/tell."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from cacp_ray.evaluation.measurement import Candidate, Measurement
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Keep counts for a rate, each within the rate's budget."""
+
+    rate: float
+    keep_counts: tuple[int, ...]
+
+
+class Strategy(Protocol):
+    """Proposes candidates and learns from what they scored."""
+
+    name: str
+
+    def ask(self, count: int) -> list[Proposal]:
+        """Up to `count` proposals; fewer (even none) when the strategy waits for results or is done."""
+        ...
+
+    def tell(self, results: Sequence[tuple[Candidate, Measurement]]) -> None:
+        """Takes finished measurements, which may come in any order and from an earlier session."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes all state, random state included, into an empty folder."""
+        ...
+
+    def restore(self, folder: Path) -> None:
+        """Restores what `save` wrote."""
+        ...

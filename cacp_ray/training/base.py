@@ -1,0 +1,96 @@
+"""Trains a base network into a folder, and goes on from its last finished epoch after a kill.
+
+The folder holds config.yaml, environment.json, progress.jsonl (one line an epoch), state.pt (to go on
+from; read with `weights_only`), and at the end model.safetensors and result.json.
+"""
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cacp_ray.errors import ArtifactError
+from cacp_ray.files import write_file, write_json
+from cacp_ray.training.loop import EpochResult, train
+from cacp_ray.training.metrics import Accuracy, fast_dtype, measure
+from cacp_ray.training.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+Split = tuple[Tensor, Tensor]
+
+
+def train_base(
+    model: nn.Module,
+    train_split: Split,
+    search_split: Split,
+    test_split: Split,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    on_epoch: Callable[[EpochResult, float], None] | None = None,
+) -> dict[str, Any]:
+    """Trains, measures the test split once at the end, and writes weights and result.
+
+    Args:
+        model: With fresh weights, already seeded.
+        train_split: Normalised images (N, C, H, W) and labels (N,).
+        search_split: Measured after each epoch; it chooses nothing, the last epoch is kept.
+        test_split: Measured once.
+        recipe: Schedule.
+        folder: Where everything is written; a `state.pt` in it is continued.
+        on_epoch: Called with each epoch's result and its seconds.
+    """
+    state_file = folder / "state.pt"
+    state = read_state(state_file)
+    started = time.monotonic()
+
+    def finish_epoch(result: EpochResult, state: dict[str, Any]) -> None:
+        nonlocal started
+        seconds = time.monotonic() - started
+        write_file(state_file, lambda path: torch.save(state, path))
+        row = {"epoch": result.epoch, "train_loss": result.train_loss, "seconds": seconds}
+        with (folder / "progress.jsonl").open("a") as log:
+            log.write(json.dumps(row | dataclasses.asdict(result.search)) + "\n")
+        if on_epoch is not None:
+            on_epoch(result, seconds)
+        started = time.monotonic()
+
+    train(model, train_split, search_split, recipe, state=state, on_epoch=finish_epoch)
+    # The accuracies of the table are float32: bf16 is for speed.
+    accuracies = {
+        "search": measure(model, *search_split),
+        "test": measure(model, *test_split),
+        "test_bf16": measure(model, *test_split, dtype=fast_dtype()),
+    }
+    save_weights(model, folder / "model.safetensors")
+    result = {"epochs": recipe.epochs} | {k: _rounded(v) for k, v in accuracies.items()}
+    write_json(folder / "result.json", result)
+    return result
+
+
+def read_state(file: Path) -> dict[str, Any] | None:
+    """The state of the last finished epoch, None where there is none."""
+    if not file.exists():
+        return None
+    try:
+        return torch.load(file, weights_only=True)
+    except Exception as error:  # torch raises many kinds for a broken file
+        raise ArtifactError(f"{file}: not a readable training state; delete it to start again") from error
+
+
+def save_weights(model: nn.Module, file: Path) -> None:
+    """Writes the state dict as safetensors, contiguous and float32."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    write_file(file, lambda path: save_file(tensors, path))
+
+
+def _rounded(accuracy: Accuracy) -> dict[str, float]:
+    return {key: round(value, 5) for key, value in dataclasses.asdict(accuracy).items()}

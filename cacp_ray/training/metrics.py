@@ -1,0 +1,62 @@
+"""Accuracy and loss of a network on images in memory."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of images in [0, 1], and the mean cross-entropy in nats."""
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+
+    @property
+    def standard_error(self) -> float:
+        """Of top1, binomial."""
+        return (self.top1 * (1 - self.top1) / self.images) ** 0.5
+
+
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where this CPU multiplies it natively, else float32."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def predict(model: nn.Module, images: Tensor, batch_size: int, dtype: torch.dtype) -> Tensor:
+    """Logits float32 (N, classes) in evaluation mode, with autocast to `dtype`."""
+    was_training = model.training
+    model.eval()
+    autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
+    with torch.inference_mode(), autocast:
+        logits = [model(batch).float() for batch in images.split(batch_size)]
+    model.train(was_training)
+    return torch.cat(logits)
+
+
+def score_logits(logits: Tensor, labels: Tensor) -> Accuracy:
+    """Accuracy of logits (N, classes) against labels (N,)."""
+    top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return Accuracy(
+        top1=top[:, 0].float().mean().item(),
+        top5=top.any(1).float().mean().item(),
+        loss=functional.cross_entropy(logits, labels).item(),
+        images=len(labels),
+    )
+
+
+def measure(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    batch_size: int = 500,
+    dtype: torch.dtype = torch.float32,
+) -> Accuracy:
+    """Accuracy of `model` on normalised images (N, C, H, W)."""
+    return score_logits(predict(model, images, batch_size, dtype), labels)

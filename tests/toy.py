@@ -1,0 +1,70 @@
+"""A toy problem for tests: the cost model of a small chain CNN, and accuracy as a formula."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from cacp_ray.pruning.cost import BilinearCost, ChannelGroup, CostModel
+
+NUM_CLASSES = 10
+
+
+def toy_cost_model(num_groups: int = 8, seed: int = 0) -> CostModel:
+    """A plain chain of 3x3 convolutions, each output a group, and a linear classifier.
+
+    Image side 32, halved after every third convolution; widths are random multiples of 4.
+    """
+    rng = np.random.default_rng(seed)
+    widths = 4 * rng.integers(3, 10, size=num_groups)
+    stages = np.arange(num_groups) // 3
+    sides = np.maximum(32 // 2 ** np.minimum(stages, 3), 4)
+    groups = tuple(
+        ChannelGroup(
+            name=f"conv{i}",
+            members=(f"conv{i}.weight:0", f"bn{i}.weight:0"),
+            num_channels=int(widths[i]),
+            is_residual=i % 3 == 0,
+            in_channels=3 if i == 0 else int(widths[i - 1]),
+            kernel=3,
+            stride=2 if i > 0 and stages[i] != stages[i - 1] else 1,
+            height=int(sides[i]),
+            width=int(sides[i]),
+        )
+        for i in range(num_groups)
+    )
+    inputs = np.eye(num_groups + 1, num_groups, k=-1)  # (T, G): row t reads group t - 1
+    outputs = np.eye(num_groups + 1, num_groups)
+    input_bias = np.where(np.arange(num_groups + 1) == 0, 3.0, 0.0)
+    output_bias = np.where(np.arange(num_groups + 1) == num_groups, float(NUM_CLASSES), 0.0)
+    weights = np.full(num_groups + 1, 9.0)
+    weights[-1] = 1.0
+    macs = weights * np.append(sides.astype(float) ** 2, 1.0)
+    params = BilinearCost(weights, inputs, input_bias, outputs, output_bias)
+    # Two more parameters a channel (BN) and one a class (bias of the classifier).
+    extra = np.vstack([outputs[:-1], np.zeros((1, num_groups))])
+    extra_bias = np.append(np.zeros(num_groups), float(NUM_CLASSES))
+    return CostModel(
+        groups=groups,
+        macs=BilinearCost(macs, inputs, input_bias, outputs, output_bias),
+        params=BilinearCost(
+            np.concatenate([params.coefficient, np.full(num_groups, 2.0), [1.0]]),
+            np.vstack([inputs, extra]),
+            np.concatenate([input_bias, extra_bias]),
+            np.vstack([outputs, np.zeros((num_groups + 1, num_groups))]),
+            np.concatenate([output_bias, np.ones(num_groups + 1)]),
+        ),
+    )
+
+
+def toy_score(cost_model: CostModel, seed: int = 0) -> Callable[[tuple[int, ...]], float]:
+    """Accuracy 1 - sum_g w_g (1 - K_g / n_g)^2; the sensitivities w_g span a factor of 30."""
+    rng = np.random.default_rng(seed + 1)
+    num_channels = cost_model.num_channels
+    sensitivities = np.exp(rng.uniform(0, np.log(30), size=len(num_channels)))
+    sensitivities /= sensitivities.sum()
+
+    def score(keep_counts: tuple[int, ...]) -> float:
+        dropped = 1 - np.asarray(keep_counts) / num_channels
+        return float(1 - sensitivities @ dropped**2)
+
+    return score
