@@ -1,4 +1,4 @@
-"""Makes the CIFAR-10 sample that the package embeds: `python bench/make_cifar10_sample.py CIFAR_DIR`.
+"""Makes the embedded CIFAR-10 sample: `python bench/make_cifar10_sample.py CIFAR_DIR`.
 
 CIFAR_DIR holds train.parquet and test.parquet in the Hugging Face layout. Rows are drawn without
 replacement with a fixed seed, equally many a class, each from its own split: training rows

@@ -1,1 +1,21 @@
-"""cacp_ray: conditional automated channel pruning of CNNs on Ray."""
+"""cacp_ray: conditional automated channel pruning of CNNs on Ray.
+
+`analyze`, `search`, `finetune` and `load_subnet` are imported when first used: `import cacp_ray`
+alone imports neither torch nor ray.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cacp_ray.api import Analysis, Run, analyze, finetune, load_subnet, search
+
+__version__ = "0.1.0"
+__all__ = ["Analysis", "Run", "analyze", "finetune", "load_subnet", "search"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'cacp_ray' has no attribute {name!r}")
+    from cacp_ray import api
+
+    return getattr(api, name)

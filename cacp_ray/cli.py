@@ -3,22 +3,30 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from cacp_ray.errors import CacpError
+from cacp_ray.errors import CacpError, ConfigError
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Conditional automated channel pruning: one search, a smaller network for every rate.",
+    help="Conditional automated channel pruning: one search, a smaller network for every rate. "
+    "A rate is the share of the cost that is KEPT: 0.3 is smaller than 0.7.",
 )
 
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, repeatable")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --run-dir.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value: a.b=1.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue what the folder holds.")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Default: runs/NAME.")]
+Address = Annotated[
+    str | None, typer.Option("--address", help="Ray cluster; default RAY_ADDRESS, else local.")
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+state = {"quiet": False}
 
 
 @app.callback()
@@ -26,10 +34,43 @@ def setup(
     debug: Annotated[bool, typer.Option("--debug", help="Log all and show tracebacks.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Only the final result.")] = False,
 ) -> None:
-    """Settings of all commands."""
+    """Settings of all commands; they stand before the command."""
     level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("cacp_ray").setLevel(level)
+    state["quiet"] = quiet
+
+
+@app.command()
+def demo(run_dir: RunDir = None) -> None:
+    """Search, fine-tune and report on the embedded CIFAR-10 sample, in minutes on a laptop."""
+    from cacp_ray.config import RunConfig
+
+    free = (Path("runs") / f"demo{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
+    folder = run_dir or next(path for path in free if not path.exists())
+    _search(RunConfig(name="demo"), folder)
+    _finetune(folder)
+    _report(folder)
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        str, typer.Argument(help="resnet20, torchvision:NAME, package.module:factory")
+    ],
+    side: Annotated[int | None, typer.Option(help="Input height and width.")] = None,
+    num_classes: Annotated[int, typer.Option(help="Outputs of the classifier.")] = 10,
+) -> None:
+    """Print channel groups, what stays whole and why, and the reachable rates."""
+    import torch
+
+    from cacp_ray.analysis import analyze
+    from cacp_ray.models.factory import build_model
+    from cacp_ray.reporting.tables import groups_table, make_console
+
+    side = side or (32 if ":" not in model else 224)
+    found = analyze(build_model(model, num_classes), torch.zeros(1, 3, side, side))
+    make_console().print(groups_table(model, found))
 
 
 @app.command()
@@ -49,15 +90,138 @@ def train(
         settings,
         folder,
         resume=resume,
-        on_epoch=lambda epoch, seconds: typer.echo(
-            f"epoch {epoch.epoch + 1}/{settings.training.epochs}  loss {epoch.train_loss:.3f}  "
-            f"search split {100 * epoch.search.top1:.2f} %  {seconds:.0f} s"
+        on_epoch=lambda epoch, seconds: (
+            None
+            if state["quiet"]
+            else typer.echo(
+                f"epoch {epoch.epoch + 1}/{settings.training.epochs}  loss {epoch.train_loss:.3f}  "
+                f"search split {100 * epoch.search.top1:.2f} %  {seconds:.0f} s"
+            )
         ),
     )
     typer.echo(
         f"search split {100 * result['search']['top1']:.2f} %, "
         f"test split {100 * result['test']['top1']:.2f} %: {folder / 'model.safetensors'}"
     )
+
+
+@app.command()
+def search(
+    config: Annotated[Path, typer.Argument(help="YAML file, such as tune_configs/quickstart.yaml")],
+    run_dir: RunDir = None,
+    strategy: Annotated[str | None, typer.Option(help="cacp, random or uniform.")] = None,
+    overrides: Overrides = None,
+    address: Address = None,
+    resume: Resume = False,
+) -> None:
+    """Search a smaller network for every rate at once."""
+    from cacp_ray.config import RunConfig, load_config
+
+    changes = [*(overrides or []), *([f"strategy={strategy}"] if strategy else [])]
+    settings = load_config(RunConfig, config, changes)
+    folder = run_dir or Path("runs") / settings.name
+    _search(settings, folder, resume=resume, address=address)
+    _report(folder)
+
+
+@app.command()
+def finetune(
+    run: RunFolder,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="YAML file with a recipe, instead of the run's.")
+    ] = None,
+    address: Address = None,
+    resume: Resume = False,
+) -> None:
+    """Fine-tune the subnets of a search, all rates side by side on Ray Tune."""
+    from cacp_ray.config import load_recipe
+
+    _finetune(run, recipe=load_recipe(config) if config else None, address=address, resume=resume)
+    _report(run)
+
+
+@app.command()
+def subnet(
+    run: RunFolder,
+    rate: Annotated[str, typer.Option(help="Share of the cost KEPT: 0.42, or LO:HI:STEP.")],
+    evaluations: Annotated[
+        int, typer.Option(min=0, help="0: the policy's answer; N: the best of N around it.")
+    ] = 0,
+) -> None:
+    """Answer a rate that was never searched from the trained policy."""
+    from cacp_ray.api import read_run_config
+    from cacp_ray.reporting.tables import frontier_table, make_console
+    from cacp_ray.results import answer_rates, parse_rates
+
+    rates = parse_rates(rate)
+    answers = answer_rates(read_run_config(run), run, rates, evaluations, save=len(rates) == 1)
+    make_console().print(frontier_table({"frontier": answers, "cost": "macs"}))
+    if "path" in answers[0]:
+        typer.echo(f"saved: {run / answers[0]['path']}")
+
+
+@app.command()
+def evaluate(
+    path: Annotated[Path, typer.Argument(metavar="RUN|SUBNET", help="A run or a subnet folder.")],
+    index: Annotated[int | None, typer.Option(help="Re-score this candidate of a run.")] = None,
+    split: Annotated[str, typer.Option(help="search or test.")] = "search",
+) -> None:
+    """Load and measure subnets, or rebuild and re-score a recorded candidate."""
+    from cacp_ray.api import read_run_config
+    from cacp_ray.results import evaluate_subnet, read_result, rescore_candidate
+
+    if split not in ("search", "test"):
+        raise ConfigError(f"--split {split}: choose search or test")
+    if index is not None:
+        record, found = rescore_candidate(read_run_config(path), path, index)
+        typer.echo(f"candidate {index}, rate {record.rate:.2f}: {_percent(found)}")
+        typer.echo(f"recorded: {100 * record.top1:.2f} %")
+        return
+    is_subnet = (path / "subnet.json").exists()
+    run = path.parent.parent if is_subnet else path
+    folders = [path] if is_subnet else [run / row["path"] for row in read_result(run)["rates"]]
+    for folder in folders:
+        description, found = evaluate_subnet(folder, read_run_config(run), split)
+        typer.echo(f"{folder}: rate {description['rate']:.2f}, {split} split {_percent(found)}")
+
+
+@app.command()
+def report(run: RunFolder) -> None:
+    """Write report.html and print the final table."""
+    _report(run)
+
+
+def _percent(accuracy: Any) -> str:
+    error = 100 * accuracy.standard_error
+    return f"{100 * accuracy.top1:.2f} % (standard error {error:.2f}, {accuracy.images} images)"
+
+
+def _search(settings: Any, folder: Path, **options: Any) -> None:
+    from cacp_ray import api
+    from cacp_ray.reporting.progress import SearchDisplay
+
+    with SearchDisplay(quiet=state["quiet"]) as display:
+        api.search(settings, folder, on_progress=display.update, **options)
+
+
+def _finetune(folder: Path, **options: Any) -> None:
+    from cacp_ray import api
+    from cacp_ray.reporting.progress import FinetuneDisplay
+
+    with FinetuneDisplay(quiet=state["quiet"]) as display:
+        api.finetune(folder, on_epoch=display.update, **options)
+
+
+def _report(folder: Path) -> None:
+    from cacp_ray.reporting.tables import final_table, frontier_table, make_console
+    from cacp_ray.results import read_result, report_run
+
+    result = read_result(folder)
+    console = make_console()
+    console.print(final_table(result))
+    if result["frontier"]:
+        console.print(frontier_table(result))
+    typer.echo(f"report: {report_run(folder)}")
 
 
 def main() -> None:

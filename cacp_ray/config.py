@@ -28,7 +28,9 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which network, and its trained weights."""
 
-    name: str = Field(description="resnet20, torchvision:NAME, timm:NAME or package.module:function")
+    name: str = Field(
+        description="resnet20, torchvision:NAME, timm:NAME or package.module:function"
+    )
     weights: str | None = Field(None, description="safetensors file, or embedded:NAME")
 
 
@@ -71,7 +73,9 @@ class EvaluationConfig(Section):
     """How a candidate is scored."""
 
     batch_size: int = Field(500, ge=1)
-    images: int | None = Field(None, ge=1, description="of the search split; all of them by default")
+    images: int | None = Field(
+        None, ge=1, description="of the search split; all of them by default"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
@@ -132,7 +136,9 @@ def load_config(
         try:
             values = yaml.safe_load(Path(source).read_text()) or {}
         except OSError as error:
-            raise ConfigError(f"configuration {where}: {error.strerror}; give a YAML file") from error
+            raise ConfigError(
+                f"configuration {where}: {error.strerror}; give a YAML file"
+            ) from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"configuration {where}: not valid YAML ({reason})") from error
@@ -144,6 +150,15 @@ def load_config(
         return kind.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"configuration {where}: {_first_problem(kind, error)}") from error
+
+
+class _FinetuneFile(Section):
+    finetune: Recipe
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Reads a YAML file with a `finetune` section alone."""
+    return load_config(_FinetuneFile, path).finetune
 
 
 def _override(values: dict[str, Any], text: str) -> None:

@@ -41,8 +41,8 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, count: int) -> "ImageSet":
-        """The first `count` images (all of them when there are fewer)."""
+    def take(self, count: int | None) -> "ImageSet":
+        """The first `count` images; all of them when there are fewer, or for None."""
         return ImageSet(self.images[:count], self.labels[:count], self.classes)
 
 
@@ -58,8 +58,15 @@ def resolve_path(path: str) -> Path:
     return Path(path)
 
 
-def read_parquet(path: str, rows: tuple[int, int] | None = None) -> ImageSet:
-    """Reads and decodes rows [start, stop) of a Parquet file.
+def read_parquet(
+    path: str, rows: tuple[int, int] | None = None, count: int | None = None
+) -> ImageSet:
+    """Reads and decodes rows of a Parquet file.
+
+    Args:
+        path: The file, or an embedded split.
+        rows: [start, stop); all rows by default.
+        count: Decode only so many of these rows, evenly spaced.
 
     Raises:
         ArtifactError: The file is missing or corrupt, has no image or label column, holds an image
@@ -80,19 +87,22 @@ def read_parquet(path: str, rows: tuple[int, int] | None = None) -> ImageSet:
         raise ConfigError(f"data {file}: rows {start}-{stop} are outside its {table.num_rows} rows")
     image_column = _find_column(table, IMAGE_COLUMNS, file)
     label_column = _find_column(table, LABEL_COLUMNS, file)
-    table = table.slice(start, stop - start)
+    chosen = np.arange(start, stop)
+    if count is not None and count < len(chosen):
+        chosen = chosen[np.arange(count) * len(chosen) // count]
+    table = table.take(chosen)
     labels = table[label_column].to_numpy().astype(np.int64)
     classes = read_class_names(table.schema, label_column) or tuple(
         str(i) for i in range(int(labels.max()) + 1)
     )
     outside = np.flatnonzero((labels < 0) | (labels >= len(classes)))
     if len(outside):
-        row = int(outside[0])
+        first = outside[0]
         raise ArtifactError(
-            f"data {file}, row {start + row}: label {labels[row]} is outside the "
+            f"data {file}, row {chosen[first]}: label {labels[first]} is outside the "
             f"{len(classes)} classes; mend the label or the class names"
         )
-    return ImageSet(_decode(table[image_column], file, start), labels, classes)
+    return ImageSet(_decode(table[image_column], file, chosen), labels, classes)
 
 
 def read_class_names(schema: pa.Schema, label_column: str) -> tuple[str, ...]:
@@ -116,23 +126,22 @@ def _find_column(table: pa.Table, names: Sequence[str], file: Path) -> str:
     )
 
 
-def _decode(column: pa.ChunkedArray, file: Path, first_row: int) -> NDArray[np.uint8]:
+def _decode(column: pa.ChunkedArray, file: Path, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
     if pa.types.is_struct(column.type):
         column = pa.chunked_array([c.field("bytes") for c in column.chunks], pa.binary())
 
-    def decode(indexed: tuple[int, pa.BinaryScalar]) -> NDArray[np.uint8]:
-        row, value = indexed
+    def decode(row: int, value: pa.BinaryScalar) -> NDArray[np.uint8]:
         try:
             image = Image.open(io.BytesIO(value.as_buffer()))
             return np.asarray(image.convert("RGB"))
         except (OSError, SyntaxError, ValueError, TypeError, AttributeError) as error:
             raise ArtifactError(
-                f"data {file}, row {first_row + row}: cannot decode the image ({error}); "
+                f"data {file}, row {row}: cannot decode the image ({error}); "
                 "remove or replace that row"
             ) from error
 
     with ThreadPoolExecutor() as pool:
-        images = list(pool.map(decode, enumerate(column)))
+        images = list(pool.map(decode, rows.tolist(), column))
     shapes = {image.shape for image in images}
     if len(shapes) > 1:
         raise ArtifactError(f"data {file}: images of several sizes {sorted(shapes)}; resize first")

@@ -41,4 +41,6 @@ def augment(x: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
     rows = torch.arange(height) + top  # (N, H)
     image = torch.arange(n).view(n, 1, 1)
     # Advanced indexing on the channels-last view keeps the fast memory layout.
-    return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(
+        0, 3, 1, 2
+    )

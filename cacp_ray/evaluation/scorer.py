@@ -1,8 +1,8 @@
 """Model + data -> score(keep counts): the hot path.
 
-`prepare` does once what all candidates share (plan, one statistics pass, importance order, factors) and
-returns plain arrays, which evaluators read from shared memory. `SubnetScorer` then costs little more
-than the forward pass of the small network.
+`prepare` does once what all candidates share (one statistics pass, importance order, factors)
+and returns plain arrays, which evaluators read from shared memory. A score then costs little
+more than the forward pass of the small network.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from cacp_ray.data.transforms import to_normalized
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
 from cacp_ray.pruning.compensation import LayerFactors, make_factors
 from cacp_ray.pruning.criteria import get_criterion, rank_channels
-from cacp_ray.pruning.plan import Plan, make_plan
+from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.recovery import make_cut
 from cacp_ray.pruning.statistics import collect_moments
 from cacp_ray.pruning.surgery import Skeleton, reorder_weights
@@ -53,25 +53,35 @@ class Prepared:
 
 def prepare(
     model: nn.Module,
+    plan: Plan,
     calibration: NDArray[np.uint8],
     *,
     criterion: str,
     recovery: str,
     seed: int,
+    orders: Sequence[NDArray[np.int64]] | None = None,
 ) -> Prepared:
-    """Traces, collects statistics on calibration images (N, H, W, 3), orders channels, factors.
+    """Collects input statistics, ranks the channels, factors for the compensation.
+
+    Args:
+        model: The base network.
+        plan: Of `model`.
+        calibration: uint8 (N, H, W, 3), training rows.
+        criterion: Makes the importance order.
+        recovery: `none`, `bn` or `compensate`.
+        seed: Of the sampled patches, and of the `random` order.
+        orders: An importance order made before, instead of `criterion`.
 
     Raises:
         ConfigError: Unknown criterion.
-        UnsupportedModelError: The network cannot be cut.
     """
     get_criterion(criterion)
     images = to_normalized(calibration)
-    plan = make_plan(model, images[:1])
     tensors = {name: value.detach() for name, value in model.state_dict().items()}
-    needs_moments = criterion == "cap" or recovery == "compensate"
+    needs_moments = (criterion == "cap" and orders is None) or recovery == "compensate"
     moments = collect_moments(model, plan, images, seed=seed) if needs_moments else {}
-    orders = rank_channels(criterion, plan, tensors, moments, seed)
+    if orders is None:
+        orders = rank_channels(criterion, plan, tensors, moments, seed)
     ordered = reorder_weights(plan, tensors, orders)
     factors: dict[str, LayerFactors] = {}
     if recovery == "compensate":
@@ -108,7 +118,12 @@ class Cutter:
         }
         calibration = to_normalized(prepared.calibration) if recovery == "bn" else None
         self.cut = make_cut(
-            recovery, self.plan, tensors, factors=factors, skeleton=self.skeleton, calibration=calibration
+            recovery,
+            self.plan,
+            tensors,
+            factors=factors,
+            skeleton=self.skeleton,
+            calibration=calibration,
         )
 
     def load(self, keep_counts: Sequence[int]) -> nn.Module:

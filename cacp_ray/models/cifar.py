@@ -1,7 +1,8 @@
 """CIFAR networks with torchvision's parameter names, so published weights of that naming load.
 
 Sources: ResNet for CIFAR (He et al., 2016, section 4.2: 6n+2 layers, widths 16/32/64) with 1x1
-convolution + BN shortcuts; VGG-16 with BN and one linear layer (after Simonyan and Zisserman, 2015).
+convolution + BN shortcuts; VGG-16 with BN and one linear layer (after Simonyan and Zisserman,
+2015).
 """
 
 from torch import Tensor, nn

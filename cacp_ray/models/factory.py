@@ -100,7 +100,9 @@ def load_weights(model: nn.Module, path: str) -> None:
         raise ArtifactError(f"weights {file}: not a readable safetensors file ({error})") from error
     own = model.state_dict()
     # Published files of this naming often leave the BN batch counter out; it affects nothing here.
-    missing = sorted(k for k in own.keys() - tensors.keys() if not k.endswith("num_batches_tracked"))
+    missing = sorted(
+        k for k in own.keys() - tensors.keys() if not k.endswith("num_batches_tracked")
+    )
     problems = [f"missing {key}" for key in missing]
     problems += [f"unexpected {key}" for key in sorted(tensors.keys() - own.keys())]
     problems += [

@@ -1,16 +1,17 @@
 """Least-squares compensation of cut inputs, for any keep counts from one factorisation a layer.
 
-With x the unfolded input (mean mu, covariance Sigma), W the original weight (N, D) and S the kept inputs:
+With x the unfolded input (mean mu, covariance Sigma), W the original weight (N, D) and S the kept
+inputs:
     A = Sigma_SS,  B = Sigma_S: W^T,  W' = (A^-1 B)^T,  bias + (W mu - W' mu_S),
 then, where a BN layer follows, each row of W' is scaled so that the output keeps its variance, as
 the BN statistics expect. Because orders are nested, S is always a prefix of the permuted
 inputs: with Sigma = L L^T and Z = L^-1 Sigma W^T = L^T W^T made once, W'^T = L_SS^-T Z_S, one
 triangular solve, and the explained output variance is the column sums of Z_S^2.
 
-Source: CaP (arXiv 2108.13728; formulas from its authors' code). Ours: the factor of the whole serves every
-prefix; the ridge (1e-4 of the mean variance) acts as noise on each input, so that nothing cut means
-nothing changed; the intercept moves the running mean of a lone BN instead of adding a bias. A layer
-with neither BN nor bias goes without an intercept.
+Source: CaP (arXiv 2108.13728; formulas from its authors' code). Ours: the factor of the whole
+serves every prefix; the ridge (1e-4 of the mean variance) acts as noise on each input, so that
+nothing cut means nothing changed; the intercept moves the running mean of a lone BN instead of
+adding a bias. A layer with neither BN nor bias goes without an intercept.
 """
 
 from collections import OrderedDict
@@ -21,10 +22,9 @@ import torch
 from torch import Tensor
 
 from cacp_ray.pruning.plan import Consumer, Plan
-from cacp_ray.pruning.statistics import InputMoments
+from cacp_ray.pruning.statistics import InputMoments, regularized
 from cacp_ray.pruning.surgery import Orders, Slicer
 
-RIDGE = 1e-4
 CACHE_BYTES = 512 * 2**20
 
 
@@ -68,8 +68,7 @@ def make_factors(
         index = torch.from_numpy(plan.axes[consumer.weight, 1].reordered(orders))
         rows = (index[:, None] * taps + torch.arange(taps)).flatten()
         covariance = torch.from_numpy(moments[consumer.weight].covariance)[rows][:, rows]
-        ridge = RIDGE * covariance.diagonal().mean() + 1e-12
-        lower = torch.linalg.cholesky(covariance + ridge * torch.eye(len(rows), dtype=torch.float64))
+        lower = torch.linalg.cholesky(regularized(covariance))
         mean = torch.from_numpy(moments[consumer.weight].mean)[rows]
         flat = weight.flatten(1).double()
         solved = lower.T @ flat.T

@@ -29,7 +29,7 @@ class BilinearCost:
     right_bias: NDArray[np.float64]
 
     def __call__(self, keep_counts: ArrayLike) -> NDArray[np.int64]:
-        """int (..., G) -> int64 (...)."""
+        """Int (..., G) -> int64 (...)."""
         counts = np.asarray(keep_counts, dtype=np.float64)
         left = counts @ self.left.T + self.left_bias
         right = counts @ self.right.T + self.right_bias

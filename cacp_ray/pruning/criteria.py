@@ -1,4 +1,4 @@
-"""Importance orders: a permutation of each group's channels, best first, so keeping k keeps the first k.
+"""Importance orders: a permutation of each group's channels, best first.
 
 A new criterion is one function (plan, tensors, moments, seed) -> orders and one line in CRITERIA.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cacp_ray.errors import ConfigError, nearest_names
 from cacp_ray.pruning.plan import Plan
-from cacp_ray.pruning.statistics import InputMoments
+from cacp_ray.pruning.statistics import InputMoments, regularized
 
 Tensors = Mapping[str, Tensor]
 Moments = Mapping[str, InputMoments]
@@ -48,7 +48,9 @@ def get_criterion(name: str) -> Criterion:
     return CRITERIA[name]
 
 
-def _sum_filters(plan: Plan, tensors: Tensors, norm: Callable[[Tensor], Tensor]) -> list[NDArray[np.int64]]:
+def _sum_filters(
+    plan: Plan, tensors: Tensors, norm: Callable[[Tensor], Tensor]
+) -> list[NDArray[np.int64]]:
     """Sums norm(filter) over every filter that produces a channel of the group."""
     scores = [np.zeros(group.num_channels) for group in plan.groups]
     for (name, dim), axis in plan.axes.items():
@@ -70,7 +72,9 @@ def rank_l2(plan: Plan, tensors: Tensors, moments: Moments, seed: int) -> list[N
     return _sum_filters(plan, tensors, lambda rows: rows.norm(dim=1))
 
 
-def rank_bn_scale(plan: Plan, tensors: Tensors, moments: Moments, seed: int) -> list[NDArray[np.int64]]:
+def rank_bn_scale(
+    plan: Plan, tensors: Tensors, moments: Moments, seed: int
+) -> list[NDArray[np.int64]]:
     """|gamma| of the BN layers on a channel (network slimming, Liu et al., 2017), summed.
 
     Groups without BN fall back to the L1 order.
@@ -88,7 +92,9 @@ def rank_bn_scale(plan: Plan, tensors: Tensors, moments: Moments, seed: int) -> 
     return orders
 
 
-def rank_random(plan: Plan, tensors: Tensors, moments: Moments, seed: int) -> list[NDArray[np.int64]]:
+def rank_random(
+    plan: Plan, tensors: Tensors, moments: Moments, seed: int
+) -> list[NDArray[np.int64]]:
     """A random permutation: the baseline that a criterion must beat."""
     rng = np.random.default_rng(seed)
     return [rng.permutation(group.num_channels) for group in plan.groups]
@@ -97,12 +103,12 @@ def rank_random(plan: Plan, tensors: Tensors, moments: Moments, seed: int) -> li
 def rank_cap(plan: Plan, tensors: Tensors, moments: Moments, seed: int) -> list[NDArray[np.int64]]:
     """Greedy forward selection by explained output energy after optimal compensation.
 
-    Starting from no channel, append the one whose inputs to the consuming layers explain most of the
-    output energy that is still unexplained. With S the Schur complement of the input covariance given
-    the chosen channels and G = S W^T, a channel t scores tr(G_t^T S_tt^-1 G_t).
+    Starting from no channel, append the one whose inputs to the consuming layers explain most of
+    the output energy that is still unexplained. With S the Schur complement of the input covariance
+    given the chosen channels and G = S W^T, a channel t scores tr(G_t^T S_tt^-1 G_t).
 
     Source: after CaP (arXiv 2108.13728, as in its authors' code). Ours: several consumers add up,
-    each as a share of its total output energy; a small ridge.
+    each as a share of its total output energy; the ridge of the compensation.
     """
     orders = []
     for g, group in enumerate(plan.groups):
@@ -129,13 +135,11 @@ class _Selection:
     """The state of one consumer: S (D, D), G (D, N), in blocks of `block` rows a channel."""
 
     def __init__(self, covariance: Tensor, weight: Tensor, block: int) -> None:
-        size = covariance.shape[0]
-        ridge = 1e-6 * covariance.diagonal().mean() + 1e-12
-        self.schur = covariance + ridge * torch.eye(size, dtype=torch.float64)
+        self.schur = regularized(covariance)
         self.cross = self.schur @ weight.T
         self.energy = float((self.cross * weight.T).sum()) + 1e-30
         self.block = block
-        self.channels = torch.arange(size).reshape(-1, block)
+        self.channels = torch.arange(len(covariance)).reshape(-1, block)
 
     def scores(self) -> Tensor:
         """(C,) newly explained share of the output energy."""
@@ -157,8 +161,6 @@ class _Selection:
         self.schur[rows] = 0
         self.schur[:, rows] = 0
         self.schur[rows, rows] = 1
-        # Rounding can leave a tiny negative diagonal where a channel is a mix of chosen ones.
-        self.schur.diagonal().clamp_(min=1e-12)
 
 
 def _select(problems: list[_Selection], num_channels: int) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""The slicing plan of a network: channel groups, exact cost, and which positions follow which group.
+"""The slicing plan of a network: channel groups, exact cost, and what follows which group.
 
 Made once by `make_plan`; afterwards no tracing is needed: keep counts K and an importance order say
 which positions of every parameter and buffer remain, and the cost is a closed form of K.
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from cacp_ray.errors import ConfigError, UnsupportedModelError
 from cacp_ray.pruning.cost import BilinearCost, ChannelGroup, CostModel
-from cacp_ray.pruning.trace import FROZEN, LayerCall, Trace, trace
+from cacp_ray.pruning.labels import FROZEN
+from cacp_ray.pruning.trace import LayerCall, Trace, trace
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,15 @@ class Axis:
         Channel i of the reordered group g is channel orders[g][i] of the original.
         """
         where: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for position, key in enumerate(zip(self.group.tolist(), self.channel.tolist(), strict=True)):
+        for position, key in enumerate(
+            zip(self.group.tolist(), self.channel.tolist(), strict=True)
+        ):
             where[key].append(position)
         seen: dict[tuple[int, int], int] = defaultdict(int)
         result = np.empty(len(self.group), dtype=np.int64)
-        for position, key in enumerate(zip(self.group.tolist(), self.channel.tolist(), strict=True)):
+        for position, key in enumerate(
+            zip(self.group.tolist(), self.channel.tolist(), strict=True)
+        ):
             group, channel = key
             source = (group, int(orders[group][channel])) if group >= 0 else key
             result[position] = where[source][seen[key]]
@@ -114,7 +119,7 @@ class Plan:
         return self.cost_model.params(keep_counts)
 
     def select_groups(self, keep_patterns: Sequence[str]) -> NDArray[np.bool_]:
-        """(G,) whether a group may be cut: none of its members matches a pattern.
+        """(G,) whether a group may be cut: no layer that makes its channels matches a pattern.
 
         Raises:
             ConfigError: A pattern matches nothing.
@@ -122,8 +127,11 @@ class Plan:
         prunable = np.ones(len(self.groups), dtype=bool)
         for pattern in keep_patterns:
             hits = [
-                any(fnmatch.fnmatch(member.rpartition(":")[0], pattern) for member in group.members)
-                or fnmatch.fnmatch(group.name, pattern)
+                any(
+                    fnmatch.fnmatch(member.rpartition(".")[0], pattern)
+                    for member in group.members
+                    if member.endswith(".weight:0")
+                )
                 for group in self.groups
             ]
             if not any(hits):
@@ -148,9 +156,10 @@ def make_plan(model: nn.Module, example_input: Tensor) -> Plan:
     found = trace(model, example_input)
     group_of, channel_of, members = _find_groups(found)
     if not members:
-        reasons = sorted(set(found.sets.reasons.values()))
+        reasons = sorted(found.sets.all_reasons)
         raise UnsupportedModelError(
-            f"no prunable channels in {type(model).__name__}: {'; '.join(reasons[:3]) or 'no convolutions'}"
+            f"no prunable channels in {type(model).__name__}: "
+            f"{'; '.join(reasons[:3]) or 'it has no convolutions'}"
         )
     axes = {}
     for key, labels in found.dims.items():
@@ -164,7 +173,9 @@ def make_plan(model: nn.Module, example_input: Tensor) -> Plan:
         params=_params_of(model, axes, len(members)),
     )
     consumers = {
-        call.weight: Consumer(call.weight.rpartition(".")[0], call.weight, found.batch_norms.get(call.weight))
+        call.weight: Consumer(
+            call.weight.rpartition(".")[0], call.weight, found.batch_norms.get(call.weight)
+        )
         for call in found.calls
         if call.in_labels is not None and (call.weight, 1) in axes
     }
@@ -275,7 +286,9 @@ def _params_of(
     for name, parameter in model.named_parameters():
         cut = [dim for dim in range(parameter.ndim) if (name, dim) in axes]
         if len(cut) > 2:
-            raise UnsupportedModelError(f"parameter {name} follows channel groups in {len(cut)} dims")
+            raise UnsupportedModelError(
+                f"parameter {name} follows channel groups in {len(cut)} dims"
+            )
         rest = parameter.numel() / np.prod([parameter.shape[dim] for dim in cut])
         pairs = [(axes[name, dim], parameter.shape[dim]) for dim in cut]
         pairs += [(None, 1)] * (2 - len(pairs))
@@ -284,7 +297,7 @@ def _params_of(
 
 
 def count_macs(model: nn.Module, example_input: Tensor) -> int:
-    """MACs of convolutions, linear layers and matrix products, as PyTorch's own counter sees them."""
+    """MACs for one input as PyTorch's own counter sees them."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model.eval()

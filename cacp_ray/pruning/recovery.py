@@ -1,4 +1,4 @@
-"""The cut network repaired: keep counts in, tensors out, the same for scoring and for saved subnets."""
+"""Recovery: keep counts in, repaired tensors out, alike for scoring and for saved subnets."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -25,7 +25,8 @@ def make_cut(
     """The function that turns keep counts into the tensors of the subnet.
 
     Args:
-        recovery: `none` cuts only; `bn` re-estimates BN statistics on `calibration` (EagleEye, Li et
+        recovery: `none` cuts only; `bn` re-estimates BN statistics on `calibration` (EagleEye, Li
+        et
             al., 2020); `compensate` solves least squares (`cacp_ray.pruning.compensation`).
         plan: Of the network.
         tensors: State dict in importance order.

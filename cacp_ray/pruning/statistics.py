@@ -1,7 +1,8 @@
 """Input statistics of every layer that mixes prunable channels, from one pass over images.
 
-For a convolution the input is the unfolded patch (C_in * k * k values at each output position), for a
-linear layer its input vector. Patches are taken at sampled positions: neighbours tell the same thing.
+For a convolution the input is the unfolded patch (C_in * k * k values at each output position), for
+a linear layer its input vector. Patches are taken at sampled positions: neighbours tell the same
+thing.
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cacp_ray.pruning.plan import Plan
+
+RIDGE = 1e-4  # noise on each input, as a share of the mean variance
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ def collect_moments(
         batch_size: Images a forward pass.
     """
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}
+    shifts: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
     modules = dict(model.named_modules())
     hooks = []
@@ -50,8 +54,10 @@ def collect_moments(
 
         def record(module: nn.Module, args: tuple[Tensor], name: str = consumer.weight) -> None:
             rows = sample_patches(module, args[0], positions, generator)  # (R, D)
+            # Products in float32 about a first guess of the mean, sums in float64: fast, and the
+            # covariance stays positive.
+            rows = rows - shifts.setdefault(name, rows.mean(0))
             total, square, count = sums.get(name, (0.0, 0.0, 0))
-            # Products in float32, sums in float64: the usual trade of speed for digits.
             sums[name] = (
                 total + rows.sum(0).double(),
                 square + (rows.T @ rows).double(),
@@ -69,11 +75,17 @@ def collect_moments(
             hook.remove()
     moments = {}
     for name, (total, square, count) in sums.items():
-        mean = total / count
+        mean = total / count  # of the shifted rows
         moments[name] = InputMoments(
-            mean.numpy(), (square / count - torch.outer(mean, mean)).numpy()
+            (mean + shifts[name]).numpy(), (square / count - torch.outer(mean, mean)).numpy()
         )
     return moments
+
+
+def regularized(covariance: Tensor) -> Tensor:
+    """A covariance (D, D) plus a ridge, so that it can be factored."""
+    noise = RIDGE * covariance.diagonal().mean() + 1e-12
+    return covariance + noise * torch.eye(len(covariance), dtype=covariance.dtype)
 
 
 def sample_patches(

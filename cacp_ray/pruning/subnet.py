@@ -1,7 +1,7 @@
 """Subnet folders: JSON and safetensors, no pickle.
 
-`subnet.json` names the base model and says which channels were kept; `model.safetensors` holds the small
-tensors. `load_subnet` builds the base network by its factory, resizes it and loads strictly.
+`subnet.json` names the base model and says which channels were kept; `model.safetensors` holds the
+small tensors. `load_subnet` builds the base network by its factory, resizes it and loads strictly.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,14 +28,14 @@ import cacp_ray
 net = cacp_ray.load_subnet("{folder}")  # the fine-tuned weights where there are some
 ```
 
-`subnet.json` says which channels of which group were kept; `model.safetensors` holds the weights after
-the search, `finetuned.safetensors` (with `metrics.json`) those after fine-tuning. The input is
-{shape}, scaled to [0, 1] and normalised as in training.
+`subnet.json` says which channels of which group were kept; `model.safetensors` holds the weights
+after the search, `finetuned.safetensors` (with `metrics.json`) those after fine-tuning. The input
+is {shape}, scaled to [0, 1] and normalised as in training.
 """
 
 
 def describe_kept(plan: Plan, orders: Orders, keep_counts: Sequence[int]) -> list[dict[str, Any]]:
-    """Per group its members and the original indices of the kept channels, in the subnet's order."""
+    """Per group its members and the kept channels' original indices, in the subnet's order."""
     return [
         {
             "name": group.name,
@@ -110,7 +110,7 @@ def load_subnet(folder: str | Path, *, finetuned: bool | None = None) -> nn.Modu
     wrong = sorted(own.keys() ^ tensors.keys())
     if wrong:
         raise ArtifactError(
-            f"{file}: does not fit {description['model']} ({wrong[0]}); the model's code has changed"
+            f"{file}: does not fit {description['model']} ({wrong[0]}); has its code changed?"
         )
     resized = {
         name: torch.empty(value.shape, dtype=value.dtype)

@@ -1,7 +1,7 @@
-"""From keep counts to a physically small network, without a copy of the model or tracing a candidate.
+"""From keep counts to a physically small network, with no copy or trace a candidate.
 
-The weights are permuted once into importance order. A subnet keeps the first K channels of each group,
-so almost every small tensor is a leading slice, a view, of the permuted one.
+The weights are permuted once into importance order. A subnet keeps the first K channels of each
+group, so almost every small tensor is a leading slice, a view, of the permuted one.
 """
 
 import copy
@@ -60,7 +60,9 @@ class Slicer:
         positions = self._plan.axes[name, dim].positions(keep_counts)
         return tensor.index_select(dim, torch.from_numpy(positions))
 
-    def __call__(self, tensors: Mapping[str, Tensor], keep_counts: Sequence[int]) -> dict[str, Tensor]:
+    def __call__(
+        self, tensors: Mapping[str, Tensor], keep_counts: Sequence[int]
+    ) -> dict[str, Tensor]:
         """Small tensors for every name that follows a group; the others are not returned."""
         small: dict[str, Tensor] = {}
         for name, dim in self._plan.axes:
@@ -69,7 +71,7 @@ class Slicer:
 
 
 class Skeleton:
-    """A copy of the network whose tensors are exchanged in place, one for each thread that scores."""
+    """A copy of the network whose tensors are exchanged in place; one a thread."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = copy.deepcopy(model).eval()
@@ -119,7 +121,10 @@ def sync_attributes(module: nn.Module) -> None:
 
 def build_subnet(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """An independent network with copies of `tensors`, ready to be trained or saved."""
-    copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    copies = {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
     small = Skeleton(model).load(copies)
     small.requires_grad_(True)
     return small

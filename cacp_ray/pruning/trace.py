@@ -1,10 +1,10 @@
 """Which channels live where: labels are pushed through one forward pass of the network.
 
-Every tensor carries an integer label an element. Convolutions and linear layers make new labels, one an
-output channel; element-wise operations unite the labels of their operands; data movement (view, cat,
-flatten ...) is replayed on the labels themselves. Labels that are united are channels that must be
-kept or dropped together. What an operation does to channels is not always known: its labels are
-then FROZEN, with the reason, and those channels stay whole.
+Every tensor carries an integer label an element. Convolutions and linear layers make new labels,
+one an output channel; element-wise operations unite the labels of their operands; data movement
+(view, cat, flatten ...) is replayed on the labels themselves. Labels that are united are channels
+that must be kept or dropped together. What an operation does to channels is not always known: its
+labels are then FROZEN, with the reason, and those channels stay whole.
 """
 
 from collections import defaultdict
@@ -12,92 +12,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from cacp_ray.errors import UnsupportedModelError
+from cacp_ray.pruning.labels import FROZEN, NEUTRAL, LabelSets, compact
 
 aten = torch.ops.aten
-
-NEUTRAL = 0  # constants and padding: unite with anything
-FROZEN = 1  # channels that stay whole
-
-
-class LabelSets:
-    """Disjoint sets of labels, united in bulk; the smallest label stands for its set."""
-
-    def __init__(self) -> None:
-        self._parent = np.arange(2, dtype=np.int64)
-        self.reasons: dict[int, str] = {}
-        self.summed: set[int] = set()
-
-    def new(self, count: int) -> Tensor:
-        """(count,) fresh labels."""
-        first = len(self._parent)
-        self._parent = np.concatenate([self._parent, np.arange(first, first + count)])
-        return torch.arange(first, first + count)
-
-    def find(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The label that stands for each label's set."""
-        roots = self._parent[labels]
-        while True:
-            above = self._parent[roots]
-            if np.array_equal(above, roots):
-                self._parent[labels] = roots
-                return roots
-            roots = above
-
-    def unite(self, first: Tensor, second: Tensor, *, is_sum: bool = False) -> Tensor:
-        """Unites labels element by element (broadcast); returns the labels of the result."""
-        first, second = torch.broadcast_tensors(first, second)
-        merged = torch.where(first == NEUTRAL, second, first)
-        a, b = _drop_repeats(first, second)
-        pairs = np.unique(np.stack([a.numpy().ravel(), b.numpy().ravel()]), axis=1)
-        for one, two in pairs.T[(pairs != NEUTRAL).all(0)]:
-            if one == two:
-                continue
-            low, high = sorted(self.find(np.array([one, two])))
-            if is_sum and low != high and low != FROZEN:
-                self.summed.add(int(low))
-            if high != low:
-                self._parent[high] = low
-                if low == FROZEN:
-                    self.reasons.setdefault(int(high), "meets channels that stay whole")
-        return merged
-
-    def reason(self, label: int) -> str:
-        """Why a frozen channel stays whole."""
-        while label > FROZEN and label not in self.reasons:
-            label = int(self._parent[label])
-        return self.reasons.get(label, "its channels are not all alike")
-
-    def freeze(self, labels: Tensor, reason: str) -> None:
-        """Marks channels as staying whole."""
-        for label in np.unique(_compact(labels).numpy()):
-            if label > FROZEN:
-                root = int(self.find(np.array([label]))[0])
-                if root != FROZEN:
-                    self.reasons[int(label)] = self.reasons[root] = reason
-                    self._parent[root] = FROZEN
-
-
-def _compact(labels: Tensor) -> Tensor:
-    """Drops repetition along expanded dimensions."""
-    for dim, stride in enumerate(labels.stride()):
-        if stride == 0 and labels.shape[dim] > 1:
-            labels = labels.narrow(dim, 0, 1)
-    return labels
-
-
-def _drop_repeats(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    for dim in range(first.ndim):
-        if first.shape[dim] > 1 and first.stride(dim) == second.stride(dim) == 0:
-            first, second = first.narrow(dim, 0, 1), second.narrow(dim, 0, 1)
-    return first, second
 
 
 @dataclass(frozen=True)
@@ -152,6 +75,7 @@ def trace(model: nn.Module, example_input: Tensor) -> Trace:
     """
     was_training = model.training
     model.eval()
+    example_input = example_input.contiguous(memory_format=torch.contiguous_format)
     mode = _LabelMode(model)
     mode.put(example_input, torch.full(example_input.shape, FROZEN))
     try:
@@ -160,8 +84,8 @@ def trace(model: nn.Module, example_input: Tensor) -> Trace:
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise UnsupportedModelError(
-            f"the network does not run on an input of shape {tuple(example_input.shape)} ({reason}): "
-            "check the input size"
+            f"the network does not run on an input of shape {tuple(example_input.shape)} "
+            f"({reason}): check the input size"
         ) from error
     finally:
         model.train(was_training)
@@ -179,7 +103,7 @@ MOVES = {
     aten.squeeze, aten.unsqueeze, aten.slice, aten.select, aten.split, aten.split_with_sizes,
     aten.cat, aten.stack, aten.clone, aten.alias, aten.detach, aten.unbind, aten.repeat,
     aten.roll, aten.flip, aten.pixel_shuffle, aten.pixel_unshuffle, aten.channel_shuffle,
-    aten.view_as_real, aten.contiguous,
+    aten.view_as_real, aten.contiguous, aten.constant_pad_nd,
 }  # fmt: skip
 POINTWISE = {
     aten.hardswish_, aten.hardsigmoid_, aten.hardtanh_, aten.hardtanh, aten.leaky_relu_, aten.elu_,
@@ -246,7 +170,11 @@ class _LabelMode(TorchDispatchMode):
                     sets.freeze(roots, f"parameter {name} mixes them")
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
@@ -267,7 +195,7 @@ class _LabelMode(TorchDispatchMode):
             name, transposed = self._weights[id(args[0])]
             self._weights[id(out)] = (name, transposed != (packet is aten.t))
             self._kept.append(out)
-        elif packet in MOVES or packet is aten.constant_pad_nd:
+        elif packet in MOVES:
             self._move(func, out, args, kwargs)
         elif packet in PER_CHANNEL:
             self._per_channel(out, args[0])
@@ -289,7 +217,7 @@ class _LabelMode(TorchDispatchMode):
 
     def _channels(self, tensor: Tensor, dim: int = 1) -> Tensor:
         """(C,) labels along `dim`; channels whose label changes along other dimensions freeze."""
-        labels = _compact(self.get(tensor)).movedim(dim, 0)
+        labels = compact(self.get(tensor)).movedim(dim, 0)
         labels = labels.expand(tensor.shape[dim], *labels.shape[1:]).flatten(1)
         if labels.shape[1] > 1:
             # Padding is neutral, so it may stand beside channels.
@@ -329,7 +257,9 @@ class _LabelMode(TorchDispatchMode):
     def _linear(self, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         name = self._weight_name(weight)
         if name is None or not self._weights[id(weight)][1]:
-            self._unsupported(out, [t for t in (x, weight, bias) if t is not None], "matrix product")
+            self._unsupported(
+                out, [t for t in (x, weight, bias) if t is not None], "matrix product"
+            )
             return
         outputs = self.trace.sets.new(out.shape[1])
         self._layer(name, bias, outputs, self._channels(x), out, 1, (1, 1))

@@ -93,8 +93,26 @@ class Budget:
         return np.where(2 * counts >= below + above, above, below)
 
 
+def largest(fits: Callable[[Floats], NDArray[np.bool_]], low: Floats, high: Floats) -> Floats:
+    """(B,) largest levels that fit, to 1/65536 of the range.
+
+    Args:
+        fits: Levels (B, P) -> bool (B, P), falling from True to False along P.
+        low: (B,) levels that fit.
+        high: (B,) levels that don't, or need not be reached.
+    """
+    rows = np.arange(len(low))
+    for _ in range(4):
+        grid = low[:, None] + (high - low)[:, None] * np.linspace(0, 1, 17)
+        last = fits(grid[:, 1:-1]).sum(axis=1)
+        low, high = grid[rows, last], grid[rows, last + 1]
+    return low
+
+
 def clamp(budget: Budget, counts: Ints, group: int, wanted: Floats, limit: Ints) -> Ints:
-    """(B,) legal counts of one group: the nearest to `wanted` that the budget allows.
+    """(B,) legal counts of one group: the largest up to `wanted` that the budget allows.
+
+    Rounding down, never up, keeps the last groups from paying for the rounding of all others.
 
     Args:
         budget: The budget.
@@ -104,52 +122,56 @@ def clamp(budget: Budget, counts: Ints, group: int, wanted: Floats, limit: Ints)
         limit: (B,) largest allowed costs.
     """
     trial = counts.copy()
-    trial[:, group] = budget.nearest_legal(wanted, group)
-    if (budget.cost(trial) <= limit).all():
+    wanted = wanted + 1e-3  # a count that was computed back from its action must not lose one
+    trial[:, group] = budget.floor_to_legal(wanted, group)
+    is_within = budget.cost(trial) <= limit
+    if is_within.all():
         return trial[:, group]
-    # Level `low` fits, or is the floor; level `high` does not, or is above the wanted one.
-    low = np.full(len(counts), budget.min_counts[group] // budget.round_to)
-    high = -(-trial[:, group] // budget.round_to) + 1
-    while (high - low > 1).any():
-        middle = (low + high) // 2
-        trial[:, group] = budget.count(middle, group)
-        fits = budget.cost(trial) <= limit
-        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
-    return np.maximum(budget.count(low, group), budget.min_counts[group])
+
+    def fits(level: Floats) -> NDArray[np.bool_]:
+        trials = np.repeat(counts[:, None], level.shape[1], axis=1)
+        trials[..., group] = budget.floor_to_legal(level, group)
+        return budget.cost(trials) <= limit[:, None]
+
+    least = np.full(len(counts), budget.min_counts[group], np.float64)
+    clamped = budget.floor_to_legal(largest(fits, least, np.maximum(wanted, least) + 1), group)
+    return np.where(is_within, trial[:, group], clamped)
 
 
-def prior_counts(
-    budget: Budget, counts: Ints, first: int, weights: NDArray[np.bool_], limit: Ints
+def share_out(
+    budget: Budget, counts: Ints, first: int, base: Ints, weights: NDArray[np.bool_], limit: Ints
 ) -> Ints:
-    """(B, G) counts that share the unspent budget evenly over the groups not decided yet.
+    """(B, G) counts that share the unspent budget over the groups not decided yet.
 
-    Groups with weight 1 keep the same share u; groups with weight 0 stay whole, and shrink
-    together only where the budget cannot be met with all others at their smallest counts.
-    Rounded down, so that rounding starves no later group; what is left is not spent.
+    Groups with weight 1 keep the same multiple of `base`; groups with weight 0 keep `base`, and
+    shrink together only where the budget cannot be met with all others at their smallest counts.
+    Less than one step of some group stays unspent.
 
     Args:
         budget: The budget.
         counts: (B, G) keep counts; those before `first` are decided.
         first: First undecided group.
+        base: (B, G) or (G,) counts to share in proportion to.
         weights: (G,) whether a group shares the cut.
         limit: (B,) largest allowed costs.
     """
-    trial = counts.copy()
-    weights, channels = weights[first:], budget.num_channels[first:]
+    undecided = slice(first, None)
+    weights, base = weights[undecided], np.atleast_2d(base)[:, None, undecided]
 
-    def fill(level: Floats) -> None:
-        # Level 0..1 grows the weight-0 groups, level 1..2 the others.
-        ratio = np.where(weights, level[:, None] - 1, level[:, None])
-        trial[:, first:] = budget.floor_to_legal(ratio * channels, slice(first, None))
+    def candidates(level: Floats) -> Ints:
+        # Levels up to 1 grow the groups of weight 0, those above 1 the others.
+        level = level[..., None]
+        share = np.where(weights, np.maximum(level - 1, 0), np.minimum(level, 1))
+        trials = np.repeat(counts[:, None], level.shape[1], axis=1)
+        wanted: Floats = share * base.astype(np.float64)
+        trials[..., undecided] = budget.nearest_legal(wanted, undecided)
+        return trials
 
-    low, high = np.zeros(len(counts)), np.full(len(counts), 2 + 1e-3)
-    for _ in range(17):
-        middle = (low + high) / 2
-        fill(middle)
-        fits = budget.cost(trial) <= limit
-        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
-    fill(low)
-    return trial
+    # Of a candidate alone, so that it does not matter which others share its batch.
+    ratio: Floats = np.max(budget.num_channels[undecided] / base, axis=(1, 2))
+    high = np.broadcast_to(1.001 + ratio, len(counts))
+    level = largest(lambda level: budget.cost(candidates(level)) <= limit[:, None], 0 * high, high)
+    return candidates(level[:, None])[:, 0]
 
 
 def grow(budget: Budget, counts: Ints, desired: Floats, limit: Ints) -> Ints:
@@ -164,17 +186,16 @@ def grow(budget: Budget, counts: Ints, desired: Floats, limit: Ints) -> Ints:
         desired: (B, G) positive counts.
         limit: (B,) largest allowed costs.
     """
+
     # All groups rise together to the highest common count / desired that fits. No step on that
     # way is refused, so it equals the single steps below, which take over where one is.
-    low = np.zeros(len(counts))
-    high = (budget.num_channels / desired).max(axis=1) * 1.001
-    for _ in range(20):
-        middle = (low + high) / 2
-        levels = np.ceil(middle[:, None] * desired / budget.round_to).astype(np.int64)
-        fits = budget.cost(np.maximum(counts, budget.count(levels))) <= limit
-        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
-    levels = np.ceil(low[:, None] * desired / budget.round_to).astype(np.int64)
-    counts = np.maximum(counts, budget.count(levels))
+    def raised(level: Floats) -> Ints:
+        steps = np.ceil(level[..., None] * desired[:, None] / budget.round_to).astype(np.int64)
+        return np.maximum(counts[:, None], budget.count(steps))
+
+    high: Floats = np.max(budget.num_channels / desired, axis=1) * 1.001
+    level = largest(lambda level: budget.cost(raised(level)) <= limit[:, None], 0 * high, high)
+    counts = raised(level[:, None])[:, 0]
 
     rows = np.arange(len(counts))
     is_open = counts < budget.num_channels
@@ -207,16 +228,12 @@ def spend(budget: Budget, desired: Floats, rates: ArrayLike) -> Ints:
 def uniform(budget: Budget, rates: ArrayLike, weights: ArrayLike) -> Ints:
     """(B, G) the same keep ratio for all groups of weight 1, the others whole where feasible.
 
-    Solved group by group, as the zero action of the agent is.
-
     Args:
         budget: The budget.
         rates: (B,) share of the whole cost that may be kept, each reachable.
         weights: (G,) 1 for groups that share the cut, 0 for those kept whole.
     """
-    limit = budget.limit(rates)
-    weights = np.asarray(weights, dtype=bool)
+    limit, channels = budget.limit(rates), budget.num_channels
     counts = np.tile(budget.min_counts, (len(limit), 1))
-    for group in range(counts.shape[1]):
-        counts[:, group] = prior_counts(budget, counts, group, weights, limit)[:, group]
-    return grow(budget, counts, counts.astype(np.float64), limit)
+    counts = share_out(budget, counts, 0, channels, np.asarray(weights, dtype=bool), limit)
+    return grow(budget, counts, np.tile(channels, (len(limit), 1)).astype(np.float64), limit)

@@ -1,8 +1,10 @@
 """Channel allocation as a Markov decision process: one group a step, many candidates at once.
 
-A zero action keeps the prior: the unspent budget shared evenly over the groups still to come. An
-action a in [-1, 1] keeps exp(s * a) times as many channels, the budget clamps it, and what is left
-after the last group is spent. So no episode ends above its budget and none below it needlessly.
+The prior is the uniform allocation of a rate. At every step the budget not yet spent is shared over
+the groups still to come, in proportion to it, and a zero action keeps that share: zero actions give
+the prior itself, and one bold step does not starve the groups after it. An action a in [-1, 1]
+keeps exp(s * a) times as many channels, the budget clamps it, and what is left after the last group
+is spent. So no episode ends above its budget and none below it needlessly.
 `rollout`, `replay` and the Gymnasium environment (env.py) share the same steps.
 
 The first 12 state features are those of CACP (2021, Table D); the prior keep ratio, its re-solving
@@ -16,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cacp_ray.pruning.cost import CostModel
-from cacp_ray.search.budget import Budget, Floats, Ints, clamp, grow, prior_counts
+from cacp_ray.search.budget import Budget, Floats, Ints, clamp, grow, share_out, uniform
 
 Float32s = NDArray[np.float32]
 Act = Callable[[Float32s, int], NDArray[np.floating]]
@@ -60,13 +62,22 @@ class AllocationMDP:
         self.action_scale = action_scale
         self._weights = np.asarray(prior_weights, dtype=bool)
         self._static = _static_features(cost_model, budget)  # (G, 8)
+        self._priors: dict[float, Ints] = {}
+
+    def prior(self, rates: ArrayLike) -> Ints:
+        """(B, G) keep counts of the prior, which are those of zero actions."""
+        wanted = [float(rate) for rate in np.asarray(rates, dtype=np.float64)]
+        new = sorted(set(wanted) - self._priors.keys())
+        if new:
+            self._priors.update(zip(new, uniform(self.budget, new, self._weights), strict=True))
+        return np.stack([self._priors[rate] for rate in wanted])
 
     def start(self, rates: ArrayLike) -> Ints:
         """(B, G) counts before the first step: every group at its smallest."""
         return np.tile(self.budget.min_counts, (len(np.asarray(rates)), 1))
 
     def observe(self, rates: ArrayLike, counts: Ints, step: int) -> tuple[Float32s, Ints]:
-        """States (B, F), about within [0, 1], and the prior's counts (B,) of group `step`.
+        """States (B, F), about within [0, 1], and counts (B,) of group `step` at zero action.
 
         Args:
             rates: (B,) share of the cost kept.
@@ -75,7 +86,8 @@ class AllocationMDP:
         """
         budget, total = self.budget, self.budget.total
         rates = np.asarray(rates, dtype=np.float64)
-        prior = prior_counts(budget, counts, step, self._weights, budget.limit(rates))[:, step]
+        base, limit = self.prior(rates), budget.limit(rates)
+        prior = share_out(budget, counts, step, base, self._weights, limit)[:, step]
         whole = counts.copy()
         whole[:, step:] = budget.num_channels[step:]
         most, least = budget.cost(whole), budget.cost(counts)
@@ -91,7 +103,7 @@ class AllocationMDP:
 
     def desire(self, prior: Ints, actions: NDArray[np.floating]) -> Floats:
         """(B,) counts that actions in [-1, 1] ask for."""
-        return prior * np.exp(self.action_scale * np.asarray(actions, dtype=np.float64))
+        return prior.astype(np.float64) * np.exp(self.action_scale * actions.astype(np.float64))
 
     def decide(self, rates: ArrayLike, counts: Ints, step: int, desired: Floats) -> Ints:
         """(B, G) counts with group `step` decided: legal, and the rate still reachable."""
@@ -105,7 +117,12 @@ class AllocationMDP:
         return grow(self.budget, counts, wanted, self.budget.limit(rates))
 
     def rollout(self, rates: ArrayLike, act: Act) -> Rollout:
-        """Plays whole episodes.
+        """Plays whole episodes, and tells how their final keep counts are reached."""
+        counts = self.play(rates, act)
+        return Rollout(counts, *self.replay(rates, counts))
+
+    def play(self, rates: ArrayLike, act: Act) -> Ints:
+        """(B, G) keep counts of whole episodes.
 
         Args:
             rates: (B,) share of the cost kept, each reachable.
@@ -117,8 +134,7 @@ class AllocationMDP:
             states, prior = self.observe(rates, counts, step)
             desired[:, step] = self.desire(prior, act(states, step))
             counts = self.decide(rates, counts, step, desired[:, step])
-        counts = self.finish(rates, counts, desired)
-        return Rollout(counts, *self.replay(rates, counts))
+        return self.finish(rates, counts, desired)
 
     def replay(
         self, rates: ArrayLike, keep_counts: Ints | Sequence[Sequence[int]]

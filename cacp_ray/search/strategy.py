@@ -22,7 +22,7 @@ class Strategy(Protocol):
     name: str
 
     def ask(self, count: int) -> list[Proposal]:
-        """Up to `count` proposals; fewer (even none) when the strategy waits for results or is done."""
+        """Up to `count` proposals; fewer (even none) where it waits for results or is done."""
         ...
 
     def tell(self, results: Sequence[tuple[Candidate, Measurement]]) -> None:

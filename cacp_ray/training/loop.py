@@ -1,7 +1,7 @@
 """One epoch loop for base training and fine-tuning, with distillation and exact resume.
 
-The order of images, the crops and the flips of an epoch depend on (seed, epoch) alone, so a run that
-is continued from an epoch's end repeats what the uninterrupted run would have done.
+The order of images, the crops, the flips and the dropout of an epoch depend on (seed, epoch) alone,
+so a run that is continued from an epoch's end repeats what the uninterrupted run would have done.
 """
 
 import math
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cacp_ray.data.transforms import augment
-from cacp_ray.training.recipe import Recipe
 from cacp_ray.training.metrics import Accuracy, fast_dtype, measure
+from cacp_ray.training.optimizer import SGD
+from cacp_ray.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -36,19 +37,19 @@ def learning_rate(recipe: Recipe, step: int, num_steps: int) -> float:
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+def make_optimizer(model: nn.Module, recipe: Recipe) -> SGD:
     """SGD; biases and BN parameters are not decayed."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+    return SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
 
 
 def train_epoch(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: SGD,
     images: Tensor,
     labels: Tensor,
     recipe: Recipe,
@@ -67,7 +68,9 @@ def train_epoch(
         epoch: Index of this epoch in [0, recipe.epochs).
         teacher: Base model for distillation; needed where `recipe.distillation` > 0.
     """
-    generator = torch.Generator().manual_seed(recipe.seed * 100_003 + epoch)
+    epoch_seed = recipe.seed * 100_003 + epoch
+    torch.manual_seed(epoch_seed)  # dropout
+    generator = torch.Generator().manual_seed(epoch_seed)
     order = torch.randperm(len(labels), generator=generator)
     batches = order.split(recipe.batch_size)
     dtype = fast_dtype()
@@ -88,7 +91,7 @@ def train_epoch(
                 target = teacher(x).float()
             soft = distillation_loss(logits, target, recipe.temperature)
             loss = (1 - recipe.distillation) * loss + recipe.distillation * soft
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss.backward()
         if recipe.clip_norm > 0:
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
@@ -101,7 +104,9 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
     """T^2 KL(teacher || student) of softened outputs (Hinton et al., 2015, section 2)."""
     student = functional.log_softmax(logits / temperature, dim=1)
     teacher = functional.log_softmax(teacher_logits / temperature, dim=1)
-    return temperature**2 * functional.kl_div(student, teacher, log_target=True, reduction="batchmean")
+    return temperature**2 * functional.kl_div(
+        student, teacher, log_target=True, reduction="batchmean"
+    )
 
 
 def train(

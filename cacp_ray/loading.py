@@ -1,0 +1,119 @@
+"""From a configuration to objects: the base network, its data, the slicing plan, the budget."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cacp_ray.config import DataConfig, ModelConfig, PruningConfig, RunConfig
+from cacp_ray.data.images import ImageSet, read_parquet
+from cacp_ray.data.transforms import to_normalized
+from cacp_ray.errors import ConfigError
+from cacp_ray.evaluation.scorer import Prepared, hash_weights, prepare
+from cacp_ray.models.factory import build_model, load_weights
+from cacp_ray.pruning.criteria import get_criterion
+from cacp_ray.pruning.plan import Plan, make_plan
+from cacp_ray.search.budget import Budget, minimum_counts
+
+
+@dataclass(frozen=True)
+class Base:
+    """The trained network of a run and the images that judge it.
+
+    Attributes:
+        model: With its weights, in evaluation mode.
+        sha256: Of the weights.
+        plan: How it may be cut.
+        budget: Of the run's cost; every rate of the run is reachable.
+        calibration: Training images, for statistics only.
+        search: The search split.
+    """
+
+    model: nn.Module
+    sha256: str
+    plan: Plan
+    budget: Budget
+    calibration: ImageSet
+    search: ImageSet
+
+
+def read_split(data: DataConfig, name: str, count: int | None = None) -> ImageSet:
+    """Decodes a split, or `count` of its images, evenly spaced."""
+    split = getattr(data, name)
+    return read_parquet(split.path, split.rows, count)
+
+
+def check_splits(splits: dict[str, ImageSet]) -> None:
+    """Refuses splits of different classes or image sizes.
+
+    Raises:
+        ConfigError: Naming both splits.
+    """
+    (first_name, first), *others = splits.items()
+    for name, split in others:
+        if split.classes != first.classes or split.images.shape[1:] != first.images.shape[1:]:
+            raise ConfigError(
+                f"data.{name} has {len(split.classes)} classes of {split.images.shape[1:]} images, "
+                f"data.{first_name} {len(first.classes)} of {first.images.shape[1:]}: "
+                "all splits must be alike"
+            )
+
+
+def as_tensors(split: ImageSet) -> tuple[Tensor, Tensor]:
+    """Normalised images (N, C, H, W) and labels (N,)."""
+    return to_normalized(split.images), torch.from_numpy(split.labels)
+
+
+def load_model(config: ModelConfig, num_classes: int) -> nn.Module:
+    """The base network in evaluation mode."""
+    model = build_model(config.name, num_classes)
+    if config.weights is not None:
+        load_weights(model, config.weights)
+    return model.eval()
+
+
+def load_base(config: RunConfig) -> Base:
+    """Reads and checks what a search needs before anything is written.
+
+    Raises:
+        CacpError: The first thing that does not fit, in one line.
+    """
+    get_criterion(config.pruning.criterion)
+    if config.model.weights is None:
+        raise ConfigError("model.weights is missing: a search starts from a trained network")
+    calibration = read_split(config.data, "train", config.pruning.calibration_images)
+    search = read_split(config.data, "search").take(config.evaluation.images)
+    check_splits({"train": calibration, "search": search})
+    model = load_model(config.model, len(search.classes))
+    plan = make_plan(model, to_normalized(search.images[:1]))
+    budget = make_budget(plan, config.cost, config.pruning)
+    for rate in config.rates:
+        budget.check(rate)
+    return Base(model, hash_weights(model.state_dict()), plan, budget, calibration, search)
+
+
+def prepare_base(base: Base, config: RunConfig, orders: list[list[int]] | None = None) -> Prepared:
+    """Statistics, importance order and compensation factors; `orders` repeats a run's own."""
+    return prepare(
+        base.model,
+        base.plan,
+        base.calibration.images,
+        criterion=config.pruning.criterion,
+        recovery=config.pruning.recovery,
+        seed=config.seed,
+        orders=None if orders is None else [np.array(order) for order in orders],
+    )
+
+
+def make_budget(plan: Plan, cost: str, pruning: PruningConfig) -> Budget:
+    """The budget of `macs` or `params`; groups that match a keep pattern stay whole."""
+    num_channels = plan.cost_model.num_channels
+    least = minimum_counts(num_channels, pruning.floor, pruning.round_to)
+    prunable = plan.select_groups(pruning.keep)
+    return Budget(
+        plan.cost_model.kind(cost),
+        num_channels,
+        np.where(prunable, least, num_channels),
+        pruning.round_to,
+    )

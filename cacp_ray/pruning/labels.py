@@ -1,0 +1,87 @@
+"""Labels of channels, and which of them belong together."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+NEUTRAL = 0  # constants and padding: unite with anything
+FROZEN = 1  # channels that stay whole
+
+
+class LabelSets:
+    """Disjoint sets of labels, united in bulk; the smallest label stands for its set."""
+
+    def __init__(self) -> None:
+        self._parent = np.arange(2, dtype=np.int64)
+        self._reasons: dict[int, str] = {}
+        self.summed: set[int] = set()
+
+    def new(self, count: int) -> Tensor:
+        """(count,) fresh labels."""
+        first = len(self._parent)
+        self._parent = np.concatenate([self._parent, np.arange(first, first + count)])
+        return torch.arange(first, first + count)
+
+    def find(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The label that stands for each label's set."""
+        roots = self._parent[labels]
+        while True:
+            above = self._parent[roots]
+            if np.array_equal(above, roots):
+                self._parent[labels] = roots
+                return roots
+            roots = above
+
+    def unite(self, first: Tensor, second: Tensor, *, is_sum: bool = False) -> Tensor:
+        """Unites labels element by element (broadcast); returns the labels of the result."""
+        first, second = torch.broadcast_tensors(first, second)
+        a, b = _drop_repeats(first, second)
+        merged = torch.where(a == NEUTRAL, b, a).expand(first.shape)
+        pairs = np.unique(np.stack([a.numpy().ravel(), b.numpy().ravel()]), axis=1)
+        for one, two in pairs.T[(pairs != NEUTRAL).all(0)]:
+            if one == two:
+                continue
+            low, high = sorted(self.find(np.array([one, two])))
+            if is_sum and low not in (high, FROZEN):
+                self.summed.add(int(low))
+            if low == FROZEN and high != low:
+                self._freeze(np.array([high]), "meets channels that stay whole")
+            self._parent[high] = low
+        return merged
+
+    @property
+    def all_reasons(self) -> set[str]:
+        """Every reason why something stays whole."""
+        return set(self._reasons.values())
+
+    def reason(self, label: int) -> str:
+        """Why a channel stays whole."""
+        return self._reasons.get(label, "its channels are not all alike")
+
+    def freeze(self, labels: Tensor, reason: str) -> None:
+        """Marks channels, and all that they belong together with, as staying whole."""
+        roots = np.unique(self.find(np.unique(compact(labels).numpy())))
+        self._freeze(roots[roots > FROZEN], reason)
+
+    def _freeze(self, roots: NDArray[np.int64], reason: str) -> None:
+        if len(roots):
+            everything = self.find(np.arange(len(self._parent)))
+            for label in np.flatnonzero(np.isin(everything, roots)).tolist():
+                self._reasons[label] = reason
+            self._parent[roots] = FROZEN
+
+
+def compact(labels: Tensor) -> Tensor:
+    """The same labels without repetition along expanded dimensions."""
+    for dim, stride in enumerate(labels.stride()):
+        if stride == 0 and labels.shape[dim] > 1:
+            labels = labels.narrow(dim, 0, 1)
+    return labels
+
+
+def _drop_repeats(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    for dim in range(first.ndim):
+        if first.shape[dim] > 1 and first.stride(dim) == second.stride(dim) == 0:
+            first, second = first.narrow(dim, 0, 1), second.narrow(dim, 0, 1)
+    return first, second

@@ -1,0 +1,223 @@
+"""The figures of a run as PNG, drawn without pyplot: no window, no global state."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pyarrow as pa
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from cacp_ray.files import write_file
+
+# Narrow figures with large letters stay readable on a phone.
+WIDTH = 5.8
+DPI = 170
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b7280"  # Okabe and Ito
+MAX_LEGEND_RATES = 6
+MAX_CELLS_WITH_TEXT = 16
+MAX_GROUP_LABELS = 30
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure on disk, and what stands below it."""
+
+    path: Path
+    title: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """Successful measurements in the order recorded; all arrays are (N,)."""
+
+    rate: NDArray[np.float64]
+    cost_kept: NDArray[np.float64]
+    top1: NDArray[np.float64]
+
+
+def draw_figures(result: dict[str, Any], table: pa.Table, folder: Path) -> list[Drawing]:
+    """Writes the PNG files of a run.
+
+    Args:
+        result: Content of result.json.
+        table: The episodes; columns of which rate, cost_kept, top1 and status are read.
+        folder: Where the files are written.
+    """
+    episodes = read_episodes(table)
+    figures: list[tuple[str, str, Callable[[Axes], str]]] = [
+        ("accuracy", "Accuracy against cost", lambda axes: plot_accuracy(axes, result, episodes)),
+        ("learning", "Progress of the search", lambda axes: plot_learning(axes, result, episodes)),
+        ("keep-ratios", "Where channels were cut", lambda axes: plot_keep_ratios(axes, result)),
+    ]
+    drawings = []
+    for name, title, plot in figures:
+        figure = Figure(figsize=(WIDTH, 4.0), dpi=DPI, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        caption = plot(figure.add_subplot())
+        path = folder / f"{name}.png"
+        # Without the version of matplotlib equal figures are equal files.
+        write_file(
+            path,
+            lambda file, canvas=canvas: canvas.print_png(file, metadata={"Software": None}),
+        )
+        drawings.append(Drawing(path, title, caption))
+    return drawings
+
+
+def read_episodes(table: pa.Table) -> Episodes:
+    """The measurements that succeeded."""
+    if table.num_rows == 0:
+        return Episodes(np.empty(0), np.empty(0), np.empty(0))
+    columns = [table[name].to_numpy() for name in ("rate", "cost_kept", "top1", "status")]
+    rate, cost_kept, top1, status = columns
+    is_ok = status == "ok"
+    return Episodes(rate[is_ok], cost_kept[is_ok], top1[is_ok])
+
+
+def plot_accuracy(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str:
+    """Top-1 on the search split against cost kept; returns the caption."""
+    rates = sorted(result["rates"], key=lambda row: row["cost_kept"])
+    frontier = sorted(result["frontier"], key=lambda row: row["cost_kept"])
+    search = result["base"].get("search") or {}
+    shown: list[float] = []
+
+    def draw(rows: list[dict[str, Any]], key: str, **style: Any) -> None:
+        points = [
+            (100 * row["cost_kept"], 100 * row[key]) for row in rows if row.get(key) is not None
+        ]
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, **style)
+            shown.extend(y)
+
+    axes.scatter(
+        100 * episodes.cost_kept, 100 * episodes.top1, s=9, c=GREY, alpha=0.25, linewidths=0
+    )
+    if search.get("top1") is not None:
+        shown.append(100 * search["top1"])
+        axes.axhline(shown[-1], color="black", linestyle=":", linewidth=1.3, label="base")
+    draw(frontier, "top1", color=GREEN, linewidth=1.5, linestyle="--", label="policy alone")
+    draw(rates, "top1", color=BLUE, marker="o", label="before fine-tuning")
+    draw(rates, "finetuned_top1", color=ORANGE, marker="s", label="after fine-tuning")
+    num_hidden = _limit_y(axes, np.array(shown), 100 * episodes.top1)
+    _style(axes, f"cost kept (% of {_cost_name(result)})", "top-1, search split (%)")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=10, frameon=False, loc="lower right")
+    below = f" {num_hidden:,} of them lie below the axis." if num_hidden else ""
+    return f"Dots: measured candidates, {len(episodes.top1):,} in all.{below}"
+
+
+def plot_learning(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str:
+    """Best so far and running mean of every rate; returns the caption."""
+    rates = sorted(row["rate"] for row in result["rates"])
+    if len(episodes.top1) == 0:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "no candidate was measured", ha="center", transform=axes.transAxes)
+        return "No candidate was measured."
+    window = max(5, len(episodes.top1) // (10 * max(1, len(rates))))
+    colours = mpl.colormaps["viridis"](np.linspace(0.0, 0.85, len(rates)))
+    shown: list[float] = []
+    for rate, colour in zip(rates, colours, strict=True):
+        # A cheaper candidate serves this rate too, whichever rate it was proposed for.
+        fits = np.flatnonzero(episodes.cost_kept <= rate + 1e-9)
+        own = np.flatnonzero(np.isclose(episodes.rate, rate))
+        best = np.maximum.accumulate(100 * episodes.top1[fits])
+        mean = _running_mean(100 * episodes.top1[own], window)
+        end = len(episodes.top1)
+        steps = np.append(fits + 1, end) if len(fits) else fits
+        values = np.append(best, best[-1:])
+        marker = "o" if end == 1 else None
+        style = {"color": colour, "marker": marker, "label": f"{rate:.2f}"}
+        axes.plot(steps, values, drawstyle="steps-post", **style)
+        axes.plot(own + 1, mean, color=colour, linewidth=1.1, linestyle="--")
+        shown.extend(np.concatenate([best[len(best) // 20 :], mean[len(mean) // 20 :]]))
+    _limit_y(axes, np.array(shown), np.empty(0))
+    _style(axes, "measured candidates", "top-1, search split (%)")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+    figure = axes.get_figure()
+    assert figure is not None
+    figure.legend(  # type: ignore[union-attr]
+        title="rate (kept)",
+        loc="outside upper center",
+        ncols=min(len(rates), MAX_LEGEND_RATES),
+        fontsize=10,
+        frameon=False,
+    )
+    return (
+        "Solid: best so far within the budget of the rate. Dashed: mean of the last "
+        f"{window} candidates proposed for it."
+    )
+
+
+def plot_keep_ratios(axes: Axes, result: dict[str, Any]) -> str:
+    """Share of channels kept: a row a rate, a column a group; returns the caption."""
+    rates = sorted(result["rates"], key=lambda row: row["rate"])
+    groups = result["groups"]
+    num_channels = np.array([group["num_channels"] for group in groups])
+    kept = np.array([row["keep_counts"] for row in rates]).reshape(len(rates), len(groups))
+    ratios = 100 * kept / num_channels  # (R, G)
+    image = axes.imshow(ratios, aspect="auto", cmap="viridis", vmin=0, vmax=100)
+    axes.set_yticks(range(len(rates)), [f"{row['rate']:.2f}" for row in rates])
+    every = -(-len(groups) // MAX_GROUP_LABELS)
+    ticks = range(0, len(groups), every)
+    axes.set_xticks(ticks, [_shorten(groups[g]["name"]) for g in ticks], parse_math=False)
+    axes.tick_params(
+        axis="x", labelrotation=90, labelsize=9 if len(groups) <= MAX_CELLS_WITH_TEXT else 7
+    )
+    for g, label in zip(ticks, axes.get_xticklabels(), strict=True):
+        label.set_fontweight("bold" if groups[g]["is_residual"] else "normal")
+    if len(groups) <= MAX_CELLS_WITH_TEXT:
+        for (r, g), ratio in np.ndenumerate(ratios):
+            colour = "white" if ratio < 45 else "black"
+            axes.text(g, r, f"{ratio:.0f}", ha="center", va="center", color=colour, fontsize=9)
+    axes.set_ylabel("rate (kept)", fontsize=11)
+    figure = axes.get_figure()
+    assert figure is not None
+    bar = figure.colorbar(image, ax=axes, location="top", aspect=40, pad=0.02)
+    bar.set_label("channels kept (%)", fontsize=11)
+    left_out = "" if every == 1 else f" One name in {every} is written."
+    return f"A column is a channel group, in forward order; bold: residual streams.{left_out}"
+
+
+def _style(axes: Axes, x_label: str, y_label: str) -> None:
+    axes.set_xlabel(x_label, fontsize=11)
+    axes.set_ylabel(y_label, fontsize=11)
+    axes.tick_params(labelsize=10)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _limit_y(axes: Axes, shown: NDArray[np.float64], dots: NDArray[np.float64]) -> int:
+    """Sets the y axis for `shown` and all but the worst tenth of `dots`; returns dots left out."""
+    shown = shown[~np.isnan(shown)]
+    lows = [*shown, *np.quantile(dots, [0.1])] if len(dots) else [*shown]
+    if not lows:
+        return 0
+    low, high = min(lows), max([*lows, *dots])
+    margin = max(0.05 * (high - low), 1.0)
+    axes.set_ylim(max(0.0, low - margin), min(100.5, high + margin))
+    return int((dots < low - margin).sum())
+
+
+def _running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
+    """Mean of each value and up to `window` - 1 before it."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    stop = np.arange(1, len(values) + 1)
+    start = np.maximum(0, stop - window)
+    return (sums[stop] - sums[start]) / (stop - start)
+
+
+def _cost_name(result: dict[str, Any]) -> str:
+    return "MACs" if result["cost"] == "macs" else result["cost"]
+
+
+def _shorten(name: str, length: int = 22) -> str:
+    return name if len(name) <= length else "\N{HORIZONTAL ELLIPSIS}" + name[1 - length :]

@@ -1,0 +1,164 @@
+"""The report of a run: one HTML file that needs nothing beside it."""
+
+import base64
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pyarrow as pa
+
+from cacp_ray.errors import ArtifactError
+from cacp_ray.files import read_json, write_file
+from cacp_ray.reporting.figures import Drawing, draw_figures
+from cacp_ray.reporting.summary import (
+    Column,
+    Row,
+    accuracy_columns,
+    format_macs,
+    format_seconds,
+    frontier_columns,
+    size_columns,
+    standard_errors,
+    summary_rows,
+)
+
+PHASES = {
+    "start": "start of the cluster",
+    "prepare": "statistics and orders",
+    "search": "search",
+    "frontier": "policy's frontier",
+    "finetune": "fine-tuning",
+}
+
+
+def write_report(run_dir: Path, episodes: pa.Table) -> Path:
+    """Draws the figures and writes `report.html` from result.json, environment.json, config.yaml.
+
+    Args:
+        run_dir: Of the run; its path is written into the report as given.
+        episodes: All measurements of the run, columns as in `episodes/`.
+
+    Returns:
+        Path of the report.
+
+    Raises:
+        ArtifactError: One of the three files is missing or unreadable.
+    """
+    if not (run_dir / "result.json").exists():
+        raise ArtifactError(
+            f"{run_dir} holds no result.json: finish the search first (search --resume)"
+        )
+    result = read_json(run_dir / "result.json")
+    environment = read_json(run_dir / "environment.json")
+    try:
+        config = (run_dir / "config.yaml").read_text()
+    except OSError as error:
+        raise ArtifactError(f"{run_dir / 'config.yaml'}: {error.strerror}") from error
+    drawings = draw_figures(result, episodes, run_dir / "figures")
+    page = render_page(run_dir, result, environment, config, episodes, drawings)
+    path = run_dir / "report.html"
+    write_file(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    return path
+
+
+def render_page(
+    run_dir: Path,
+    result: dict[str, Any],
+    environment: dict[str, Any],
+    config: str,
+    episodes: pa.Table,
+    drawings: list[Drawing],
+) -> str:
+    """The HTML of a report; every value is escaped."""
+    # The name ends in .jinja, so jinja2 would not know it for HTML: escaping is switched on here.
+    environment_of_jinja = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    source = resources.files("cacp_ray.reporting").joinpath("report.html.jinja").read_text("utf-8")
+    rows = summary_rows(result)
+    return environment_of_jinja.from_string(source).render(
+        result=result,
+        base_macs=format_macs(result["base"]["macs"]),
+        size=_cells(size_columns(result), rows),
+        accuracy=_cells(accuracy_columns(result), rows),
+        frontier=_cells(frontier_columns(result), result["frontier"]),
+        errors=standard_errors(result),
+        figures=[_figure(drawing) for drawing in drawings],
+        loading=_loading(run_dir, rows[1:]),
+        has_finetuned=any(row.get("finetuned_top1") is not None for row in rows[1:]),
+        phases=_phases(result["seconds"]),
+        total_seconds=format_seconds(sum(s for s in result["seconds"].values() if s is not None)),
+        facts=_facts(episodes),
+        environment=_flatten(environment),
+        config=config,
+        rates=rows[1:],
+    )
+
+
+def _cells(columns: list[Column], rows: list[Row]) -> dict[str, Any]:
+    return {
+        "columns": columns,
+        "rows": [[column.text(row) for column in columns] for row in rows],
+    }
+
+
+def _figure(drawing: Drawing) -> dict[str, str]:
+    encoded = base64.b64encode(drawing.path.read_bytes()).decode()
+    return {
+        "title": drawing.title,
+        "caption": drawing.caption,
+        "source": f"data:image/png;base64,{encoded}",
+    }
+
+
+def _loading(run_dir: Path, rows: list[Row]) -> list[dict[str, str]]:
+    loading = []
+    for row in rows:
+        path = json.dumps((run_dir / row["path"]).as_posix(), ensure_ascii=False)
+        code = f"import cacp_ray\nnet = cacp_ray.load_subnet({path})"
+        loading.append({"label": row["label"], "code": code})
+    return loading
+
+
+def _phases(seconds: dict[str, float | None]) -> list[dict[str, Any]]:
+    longest = max((s for s in seconds.values() if s is not None), default=0.0)
+    return [
+        {
+            "name": PHASES.get(name, name),
+            "text": format_seconds(value),
+            "width": round(100 * value / longest, 1) if value and longest else 0,
+        }
+        for name, value in seconds.items()
+    ]
+
+
+def _facts(episodes: pa.Table) -> list[str]:
+    """What the episodes tell beside their accuracies."""
+    if episodes.num_rows == 0:
+        return ["no measurement is recorded"]
+    status = episodes["status"].to_pylist()
+    evaluators = len(set(episodes["evaluator"].to_pylist()))
+    nodes = len(set(episodes["node"].to_pylist()))
+    return [
+        f"{_plural(episodes.num_rows, 'measurement')} recorded",
+        f"{sum(episodes['cached'].to_pylist()):,} answered from memory",
+        f"{len(status) - status.count('ok'):,} failed",
+        f"{_plural(evaluators, 'evaluator')} on {_plural(nodes, 'node')}",
+    ]
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _flatten(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names and values; those of nested objects follow in place."""
+    pairs: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            pairs += _flatten(value)
+        else:
+            pairs.append((name, "unknown" if value is None else str(value)))
+    return pairs

@@ -1,0 +1,190 @@
+"""The figures of a finished run as text: one definition for the terminal and for the HTML report.
+
+Takes the content of result.json. A value that was not measured (yet) becomes a dash.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+DASH = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table.
+
+    Attributes:
+        head: Name of the figure.
+        unit: Below the head, or "".
+        text: A row's cell.
+    """
+
+    head: str
+    unit: str
+    text: Callable[[Row], str]
+
+
+def is_missing(value: float | None) -> bool:
+    """Whether a figure is absent or not a number."""
+    return value is None or math.isnan(value)
+
+
+def format_number(value: float | None, digits: int) -> str:
+    """Fixed digits; a dash where the value is missing."""
+    return DASH if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def format_percent(share: float | None, digits: int = 2) -> str:
+    """A share in [0, 1] in percent, without the sign."""
+    return DASH if share is None else format_number(100 * share, digits)
+
+
+def format_seconds(seconds: float | None) -> str:
+    """A duration to read at a glance: 4.2 s, 3 min 20 s, 2 h 05 min."""
+    if seconds is None or math.isnan(seconds):
+        return DASH
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def format_macs(macs: float) -> str:
+    """MACs with their unit."""
+    unit, scale, digits = _macs_unit(macs)
+    return f"{macs / scale:.{digits}f} {unit}"
+
+
+def summary_rows(result: dict[str, Any]) -> list[Row]:
+    """The base network, then each rate as in result.json, smallest first; `label` names the row."""
+    base = result["base"]
+    whole = {
+        "label": "base",
+        "cost_kept": 1.0,
+        "macs": base["macs"],
+        "params": base["params"],
+        "top1_none": _top1(base, "search"),
+        "test_top1": _top1(base, "test"),
+        "latency_ms": base.get("latency_ms"),
+        "speedup": None if is_missing(base.get("latency_ms")) else 1.0,
+    }
+    rows = sorted(result["rates"], key=lambda row: row["rate"])
+    return [whole, *({"label": f"{row['rate']:.2f}"} | row for row in rows)]
+
+
+def size_columns(result: dict[str, Any]) -> list[Column]:
+    """What you got: how small and how fast. Units fit the base network and hold for all rows."""
+    return [
+        Column("rate", "kept", lambda row: row["label"]),
+        *_cost_columns(result),
+        _count_column("params", *_params_unit(result["base"]["params"])),
+        Column("latency", "ms", lambda row: format_number(row.get("latency_ms"), 2)),
+        Column("speed-up", "", lambda row: _format_speedup(row.get("speedup"))),
+    ]
+
+
+def accuracy_columns(result: dict[str, Any]) -> list[Column]:
+    """How good it is: top-1 in percent, on the search split but for the last two."""
+    columns = [
+        _accuracy_column("cut", "on search", "top1_none"),
+        _accuracy_column("recovered", "on search", "top1"),
+    ]
+    if any(not is_missing(row.get("policy_top1")) for row in result["rates"]):
+        columns.append(_accuracy_column("policy alone", "on search", "policy_top1"))
+    base_top1 = _top1(result["base"], "test")
+    return [
+        *columns,
+        _accuracy_column("fine-tuned", "on search", "finetuned_top1"),
+        _accuracy_column("fine-tuned", "on test", "test_top1"),
+        Column("against base", "points, test", lambda row: _format_change(row, base_top1)),
+    ]
+
+
+def frontier_columns(result: dict[str, Any]) -> list[Column]:
+    """What the policy answers at rates without a further search."""
+    return [
+        Column("rate", "kept", lambda row: f"{row['rate']:.2f}"),
+        *_cost_columns(result),
+        _accuracy_column("recovered", "on search", "top1"),
+    ]
+
+
+def standard_errors(result: dict[str, Any]) -> list[str]:
+    """One sentence a split: the binomial standard errors of its accuracies in the tables."""
+    base, rates = result["base"], result["rates"]
+    search = [row.get(key) for row in rates for key in ("top1_none", "top1", "finetuned_top1")]
+    test = [row.get("test_top1") for row in rates]
+    return [
+        *_standard_error("search", [_top1(base, "search"), *search], _images(base, "search")),
+        *_standard_error("test", [_top1(base, "test"), *test], _images(base, "test")),
+    ]
+
+
+def _standard_error(split: str, shares: Iterable[float | None], images: int | None) -> list[str]:
+    known = [share for share in shares if share is not None and not math.isnan(share)]
+    if not known or not images:
+        return []
+    errors = sorted(100 * math.sqrt(share * (1 - share) / images) for share in known)
+    low, high = f"{errors[0]:.2f}", f"{errors[-1]:.2f}"
+    span = low if low == high else f"{low} to {high}"
+    return [f"{split} split: {span} points ({images:,} images)"]
+
+
+def _cost_columns(result: dict[str, Any]) -> list[Column]:
+    cost = "MACs" if result["cost"] == "macs" else result["cost"]
+    return [
+        Column("cost kept", f"% of {cost}", lambda row: format_percent(row["cost_kept"])),
+        _count_column("MACs", *_macs_unit(result["base"]["macs"])),
+    ]
+
+
+def _count_column(head: str, unit: str, scale: float, digits: int) -> Column:
+    return Column(head, unit, lambda row: format_number(row[head.lower()] / scale, digits))
+
+
+def _accuracy_column(head: str, split: str, key: str) -> Column:
+    return Column(head, split, lambda row: format_percent(row.get(key)))
+
+
+def _macs_unit(macs: float) -> tuple[str, float, int]:
+    unit, scale = ("G", 1e9) if macs >= 1e9 else ("M", 1e6)
+    return unit, scale, _digits(macs / scale)
+
+
+def _params_unit(params: float) -> tuple[str, float, int]:
+    unit, scale = ("M", 1e6) if params >= 1e7 else ("k", 1e3)
+    return unit, scale, _digits(params / scale)
+
+
+def _digits(largest: float) -> int:
+    return 1 if largest >= 100 else 2 if largest >= 10 else 3
+
+
+def _top1(base: dict[str, Any], split: str) -> float | None:
+    return (base.get(split) or {}).get("top1")
+
+
+def _images(base: dict[str, Any], split: str) -> int | None:
+    return (base.get(split) or {}).get("images")
+
+
+def _format_speedup(factor: float | None) -> str:
+    text = format_number(factor, 2)
+    return text if text == DASH else text + TIMES
+
+
+def _format_change(row: Row, base_top1: float | None) -> str:
+    top1 = row.get("test_top1")
+    if row["label"] == "base" or top1 is None or base_top1 is None:
+        return DASH
+    return f"{100 * (top1 - base_top1):+.2f}".replace("-", MINUS)

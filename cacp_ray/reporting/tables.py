@@ -1,0 +1,77 @@
+"""The final tables on the terminal, and as plain text where there is none."""
+
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cacp_ray.reporting.summary import (
+    DASH,
+    Column,
+    Row,
+    accuracy_columns,
+    frontier_columns,
+    size_columns,
+    standard_errors,
+    summary_rows,
+)
+
+PLAIN_WIDTH = 110
+
+
+def make_console(file: TextIO | None = None) -> Console:
+    """A console on `file` (standard output); without a terminal 110 columns and no colour."""
+    console = Console(file=file, highlight=False)
+    if console.is_terminal:
+        return console
+    return Console(file=file, highlight=False, width=PLAIN_WIDTH, no_color=True)
+
+
+def final_table(result: dict[str, Any]) -> RenderableType:
+    """Size and accuracy of every rate, one table below the other: each fits 100 columns."""
+    parts: list[RenderableType] = [size_table(result), accuracy_table(result)]
+    errors = standard_errors(result)
+    if errors:
+        parts.append(Text(f"Standard error (binomial) on the {', on the '.join(errors)}."))
+    return Group(*parts)
+
+
+def size_table(result: dict[str, Any]) -> Table:
+    """What you got: rate, cost, MACs, params, latency, speed-up and where it lies."""
+    subnet = Column("subnet", "folder", lambda row: row.get("path") or DASH)
+    title = f"What you got: {result['name']}"
+    return _table(title, [*size_columns(result), subnet], summary_rows(result))
+
+
+def accuracy_table(result: dict[str, Any]) -> Table:
+    """How good it is: cut, recovered, fine-tuned, test."""
+    columns = [size_columns(result)[0], *accuracy_columns(result)]
+    return _table(
+        "How good it is: top-1 accuracy in %, on the search or test split",
+        columns,
+        summary_rows(result),
+    )
+
+
+def frontier_table(result: dict[str, Any]) -> Table:
+    """What the policy answers without a further search; no rows where it was not asked."""
+    title = "The policy's answers: top-1 accuracy in %"
+    return _table(title, frontier_columns(result), result["frontier"])
+
+
+def _table(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> Table:
+    table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for column in columns:
+        is_text = column.head == "subnet"
+        table.add_column(
+            Text(f"{column.head}\n{column.unit}"),
+            justify="left" if is_text else "right",
+            no_wrap=not is_text,
+            overflow="fold",
+        )
+    for row in rows:
+        table.add_row(*(Text(column.text(row)) for column in columns))
+    return table

@@ -1,0 +1,255 @@
+"""What a finished search is good for: fine-tuning, other rates, re-scoring, the report."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cacp_ray.config import RunConfig
+from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError
+from cacp_ray.evaluation.measurement import Candidate, LocalEvaluator
+from cacp_ray.evaluation.scorer import make_scorer
+from cacp_ray.files import read_json, write_json
+from cacp_ray.loading import (
+    as_tensors,
+    check_splits,
+    load_base,
+    load_model,
+    prepare_base,
+    read_split,
+)
+from cacp_ray.pruning.subnet import load_subnet, read_description
+from cacp_ray.reporting.html import write_report
+from cacp_ray.run import Clock, build_winners, make_agent, measure_candidates
+from cacp_ray.search.run_directory import EpisodeRecord, RunDirectory
+from cacp_ray.training.metrics import Accuracy, measure
+
+
+def read_result(run_dir: Path) -> dict[str, Any]:
+    """The content of result.json.
+
+    Raises:
+        ArtifactError: The search has not ended yet.
+    """
+    if not (run_dir / "result.json").exists():
+        raise ArtifactError(
+            f"{run_dir} has no result.json: finish the search with `cacp-ray search --resume`"
+        )
+    return read_json(run_dir / "result.json")
+
+
+def finetune_run(
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    resume: bool,
+    address: str | None,
+    on_epoch: Callable[[Any], None],
+) -> dict[str, Any]:
+    """Fine-tunes the subnet of every rate as a Tune trial and completes result.json.
+
+    Args:
+        config: Of the run, its `finetune` section in force.
+        run_dir: Of a finished search.
+        resume: Go on with an interrupted fine-tuning.
+        address: Of a Ray cluster.
+        on_epoch: Called with every finished epoch.
+
+    Raises:
+        CacpError: Bad input, or a trial that failed too often.
+    """
+    from cacp_ray.distributed.cluster import connect
+    from cacp_ray.tuning.finetune import finetune_subnets
+
+    clock = Clock()
+    result = read_result(run_dir)
+    with clock.phase("finetune"):
+        splits = {name: read_split(config.data, name) for name in ("train", "search", "test")}
+        check_splits(splits)
+        connect(address)
+        arrays = {name: (split.images, split.labels) for name, split in splits.items()}
+        found = finetune_subnets(
+            load_subnet=partial(load_subnet, finetuned=False),
+            load_teacher=partial(load_model, config.model, len(splits["train"].classes)),
+            subnet_folders={row["rate"]: run_dir / row["path"] for row in result["rates"]},
+            train_split=arrays["train"],
+            search_split=arrays["search"],
+            test_split=arrays["test"],
+            recipe=config.finetune,
+            experiment_dir=run_dir / "finetune",
+            cpus_per_trial=config.cluster.cpus_per_evaluator,
+            resume=resume,
+            on_epoch=on_epoch,
+        )
+        base = load_model(config.model, len(splits["train"].classes))
+        result["base"]["test"] = dict(vars(measure(base, *as_tensors(splits["test"]))))
+    for row in result["rates"]:
+        tuned = found[row["rate"]]
+        row["finetuned_top1"] = tuned.search_top1
+        row["test_top1"] = tuned.test_top1
+        row["test_images"] = tuned.test_images
+    result["seconds"] |= clock.seconds
+    write_json(run_dir / "result.json", result)
+    return result
+
+
+def report_run(run_dir: Path) -> Path:
+    """Writes report.html and the figures of a finished search."""
+    read_result(run_dir)
+    records = RunDirectory(run_dir).read_records()
+    table = pa.Table.from_pylist([dataclasses.asdict(record) for record in records])
+    return write_report(run_dir, table)
+
+
+def parse_rates(text: str) -> list[float]:
+    """`0.42`, or `LO:HI:STEP` with both ends.
+
+    Raises:
+        ConfigError: Not of that form, or outside (0, 1].
+    """
+    try:
+        numbers = [float(part) for part in text.split(":")]
+        if len(numbers) == 3:
+            low, high, step = numbers
+            count = int((high - low) / step + 1e-9) + 1
+            numbers = [round(low + step * i, 4) for i in range(count)]
+        elif len(numbers) != 1:
+            raise ValueError(text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"--rate {text}: write one rate such as 0.42, or 0.2:0.9:0.02") from error
+    if not numbers or not all(0 < number <= 1 for number in numbers):
+        raise ConfigError(f"--rate {text}: a rate is the share of the cost kept, in (0, 1]")
+    return numbers
+
+
+def answer_rates(
+    config: RunConfig, run_dir: Path, rates: Sequence[float], evaluations: int, *, save: bool
+) -> list[dict[str, Any]]:
+    """Subnets for any rates from the trained policy, without searching again.
+
+    Args:
+        config: Of the run.
+        run_dir: Of a search by the `cacp` strategy.
+        rates: Share of the cost kept.
+        evaluations: 0 takes the policy's greedy answer; otherwise so many candidates a rate, the
+            greedy one and noisy rollouts around it, and the best on the search split.
+        save: Whether to write a subnet folder a rate.
+
+    Raises:
+        ArtifactError: No policy in the run, or a folder exists already.
+        InfeasibleRateError: A rate cannot be reached.
+    """
+    run = RunDirectory(run_dir)
+    checkpoint = run.find_checkpoint()
+    if config.strategy != "cacp" or checkpoint is None:
+        raise ArtifactError(f"{run_dir} has no trained policy: search with strategy cacp first")
+    for rate in rates:
+        folder = run_dir / "subnets" / f"rate-{rate:.2f}"
+        if save and folder.exists():
+            raise ArtifactError(f"{folder} exists: load it, or ask for another rate")
+    base = load_base(config)
+    for rate in rates:
+        base.budget.check(rate)
+    orders = [group["order"] for group in read_json(run_dir / "model.json")["groups"]]
+    prepared = prepare_base(base, config, orders)
+    agent, strategy = make_agent(config, base, None)
+    strategy.restore(checkpoint[0] / "strategy")
+    if strategy.prior is None:
+        raise ArtifactError(f"{run_dir} has no trained policy yet: continue it with --resume")
+    evaluator = LocalEvaluator(
+        make_scorer(
+            prepared,
+            base.search.images,
+            base.search.labels,
+            recovery=config.pruning.recovery,
+            batch_size=config.evaluation.batch_size,
+            dtype=config.evaluation.dtype,
+        )
+    )
+    best: dict[float, EpisodeRecord | None] = {}
+    answers = []
+    for rate in rates:
+        rng = np.random.default_rng([config.seed, round(1e4 * rate)])
+        wanted = max(1, evaluations)
+        counts = agent.policy_samples(rate, wanted, config.agent.noise_floor, rng).tolist()
+        candidates = [Candidate(i, rate, tuple(row)) for i, row in enumerate(counts)]
+        found = measure_candidates(evaluator, candidates)
+        chosen = max(candidates, key=lambda candidate: found[candidate.index].top1)
+        measured = found[chosen.index]
+        cost_kept = int(base.budget.cost(np.array(chosen.keep_counts))) / base.budget.total
+        answers.append(
+            {
+                "rate": rate,
+                "cost_kept": cost_kept,
+                "macs": int(base.plan.macs(chosen.keep_counts)),
+                "params": int(base.plan.params(chosen.keep_counts)),
+                "keep_counts": list(chosen.keep_counts),
+                "policy_top1": found[0].top1,
+                "top1": measured.top1,
+            }
+        )
+        best[rate] = _as_record(answers[-1], measured)
+    if save:
+        for answer, row in zip(
+            answers, build_winners(config, base, prepared, best, run_dir), strict=True
+        ):
+            answer |= {"path": row["path"], "top1": row["top1"]}
+    return answers
+
+
+def _as_record(answer: dict[str, Any], measured: Any) -> EpisodeRecord:
+    return EpisodeRecord(
+        **dataclasses.asdict(measured),
+        strategy="cacp",
+        rate=answer["rate"],
+        keep_counts=tuple(answer["keep_counts"]),
+        macs=answer["macs"],
+        params=answer["params"],
+        cost_kept=answer["cost_kept"],
+        reward=measured.top1,
+        cached=False,
+    )
+
+
+def rescore_candidate(
+    config: RunConfig, run_dir: Path, index: int
+) -> tuple[EpisodeRecord, Accuracy]:
+    """Rebuilds a recorded candidate and scores it again as the evaluators do.
+
+    Raises:
+        ArtifactError: No such index in the run.
+    """
+    records = {record.index: record for record in RunDirectory(run_dir).read_records()}
+    if index not in records:
+        raise ArtifactError(f"{run_dir} has no candidate {index}: it recorded {len(records)}")
+    record = records[index]
+    base = load_base(config)
+    orders = [group["order"] for group in read_json(run_dir / "model.json")["groups"]]
+    score = make_scorer(
+        prepare_base(base, config, orders),
+        base.search.images,
+        base.search.labels,
+        recovery=config.pruning.recovery,
+        batch_size=config.evaluation.batch_size,
+        dtype=config.evaluation.dtype,
+    )
+    found = score(Candidate(index, record.rate, record.keep_counts))
+    if found.status != "ok":
+        raise EvaluationError(f"candidate {index}: {found.error}")
+    return record, Accuracy(found.top1, found.top5, found.loss, found.images)
+
+
+def evaluate_subnet(folder: Path, config: RunConfig, split: str) -> tuple[dict[str, Any], Accuracy]:
+    """Loads a subnet folder as a user would and measures it in float32 on a split of the run."""
+    description = read_description(folder)
+    data = read_split(config.data, split)
+    if data.classes != tuple(description["classes"]):
+        raise ConfigError(
+            f"{folder} has the classes {', '.join(description['classes'][:3])} ..., "
+            f"data.{split} others: give the configuration it was searched with"
+        )
+    return description, measure(load_subnet(folder), *as_tensors(data))

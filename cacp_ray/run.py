@@ -1,0 +1,359 @@
+"""A search, from a configuration to a filled run directory."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cacp_ray.config import RunConfig, resolved
+from cacp_ray.errors import ArtifactError, EvaluationError
+from cacp_ray.evaluation.latency import measure_latency, speedup
+from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement
+from cacp_ray.evaluation.scorer import Cutter, Prepared, make_scorer
+from cacp_ray.files import describe_environment, read_json, write_json
+from cacp_ray.loading import Base, as_tensors, load_base, prepare_base
+from cacp_ray.pruning.subnet import describe_kept, load_subnet, save_subnet
+from cacp_ray.pruning.surgery import build_subnet
+from cacp_ray.search.loop import SearchLoop, SearchProgress
+from cacp_ray.search.mdp import AllocationMDP
+from cacp_ray.search.run_directory import EpisodeRecord, RunDirectory
+from cacp_ray.search.strategies import make_strategy
+from cacp_ray.search.strategies.prior import PriorFirst
+from cacp_ray.training.metrics import measure
+
+LATENCY_BATCH = 64
+FRONTIER = tuple(round(0.2 + 0.05 * step, 2) for step in range(15))
+
+
+@dataclass
+class Clock:
+    """Seconds spent in each phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time of a `with` block to a phase."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            spent = time.monotonic() - started
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 2)
+
+
+def run_search(
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    resume: bool,
+    address: str | None,
+    on_progress: Callable[[SearchProgress], object] | None,
+    say: Callable[[str], object],
+) -> dict[str, Any]:
+    """Searches all rates at once and fills `run_dir`, up to result.json.
+
+    Args:
+        config: Of the run.
+        run_dir: Empty, or this run's own with `resume`.
+        resume: Go on with what the folder holds.
+        address: Of a Ray cluster; None starts a local Ray unless RAY_ADDRESS is set.
+        on_progress: Called while the search goes on.
+        say: Takes a line about each phase.
+
+    Raises:
+        CacpError: Bad input, before anything is written, or a failed run.
+    """
+    from cacp_ray.distributed.cluster import available_cpus, connect
+    from cacp_ray.distributed.pool import RayEvaluatorPool
+
+    clock = Clock()
+    with clock.phase("prepare"):
+        base = load_base(config)
+    run = RunDirectory(run_dir)
+    saved = read_json(run_dir / "model.json") if (run_dir / "model.json").exists() else None
+    if saved is not None and saved["sha256"] != base.sha256:
+        raise ArtifactError(
+            f"{run_dir} was searched from other weights than {config.model.weights} holds now: "
+            "put them back or choose another --run-dir"
+        )
+    say(describe_base(base, config))
+    with clock.phase("start"), ThreadPoolExecutor(1) as executor:
+        orders = None if saved is None else [group["order"] for group in saved["groups"]]
+        preparing = executor.submit(prepare_base, base, config, orders)
+        connect(address)
+        prepared = preparing.result()
+    with clock.phase("start"):
+        per_evaluator = config.cluster.cpus_per_evaluator
+        num_evaluators = config.cluster.evaluators or max(1, available_cpus() // per_evaluator)
+        say(f"{num_evaluators} evaluators with {per_evaluator} CPU each")
+        evaluator = RayEvaluatorPool(
+            make_scorer,
+            {
+                "prepared": prepared,
+                "images": base.search.images,
+                "labels": base.search.labels,
+                "recovery": config.pruning.recovery,
+                "batch_size": config.evaluation.batch_size,
+                "dtype": config.evaluation.dtype,
+                "threads": per_evaluator,
+            },
+            num_evaluators=num_evaluators,
+            cpus_per_evaluator=per_evaluator,
+        )
+    try:
+        with clock.phase("start"):
+            if saved is None:
+                run.write_config(resolved(config))
+                run.write_environment(describe_environment(config.seed))
+                saved = describe_model(base, prepared, config)
+                run.write_model(saved)
+        with clock.phase("search"):
+            loop, policy = _search(config, base, run, evaluator, on_progress)
+        with clock.phase("frontier"):
+            answers = measure_policy(policy, base, config, evaluator) if policy else []
+    finally:
+        evaluator.close()
+    with clock.phase("build"):
+        winners = {rate: loop.archive.best(rate) for rate in config.rates}
+        rows = build_winners(config, base, prepared, winners, run_dir)
+    policy_top1 = {answer["rate"]: answer["top1"] for answer in answers}
+    result = {
+        "name": config.name,
+        "strategy": config.strategy,
+        "cost": config.cost,
+        "base": saved["base"],
+        "rates": [row | {"policy_top1": policy_top1.get(row["rate"])} for row in rows],
+        "frontier": answers,
+        "groups": [
+            {"name": g.name, "num_channels": g.num_channels, "is_residual": g.is_residual}
+            for g in base.plan.groups
+        ],
+        "evaluations": loop.progress.evaluations,
+        "seconds": clock.seconds,
+    }
+    add_latencies(result, base, run_dir)
+    write_json(run_dir / "result.json", result)
+    return result
+
+
+Policy = Callable[[Sequence[float]], Any]
+
+
+def _search(
+    config: RunConfig,
+    base: Base,
+    run: RunDirectory,
+    evaluator: Evaluator,
+    on_progress: Callable[[SearchProgress], object] | None,
+) -> tuple[SearchLoop, Policy | None]:
+    cost_model = base.plan.cost_model
+    loop = SearchLoop(
+        evaluator,
+        cost_model,
+        run,
+        rates=config.rates,
+        evaluations=config.evaluations,
+        cost=config.cost,
+        mode=config.mode,
+        round_size=config.round_size,
+        on_progress=on_progress,
+    )
+    if config.strategy != "cacp":
+        strategy = make_strategy(
+            config.strategy,
+            cost_model=cost_model,
+            budget=base.budget,
+            rates=config.rates,
+            seed=config.seed,
+        )
+        loop.run(strategy)
+        return loop, None
+    agent, strategy = make_agent(config, base, lambda _: loop.tick(strategy))
+    loop.restore(strategy)
+    while not loop.done:
+        if strategy.prior is None:
+            loop.tick(strategy)
+        else:
+            agent.train()
+    loop.checkpoint(strategy)
+    return loop, agent.policy if strategy.prior is not None else None
+
+
+def make_agent(
+    config: RunConfig, base: Base, tick: Callable[[Any], object] | None
+) -> tuple[Any, PriorFirst]:
+    """The agent, and the strategy that gives it the best measured prior."""
+    from cacp_ray.agent.algorithm import CACPConfig
+
+    agent: Any = CACPConfig().agent(config.agent, seed=config.seed).build_algo()
+    cost_model = base.plan.cost_model
+
+    def attach(weights: Any) -> Any:
+        mdp = AllocationMDP(cost_model, base.budget, weights, config.agent.action_scale)
+        agent.attach(mdp, config.rates, config.seed, tick)
+        return agent
+
+    return agent, PriorFirst(cost_model, base.budget, config.rates, attach, name="cacp")
+
+
+def describe_base(base: Base, config: RunConfig) -> str:
+    """One line: the network, its groups, and what is reachable."""
+    budget = base.budget
+    return (
+        f"{config.model.name}: {len(base.plan.groups)} channel groups, "
+        f"{budget.total:,} {config.cost}, reachable rates "
+        f"{budget.smallest / budget.total:.3f}-1, asked (kept): "
+        f"{', '.join(f'{rate:.2f}' for rate in config.rates)}"
+    )
+
+
+def describe_model(base: Base, prepared: Prepared, config: RunConfig) -> dict[str, Any]:
+    """The content of model.json; measures the base network on the search split in float32."""
+    accuracy = measure(base.model, *as_tensors(base.search))
+    counts = base.plan.cost_model.num_channels
+    return {
+        "model": config.model.name,
+        "weights": config.model.weights,
+        "sha256": base.sha256,
+        "input_shape": list(base.plan.input_shape),
+        "classes": list(base.search.classes),
+        "groups": [
+            {
+                "name": group.name,
+                "members": list(group.members),
+                "num_channels": group.num_channels,
+                "is_residual": group.is_residual,
+                "order": order.tolist(),
+            }
+            for group, order in zip(base.plan.groups, prepared.orders, strict=True)
+        ],
+        "base": {
+            "model": config.model.name,
+            "macs": int(base.plan.macs(counts)),
+            "params": int(base.plan.params(counts)),
+            "search": dict(vars(accuracy)),
+            "test": None,
+            "latency_ms": None,
+        },
+    }
+
+
+def measure_candidates(
+    evaluator: Evaluator, candidates: Sequence[Candidate]
+) -> dict[int, Measurement]:
+    """Scores candidates outside the search; by index.
+
+    Raises:
+        EvaluationError: One of them failed.
+    """
+    for candidate in candidates:
+        evaluator.submit(candidate)
+    found: dict[int, Measurement] = {}
+    while len(found) < len(candidates):
+        for measurement in evaluator.results(10.0):
+            if measurement.status != "ok":
+                raise EvaluationError(f"a final measurement failed: {measurement.error}")
+            found[measurement.index] = measurement
+    return found
+
+
+def measure_policy(
+    policy: Policy, base: Base, config: RunConfig, evaluator: Evaluator
+) -> list[dict[str, float]]:
+    """What the policy answers at the run's rates and from 0.2 to 0.9, without any search."""
+    budget = base.budget
+    grid = sorted({*FRONTIER, *config.rates})
+    rates = [rate for rate in grid if budget.limit(rate) >= budget.smallest]
+    counts = np.asarray(policy(rates))
+    candidates = [
+        Candidate(index, rate, tuple(row))
+        for index, (rate, row) in enumerate(zip(rates, counts.tolist(), strict=True))
+    ]
+    found = measure_candidates(evaluator, candidates)
+    return [
+        {
+            "rate": candidate.rate,
+            "cost_kept": int(budget.cost(np.array(candidate.keep_counts))) / budget.total,
+            "macs": int(base.plan.macs(candidate.keep_counts)),
+            "top1": found[candidate.index].top1,
+        }
+        for candidate in candidates
+    ]
+
+
+def build_winners(
+    config: RunConfig,
+    base: Base,
+    prepared: Prepared,
+    winners: dict[float, EpisodeRecord | None],
+    run_dir: Path,
+) -> list[dict[str, Any]]:
+    """Builds, measures in float32 on the search split, and saves the best subnet of every rate."""
+    cutter = Cutter(prepared, config.pruning.recovery)
+    bare = Cutter(prepared, "none")
+    split = as_tensors(base.search)
+    rows = []
+    for rate, winner in winners.items():
+        if winner is None:
+            raise EvaluationError(f"no candidate of rate {rate:.2f} was measured: see the journal")
+        counts = winner.keep_counts
+        accuracy = measure(cutter.load(counts), *split)
+        folder = Path("subnets") / f"rate-{rate:.2f}"
+        row = {
+            "rate": rate,
+            "cost_kept": winner.cost_kept,
+            "macs": winner.macs,
+            "params": winner.params,
+            "keep_counts": list(counts),
+            "path": str(folder),
+            "top1_none": measure(bare.load(counts), *split).top1,
+            "top1": accuracy.top1,
+            "finetuned_top1": None,
+            "test_top1": None,
+            "test_images": None,
+        }
+        tensors = {name: torch.from_numpy(value) for name, value in prepared.tensors.items()}
+        net = build_subnet(base.model, tensors | cutter.cut(counts))
+        description = {
+            "model": config.model.name,
+            "num_classes": len(base.search.classes),
+            "classes": list(base.search.classes),
+            "input_shape": list(base.plan.input_shape),
+            "base_sha256": base.sha256,
+            "cost": config.cost,
+            "rate": rate,
+            "cost_kept": winner.cost_kept,
+            "macs": winner.macs,
+            "params": winner.params,
+            "criterion": config.pruning.criterion,
+            "recovery": config.pruning.recovery,
+            "keep_counts": list(counts),
+            "groups": describe_kept(base.plan, prepared.orders, counts),
+            "search": dict(vars(accuracy)),
+        }
+        save_subnet(run_dir / folder, net, description)
+        rows.append(row)
+    return rows
+
+
+def add_latencies(result: dict[str, Any], base: Base, run_dir: Path) -> None:
+    """Measures base and subnets side by side: one image, then a batch; one thread, float32."""
+    models = {"base": base.model}
+    models |= {
+        row["path"]: load_subnet(run_dir / row["path"], finetuned=False) for row in result["rates"]
+    }
+    images = as_tensors(base.search.take(LATENCY_BATCH))[0]
+    for prefix, x, repeats in (("", images[:1], 100), ("batch_", images, 15)):
+        found = measure_latency(models, x, threads=1, repeats=repeats, seconds=10.0)
+        result["base"][f"{prefix}latency_ms"] = found["base"].median_ms
+        for row in result["rates"]:
+            row[f"{prefix}latency_ms"] = found[row["path"]].median_ms
+            row[f"{prefix}speedup"] = speedup(found["base"], found[row["path"]])
+    result["latency_batch"] = len(images)

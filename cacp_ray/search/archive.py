@@ -1,0 +1,50 @@
+"""The best measurement for every rate, asked for or not."""
+
+import bisect
+import math
+
+from cacp_ray.search.run_directory import EpisodeRecord
+
+Rank = tuple[float, float, int, int]
+
+
+class Archive:
+    """Keeps the frontier: measurements that no cheaper or equally costly one beats.
+
+    Higher top1 is better, then lower loss, then lower cost, then the earlier index, so the content
+    does not depend on the order in which measurements arrive. A measurement serves every rate
+    whose budget it fits, whichever rate it was proposed for. Failed ones never enter.
+    """
+
+    def __init__(self, total: int) -> None:
+        """Starts empty.
+
+        Args:
+            total: Cost of the whole network, in the unit that the rates limit.
+        """
+        self._total = total
+        # Three parallel lists; costs and ranks both rise strictly.
+        self._costs: list[int] = []
+        self._ranks: list[Rank] = []
+        self._records: list[EpisodeRecord] = []
+
+    def add(self, record: EpisodeRecord) -> None:
+        """Takes one measurement."""
+        if record.status != "ok":
+            return
+        cost = round(record.cost_kept * self._total)
+        loss = math.inf if math.isnan(record.loss) else record.loss
+        rank = (record.top1, -loss, -cost, -record.index)
+        end = bisect.bisect_right(self._costs, cost)
+        if end and self._ranks[end - 1] >= rank:
+            return
+        start = bisect.bisect_left(self._costs, cost)
+        end = max(end, bisect.bisect_right(self._ranks, rank))
+        self._costs[start:end] = [cost]
+        self._ranks[start:end] = [rank]
+        self._records[start:end] = [record]
+
+    def best(self, rate: float) -> EpisodeRecord | None:
+        """The best measurement within the budget of `rate`, None where there is none yet."""
+        fitting = bisect.bisect_right(self._costs, math.floor(rate * self._total))
+        return self._records[fitting - 1] if fitting else None

@@ -1,0 +1,89 @@
+"""The channel allocation MDP as an ordinary Gymnasium environment, for agents of any library.
+
+One group a step, one candidate an episode; the arithmetic is that of mdp.py. Importing this module
+registers it: `gymnasium.make("cacp_ray/ChannelAllocation-v0", mdp=..., rates=..., score=...)`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+from cacp_ray.search.mdp import AllocationMDP, Float32s
+
+ENV_ID = "cacp_ray/ChannelAllocation-v0"
+
+
+class ChannelAllocationEnv(gym.Env[Float32s, NDArray[np.floating]]):
+    """Observation (F,) in [0, 1]; action (1,) in [-1, 1], 0 being the prior.
+
+    The reward is the score of the keep counts at the last step and 0 before. `info["keep_counts"]`
+    of the last step holds the candidate, within the budget of `info["rate"]`.
+    """
+
+    def __init__(
+        self,
+        mdp: AllocationMDP,
+        rates: Sequence[float],
+        score: Callable[[tuple[int, ...]], float],
+    ) -> None:
+        """Defines the spaces.
+
+        Args:
+            mdp: The arithmetic of an episode.
+            rates: Shares of the cost kept; `reset` draws one, or takes `options["rate"]`.
+            score: Keep counts -> accuracy, the same for the same keep counts.
+        """
+        self.observation_space = gym.spaces.Box(0.0, 1.0, (mdp.state_size,), np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
+        self._mdp = mdp
+        self._rates = tuple(rates)
+        self._score = score
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Float32s, dict[str, Any]]:
+        """Starts an episode.
+
+        Args:
+            seed: Of the rates drawn from here on.
+            options: `rate`: any reachable rate, in the set or not.
+        """
+        super().reset(seed=seed)
+        rate = (options or {}).get("rate")
+        if rate is None:
+            rate = self._rates[int(self.np_random.integers(len(self._rates)))]
+        self._mdp.budget.check(rate)
+        self._rate = np.array([rate])
+        self._step = 0
+        self._counts = self._mdp.start(self._rate)
+        self._desired = np.empty(self._counts.shape)
+        return self._observe(), {"rate": float(rate)}
+
+    def step(
+        self, action: NDArray[np.floating]
+    ) -> tuple[Float32s, float, bool, bool, dict[str, Any]]:
+        """Decides one group; the last step spends the rest of the budget and scores."""
+        action = np.clip(np.asarray(action).reshape(1), -1, 1)
+        mdp, step = self._mdp, self._step
+        self._desired[:, step] = mdp.desire(self._prior, action)
+        self._counts = mdp.decide(self._rate, self._counts, step, self._desired[:, step])
+        info: dict[str, Any] = {"rate": float(self._rate[0])}
+        if step + 1 < mdp.num_steps:
+            self._step += 1
+            return self._observe(), 0.0, False, False, info
+        self._counts = mdp.finish(self._rate, self._counts, self._desired)
+        info["keep_counts"] = tuple(int(count) for count in self._counts[0])
+        return self._state, float(self._score(info["keep_counts"])), True, False, info
+
+    def _observe(self) -> Float32s:
+        states, self._prior = self._mdp.observe(self._rate, self._counts, self._step)
+        self._state = np.clip(states[0], 0, 1)
+        return self._state
+
+
+gym.register(  # pyright: ignore[reportUnknownMemberType]
+    id=ENV_ID, entry_point="cacp_ray.search.env:ChannelAllocationEnv"
+)

@@ -1,0 +1,386 @@
+"""The one loop of every search: asks, submits, collects, records, checkpoints, tells.
+
+In rounds, a strategy is asked for a batch, waits for all of it and is told in the order asked: the
+run repeats bit for bit, whatever order results come in and wherever it is killed and resumed. In
+async mode the evaluators never wait: freed places are filled before the strategy is told.
+
+Candidates are told apart by their keep counts. One that was asked before is answered from memory,
+recorded as cached, and does not count as an evaluation.
+"""
+
+import dataclasses
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cacp_ray.errors import EvaluationError
+from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement
+from cacp_ray.files import read_json, write_json
+from cacp_ray.pruning.cost import CostModel
+from cacp_ray.search.archive import Archive
+from cacp_ray.search.run_directory import EpisodeRecord, RunDirectory
+from cacp_ray.search.settings import Mode
+from cacp_ray.search.strategy import Proposal, Strategy
+
+logger = logging.getLogger(__name__)
+
+WAIT_SECONDS = 2.0
+WINDOW_SECONDS = 60.0
+MAX_REPEATS = 200
+
+MEASUREMENT_FIELDS = tuple(field.name for field in dataclasses.fields(Measurement))
+
+Result = tuple[Candidate, Measurement]
+
+
+@dataclass(frozen=True)
+class SearchProgress:
+    """Where a search stands.
+
+    Attributes:
+        evaluations: Distinct candidates measured so far, earlier sessions included.
+        total: Distinct candidates to measure.
+        best: For each rate the best measurement within its budget, None where there is none.
+        evaluations_per_second: Of this process, over the last minute.
+        num_alive: Evaluators ready to score.
+        seconds_left: Estimate; None before the first measurement of this process.
+    """
+
+    evaluations: int
+    total: int
+    best: dict[float, EpisodeRecord | None]
+    evaluations_per_second: float
+    num_alive: int
+    seconds_left: float | None
+
+
+class SearchLoop:
+    """Drives one strategy over one run directory, and continues what the directory holds."""
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        cost_model: CostModel,
+        run: RunDirectory,
+        *,
+        rates: Sequence[float],
+        evaluations: int,
+        cost: str = "macs",
+        mode: Mode = "rounds",
+        round_size: int = 6,
+        checkpoint_seconds: float = 30.0,
+        checkpoint_ticks: int | None = None,
+        on_progress: Callable[[SearchProgress], object] | None = None,
+    ) -> None:
+        """Only stores its arguments: `restore` reads the directory.
+
+        Args:
+            evaluator: Scores candidates, all on the same images.
+            cost_model: Of the whole network.
+            run: Where measurements and checkpoints are kept.
+            rates: The rates that are searched.
+            evaluations: Distinct candidates to measure, over all rates.
+            cost: What a rate limits: `macs` or `params`.
+            mode: `rounds` or `async`.
+            round_size: Candidates asked together in a round.
+            checkpoint_seconds: Time between checkpoints.
+            checkpoint_ticks: Calls of `tick` between checkpoints, if they should not wait for the
+                time.
+            on_progress: Called after every tick, and while a round is waited for.
+        """
+        self._evaluator = evaluator
+        self._cost_model = cost_model
+        self._cost = cost_model.kind(cost)
+        self._total = int(self._cost(cost_model.num_channels))
+        self._run = run
+        self._rates = tuple(rates)
+        self._evaluations = evaluations
+        self._mode = mode
+        self._round_size = round_size
+        self._checkpoint_seconds = checkpoint_seconds
+        self._checkpoint_ticks = checkpoint_ticks
+        self._on_progress = on_progress
+
+        self.archive = Archive(self._total)
+        self._memory: dict[tuple[int, ...], Measurement] = {}
+        self._strategy_name = ""
+        self._is_restored = False
+        self._next_index = 0
+        self._num_told = 0
+        self._asked: set[tuple[int, ...]] = set()
+        self._repeats = 0  # consecutive proposals that brought nothing new
+        self._is_exhausted = False
+        self._submitted: dict[int, Candidate] = {}
+        # By keep counts: the submitted candidate, and those that repeat it while it is in flight.
+        self._waiting: dict[tuple[int, ...], list[Candidate]] = {}
+        # Rounds: recorded but not told yet; replayed when the strategy asks for them again.
+        self._ahead: dict[int, EpisodeRecord] = {}
+        # Told without being asked in this session; asking for one is no sign of a stuck strategy.
+        self._adopted: set[tuple[int, ...]] = set()
+
+        self._started = time.monotonic()
+        self._finish_times: deque[float] = deque()
+        self._last_checkpoint = time.monotonic()
+        self._ticks = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether every evaluation was measured, or the strategy has nothing new to propose."""
+        return self._is_restored and self._room == 0 and not self._submitted
+
+    @property
+    def progress(self) -> SearchProgress:
+        """Where the search stands."""
+        now = time.monotonic()
+        while self._finish_times and self._finish_times[0] < now - WINDOW_SECONDS:
+            self._finish_times.popleft()
+        window = min(WINDOW_SECONDS, now - self._started)
+        per_second = len(self._finish_times) / window if window > 0 else 0.0
+        left = max(0, self._evaluations - len(self._memory))
+        return SearchProgress(
+            evaluations=len(self._memory),
+            total=self._evaluations,
+            best={rate: self.archive.best(rate) for rate in self._rates},
+            evaluations_per_second=per_second,
+            num_alive=self._evaluator.num_alive,
+            seconds_left=left / per_second if per_second > 0 else None,
+        )
+
+    def run(self, strategy: Strategy) -> None:
+        """Searches to the end, from where the directory stands."""
+        self.restore(strategy)
+        while not self.done:
+            self.tick(strategy)
+        self.checkpoint(strategy)
+
+    def restore(self, strategy: Strategy) -> None:
+        """Continues the last checkpoint and the measurements after it; only once, before ticks.
+
+        In rounds these measurements answer the strategy when it asks for them again; in async
+        mode it is told at once, and candidates that were in flight are submitted again.
+        """
+        if self._is_restored:
+            return
+        self._is_restored = True
+        self._strategy_name = strategy.name
+        self._run.compact()
+        rows = self._run.read_records()
+        for row in rows:
+            self._remember(row)
+        in_flight: list[Candidate] = []
+        checkpoint = self._run.find_checkpoint()
+        if checkpoint is not None:
+            folder, num_told = checkpoint
+            strategy.restore(folder / "strategy")
+            state = read_json(folder / "loop.json")
+            self._next_index = state["next_index"]
+            self._repeats = state["repeats"]
+            self._num_told = min(num_told, len(rows))
+            for index, rate, keep_counts in state["in_flight"]:
+                in_flight.append(Candidate(index, rate, tuple(keep_counts)))
+        ahead = rows[self._num_told :]
+        self._asked.update(row.keep_counts for row in rows[: self._num_told])
+        if self._mode == "rounds":
+            self._ahead = {row.index: row for row in ahead}
+        else:
+            self._adopt(strategy, ahead)
+        indices = {row.index for row in rows}
+        lost = [candidate for candidate in in_flight if candidate.index not in indices]
+        self._asked.update(candidate.keep_counts for candidate in lost)
+        self._tell(strategy, [result for each in lost for result in self._place(each)])
+        self._started = time.monotonic()
+
+    def tick(self, strategy: Strategy) -> None:
+        """One round, or in async mode one wait of at most a few seconds.
+
+        A checkpoint is made at the start: a strategy that learns after the tick has then done so.
+        """
+        self.restore(strategy)
+        if self.done:
+            return
+        if self._is_checkpoint_due():
+            self.checkpoint(strategy)
+        self._ticks += 1
+        if self._mode == "rounds":
+            self._tick_round(strategy)
+        else:
+            self._tick_async(strategy)
+        self._report()
+
+    def checkpoint(self, strategy: Strategy) -> None:
+        """Saves the strategy and the loop. Call it between ticks, and after the last one."""
+        waiting = [candidate for group in self._waiting.values() for candidate in group]
+        state = {
+            "next_index": self._next_index,
+            "repeats": self._repeats,
+            "in_flight": [(c.index, c.rate, c.keep_counts) for c in waiting],
+        }
+
+        def write(folder: Path) -> None:
+            (folder / "strategy").mkdir()
+            strategy.save(folder / "strategy")
+            write_json(folder / "loop.json", state)
+
+        self._run.compact()
+        self._run.save_checkpoint(self._num_told, write)
+        self._last_checkpoint = time.monotonic()
+        self._ticks = 0
+
+    @property
+    def _room(self) -> int:
+        """Distinct candidates that may still be asked."""
+        if self._is_exhausted or self._repeats >= MAX_REPEATS:
+            return 0
+        return max(0, self._evaluations - len(self._asked))
+
+    def _is_checkpoint_due(self) -> bool:
+        if self._checkpoint_ticks is not None and self._ticks >= self._checkpoint_ticks:
+            return True
+        return time.monotonic() - self._last_checkpoint >= self._checkpoint_seconds
+
+    def _tick_round(self, strategy: Strategy) -> None:
+        results = self._ask(strategy, min(self._round_size, self._room))
+        self._is_exhausted |= not results and not self._submitted
+        while self._submitted:
+            results += self._collect(WAIT_SECONDS)
+            if self._submitted:
+                self._report()
+        self._tell(strategy, sorted(results, key=lambda result: result[0].index))
+
+    def _tick_async(self, strategy: Strategy) -> None:
+        can_ask = self._num_free() > 0
+        results = self._fill(strategy)
+        self._is_exhausted |= can_ask and not results and not self._submitted
+        if not self.done:
+            results += self._collect(0.0 if results else WAIT_SECONDS)
+        # Before telling: the evaluators work while the strategy learns.
+        results += self._fill(strategy)
+        self._tell(strategy, results)
+
+    def _fill(self, strategy: Strategy) -> list[Result]:
+        """Asks until every evaluator is busy or an ask brings nothing new."""
+        results: list[Result] = []
+        num_before = -1
+        while len(self._submitted) > num_before and (free := self._num_free()):
+            num_before = len(self._submitted)
+            results += self._ask(strategy, free)
+        return results
+
+    def _num_free(self) -> int:
+        return max(0, min(self._evaluator.capacity - len(self._submitted), self._room))
+
+    def _ask(self, strategy: Strategy, count: int) -> list[Result]:
+        """Asks and submits; returns what could be answered at once."""
+        results: list[Result] = []
+        for proposal in strategy.ask(count):
+            self._check_budget(proposal)
+            keep_counts = proposal.keep_counts
+            row = self._ahead.get(self._next_index)
+            if row is not None and (row.rate, row.keep_counts) != (proposal.rate, keep_counts):
+                logger.warning(
+                    "%s: the strategy does not repeat its earlier proposals (other hardware or "
+                    "versions?); their measurements are kept, the search goes on differently",
+                    self._run.path,
+                )
+                self._adopt(strategy, list(self._ahead.values()))
+            if keep_counts not in self._asked and self._room == 0:
+                break
+            candidate = Candidate(self._next_index, proposal.rate, keep_counts)
+            self._next_index += 1
+            is_new = keep_counts not in self._asked or keep_counts in self._adopted
+            self._adopted.discard(keep_counts)
+            self._asked.add(keep_counts)
+            self._repeats = 0 if is_new else self._repeats + 1
+            results += self._place(candidate)
+        if self._repeats >= MAX_REPEATS:
+            logger.warning("the last %d proposals were known: the search ends", self._repeats)
+        return results
+
+    def _check_budget(self, proposal: Proposal) -> None:
+        cost = int(self._cost(proposal.keep_counts))
+        limit = math.floor(proposal.rate * self._total)
+        if cost > limit:
+            raise EvaluationError(
+                f"strategy {self._strategy_name}: keep counts for rate {proposal.rate} cost {cost},"
+                f" above the budget of {limit}; let it round with cacp_ray.search.budget.spend"
+            )
+
+    def _place(self, candidate: Candidate) -> list[Result]:
+        """Answers a candidate from what is known, or has it measured."""
+        key = candidate.keep_counts
+        row = self._ahead.pop(candidate.index, None)
+        if row is not None:
+            return [_as_result(row)]
+        if key in self._memory:
+            return [self._record(candidate, self._memory[key], is_cached=True)]
+        if key in self._waiting:
+            self._waiting[key].append(candidate)
+            return []
+        self._waiting[key] = [candidate]
+        self._submitted[candidate.index] = candidate
+        self._evaluator.submit(candidate)
+        return []
+
+    def _collect(self, timeout: float) -> list[Result]:
+        """Records what the evaluators have finished."""
+        results: list[Result] = []
+        for measurement in self._evaluator.results(timeout):
+            candidate = self._submitted.pop(measurement.index, None)
+            if candidate is None:
+                continue  # a second answer: it had been given up for lost and submitted again
+            self._finish_times.append(time.monotonic())
+            for each in self._waiting.pop(candidate.keep_counts):
+                results.append(self._record(each, measurement, is_cached=each is not candidate))
+        return results
+
+    def _record(self, candidate: Candidate, measurement: Measurement, *, is_cached: bool) -> Result:
+        measurement = dataclasses.replace(
+            measurement,
+            index=candidate.index,
+            seconds=0.0 if is_cached else measurement.seconds,
+        )
+        row = EpisodeRecord(
+            **dataclasses.asdict(measurement),
+            strategy=self._strategy_name,
+            rate=candidate.rate,
+            keep_counts=candidate.keep_counts,
+            macs=int(self._cost_model.macs(candidate.keep_counts)),
+            params=int(self._cost_model.params(candidate.keep_counts)),
+            cost_kept=int(self._cost(candidate.keep_counts)) / self._total,
+            reward=measurement.top1,
+            cached=is_cached,
+        )
+        self._run.append(row)
+        self._remember(row)
+        return candidate, measurement
+
+    def _remember(self, row: EpisodeRecord) -> None:
+        self.archive.add(row)
+        self._memory.setdefault(row.keep_counts, _as_result(row)[1])
+
+    def _adopt(self, strategy: Strategy, rows: Sequence[EpisodeRecord]) -> None:
+        """Tells recorded measurements that the strategy will not ask for under their index."""
+        self._ahead = {}
+        keys = {row.keep_counts for row in rows}
+        self._adopted |= keys - self._asked
+        self._asked |= keys
+        self._next_index = max([self._next_index, *(row.index + 1 for row in rows)])
+        self._tell(strategy, [_as_result(row) for row in rows])
+
+    def _tell(self, strategy: Strategy, results: Sequence[Result]) -> None:
+        if results:
+            strategy.tell(results)
+            self._num_told += len(results)
+
+    def _report(self) -> None:
+        if self._on_progress is not None:
+            self._on_progress(self.progress)
+
+
+def _as_result(row: EpisodeRecord) -> Result:
+    values = {name: getattr(row, name) for name in MEASUREMENT_FIELDS}
+    return Candidate(row.index, row.rate, row.keep_counts), Measurement(**values)

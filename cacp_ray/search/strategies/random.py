@@ -1,0 +1,81 @@
+"""Random Pruning: widths drawn at random, the budget spent exactly. The baseline to beat.
+
+Source: Li et al., "Revisiting Random Channel Pruning for Neural Network Compression", CVPR 2022,
+arXiv 2205.05676. They reject widths outside a tolerance of the budget; scaling the drawn
+widths to it and spending the rest exactly is ours.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cacp_ray.evaluation.measurement import Candidate, Measurement
+from cacp_ray.files import read_json, write_json
+from cacp_ray.search.budget import Budget, spend
+from cacp_ray.search.strategy import Proposal
+
+
+class RandomStrategy:
+    """Proposes for one rate after the other; proposal i depends on (seed, i) alone."""
+
+    name = "random"
+
+    def __init__(self, budget: Budget, rates: Sequence[float], seed: int) -> None:
+        """Starts at proposal 0; every rate must be reachable."""
+        self._budget = budget
+        self._rates = tuple(rates)
+        self._seed = seed
+        self._num_asked = 0
+
+    def ask(self, count: int) -> list[Proposal]:
+        """The next `count` proposals; it never waits and never ends."""
+        first, self._num_asked = self._num_asked, self._num_asked + count
+        numbers = range(first, self._num_asked)
+        rates = [self._rates[number % len(self._rates)] for number in numbers]
+        smallest = self._budget.min_counts / self._budget.num_channels  # (G,)
+        ratios = np.array(
+            [np.random.default_rng((self._seed, number)).uniform(smallest, 1) for number in numbers]
+        ).reshape(count, len(smallest))
+        counts = spend(self._budget, scale_to_budget(self._budget, ratios, rates), rates)
+        return [
+            Proposal(rate, tuple(row)) for rate, row in zip(rates, counts.tolist(), strict=True)
+        ]
+
+    def tell(self, results: Sequence[tuple[Candidate, Measurement]]) -> None:
+        """Learns nothing."""
+
+    def save(self, folder: Path) -> None:
+        """Writes how far it is."""
+        write_json(folder / "state.json", {"seed": self._seed, "asked": self._num_asked})
+
+    def restore(self, folder: Path) -> None:
+        """Goes on where `save` stood."""
+        state = read_json(folder / "state.json")
+        self._seed, self._num_asked = state["seed"], state["asked"]
+
+
+def scale_to_budget(
+    budget: Budget, keep_ratios: NDArray[np.float64], rates: Sequence[float]
+) -> NDArray[np.float64]:
+    """(B, G) counts: the keep ratios times the largest common factor that fits the budget.
+
+    Args:
+        budget: The budget.
+        keep_ratios: (B, G) shares in (0, 1]; scaled ones are clipped to what is allowed.
+        rates: (B,) share of the whole cost that may be kept, each reachable.
+    """
+
+    def scaled(factor: NDArray[np.float64]) -> NDArray[np.int64]:
+        # Rounded down, so that no group is cut later to pay for the rounding of another.
+        return budget.floor_to_legal(factor[:, None] * keep_ratios * budget.num_channels)
+
+    limit = budget.limit(rates)
+    low: NDArray[np.float64] = np.zeros(len(limit))
+    high: NDArray[np.float64] = 1.001 / keep_ratios.min(axis=1)
+    for _ in range(30):
+        middle = (low + high) / 2
+        fits = budget.cost(scaled(middle)) <= limit
+        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
+    return scaled(low).astype(np.float64)

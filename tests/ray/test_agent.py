@@ -1,0 +1,224 @@
+import numpy as np
+import pytest
+import ray
+
+from cacp_ray.agent.algorithm import CACP, CACPConfig, build_agent
+from cacp_ray.evaluation.measurement import Candidate, Measurement
+from cacp_ray.search.budget import Budget, minimum_counts, spend
+from cacp_ray.search.mdp import AllocationMDP
+from cacp_ray.search.settings import AgentSettings
+from tests.toy import toy_cost_model, toy_score
+
+pytestmark = pytest.mark.ray
+
+RATES = (0.3, 0.5, 0.7)
+UNSEEN = (0.4, 0.6)
+SMALL = AgentSettings(hidden=(48, 48), batch_size=64)
+
+
+def make_problem(seed, num_groups=8):
+    cost_model = toy_cost_model(num_groups, seed)
+    channels = cost_model.num_channels
+    budget = Budget(cost_model.macs, channels, minimum_counts(channels, 0.1, 1))
+    return AllocationMDP(cost_model, budget, np.ones(num_groups), 0.8), toy_score(cost_model, seed)
+
+
+@pytest.fixture
+def build():
+    agents = []
+
+    def make(mdp, settings=SMALL, seed=0, **kwargs) -> CACP:
+        agents.append(build_agent(mdp, RATES, settings, seed, **kwargs))
+        return agents[-1]
+
+    yield make
+    for agent in agents:
+        agent.stop()
+
+
+def measure(proposals, score, first=0, status="ok"):
+    return [
+        (
+            Candidate(first + i, proposal.rate, proposal.keep_counts),
+            Measurement(first + i, score(proposal.keep_counts), 0.0, 0.0, 1000, 0.0, status=status),
+        )
+        for i, proposal in enumerate(proposals)
+    ]
+
+
+def drive(agent, score, episodes, batch=6) -> dict[float, float]:
+    """Asks and tells; the best of each rate."""
+    best = dict.fromkeys(RATES, 0.0)
+    for first in range(0, episodes, batch):
+        results = measure(agent.ask(min(batch, episodes - first)), score, first)
+        for candidate, measurement in results:
+            best[candidate.rate] = max(best[candidate.rate], measurement.top1)
+        agent.tell(results)
+        agent.learn(agent.pending_updates)
+    return best
+
+
+def optimum(mdp, score, rate) -> float:
+    """The best of a long local search."""
+    rng = np.random.default_rng(0)
+    counts = mdp.prior([rate])[0]
+    best = score(tuple(counts))
+    for _ in range(150):
+        desired = np.tile(counts, (32, 1)) * np.where(
+            rng.random((32, len(counts))) < 0.3, rng.lognormal(0, 0.3, (32, len(counts))), 1.0
+        )
+        desired *= rng.uniform(0.93, 1, (32, 1))
+        for found in spend(mdp.budget, desired, np.full(32, rate)):
+            if score(tuple(found)) > best:
+                best, counts = score(tuple(found)), found
+    return best
+
+
+def test_learns_more_than_noise_around_the_prior_finds(build):
+    best_of_all, found, by_noise, greedy, prior, prior_unseen, greedy_unseen = (
+        [] for _ in range(7)
+    )
+    for seed in range(3):
+        mdp, score = make_problem(seed)
+        agent = build(mdp, seed=seed)
+        found += drive(agent, score, 105).values()
+        idle = AgentSettings(hidden=(48, 48), elite_share=0.0, updates_per_episode=0)
+        by_noise += drive(build(mdp, idle, seed=seed), score, 105).values()
+        best_of_all += [optimum(mdp, score, rate) for rate in RATES]
+        greedy += map(score, map(tuple, agent.policy(RATES)))
+        prior += map(score, map(tuple, mdp.prior(RATES)))
+        greedy_unseen += map(score, map(tuple, agent.policy(UNSEEN)))
+        prior_unseen += map(score, map(tuple, mdp.prior(UNSEEN)))
+    missing = np.mean(best_of_all) - np.mean(prior)
+    print(missing, np.mean(best_of_all)-np.mean(found), np.mean(best_of_all)-np.mean(by_noise), np.mean(best_of_all)-np.mean(greedy), np.mean(greedy_unseen)-np.mean(prior_unseen))
+    assert np.mean(found) > np.mean(prior) + 0.75 * missing
+    assert np.mean(found) > np.mean(by_noise) + 0.05 * missing
+    assert np.mean(greedy) > np.mean(prior) + 0.4 * missing
+    assert np.mean(greedy_unseen) > np.mean(prior_unseen) + 0.4 * missing
+    assert (np.array(greedy) > np.array(prior)).all()
+
+
+def test_an_untrained_policy_is_the_prior_and_asked_first(build):
+    mdp, _ = make_problem(0)
+    agent = build(mdp)
+    rates = np.linspace(0.2, 0.9, 8)
+    np.testing.assert_array_equal(agent.policy(rates), mdp.prior(rates))
+    first = agent.ask(3)
+    assert [proposal.rate for proposal in first] == list(RATES)
+    for proposal in first:
+        assert proposal.keep_counts == tuple(mdp.prior([proposal.rate])[0])
+
+
+def test_proposals_are_distinct_and_within_budget(build):
+    mdp, score = make_problem(1)
+    agent = build(mdp, AgentSettings(hidden=(32,), updates_per_episode=1))
+    asked = []
+    for _ in range(12):
+        proposals = agent.ask(7)
+        agent.tell(measure(proposals, score, len(asked)))
+        asked += [(proposal.rate, proposal.keep_counts) for proposal in proposals]
+    assert len(set(asked)) == len(asked)
+    costs = mdp.budget.cost([counts for _, counts in asked])
+    assert (costs <= mdp.budget.limit([rate for rate, _ in asked])).all()
+    per_rate = [sum(rate == wanted for rate, _ in asked) for wanted in RATES]
+    assert max(per_rate) - min(per_rate) <= 1
+
+
+def test_a_restored_agent_continues_bit_for_bit(build, tmp_path):
+    mdp, score = make_problem(2)
+    agent = build(mdp)
+    drive(agent, score, 36)
+    agent.tell(measure(agent.ask(6), score, 36))  # updates are pending when it is saved
+    agent.save(tmp_path / "checkpoint")
+
+    other = build(mdp, seed=9)
+    other.restore(tmp_path / "checkpoint")
+    assert other.pending_updates == agent.pending_updates > 0
+    for twin in (agent, other):
+        twin.learn(40)
+        drive(twin, score, 18)
+    assert agent.ask(12) == other.ask(12)
+    rates = np.linspace(0.2, 0.9, 15)
+    np.testing.assert_array_equal(agent.policy(rates), other.policy(rates))
+    ours, theirs = agent.get_module().state_dict(), other.get_module().state_dict()
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name])
+
+
+def test_a_checkpoint_is_one_of_rllib(build, tmp_path):
+    mdp, score = make_problem(2)
+    agent = build(mdp)
+    drive(agent, score, 24)
+    path = agent.save_to_path(tmp_path)
+    other = CACP.from_checkpoint(path)
+    other.attach(mdp, RATES, seed=5)
+    np.testing.assert_array_equal(agent.policy(UNSEEN), other.policy(UNSEEN))
+    assert agent.ask(6) == other.ask(6)
+    other.stop()
+
+
+def test_training_steps_tick_first_and_report(build):
+    mdp, score = make_problem(0)
+    ticks = []
+
+    def tick(strategy):
+        ticks.append(strategy.pending_updates)
+        strategy.tell(measure(strategy.ask(3), score))
+
+    agent = build(mdp, AgentSettings(hidden=(32,), updates_per_episode=2), tick=tick)
+    agent.train()
+    result = agent.train()
+    assert ticks == [0, 0]
+    assert result["episodes"] == 6
+    assert result["learners"]["default_policy"]["critic_loss"] >= 0
+    assert agent.pending_updates == 0
+
+
+def test_failures_teach_but_are_no_elites(build):
+    mdp, score = make_problem(0)
+    agent = build(mdp)
+    agent.tell(measure(agent.ask(6), score))
+    before = dict(agent._behaviour.elites)
+    failed = measure(agent.ask(6), score, 6, status="failed")
+    agent.tell(failed)
+    agent.tell(failed)  # told twice, stored once
+    assert len(agent._replay) == 12
+    assert {rate: list(found) for rate, found in before.items()} == agent._behaviour.elites
+    assert agent._replay.returns().min() == -4
+    assert np.abs(agent._replay.returns()[:6]).max() < 3
+
+
+def test_samples_around_the_policy_are_distinct_and_start_with_it(build):
+    mdp, _ = make_problem(0)
+    agent = build(mdp)
+    samples = agent.policy_samples(0.42, 20, 0.3, np.random.default_rng(0))
+    assert len({tuple(row) for row in samples}) == len(samples) == 20
+    np.testing.assert_array_equal(samples[0], agent.policy([0.42])[0])
+    assert (mdp.budget.cost(samples) <= mdp.budget.limit([0.42])).all()
+    assert len(agent.policy_samples(0.42, 20, 0.0, np.random.default_rng(0))) == 1
+
+
+def test_the_actor_moves_every_few_critic_steps(build):
+    mdp, score = make_problem(0)
+    agent = build(mdp, AgentSettings(hidden=(32,), actor_every=4))
+    agent.tell(measure(agent.ask(12), score))
+
+    def weights(network):
+        return getattr(agent.get_module(), network)[0].weight.detach().clone()
+
+    moves = []
+    for _ in range(8):
+        actor, critic = weights("actor"), weights("critic")
+        last = agent.get_module().actor[-2].bias.detach().clone()
+        agent.learn(1)
+        assert not (critic == weights("critic")).all()
+        moved = not (actor == weights("actor")).all()
+        moves.append(moved or bool((last != agent.get_module().actor[-2].bias).any()))
+    assert moves == [False, False, False, True] * 2
+
+
+def test_building_needs_no_running_ray():
+    was_running = ray.is_initialized()
+    agent = CACPConfig().agent(SMALL).build_algo()
+    agent.stop()
+    assert ray.is_initialized() == was_running

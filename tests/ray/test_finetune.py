@@ -1,0 +1,287 @@
+"""Fine-tuning as Tune trials, with images and models so small that an epoch takes no time."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cacp_ray.data.transforms import to_normalized
+from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError
+from cacp_ray.training.base import save_weights
+from cacp_ray.training.loop import train
+from cacp_ray.training.metrics import measure
+from cacp_ray.training.recipe import Recipe
+from cacp_ray.tuning.finetune import FinetuneProgress, FinetuneResult, finetune_subnets
+from cacp_ray.tuning.trial import LabelledImages
+
+pytestmark = pytest.mark.ray
+
+RECIPE = Recipe(epochs=3, batch_size=16, lr=0.05, padding=1, distillation=0.5, seed=5)
+BATCHES_PER_EPOCH = 4
+TEST_IMAGES = 40
+
+
+def make_model() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 2),
+    )
+
+
+def make_split(count: int, seed: int) -> LabelledImages:
+    """Class 1 is brighter in the first channel."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % 2
+    images = rng.integers(0, 160, (count, 8, 8, 3), dtype=np.uint8)
+    images[..., 0] += (60 * labels[:, None, None]).astype(np.uint8)
+    return images, labels
+
+
+def as_tensors(split: LabelledImages) -> tuple[Tensor, Tensor]:
+    return to_normalized(split[0]), torch.from_numpy(split[1])
+
+
+SPLITS = {
+    "train_split": make_split(64, 0),
+    "search_split": make_split(32, 1),
+    "test_split": make_split(TEST_IMAGES, 2),
+}
+
+
+def load_model(folder: Path) -> nn.Module:
+    model = make_model()
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model
+
+
+def load_recorded(folder: Path) -> nn.Module:
+    """Writes down the size of every batch that the model sees in evaluation mode."""
+    model = load_model(folder)
+
+    def record(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        if not module.training:
+            with (folder / "evaluated").open("a") as file:
+                file.write(f"{len(inputs[0])}\n")
+
+    model.register_forward_pre_hook(record)
+    return model
+
+
+def load_mortal(folder: Path) -> nn.Module:
+    """Where the folder says so, the process dies once, in the middle of the second epoch."""
+    model = load_model(folder)
+    batches = 0
+
+    def die_once(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        nonlocal batches
+        batches += module.training
+        if batches == BATCHES_PER_EPOCH + 2 and (folder / "dies").exists():
+            (folder / "dies").unlink()
+            os._exit(1)
+
+    model.register_forward_pre_hook(die_once)
+    return model
+
+
+def load_slow(folder: Path) -> nn.Module:
+    model = load_model(folder)
+    model.register_forward_pre_hook(lambda module, inputs: time.sleep(0.15 * module.training))
+    return model
+
+
+def load_missing(folder: Path) -> nn.Module:
+    raise ArtifactError(f"{folder}: no subnet here")
+
+
+def finetune(
+    root: Path,
+    *,
+    load_subnet: Callable[[Path], nn.Module] = load_model,
+    rates: tuple[float, ...] = (0.3, 0.5),
+    recipe: Recipe = RECIPE,
+    resume: bool = False,
+    on_epoch: Callable[[FinetuneProgress], None] = lambda progress: None,
+) -> dict[float, FinetuneResult]:
+    return finetune_subnets(
+        load_subnet=load_subnet,
+        load_teacher=partial(load_model, root / "teacher"),
+        subnet_folders={rate: root / f"rate-{rate:.2f}" for rate in rates},
+        recipe=recipe,
+        experiment_dir=root / "finetune",
+        cpus_per_trial=1,
+        resume=resume,
+        on_epoch=on_epoch,
+        **SPLITS,
+    )
+
+
+def save_fresh(folder: Path, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = make_model()
+    save_weights(model, folder / "model.safetensors")
+    return model
+
+
+def save_trained(folder: Path) -> nn.Module:
+    torch.manual_seed(1)
+    model = make_model()
+    recipe = Recipe(epochs=12, batch_size=16, lr=0.2, padding=1)
+    train(model, as_tensors(SPLITS["train_split"]), as_tensors(SPLITS["search_split"]), recipe)
+    save_weights(model, folder / "model.safetensors")
+    return model
+
+
+def epochs_by_rate(events: list[FinetuneProgress]) -> dict[float, list[int]]:
+    rates = {event.rate for event in events}
+    return {rate: [event.epoch for event in events if event.rate == rate] for rate in rates}
+
+
+def read_finetuned(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "finetuned.safetensors")
+
+
+def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_best_weights_by_search_accuracy_are_kept_and_tested_once(
+    tmp_path: Path,
+) -> None:
+    root = Path(os.path.relpath(tmp_path))  # means the same in the trials
+    save_fresh(root / "rate-0.30")
+    teacher = save_trained(root / "rate-0.50")
+    save_weights(teacher, root / "teacher" / "model.safetensors")
+    events: list[FinetuneProgress] = []
+
+    results = finetune(root, load_subnet=load_recorded, on_epoch=events.append)
+
+    assert epochs_by_rate(events) == {0.3: [1, 2, 3], 0.5: [1, 2, 3]}
+    assert all(event.epochs == 3 and event.seconds > 0 for event in events)
+    assert list(results) == [0.3, 0.5]
+    for rate, result in results.items():
+        folder = root / f"rate-{rate:.2f}"
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert metrics["recipe"]["epochs"] == 3
+        assert metrics["best_epoch"] == result.best_epoch
+        model = make_model()
+        model.load_state_dict(read_finetuned(folder))
+        test = measure(model, *as_tensors(SPLITS["test_split"]))
+        assert (result.test_top1, result.test_images) == (test.top1, TEST_IMAGES)
+        assert result.test_loss == pytest.approx(test.loss)
+        evaluated = (folder / "evaluated").read_text().split()
+        assert evaluated == ["32"] * 4 + [str(TEST_IMAGES)]
+        reached = [event.search_top1 for event in events if event.rate == rate]
+        accuracies = [result.search_top1_before, *reached]
+        assert result.search_top1 == max(accuracies)
+        assert result.best_epoch == accuracies.index(max(accuracies))
+    # Training improves the fresh network; the trained one was perfect and stays as it was.
+    assert results[0.3].best_epoch > 0
+    assert results[0.5].best_epoch == 0
+    assert_same(read_finetuned(root / "rate-0.50"), teacher.state_dict())
+
+    events.clear()
+    assert finetune(root, resume=True, on_epoch=events.append) == results
+    assert events == []
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_trial_that_dies_goes_on_from_its_last_epoch_to_the_same_weights(tmp_path: Path) -> None:
+    for name in ("rate-0.30", "rate-0.50", "teacher"):
+        save_fresh(tmp_path / name, seed=name == "teacher")
+    (tmp_path / "rate-0.30" / "dies").touch()
+    events: list[FinetuneProgress] = []
+
+    results = finetune(tmp_path, load_subnet=load_mortal, on_epoch=events.append)
+
+    assert not (tmp_path / "rate-0.30" / "dies").exists()
+    assert epochs_by_rate(events) == {0.3: [1, 2, 3], 0.5: [1, 2, 3]}
+    assert_same(read_finetuned(tmp_path / "rate-0.30"), read_finetuned(tmp_path / "rate-0.50"))
+    assert results[0.3].test_loss == results[0.5].test_loss
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_killed_driver_is_resumed_to_the_same_weights(tmp_path: Path) -> None:
+    recipe = Recipe(epochs=8, batch_size=16, lr=0.05, padding=1, seed=5)
+    whole = save_fresh(tmp_path / "rate-0.30")
+    save_fresh(tmp_path / "rate-0.50")
+    driver = (
+        "import ray, sys\n"
+        "from pathlib import Path\n"
+        "from cacp_ray.training.recipe import Recipe\n"
+        "from tests.ray.test_finetune import finetune, load_slow\n"
+        f"ray.init(address={ray.get_runtime_context().gcs_address!r}, logging_level='error')\n"
+        "def show(progress):\n"
+        "    print(progress.rate, flush=True)\n"
+        f"finetune(Path({str(tmp_path)!r}), load_subnet=load_slow, recipe={recipe!r},\n"
+        "    on_epoch=show)\n"
+    )
+    command = [sys.executable, "-c", driver]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        epochs = {"0.3\n": 0, "0.5\n": 0}
+        while min(epochs.values()) < 3:
+            epochs[process.stdout.readline()] += 1
+        process.send_signal(signal.SIGKILL)
+    # Tune may name a checkpoint that was replaced just before the kill: that trial starts over.
+    for checkpoint in (tmp_path / "finetune" / "rate-0.3").glob("checkpoint_*"):
+        shutil.rmtree(checkpoint)
+
+    events: list[FinetuneProgress] = []
+    results = finetune(
+        tmp_path, load_subnet=load_slow, recipe=recipe, resume=True, on_epoch=events.append
+    )
+
+    assert list(results) == [0.3, 0.5]
+    assert events
+    for rate, epochs_seen in epochs_by_rate(events).items():
+        assert epochs_seen == list(range(epochs_seen[0], recipe.epochs + 1))
+        assert (epochs_seen[0] == 1) == (rate == 0.3)
+    assert_same(read_finetuned(tmp_path / "rate-0.30"), read_finetuned(tmp_path / "rate-0.50"))
+    if results[0.3].best_epoch == recipe.epochs:
+        torch.set_num_threads(1)
+        train(whole, as_tensors(SPLITS["train_split"]), as_tensors(SPLITS["search_split"]), recipe)
+        assert_same(read_finetuned(tmp_path / "rate-0.30"), whole.state_dict())
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_trial_that_always_fails_is_named_with_its_reason_and_can_be_resumed(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(EvaluationError, match=r"rate-0\.3 failed 3 times \(.*no subnet here"):
+        finetune(tmp_path, load_subnet=load_missing, rates=(0.3,))
+    for name in ("rate-0.30", "teacher"):
+        save_fresh(tmp_path / name)
+    events: list[FinetuneProgress] = []
+    finetune(tmp_path, rates=(0.3,), resume=True, on_epoch=events.append)
+    assert epochs_by_rate(events) == {0.3: [1, 2, 3]}
+
+
+def test_an_experiment_is_not_overwritten_or_continued_for_something_else(tmp_path: Path) -> None:
+    file = tmp_path / "finetune" / "finetune.json"
+    file.parent.mkdir()
+    file.write_text('{"rates": [0.3], "recipe": {}}')
+    with pytest.raises(ArtifactError, match="--resume"):
+        finetune(tmp_path)
+    with pytest.raises(ConfigError, match="was begun for"):
+        finetune(tmp_path, resume=True)

@@ -1,0 +1,115 @@
+"""A made-up run: round numbers that no network produced."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cacp_ray.files import write_json, write_yaml
+
+BASE_MACS = 40_000_000
+BASE_PARAMS = 272_000
+RATES = (0.3, 0.5, 0.7)
+
+
+def make_result(
+    rates: tuple[float, ...] = RATES,
+    *,
+    num_groups: int = 12,
+    is_finetuned: bool = True,
+    num_frontier: int = 6,
+) -> dict[str, Any]:
+    """Content of result.json."""
+    groups = [
+        {"name": f"layer{g}.conv1", "num_channels": 16 * (1 + g % 4), "is_residual": g % 4 == 0}
+        for g in range(num_groups)
+    ]
+    return {
+        "name": "synthetic",
+        "strategy": "cacp",
+        "cost": "macs",
+        "base": {
+            "model": "resnet20",
+            "macs": BASE_MACS,
+            "params": BASE_PARAMS,
+            "search": {"top1": 0.92, "top5": 0.99, "loss": 0.3, "images": 5000},
+            "test": {"top1": 0.91, "top5": 0.99, "loss": 0.3, "images": 10000},
+            "latency_ms": 2.0,
+        },
+        "rates": [_make_rate(rate, groups, is_finetuned=is_finetuned) for rate in rates],
+        "frontier": [
+            {
+                "rate": r,
+                "cost_kept": r - 0.0001,
+                "macs": int(r * BASE_MACS),
+                "top1": _top1(r) - 0.02,
+            }
+            for r in np.linspace(0.2, 0.9, num_frontier).tolist()
+        ],
+        "groups": groups,
+        "evaluations": 300,
+        "seconds": {
+            "start": 2.5,
+            "prepare": 11.0,
+            "search": 245.0,
+            "frontier": 4.0,
+            "finetune": 4000.0 if is_finetuned else None,
+        },
+    }
+
+
+def _top1(rate: float) -> float:
+    return 0.92 - 0.3 * (1 - rate) ** 3
+
+
+def _make_rate(rate: float, groups: list[dict[str, Any]], *, is_finetuned: bool) -> dict[str, Any]:
+    return {
+        "rate": rate,
+        "cost_kept": rate - 0.0002,
+        "macs": int(rate * BASE_MACS),
+        "params": int(rate * BASE_PARAMS),
+        "keep_counts": [
+            max(1, round(rate**0.5 * (0.7 + 0.05 * (g % 7)) * group["num_channels"]))
+            for g, group in enumerate(groups)
+        ],
+        "path": f"subnets/rate-{rate:.2f}",
+        "top1_none": 0.6 * rate,
+        "top1": _top1(rate),
+        "policy_top1": _top1(rate) - 0.01,
+        "finetuned_top1": _top1(rate) + 0.7 * (0.92 - _top1(rate)) if is_finetuned else None,
+        "test_top1": _top1(rate) + 0.6 * (0.92 - _top1(rate)) if is_finetuned else None,
+        "test_images": 10000,
+        "latency_ms": 2.0 * rate + 0.3,
+        "speedup": 2.0 / (2.0 * rate + 0.3),
+    }
+
+
+def make_episodes(count: int, rates: tuple[float, ...] = RATES) -> pa.Table:
+    """The columns of `episodes/` that reports read; every 50th measurement failed."""
+    rng = np.random.default_rng(0)
+    index = np.arange(count)
+    rate = np.array(rates)[index % len(rates)]
+    gain = 1 - 0.15 * np.exp(-index / 80)
+    top1 = np.clip(np.array([_top1(r) for r in rate]) * gain - rng.exponential(0.02, count), 0, 1)
+    return pa.table(
+        {
+            "index": pa.array(index, pa.int64()),
+            "rate": pa.array(rate, pa.float64()),
+            "cost_kept": pa.array(rate - 0.0002, pa.float64()),
+            "top1": pa.array(np.where(index % 50 == 49, 0.0, top1), pa.float64()),
+            "cached": pa.array(index % 20 == 19, pa.bool_()),
+            "status": pa.array(np.where(index % 50 == 49, "failed", "ok").tolist(), pa.string()),
+            "evaluator": pa.array([f"evaluator-{i % 2}" for i in index], pa.string()),
+            "node": pa.array(["local"] * count, pa.string()),
+        }
+    )
+
+
+def make_run(folder: Path, result: dict[str, Any]) -> Path:
+    """A run directory with the files that a report reads."""
+    write_json(folder / "result.json", result)
+    environment = {"python": "3.11.0", "packages": {"torch": "2.9"}, "commit": None, "seed": 0}
+    write_json(folder / "environment.json", environment)
+    write_yaml(folder / "config.yaml", {"name": result["name"], "rates": [0.3, 0.5, 0.7]})
+    return folder

@@ -1,0 +1,95 @@
+import math
+
+import matplotlib as mpl
+import numpy as np
+import pyarrow as pa
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from cacp_ray.reporting.figures import draw_figures, plot_accuracy, plot_learning, read_episodes
+from tests.unit.reporting.synthetic import RATES, make_episodes, make_result
+
+MANY_RATES = tuple(round(0.08 * i, 2) for i in range(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("result", "count", "rates"),
+    [
+        (make_result(), 300, RATES),
+        (make_result(is_finetuned=False, num_frontier=0), 0, RATES),
+        (make_result((0.5,), num_groups=1), 1, (0.5,)),
+        (make_result(MANY_RATES, num_groups=60), 500, MANY_RATES),
+    ],
+    ids=["three-rates", "nothing-measured", "one-of-each", "many"],
+)
+def test_every_run_has_its_three_figures(tmp_path, result, count, rates):
+    drawings = draw_figures(result, make_episodes(count, rates), tmp_path / "figures")
+    names = ["accuracy.png", "learning.png", "keep-ratios.png"]
+    assert [drawing.path.name for drawing in drawings] == names
+    for drawing in drawings:
+        with Image.open(drawing.path) as image:
+            assert image.format == "PNG"
+            assert len(set(image.convert("L").resize((60, 40)).tobytes())) > 2
+        assert drawing.title
+        assert drawing.caption
+
+
+def test_equal_runs_give_equal_files(tmp_path):
+    for name in ("a", "b"):
+        draw_figures(make_result(), make_episodes(30), tmp_path / name)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_settings_of_matplotlib_are_left_alone(tmp_path):
+    before = dict(mpl.rcParams)
+    draw_figures(make_result(), make_episodes(30), tmp_path)
+    assert dict(mpl.rcParams) == before
+
+
+def test_failed_measurements_are_not_drawn():
+    assert len(read_episodes(make_episodes(100)).top1) == 98
+
+
+def test_a_table_without_rows_needs_no_columns():
+    assert len(read_episodes(pa.table({})).top1) == 0
+
+
+def test_a_rate_that_was_not_measured_leaves_a_gap():
+    result = make_result()
+    result["rates"][1]["top1"] = None
+    axes = Figure().add_subplot()
+    plot_accuracy(axes, result, read_episodes(make_episodes(9)))
+    before = next(line for line in axes.lines if line.get_label() == "before fine-tuning")
+    assert len(before.get_xdata()) == 2
+
+
+def test_candidates_below_the_axis_are_counted_in_the_caption():
+    axes = Figure().add_subplot()
+    table = make_episodes(100)
+    low = np.where(np.arange(100) < 7, 0.001, 0.8)
+    table = table.set_column(table.column_names.index("top1"), "top1", pa.array(low))
+    assert "7 of them lie below the axis" in plot_accuracy(
+        axes, make_result(), read_episodes(table)
+    )
+
+
+def test_the_best_so_far_never_falls_and_ends_at_the_last_candidate():
+    axes = Figure().add_subplot()
+    plot_learning(axes, make_result(), read_episodes(make_episodes(60)))
+    solid = [line for line in axes.lines if not line.get_label().startswith("_")]
+    assert [line.get_label() for line in solid] == ["0.30", "0.50", "0.70"]
+    for line in solid:
+        assert np.all(np.diff(line.get_ydata()) >= 0)
+        assert line.get_xdata()[-1] == 59  # one of the sixty failed
+
+
+def test_a_cheaper_candidate_serves_every_larger_rate():
+    axes = Figure().add_subplot()
+    table = make_episodes(3)
+    top1 = pa.array([0.9, 0.5, 0.6])  # proposed for rates 0.3, 0.5 and 0.7
+    table = table.set_column(table.column_names.index("top1"), "top1", top1)
+    plot_learning(axes, make_result(), read_episodes(table))
+    solid = [line for line in axes.lines if not line.get_label().startswith("_")]
+    assert all(math.isclose(line.get_ydata()[-1], 90.0) for line in solid)

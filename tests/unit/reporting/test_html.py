@@ -1,0 +1,138 @@
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from cacp_ray.errors import ArtifactError
+from cacp_ray.reporting.html import write_report
+from tests.unit.reporting.synthetic import RATES, make_episodes, make_result, make_run
+
+MANY_RATES = tuple(round(0.08 * i, 2) for i in range(1, 13))
+VOID = {"meta", "img", "br", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Attributes and nesting of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(html)
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def report(folder, result, count=60, rates=RATES) -> str:
+    path = write_report(make_run(folder, result), make_episodes(count, rates))
+    assert path == folder / "report.html"
+    return path.read_text("utf-8")
+
+
+@pytest.mark.parametrize("rates", [(0.5,), RATES, MANY_RATES], ids=len)
+def test_all_rates_are_in_the_report_with_code_to_load_them(tmp_path, rates):
+    page = Page(report(tmp_path, make_result(rates), rates=rates))
+    for rate in rates:
+        code = f'net = cacp_ray.load_subnet("{tmp_path.as_posix()}/subnets/rate-{rate:.2f}")'
+        assert code in page.text
+
+
+def test_the_file_loads_nothing_from_elsewhere(tmp_path):
+    html = report(tmp_path, make_result())
+    page = Page(html)
+    loaded = [value for _, a in page.tags for key, value in a.items() if key in ("src", "href")]
+    assert len(loaded) == 3
+    assert all(value.startswith("data:image/png;base64,") for value in loaded)
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+    assert not re.search(r"https?://|@import|url\(", html)
+
+
+def test_values_are_escaped(tmp_path):
+    nasty = "<script>alert('x')</script> & \"quotes\""
+    result = make_result() | {"name": nasty, "strategy": nasty}
+    result["base"]["model"] = nasty
+    result["groups"][0]["name"] = nasty
+    result["rates"][0]["path"] = f"subnets/{nasty}"
+    html = report(tmp_path, result)
+    assert "<script" not in html
+    assert nasty in Page(html).text
+    assert f"subnets/{nasty}".replace('"', '\\"') in Page(html).text
+
+
+@pytest.mark.parametrize(
+    ("result", "count"),
+    [
+        (make_result(is_finetuned=False, num_frontier=0), 0),
+        (make_result(num_frontier=0), 1),
+        (make_result(num_groups=60), 10),
+    ],
+    ids=["fresh", "one-episode", "sixty-groups"],
+)
+def test_a_run_of_any_size_is_reported(tmp_path, result, count):
+    page = Page(report(tmp_path, result, count))
+    assert ("without further search" in page.text) == bool(result["frontier"])
+
+
+def test_what_fine_tuning_has_not_measured_is_a_dash_and_is_explained(tmp_path):
+    page = Page(report(tmp_path, make_result(is_finetuned=False)))
+    row = page.text.split("rate 0.30", 1)[1].split("rate 0.50", 1)[0]
+    assert row.count("\N{EN DASH}") == 3
+    assert "not fine-tuned yet" in page.text
+
+
+def test_words_errors_phases_versions_and_configuration_are_stated(tmp_path):
+    text = " ".join(Page(report(tmp_path, make_result())).text.split())
+    for part in (
+        "KEPT",
+        "FLOPs = 2 MACs",
+        "search split",
+        "test split",
+        "Standard error",
+        "3 rates",
+        "1 h 06 min",
+        "60 measurements recorded",
+        "1 failed",
+        "2 evaluators on 1 node",
+        "torch",
+        "rates:",
+    ):
+        assert part in text
+
+
+def test_a_dark_page_a_narrow_page_and_paper_have_their_rules(tmp_path):
+    html = report(tmp_path, make_result())
+    for rule in ("prefers-color-scheme: dark", "max-width: 34rem", "@media print"):
+        assert rule in html
+
+
+def test_a_run_without_a_result_names_the_next_step(tmp_path):
+    with pytest.raises(ArtifactError, match="finish the search"):
+        write_report(tmp_path, make_episodes(0))
+
+
+@pytest.mark.parametrize("name", ["environment.json", "config.yaml"])
+def test_a_missing_file_is_named(tmp_path, name):
+    run_dir = make_run(tmp_path, make_result())
+    (run_dir / name).unlink()
+    with pytest.raises(ArtifactError, match=name):
+        write_report(run_dir, make_episodes(0))
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    report(tmp_path, make_result())
+    before = (tmp_path / "report.html").read_bytes()
+    monkeypatch.setattr("cacp_ray.files.os.replace", lambda *paths: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        report(tmp_path, make_result() | {"name": "other"})
+    assert (tmp_path / "report.html").read_bytes() == before

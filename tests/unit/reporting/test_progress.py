@@ -1,0 +1,154 @@
+import dataclasses
+import io
+from dataclasses import dataclass
+
+import pytest
+from rich.console import Console
+
+from cacp_ray.reporting import progress
+from cacp_ray.reporting.progress import FinetuneDisplay, SearchDisplay
+from cacp_ray.reporting.tables import make_console
+
+
+@dataclass(frozen=True)
+class Best:
+    index: int = 17
+    top1: float = 0.8123
+    cost_kept: float = 0.2999
+
+
+@dataclass(frozen=True)
+class State:
+    evaluations: int = 120
+    total: int = 300
+    best: dict = dataclasses.field(default_factory=lambda: {0.5: None, 0.3: Best()})
+    evaluations_per_second: float = 12.34
+    num_alive: int = 2
+    seconds_left: float | None = 14.6
+
+
+@dataclass(frozen=True)
+class Epoch:
+    rate: float = 0.3
+    epoch: int = 2
+    epochs: int = 10
+    train_loss: float = 0.51234
+    search_top1: float = 0.8123
+    seconds: float = 31.2
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def make_terminal(file: io.StringIO) -> Console:
+    return Console(file=file, force_terminal=True, width=100, height=30, _environ={"TERM": "xterm"})
+
+
+def test_without_a_terminal_the_search_is_one_plain_line(clock):
+    file = io.StringIO()
+    with SearchDisplay(console=make_console(file)) as display:
+        display.update(State())
+    assert file.getvalue() == (
+        "search 120/300 evaluations  12.3/s  2 evaluators  15 s left  "
+        "best top-1 in %: 0.30: 81.23  0.50: \N{EN DASH}\n"
+    )
+
+
+def test_plain_lines_pause_between_each_other_and_the_last_state_is_kept(clock):
+    file = io.StringIO()
+    with SearchDisplay(console=make_console(file)) as display:
+        for second in range(13):
+            clock[0] = float(second)
+            display.update(State(evaluations=second))
+    shown = [line.split()[1] for line in file.getvalue().splitlines()]
+    assert shown == ["0/300", "5/300", "10/300", "12/300"]
+
+
+def test_a_plain_line_is_not_broken_however_many_the_rates(clock):
+    file = io.StringIO()
+    with SearchDisplay(console=make_console(file)) as display:
+        display.update(State(best={i / 20: Best() for i in range(1, 20)}))
+    assert len(file.getvalue().splitlines()) == 1
+
+
+def test_on_a_terminal_every_rate_has_a_row(clock):
+    file = io.StringIO()
+    with SearchDisplay(console=make_terminal(file)) as display:
+        display.update(State())
+    text = file.getvalue()
+    for part in ("0.30", "81.23", "29.99", "17", "0.50", "120/300", "12.3/s", "15 s left"):
+        assert part in text
+
+
+def test_a_terminal_is_not_redrawn_for_every_result(clock):
+    file = io.StringIO()
+    with SearchDisplay(console=make_terminal(file)) as display:
+        for step in range(1000):
+            clock[0] = step / 1000
+            display.update(State(evaluations=step))
+    assert 5 <= file.getvalue().count("/300") <= 8
+    assert "999/300" in file.getvalue()
+
+
+def test_an_error_leaves_the_last_state_and_goes_on(clock):
+    file = io.StringIO()
+
+    def search() -> None:
+        with SearchDisplay(console=make_terminal(file)) as display:
+            display.update(State())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search()
+    assert "120/300" in file.getvalue()
+    assert file.getvalue().endswith("\x1b[?25h")  # the cursor is visible again
+
+
+@pytest.mark.parametrize("make", [make_terminal, make_console])
+def test_quiet_shows_nothing(make, clock):
+    file = io.StringIO()
+    with SearchDisplay(quiet=True, console=make(file)) as display:
+        display.update(State())
+    with FinetuneDisplay(quiet=True, console=make(file)) as display:
+        display.update(Epoch())
+    assert file.getvalue() == ""
+
+
+def test_an_end_without_an_update_shows_no_line():
+    file = io.StringIO()
+    with SearchDisplay(console=make_console(file)):
+        pass
+    assert file.getvalue() == ""
+
+
+def test_time_left_is_a_dash_before_the_first_measurement(clock):
+    file = io.StringIO()
+    with SearchDisplay(console=make_console(file)) as display:
+        display.update(State(seconds_left=None, num_alive=1))
+    assert "1 evaluator  \N{EN DASH} left" in file.getvalue()
+
+
+def test_every_epoch_is_a_plain_line():
+    file = io.StringIO()
+    with FinetuneDisplay(console=make_console(file)) as display:
+        display.update(Epoch())
+        display.update(Epoch(rate=0.5, epoch=1))
+    assert file.getvalue().splitlines() == [
+        "fine-tune rate 0.30  epoch 2/10  loss 0.512  search split 81.23 %  31 s",
+        "fine-tune rate 0.50  epoch 1/10  loss 0.512  search split 81.23 %  31 s",
+    ]
+
+
+def test_on_a_terminal_every_rate_shows_its_last_epoch():
+    file = io.StringIO()
+    with FinetuneDisplay(console=make_terminal(file)) as display:
+        display.update(Epoch(rate=0.5, epoch=1))
+        display.update(Epoch(rate=0.3, epoch=4))
+        display.update(Epoch(rate=0.5, epoch=2))
+    last = file.getvalue().rsplit("(kept)", 1)[1]
+    assert last.index("4/10") < last.index("2/10")
+    assert "1/10" not in last

@@ -1,0 +1,115 @@
+import math
+
+import pytest
+
+from cacp_ray.reporting.summary import (
+    DASH,
+    accuracy_columns,
+    format_macs,
+    format_number,
+    format_seconds,
+    size_columns,
+    standard_errors,
+    summary_rows,
+)
+from tests.unit.reporting.synthetic import make_result
+
+
+def cells(result: dict, columns: list) -> dict[str, dict[tuple[str, str], str]]:
+    return {
+        row["label"]: {(c.head, c.unit): c.text(row) for c in columns}
+        for row in summary_rows(result)
+    }
+
+
+def test_the_base_network_comes_first_and_rates_rise():
+    labels = [row["label"] for row in summary_rows(make_result((0.7, 0.3, 0.5)))]
+    assert labels == ["base", "0.30", "0.50", "0.70"]
+
+
+def test_units_fit_the_base_network_and_hold_for_all_rows():
+    small = cells(make_result(), size_columns(make_result()))
+    assert small["base"][("MACs", "M")] == "40.00"
+    assert small["0.30"][("MACs", "M")] == "12.00"
+    assert small["0.30"][("params", "k")] == "81.6"
+    result = make_result()
+    result["base"] |= {"macs": 4_089_000_000, "params": 25_557_032}
+    large = cells(result, size_columns(result))
+    assert large["base"][("MACs", "G")] == "4.089"
+    assert large["base"][("params", "M")] == "25.56"
+
+
+def test_cost_kept_names_the_cost_that_the_rate_limits():
+    result = make_result() | {"cost": "params"}
+    assert cells(result, size_columns(result))["0.30"][("cost kept", "% of params")] == "29.98"
+
+
+def test_accuracies_are_percent_and_changes_are_points():
+    table = cells(make_result(), accuracy_columns(make_result()))
+    result = make_result()["rates"][0]
+    assert table["0.30"][("recovered", "on search")] == f"{100 * result['top1']:.2f}"
+    change = 100 * (result["test_top1"] - 0.91)
+    assert table["0.30"][("against base", "points, test")] == f"\N{MINUS SIGN}{-change:.2f}"
+
+
+def test_missing_values_are_dashes():
+    result = make_result(is_finetuned=False)
+    result["rates"][0]["latency_ms"] = None
+    del result["rates"][0]["speedup"]
+    table = cells(result, [*size_columns(result), *accuracy_columns(result)])["0.30"]
+    for head in (
+        ("latency", "ms"),
+        ("speed-up", ""),
+        ("fine-tuned", "on search"),
+        ("fine-tuned", "on test"),
+        ("against base", "points, test"),
+    ):
+        assert table[head] == DASH
+    assert format_number(math.nan, 2) == DASH
+
+
+def test_a_policy_that_was_never_asked_has_no_column():
+    result = make_result()
+    assert "policy alone" in [column.head for column in accuracy_columns(result)]
+    for row in result["rates"]:
+        row["policy_top1"] = None
+    assert "policy alone" not in [column.head for column in accuracy_columns(result)]
+
+
+def test_standard_errors_are_binomial():
+    result = make_result((0.5,))
+    result["base"]["search"] = {"top1": 0.5, "images": 2500}
+    result["rates"][0] |= {"top1_none": 0.5, "top1": 0.9, "finetuned_top1": None}
+    result["base"]["test"] = {"top1": 0.5, "images": 10_000}
+    result["rates"][0]["test_top1"] = 0.5
+    assert standard_errors(result) == [
+        "search split: 0.60 to 1.00 points (2,500 images)",
+        "test split: 0.50 points (10,000 images)",
+    ]
+
+
+def test_a_split_that_was_not_measured_has_no_standard_error():
+    result = make_result(is_finetuned=False)
+    result["base"]["test"] = None
+    assert [text.split(":")[0] for text in standard_errors(result)] == ["search split"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, DASH),
+        (0.0, "0.0 s"),
+        (4.21, "4.2 s"),
+        (59.7, "1 min 00 s"),
+        (200, "3 min 20 s"),
+        (3599.6, "1 h 00 min"),
+        (7500, "2 h 05 min"),
+    ],
+)
+def test_durations_are_read_at_a_glance(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+def test_macs_carry_their_unit():
+    assert format_macs(40_551_424) == "40.55 M"
+    assert format_macs(4_089_184_256) == "4.089 G"

@@ -1,0 +1,224 @@
+import io
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cacp_ray.data.transforms import augment
+from cacp_ray.training.loop import (
+    EpochResult,
+    distillation_loss,
+    learning_rate,
+    make_optimizer,
+    train,
+)
+from cacp_ray.training.metrics import measure
+from cacp_ray.training.recipe import Recipe
+
+RECIPE = Recipe(epochs=4, batch_size=16, lr=0.1, padding=1, seed=3)
+
+
+def make_model(seed: int = 0, *, dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(dropout),
+        nn.Linear(8, 2),
+    )
+
+
+def make_split(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Class 1 is brighter in the first channel."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 2
+    images = torch.randn(count, 3, 8, 8, generator=generator)
+    images[:, 0] += 2.0 * labels[:, None, None]
+    return images, labels
+
+
+def saved_and_read(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def run_epochs(model: nn.Module, recipe: Recipe, **options: Any) -> list[dict[str, Any]]:
+    """Trains and returns the state after each epoch, as it would be read from a file."""
+    states = []
+
+    def keep(result: EpochResult, state: dict[str, Any]) -> None:
+        states.append(saved_and_read(state))
+
+    train(model, make_split(48, 0), make_split(32, 1), recipe, on_epoch=keep, **options)
+    return states
+
+
+def assert_same_weights(first: nn.Module, second: nn.Module) -> None:
+    other = second.state_dict()
+    for key, value in first.state_dict().items():
+        assert torch.equal(value, other[key]), key
+
+
+def test_learning_rate_rises_to_its_peak_then_falls_to_zero() -> None:
+    recipe = Recipe(lr=0.4, warmup=0.2)
+    rates = [learning_rate(recipe, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.02)
+    assert max(rates) == pytest.approx(0.4)
+    assert rates.index(max(rates)) in (19, 20)
+    assert rates[:20] == sorted(rates[:20])
+    assert rates[20:] == sorted(rates[20:], reverse=True)
+    assert rates[60] == pytest.approx(0.2)
+    assert 0 < rates[-1] < 0.001
+
+
+def test_learning_rate_is_defined_without_warmup_and_for_one_step() -> None:
+    assert learning_rate(Recipe(lr=0.4, warmup=0.0), 0, 1) == pytest.approx(0.4)
+    assert learning_rate(Recipe(lr=0.4, warmup=1.0), 9, 10) == pytest.approx(0.4)
+
+
+def test_a_tiny_network_learns_two_separable_classes() -> None:
+    model = make_model()
+    test_split = make_split(64, 2)
+    before = measure(model, *test_split).loss
+    run_epochs(model, RECIPE)
+    after = measure(model, *test_split)
+    assert after.top1 > 0.95
+    assert after.loss < before / 2
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("stopped_after", [1, 3])
+def test_interrupted_and_resumed_training_is_bit_equal(stopped_after: int, dropout: float) -> None:
+    whole = make_model(dropout=dropout)
+    states = run_epochs(whole, RECIPE)
+    resumed = make_model(seed=99, dropout=dropout)
+    torch.manual_seed(1234)
+    run_epochs(resumed, RECIPE, state=states[stopped_after - 1])
+    assert_same_weights(whole, resumed)
+
+
+def test_a_finished_state_is_not_trained_further() -> None:
+    model = make_model()
+    states = run_epochs(model, RECIPE)
+    again = make_model(seed=99)
+    assert run_epochs(again, RECIPE, state=states[-1]) == []
+    assert_same_weights(model, again)
+
+
+def test_each_epoch_reports_its_number_loss_and_search_accuracy() -> None:
+    results: list[EpochResult] = []
+    train(
+        make_model(),
+        make_split(48, 0),
+        make_split(32, 1),
+        RECIPE,
+        on_epoch=lambda result, state: results.append(result),
+    )
+    assert [result.epoch for result in results] == [0, 1, 2, 3]
+    assert results[-1].train_loss < results[0].train_loss
+    assert {result.search.images for result in results} == {32}
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_optimizer_steps_as_that_of_torch(momentum: float) -> None:
+    recipe = Recipe(momentum=momentum, weight_decay=0.01)
+    ours, reference = make_model(), make_model()
+    optimizer = make_optimizer(ours, recipe)
+    groups = make_optimizer(reference, recipe).param_groups
+    torch_optimizer = torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0)
+    images, labels = make_split(16, 0)
+    for step in range(4):
+        for model, its_optimizer in ((ours, optimizer), (reference, torch_optimizer)):
+            for group in its_optimizer.param_groups:
+                group["lr"] = 0.1 / (step + 1)
+            its_optimizer.zero_grad()
+            functional.cross_entropy(model(images), labels).backward()
+            its_optimizer.step()
+        if step == 1:
+            optimizer.load_state_dict(saved_and_read(torch_optimizer.state_dict()))
+    assert_same_weights(ours, reference)
+
+
+def test_training_does_not_import_the_compiler() -> None:
+    code = (
+        "import sys, torch\n"
+        "from tests.unit.training.test_loop import RECIPE, make_model, run_epochs\n"
+        "run_epochs(make_model(), RECIPE)\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_biases_and_batch_norm_are_not_decayed() -> None:
+    model = make_model()
+    decayed, others = make_optimizer(model, Recipe(weight_decay=0.1)).param_groups
+    assert {p.ndim for p in decayed["params"]} == {2, 4}
+    assert decayed["weight_decay"] == pytest.approx(0.1)
+    assert {p.ndim for p in others["params"]} == {1}
+    assert others["weight_decay"] == 0
+
+
+def test_distillation_loss_of_equal_logits_is_zero() -> None:
+    logits = torch.randn(5, 10)
+    assert distillation_loss(logits, logits, 2.0).item() == pytest.approx(0.0, abs=1e-6)
+    assert distillation_loss(logits, logits + 3.0, 2.0).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_distillation_loss_is_the_scaled_divergence_from_the_teacher() -> None:
+    student, teacher = torch.randn(5, 10), torch.randn(5, 10)
+    p = (teacher / 3.0).softmax(1)
+    q = (student / 3.0).softmax(1)
+    expected = 9.0 * (p * (p / q).log()).sum(1).mean()
+    torch.testing.assert_close(distillation_loss(student, teacher, 3.0), expected)
+
+
+def test_pure_distillation_follows_the_teacher_not_the_labels() -> None:
+    teacher = make_model()
+    run_epochs(teacher, RECIPE)
+    images, labels = make_split(48, 0)
+    recipe = Recipe(epochs=8, batch_size=16, lr=0.1, padding=1, distillation=1.0)
+    student = make_model(seed=7)
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    train(student, (images, 1 - labels), make_split(32, 1), recipe, teacher=teacher)
+    assert measure(student, *make_split(64, 2)).top1 > 0.95
+    for key, value in teacher.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_augmented_images_are_crops_of_the_padded_image_or_its_mirror() -> None:
+    x = torch.randn(24, 3, 6, 5)
+    augmented = augment(x, torch.Generator().manual_seed(0), padding=2)
+    assert augmented.shape == x.shape
+    mirrored = 0
+    for image, result in zip(x, augmented, strict=True):
+        padded = functional.pad(image, (2, 2, 2, 2))
+        windows = [padded[:, i : i + 6, j : j + 5] for i in range(5) for j in range(5)]
+        is_crop = any(torch.equal(window, result) for window in windows)
+        is_mirror = any(torch.equal(window.flip(2), result) for window in windows)
+        assert is_crop or is_mirror
+        mirrored += is_mirror
+    assert 4 < mirrored < 20
+
+
+def test_augmentation_depends_on_its_generator_alone() -> None:
+    x = torch.randn(8, 3, 6, 6)
+    first = augment(x, torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    assert torch.equal(first, augment(x, torch.Generator().manual_seed(1)))
+    assert not torch.equal(first, augment(x, torch.Generator().manual_seed(2)))
+
+
+def test_augmentation_without_padding_only_flips() -> None:
+    x = torch.randn(8, 3, 6, 6)
+    result = augment(x, torch.Generator().manual_seed(1), padding=0)
+    for image, other in zip(x, result, strict=True):
+        assert torch.equal(image, other) or torch.equal(image.flip(2), other)
