@@ -124,7 +124,7 @@ def _require_answer(address: str) -> None:
 
 @contextlib.contextmanager
 def _fast_start() -> Iterator[None]:
-    """Environment in which a local Ray starts soonest (measured on 2 loaded cores: 8.0 to 2.5 s).
+    """Environment in which a local Ray starts soonest (measured on 2 loaded cores: 8.0 to 3.3 s).
 
     - Ray's idle first workers are not started (0.7 s): evaluators have processes of their own.
     - Where Python was told not to write bytecode and Ray has none, each of Ray's processes would

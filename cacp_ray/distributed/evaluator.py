@@ -12,42 +12,42 @@ import ray
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
 
 
+class NotPreparedError(Exception):
+    """The process was restarted since it was last prepared."""
+
+
 class RayEvaluator:
-    """Builds the score function once in its process, then scores one candidate after another."""
+    """Builds the score function once in its process, then scores one candidate after another.
 
-    def __init__(
-        self, name: str, make_score: Callable[..., ScoreFunction], payload: dict[str, ray.ObjectRef]
-    ) -> None:
-        """Builds nothing yet, so that Ray can always construct it, a second time too.
+    The payload comes with `prepare`, not with the constructor: Ray can then restart the actor
+    whatever became of its objects, and the pool hands them over again.
+    """
 
-        Args:
-            name: For the measurements.
-            make_score: Called as `make_score(**payload)`.
-            payload: References inside a dict: as plain arguments Ray would resolve them itself and
-                warn that a restart may fail. The pool owns them.
-        """
+    def __init__(self, name: str) -> None:
         self._name = name
-        self._make_score = make_score
-        self._payload = payload
-        self._score: ScoreFunction | None = None
         self._node = ray.util.get_node_ip_address()
+        self._score: ScoreFunction | None = None
 
-    def prepare(self) -> None:
-        """Builds the score function where it is not built yet."""
-        self._built()
+    def prepare(
+        self, make_score: Callable[..., ScoreFunction], payload: dict[str, ray.ObjectRef]
+    ) -> None:
+        """Builds the score function, unless this process has done so."""
+        if self._score is None:
+            values = ray.get(list(payload.values()))  # arrays are views of the object store
+            self._score = make_score(**dict(zip(payload, values, strict=True)))
 
     def score(self, candidate: Candidate, attempt: int) -> Measurement:
-        """Scores a candidate and notes where and when."""
+        """Scores a candidate and notes where and when.
+
+        Raises:
+            NotPreparedError: The candidate was not tried; prepare the actor first.
+        """
+        if self._score is None:
+            raise NotPreparedError(self._name)
         return dataclasses.replace(
-            self._built()(candidate),
+            self._score(candidate),
             evaluator=self._name,
             node=self._node,
             attempt=attempt,
             finished_at=time.time(),
         )
-
-    def _built(self) -> ScoreFunction:
-        if self._score is None:
-            values = ray.get(list(self._payload.values()))  # arrays are views of the object store
-            self._score = self._make_score(**dict(zip(self._payload, values, strict=True)))
-        return self._score

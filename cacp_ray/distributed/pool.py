@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
-from cacp_ray.distributed.evaluator import RayEvaluator
+from cacp_ray.distributed.evaluator import NotPreparedError, RayEvaluator
 from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
 
@@ -109,7 +109,7 @@ class RayEvaluatorPool:
             runtime_env={"env_vars": dict.fromkeys(THREAD_VARIABLES, threads)},
         )
         self._queue: deque[_Work] = deque()
-        self._flights: dict[ray.ObjectRef, _Flight] = {}  # in the order submitted
+        self._flights: dict[ray.ObjectRef, _Flight] = {}
         self._preparing: dict[ray.ObjectRef, _Slot] = {}
         self._none_ready_since = time.monotonic()
         self._first_error_at = math.inf
@@ -163,14 +163,15 @@ class RayEvaluatorPool:
         self._payload.clear()
 
     def _create(self, name: str) -> Any:
-        return self._actor_class.remote(name, self._make_score, self._payload)
+        return self._actor_class.remote(name)
 
     def _prepare_due(self) -> None:
         now = time.monotonic()
         for slot in self._slots:
             if not slot.is_ready and not slot.is_preparing and slot.prepare_at <= now:
                 slot.is_preparing = True
-                self._preparing[slot.actor.prepare.remote()] = slot
+                ref = slot.actor.prepare.remote(self._make_score, self._payload)
+                self._preparing[ref] = slot
 
     def _dispatch(self) -> None:
         """Sends queued candidates to free places, the least loaded actor first.
@@ -232,14 +233,15 @@ class RayEvaluatorPool:
     def _fail(self, flight: _Flight, error: Exception) -> list[Measurement]:
         """Queues the candidate for another actor, or gives it up."""
         work, slot = flight.work, flight.slot
-        is_preempted = False
-        if isinstance(error, RayTaskError):
+        is_counted = True
+        if isinstance(error, RayTaskError) and not isinstance(error, NotPreparedError):
             reason = f"scoring raised {_describe(error)}"
         else:
             reason = f"lost with {slot.name}: {_describe(error)}"
             is_preempted = isinstance(error, RayActorError) and error.preempted
+            is_counted = not (is_preempted or isinstance(error, NotPreparedError))
             slot.is_ready = False
-        if not is_preempted:
+        if is_counted:
             work.tried.add(slot.name)
             if work.attempt >= self._max_attempts:
                 logger.warning("candidate %d is given up: %s", work.candidate.index, reason)
@@ -285,8 +287,8 @@ class RayEvaluatorPool:
         if now - self._none_ready_since > PATIENCE_S and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "no evaluator is ready after %.0f s: %d of them ask for %g CPU each and the cluster "
-                "has %g; still waiting (add nodes, or lower the CPUs of an evaluator)",
+                "no evaluator is ready after %.0f s: %d of them ask for %g CPU each and the "
+                "cluster has %g; still waiting (add nodes, or lower the CPUs of an evaluator)",
                 now - self._none_ready_since,
                 len(self._slots),
                 self._cpus,

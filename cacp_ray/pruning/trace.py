@@ -103,7 +103,7 @@ MOVES = {
     aten.squeeze, aten.unsqueeze, aten.slice, aten.select, aten.split, aten.split_with_sizes,
     aten.cat, aten.stack, aten.clone, aten.alias, aten.detach, aten.unbind, aten.repeat,
     aten.roll, aten.flip, aten.pixel_shuffle, aten.pixel_unshuffle, aten.channel_shuffle,
-    aten.view_as_real, aten.contiguous, aten.constant_pad_nd,
+    aten.view_as_real, aten.contiguous, aten.constant_pad_nd, aten.as_strided_,
 }  # fmt: skip
 POINTWISE = {
     aten.hardswish_, aten.hardsigmoid_, aten.hardtanh_, aten.hardtanh, aten.leaky_relu_, aten.elu_,
@@ -302,6 +302,11 @@ class _LabelMode(TorchDispatchMode):
 
         if func.overloadpacket in (aten.view, aten._unsafe_view):
             labels: Any = self.get(args[0]).reshape(args[1])
+        elif func.overloadpacket is aten.as_strided_:
+            if out.shape[:2].numel() != out.numel():
+                self._unsupported(out, [args[0]], "as_strided_")
+                return
+            labels = self.get(args[0])  # a channels_last mean rewrites strides of single pixels
         elif func.overloadpacket is aten.clone:
             labels = self.get(args[0])
         elif func.overloadpacket is aten.constant_pad_nd:

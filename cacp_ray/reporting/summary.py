@@ -77,6 +77,7 @@ def summary_rows(result: dict[str, Any]) -> list[Row]:
         "test_top1": _top1(base, "test"),
         "latency_ms": base.get("latency_ms"),
         "speedup": None if is_missing(base.get("latency_ms")) else 1.0,
+        "batch_speedup": None if is_missing(base.get("batch_latency_ms")) else 1.0,
     }
     rows = sorted(result["rates"], key=lambda row: row["rate"])
     return [whole, *({"label": f"{row['rate']:.2f}"} | row for row in rows)]
@@ -88,8 +89,13 @@ def size_columns(result: dict[str, Any]) -> list[Column]:
         Column("rate", "kept", lambda row: row["label"]),
         *_cost_columns(result),
         _count_column("params", *_params_unit(result["base"]["params"])),
-        Column("latency", "ms", lambda row: format_number(row.get("latency_ms"), 2)),
-        Column("speed-up", "", lambda row: _format_speedup(row.get("speedup"))),
+        Column("latency", "ms, 1 image", lambda row: format_number(row.get("latency_ms"), 2)),
+        Column("speed-up", "1 image", lambda row: _format_speedup(row.get("speedup"))),
+        Column(
+            "speed-up",
+            f"{result.get('latency_batch', 'batch')} images",
+            lambda row: _format_speedup(row.get("batch_speedup")),
+        ),
     ]
 
 

@@ -1,7 +1,7 @@
 """Trains a base network into a folder, and goes on from its last finished epoch after a kill.
 
-The folder holds config.yaml, environment.json, progress.jsonl (one line an epoch), state.pt (to go on
-from; read with `weights_only`), and at the end model.safetensors and result.json.
+The folder holds config.yaml, environment.json, progress.jsonl (one line an epoch), state.pt (to go
+on from; read with `weights_only`), and at the end model.safetensors and result.json.
 """
 
 import dataclasses
@@ -83,7 +83,7 @@ def read_state(file: Path) -> dict[str, Any] | None:
     try:
         return torch.load(file, weights_only=True)
     except Exception as error:  # torch raises many kinds for a broken file
-        raise ArtifactError(f"{file}: not a readable training state; delete it to start again") from error
+        raise ArtifactError(f"{file}: not a readable state; delete it to start again") from error
 
 
 def save_weights(model: nn.Module, file: Path) -> None:

@@ -188,13 +188,18 @@ def _make_tuner(
     # A driver that was killed before its first save left nothing to restore.
     has_state = any(experiment_dir.glob("experiment_state-*.json"))
     if has_state and tune.Tuner.can_restore(str(experiment_dir)):
-        return tune.Tuner.restore(
+        tuner = tune.Tuner.restore(
             str(experiment_dir),
             trainable=trainable,
             param_space=space,
             resume_unfinished=True,
             resume_errored=True,
         )
+        # One killed between replacing a checkpoint and saving that names a checkpoint that is gone.
+        # Training is repeatable, so starting over ends with the same weights.
+        checkpoints = [result.checkpoint for result in tuner.get_results()]
+        if all(Path(checkpoint.path).exists() for checkpoint in checkpoints if checkpoint):
+            return tuner
     return tune.Tuner(
         trainable,
         param_space=space,
@@ -205,8 +210,8 @@ def _make_tuner(
             verbose=0,
             callbacks=[_ProgressCallback(recipe.epochs)],
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
-            # The last holds the best weights too; the one before it is what a driver that is killed
-            # between two saves of the experiment goes on from.
+            # The last holds the best weights too; the one before it is what the experiment names
+            # until it is saved again.
             checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
         ),
     )

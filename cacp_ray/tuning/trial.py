@@ -27,8 +27,6 @@ from cacp_ray.training.loop import EpochResult, train
 from cacp_ray.training.metrics import fast_dtype, measure
 from cacp_ray.training.recipe import Recipe
 
-logger = logging.getLogger(__name__)
-
 LabelledImages = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 STATE_FILE = "state.pt"
@@ -164,20 +162,12 @@ def finetune_trial(
 
 
 def read_checkpoint() -> dict[str, Any] | None:
-    """The state of the last reported epoch; None at the start of a trial.
-
-    After a killed driver Tune may name a checkpoint that a newer one has replaced. Training is
-    repeatable, so the trial then starts over and ends with the same weights.
-    """
+    """The state of the last reported epoch; None at the start of a trial."""
     checkpoint = tune.get_checkpoint()
     if checkpoint is None:
         return None
-    try:
-        with checkpoint.as_directory() as directory:
-            return torch.load(Path(directory) / STATE_FILE, weights_only=True)
-    except FileNotFoundError:
-        logger.warning("%s is gone: this fine-tuning starts over", checkpoint.path)
-        return None
+    with checkpoint.as_directory() as directory:
+        return torch.load(Path(directory) / STATE_FILE, weights_only=True)
 
 
 def as_tensors(split: LabelledImages) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,7 @@
-import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,45 +15,32 @@ from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunctio
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
-BAD = 3
+# The first keep count tells the score function of these tests what to do.
+SLEEP, SLEEP_LONG, CRASH, RAISE = range(4)
 
 
-def measured(candidate: Candidate) -> Measurement:
-    top1 = sum(candidate.keep_counts) / 100
-    return Measurement(candidate.index, top1, top1, 1 - top1, images=10, seconds=0.0)
-
-
-def make_sleeping(folder: str, seconds: float) -> ScoreFunction:
+def make_obedient(folder: str, images: NDArray[np.float32], parts: dict[str, Any]) -> ScoreFunction:
+    """Notes its process in `folder`; top5 says whether the payload is shared, loss the threads."""
     (Path(folder) / str(os.getpid())).touch()
+    shared = [images, parts["labels"]]
+    is_shared = all(not a.flags.owndata and not a.flags.writeable for a in shared)
 
     def score(candidate: Candidate) -> Measurement:
-        time.sleep(seconds * (5 if candidate.index == 0 else 1))
-        return measured(candidate)
-
-    return score
-
-
-def make_crashing() -> ScoreFunction:
-    def score(candidate: Candidate) -> Measurement:
-        if candidate.index == BAD:
+        order = candidate.keep_counts[0]
+        if order == CRASH:
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.01)
-        return measured(candidate)
-
-    return score
-
-
-def make_raising() -> ScoreFunction:
-    def score(candidate: Candidate) -> Measurement:
-        if candidate.index == BAD:
+        if order == RAISE:
             raise ValueError("group 2\nkeeps nothing")
-        return measured(candidate)
+        time.sleep(0.25 if order == SLEEP_LONG else 0.03)
+        top1 = float(images[candidate.index])
+        threads = float(os.environ["OMP_NUM_THREADS"])
+        return Measurement(candidate.index, top1, float(is_shared), threads, 10, 0.0)
 
     return score
 
 
 def make_impossible(path: str) -> ScoreFunction:
-    raise FileNotFoundError(f"{path} is not on this node")
+    raise FileNotFoundError(f"{path} is not on this node\nreally")
 
 
 def make_dying() -> ScoreFunction:
@@ -62,176 +48,150 @@ def make_dying() -> ScoreFunction:
     raise AssertionError
 
 
-def make_inspecting(images: NDArray[np.float32], parts: dict[str, Any]) -> ScoreFunction:
-    """Answers with what the actor sees: writable? own memory? threads?"""
+class Shared:
+    """A pool of two actors and the folder where their processes are noted."""
 
-    def score(candidate: Candidate) -> Measurement:
-        arrays = [images, parts["labels"]]
-        is_view = all(not a.flags.owndata and not a.flags.writeable for a in arrays)
-        loss = float(os.environ["OMP_NUM_THREADS"])
-        return Measurement(candidate.index, float(is_view), float(images[-1]), loss, 1, 0.0)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        payload = {
+            "folder": str(folder),
+            "images": np.arange(1_000_000, dtype=np.float32),
+            "parts": {"labels": np.zeros(500_000, dtype=np.int64)},
+        }
+        self.pool = RayEvaluatorPool(
+            make_obedient, payload, num_evaluators=2, cpus_per_evaluator=0.5
+        )
 
-    return score
+    @property
+    def processes(self) -> list[int]:
+        """Those that run now."""
+        noted = [int(path.name) for path in self.folder.iterdir()]
+        return sorted(pid for pid in noted if Path(f"/proc/{pid}").exists())
 
+    def wait(self) -> None:
+        """Until both actors are ready."""
+        deadline = time.monotonic() + 30
+        while self.pool.num_alive < 2 and time.monotonic() < deadline:
+            self.pool.results(0.0)
+            time.sleep(0.02)
+        assert self.pool.num_alive == 2
 
-@contextlib.contextmanager
-def running(
-    make_score: Callable[..., ScoreFunction], payload: dict[str, Any], num_evaluators: int = 2
-) -> Iterator[RayEvaluatorPool]:
-    pool = RayEvaluatorPool(
-        make_score, payload, num_evaluators=num_evaluators, cpus_per_evaluator=0.25
-    )
-    try:
-        yield pool
-    finally:
-        pool.close()
-
-
-def candidates(count: int) -> list[Candidate]:
-    return [Candidate(i, 0.5, (i, i + 1)) for i in range(count)]
-
-
-def collect(
-    pool: RayEvaluatorPool,
-    count: int,
-    on_result: Callable[[int], None] = lambda _: None,
-    seconds: float = 30,
-) -> list[Measurement]:
-    """The next `count` measurements, and any that come too many within a moment."""
-    found: list[Measurement] = []
-    deadline = time.monotonic() + seconds
-    while len(found) < count and time.monotonic() < deadline:
-        found += pool.results(1.0)
-        on_result(len(found))
-    return found + pool.results(0.1)
-
-
-def wait_for(pool: RayEvaluatorPool, num_alive: int) -> None:
-    deadline = time.monotonic() + 20
-    while pool.num_alive < num_alive and time.monotonic() < deadline:
-        pool.results(0.0)
-        time.sleep(0.05)
-    assert pool.num_alive == num_alive
+    def score(
+        self, orders: Sequence[int], on_result: Callable[[int], None] = lambda _: None
+    ) -> list[Measurement]:
+        """Submits one candidate an order; every one must come back exactly once."""
+        for index, order in enumerate(orders):
+            self.pool.submit(Candidate(index, 0.5, (order, index)))
+        found: list[Measurement] = []
+        deadline = time.monotonic() + 40
+        while len(found) < len(orders) and time.monotonic() < deadline:
+            found += self.pool.results(0.5)
+            on_result(len(found))
+        found += self.pool.results(0.0)
+        assert sorted(m.index for m in found) == list(range(len(orders)))
+        return found
 
 
-def test_every_candidate_comes_back_once_and_in_no_order(tmp_path: Path) -> None:
-    asked = candidates(40)
-    with running(make_sleeping, {"folder": str(tmp_path), "seconds": 0.02}) as pool:
-        assert (pool.capacity, pool.num_alive) == (2, 0)  # queued while nobody is ready
-        started = time.monotonic()
-        for candidate in asked:
-            pool.submit(candidate)
-        assert time.monotonic() - started < 0.5
-        found = collect(pool, 40)
-        assert (pool.capacity, pool.num_alive) == (4, 2)
+@pytest.fixture(scope="module")
+def shared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    shared = Shared(tmp_path_factory.mktemp("processes"))
+    yield shared
+    shared.pool.close()
+
+
+def test_candidates_come_back_once_and_in_no_order(shared: Shared) -> None:
+    if shared.pool.num_alive == 0:
+        assert shared.pool.capacity == 2  # queued while nobody is ready
+    found = shared.score([SLEEP_LONG] + 19 * [SLEEP])
     order = [m.index for m in found]
     assert order != sorted(order)
-    assert sorted(order) == list(range(40))
     for m in found:
-        assert m.top1 == measured(asked[m.index]).top1
-        assert (m.status, m.attempt) == ("ok", 1)
+        assert (m.status, m.attempt, m.top1) == ("ok", 1, m.index)
         assert m.finished_at > 0
-        assert m.node
-    assert {m.evaluator for m in found} == {"evaluator-0", "evaluator-1"}
+        assert m.node not in ("", "local")
+    shared.wait()
+    assert shared.pool.capacity == 4
 
 
-def test_a_killed_evaluator_loses_nothing_and_comes_back(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    killed: list[str] = []
+def test_the_payload_is_shared_without_a_copy_and_threads_follow_the_cpus(shared: Shared) -> None:
+    (found,) = shared.score([SLEEP])
+    assert found.top5 == 1.0
+    assert found.loss == 1.0  # half a CPU: one thread
+
+
+def test_submitting_does_not_block_and_an_idle_pool_answers_at_once(shared: Shared) -> None:
+    shared.wait()
+    started = time.monotonic()
+    assert shared.pool.results(10.0) == []
+    assert time.monotonic() - started < 1.0
+    started = time.monotonic()
+    shared.pool.submit(Candidate(0, 0.5, (SLEEP_LONG, 0)))
+    assert time.monotonic() - started < 0.2
+    assert shared.pool.results(0.01) == []
+    assert [m.index for m in shared.pool.results(10.0)] == [0]
+
+
+def test_a_killed_evaluator_loses_nothing_and_comes_back(shared: Shared) -> None:
+    shared.wait()
+    before = shared.processes
+    killed: list[int] = []
 
     def kill_one(num_found: int) -> None:
         if num_found >= 5 and not killed:
-            killed.append(rng.choice(sorted(p.name for p in tmp_path.iterdir())))
-            os.kill(int(killed[0]), signal.SIGKILL)
+            killed.append(int(np.random.default_rng(0).choice(before)))
+            os.kill(killed[0], signal.SIGKILL)
 
-    with running(make_sleeping, {"folder": str(tmp_path), "seconds": 0.05}) as pool:
-        wait_for(pool, 2)
-        for candidate in candidates(60):
-            pool.submit(candidate)
-        found = collect(pool, 60, kill_one)
-        wait_for(pool, 2)
-    assert killed
-    assert sorted(m.index for m in found) == list(range(60))
+    found = shared.score(40 * [SLEEP], kill_one)
     assert all(m.status == "ok" for m in found)
     assert 2 in {m.attempt for m in found}
-    assert len(list(tmp_path.iterdir())) == 3  # the actor came back as a third process
+    shared.wait()
+    assert len(shared.processes) == 2
+    assert killed[0] not in shared.processes
 
 
-def test_losing_every_evaluator_is_survived(tmp_path: Path) -> None:
-    with running(make_sleeping, {"folder": str(tmp_path), "seconds": 0.05}) as pool:
-        wait_for(pool, 2)
-        for candidate in candidates(20):
-            pool.submit(candidate)
-        for path in tmp_path.iterdir():
-            os.kill(int(path.name), signal.SIGKILL)
-        found = collect(pool, 20)
-    assert sorted(m.index for m in found) == list(range(20))
+def test_losing_every_evaluator_unnoticed_is_survived(shared: Shared) -> None:
+    shared.wait()
+    for pid in shared.processes:
+        os.kill(pid, signal.SIGKILL)
+    found = shared.score(10 * [SLEEP])
     assert all(m.status == "ok" for m in found)
 
 
-def test_a_candidate_that_crashes_its_process_fails_after_three_attempts() -> None:
-    with running(make_crashing, {}) as pool:
-        wait_for(pool, 2)
-        for candidate in candidates(12):
-            pool.submit(candidate)
-        found = {m.index: m for m in collect(pool, 12)}
-    assert sorted(found) == list(range(12))
-    bad = found.pop(BAD)
+def test_a_candidate_that_crashes_its_process_fails_after_three_attempts(shared: Shared) -> None:
+    shared.wait()
+    found = {m.index: m for m in shared.score([SLEEP, SLEEP, CRASH] + 9 * [SLEEP])}
+    bad = found.pop(2)
     assert (bad.status, bad.attempt, bad.top1) == ("failed", 3, 0.0)
     assert "lost with evaluator-" in bad.error
-    assert "\n" not in bad.error
-    assert all(
-        m.status == "ok" and m.attempt <= 2 for m in found.values()
-    )  # beside it at most once
+    # The one beside it is lost once, never again.
+    assert all((m.status, m.attempt <= 2) == ("ok", True) for m in found.values())
 
 
-def test_a_candidate_that_raises_is_tried_elsewhere_then_failed() -> None:
-    with running(make_raising, {}, num_evaluators=3) as pool:
-        wait_for(pool, 3)
-        for candidate in candidates(8):
-            pool.submit(candidate)
-        found = {m.index: m for m in collect(pool, 8)}
-        assert pool.num_alive == 3
-    assert sorted(found) == list(range(8))
-    bad = found.pop(BAD)
+def test_a_candidate_that_raises_is_tried_elsewhere_then_failed(shared: Shared) -> None:
+    shared.wait()
+    before = shared.processes
+    found = {m.index: m for m in shared.score([SLEEP, RAISE] + 6 * [SLEEP])}
+    bad = found.pop(1)
     assert (bad.status, bad.attempt) == ("failed", 3)
     assert bad.error == "scoring raised ValueError: group 2"
-    assert all(m.status == "ok" for m in found.values())
+    assert all((m.status, m.attempt) == ("ok", 1) for m in found.values())
+    assert shared.processes == before
 
 
 @pytest.mark.parametrize(
     ("make_score", "payload", "reason"),
     [
-        (make_impossible, {"path": "x.npy"}, "x.npy is not on this node"),
+        (make_impossible, {"path": "x.npy"}, "FileNotFoundError: x.npy is not on this node"),
         (make_dying, {}, "process died"),
     ],
 )
 def test_a_scorer_that_cannot_be_built_ends_the_search(
     make_score: Callable[..., ScoreFunction], payload: dict[str, Any], reason: str
 ) -> None:
-    with running(make_score, payload) as pool:
-        pool.submit(candidates(1)[0])
-        with pytest.raises(EvaluationError, match=reason):
-            collect(pool, 1)
-
-
-def test_the_payload_is_shared_without_a_copy() -> None:
-    payload = {
-        "images": np.arange(1_000_000, dtype=np.float32),
-        "parts": {"labels": np.zeros(500_000, dtype=np.int64)},
-    }
-    with running(make_inspecting, payload, num_evaluators=1) as pool:
-        pool.submit(candidates(1)[0])
-        (found,) = collect(pool, 1)
-    assert found.top1 == 1.0
-    assert found.top5 == 999_999.0
-    assert found.loss == 1.0  # a quarter of a CPU: one thread
-
-
-def test_an_idle_pool_answers_at_once_and_closes_twice() -> None:
-    with running(make_crashing, {}, num_evaluators=1) as pool:
-        started = time.monotonic()
-        assert pool.results(10.0) == []
-        assert time.monotonic() - started < 1
-        pool.close()
-        assert (pool.capacity, pool.num_alive) == (0, 0)
+    pool = RayEvaluatorPool(make_score, payload, num_evaluators=1, cpus_per_evaluator=0.25)
+    pool.submit(Candidate(0, 0.5, (SLEEP,)))
+    with pytest.raises(EvaluationError, match=reason):
+        pool.results(30.0)
+    pool.close()
+    pool.close()
+    assert (pool.capacity, pool.num_alive) == (0, 0)

@@ -36,7 +36,9 @@ def make_result(
             "search": {"top1": 0.92, "top5": 0.99, "loss": 0.3, "images": 5000},
             "test": {"top1": 0.91, "top5": 0.99, "loss": 0.3, "images": 10000},
             "latency_ms": 2.0,
+            "batch_latency_ms": 90.0,
         },
+        "latency_batch": 64,
         "rates": [_make_rate(rate, groups, is_finetuned=is_finetuned) for rate in rates],
         "frontier": [
             {
@@ -82,6 +84,8 @@ def _make_rate(rate: float, groups: list[dict[str, Any]], *, is_finetuned: bool)
         "test_images": 10000,
         "latency_ms": 2.0 * rate + 0.3,
         "speedup": 2.0 / (2.0 * rate + 0.3),
+        "batch_latency_ms": 90.0 * rate + 5.0,
+        "batch_speedup": 90.0 / (90.0 * rate + 5.0),
     }
 
 

@@ -58,8 +58,8 @@ def test_missing_values_are_dashes():
     del result["rates"][0]["speedup"]
     table = cells(result, [*size_columns(result), *accuracy_columns(result)])["0.30"]
     for head in (
-        ("latency", "ms"),
-        ("speed-up", ""),
+        ("latency", "ms, 1 image"),
+        ("speed-up", "1 image"),
         ("fine-tuned", "on search"),
         ("fine-tuned", "on test"),
         ("against base", "points, test"),

@@ -1,0 +1,96 @@
+"""Parquet in, uint8 arrays out; every broken file is refused with its name and row."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from cacp_ray.data.images import read_parquet
+from cacp_ray.errors import ArtifactError, ConfigError
+
+
+def png(value, side=4):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((side, side, 3), value, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write(path, images, labels, *, plain=False, metadata=None, label="label"):
+    column = images if plain else [{"bytes": b, "path": None} for b in images]
+    kind = pa.binary() if plain else pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table({"img": pa.array(column, kind), label: pa.array(labels, pa.int64())})
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    return str(path)
+
+
+NAMES = {"class_names": json.dumps(["cat", "dog"])}
+HUGGING_FACE = {
+    "huggingface": json.dumps({"info": {"features": {"label": {"names": ["cat", "dog"]}}}})
+}
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("metadata", [NAMES, HUGGING_FACE])
+def test_both_image_columns_and_both_class_names_are_read(tmp_path, plain, metadata):
+    path = write(tmp_path / "a.parquet", [png(1), png(2)], [0, 1], plain=plain, metadata=metadata)
+    found = read_parquet(path)
+    assert found.images.tolist() == [[[[v] * 3] * 4] * 4 for v in (1, 2)]
+    assert found.labels.tolist() == [0, 1]
+    assert found.classes == ("cat", "dog")
+
+
+def test_rows_and_evenly_spaced_counts(tmp_path):
+    path = write(tmp_path / "a.parquet", [png(v) for v in range(10)], [0] * 10)
+    assert read_parquet(path, (2, 6)).images[:, 0, 0, 0].tolist() == [2, 3, 4, 5]
+    assert read_parquet(path, (2, 8), count=3).images[:, 0, 0, 0].tolist() == [2, 4, 6]
+    assert len(read_parquet(path, count=100)) == 10
+
+
+def test_label_outside_the_classes_names_file_and_row(tmp_path):
+    path = write(tmp_path / "a.parquet", [png(1)] * 3, [0, 1, 2], metadata=NAMES)
+    with pytest.raises(ArtifactError, match=r"a\.parquet, row 2: label 2 is outside the 2 classes"):
+        read_parquet(path, (1, 3))
+
+
+def test_broken_image_names_file_and_row(tmp_path):
+    path = write(tmp_path / "a.parquet", [png(1), png(2)[:40], b""], [0, 0, 0])
+    with pytest.raises(ArtifactError, match=r"a\.parquet, row 1: cannot decode"):
+        read_parquet(path)
+
+
+def test_missing_truncated_and_foreign_files_are_refused(tmp_path):
+    with pytest.raises(ArtifactError, match="no such file"):
+        read_parquet(str(tmp_path / "nothing.parquet"))
+    path = tmp_path / "a.parquet"
+    write(path, [png(1)], [0])
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ArtifactError, match="not a readable Parquet file"):
+        read_parquet(str(path))
+    with pytest.raises(ArtifactError, match="none of the columns label"):
+        read_parquet(write(tmp_path / "b.parquet", [png(1)], [0], label="target"))
+
+
+def test_rows_outside_the_file_and_unknown_samples_are_refused(tmp_path):
+    path = write(tmp_path / "a.parquet", [png(1)], [0])
+    with pytest.raises(ConfigError, match="outside its 1 rows"):
+        read_parquet(path, (0, 2))
+    with pytest.raises(ConfigError, match="did you mean train"):
+        read_parquet("embedded:trian")
+
+
+@pytest.mark.parametrize(("name", "rows"), [("train", 2500), ("search", 1500), ("test", 1000)])
+def test_embedded_sample_is_balanced(name, rows):
+    found = read_parquet(f"embedded:{name}")
+    assert found.images.shape == (rows, 32, 32, 3)
+    assert np.bincount(found.labels).tolist() == [rows // 10] * 10
+    assert found.classes[3] == "cat"
+
+
+def test_embedded_splits_share_no_image():
+    images = [read_parquet(f"embedded:{name}").images for name in ("train", "search", "test")]
+    keys = [{image.tobytes() for image in split} for split in images]
+    assert len(set.union(*keys)) == sum(len(split) for split in images)

@@ -1,0 +1,87 @@
+"""A saved subnet loads in a new process to the same logits, and broken folders are refused."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from cacp_ray.analysis import analyze
+from cacp_ray.errors import ArtifactError, InfeasibleRateError
+from cacp_ray.models.factory import build_model
+from cacp_ray.pruning.plan import count_macs
+from cacp_ray.pruning.subnet import describe_kept, load_subnet, save_subnet
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    model = build_model("resnet20", 10).eval()
+    found = analyze(model, torch.zeros(1, 3, 32, 32))
+    counts = found.uniform(0.4)
+    net = found.build(counts)
+    orders = [np.arange(group.num_channels) for group in found.groups]
+    description = {
+        "model": "resnet20",
+        "num_classes": 10,
+        "input_shape": [3, 32, 32],
+        "cost": "macs",
+        "rate": 0.4,
+        "cost_kept": 0.3999,
+        "groups": describe_kept(found.plan, orders, counts),
+    }
+    save_subnet(tmp_path / "rate-0.40", net, description)
+    return tmp_path / "rate-0.40", net
+
+
+def test_new_process_gives_the_same_logits(saved, tmp_path):
+    folder, net = saved
+    x = torch.randn(2, 3, 32, 32)
+    torch.save(x, tmp_path / "x.pt")
+    code = (
+        f"import torch, cacp_ray; net = cacp_ray.load_subnet({str(folder)!r});"
+        f"torch.save(net(torch.load({str(tmp_path / 'x.pt')!r})).detach(), {str(tmp_path / 'y.pt')!r})"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert torch.equal(torch.load(tmp_path / "y.pt"), net(x))
+
+
+def test_loaded_network_is_small_and_trains(saved):
+    net = load_subnet(saved[0])
+    assert count_macs(net, torch.zeros(1, 3, 32, 32)) <= 0.4 * 40_813_184
+    net(torch.zeros(1, 3, 32, 32)).sum().backward()
+    assert net.get_parameter("conv1.weight").grad is not None
+
+
+def test_broken_folders_are_refused(saved, tmp_path):
+    folder, _ = saved
+    with pytest.raises(ArtifactError, match=r"subnet\.json"):
+        load_subnet(tmp_path)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(ArtifactError, match="not a readable safetensors file"):
+        load_subnet(folder)
+    (folder / "subnet.json").write_text('{"schema_version": 99}')
+    with pytest.raises(ArtifactError, match="schema version 99"):
+        load_subnet(folder)
+
+
+def test_unreachable_rate_names_the_reachable_one():
+    found = analyze(build_model("resnet20", 10), torch.zeros(1, 3, 32, 32), floor=0.5)
+    low, high = found.reachable
+    assert 0.2 < low < 0.4
+    assert high == 1
+    with pytest.raises(InfeasibleRateError, match=f"{low:.2f}"):
+        found.uniform(0.1)
+
+
+def test_uniform_uses_the_budget_up():
+    found = analyze(build_model("resnet20", 10), torch.zeros(1, 3, 32, 32))
+    counts = found.uniform(0.5)
+    total = found.cost(found.plan.cost_model.num_channels)
+    assert found.cost(counts) <= 0.5 * total
+    for group in range(len(counts)):
+        more = counts.copy()
+        more[group] += 1
+        assert more[group] > found.groups[group].num_channels or found.cost(more) > 0.5 * total

@@ -1,0 +1,66 @@
+"""A configuration is checked when it is read, and every problem names its key."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cacp_ray.config import RunConfig, TrainConfig, changed_keys, load_config, resolved
+from cacp_ray.errors import ConfigError
+
+RECIPES = sorted(Path("tune_configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads(path):
+    kind = TrainConfig if path.stem.startswith("train_") else RunConfig
+    assert load_config(kind, path).name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rates=[1.5]"], r"rates\.0: .*less than or equal to 1 \(got 1\.5\)"),
+        (["rates=[0]"], r"rates\.0: .*greater than 0"),
+        (["rates=[0.5, 0.501]"], "differ in their first two decimals"),
+        (["agent.noize=1"], r"unknown key agent\.noize; did you mean noise"),
+        (["strateggy=cacp"], "unknown key strateggy; did you mean strategy"),
+        (["pruning.recovery=magic"], r"pruning\.recovery: .*'compensate' \(got 'magic'\)"),
+        (["finetune.epochs=0"], r"finetune\.epochs: .*greater than or equal to 1"),
+        (["evaluations"], "write key.path=value"),
+        (["name.first=x"], "name is not a section"),
+        (["rates=[0.5"], "not valid YAML"),
+    ],
+)
+def test_bad_values_are_refused_by_name(overrides, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(RunConfig, {"name": "x"}, overrides)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["- a\n", "a: [", "\x00"])
+def test_a_file_that_is_no_configuration_is_refused_in_one_line(tmp_path, content):
+    file = tmp_path / "c.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(RunConfig, file)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        load_config(RunConfig, "nowhere.yaml")
+
+
+def test_resolved_form_loads_to_the_same_configuration():
+    config = load_config(RunConfig, {"rates": [0.7, 0.3]}, ["agent.noise=0.2"])
+    assert config.rates == (0.3, 0.7)
+    again = load_config(RunConfig, yaml.safe_load(yaml.safe_dump(resolved(config))))
+    assert again == config
+
+
+def test_changed_keys_are_named_by_path():
+    old, new = (resolved(RunConfig(evaluations=n)) for n in (5, 6))
+    new["agent"]["noise"] = 0.1
+    assert changed_keys(old, new) == ["agent.noise", "evaluations"]
