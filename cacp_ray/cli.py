@@ -29,6 +29,13 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.
 state = {"quiet": False}
 
 
+class _PrintHandler(logging.Handler):
+    """Prints to whatever standard output is now, so that lines stay above a live table."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record))
+
+
 @app.callback()
 def setup(
     debug: Annotated[bool, typer.Option("--debug", help="Log all and show tracebacks.")] = False,
@@ -36,8 +43,10 @@ def setup(
 ) -> None:
     """Settings of all commands; they stand before the command."""
     level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_PrintHandler()])
     logging.getLogger("cacp_ray").setLevel(level)
+    for name in () if debug else ("ray", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     state["quiet"] = quiet
 
 

@@ -95,7 +95,7 @@ class RunConfig(Section):
     rates: tuple[Rate, ...] = Field((0.3, 0.5, 0.7), min_length=1, description="share of cost KEPT")
     cost: Literal["macs", "params"] = "macs"
     strategy: Literal["cacp", "random", "uniform"] = "cacp"
-    evaluations: int = Field(300, ge=1, description="distinct candidates, over all rates")
+    evaluations: int = Field(240, ge=1, description="distinct candidates, over all rates")
     mode: Mode = Field("async", description="rounds repeats bit for bit; async never waits")
     round_size: int = Field(6, ge=1, description="candidates asked together")
     seed: int = 0
@@ -103,7 +103,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     agent: AgentSettings = AgentSettings()
     cluster: ClusterConfig = ClusterConfig()
-    finetune: Recipe = Recipe(epochs=10, lr=0.02, distillation=0.7, label_smoothing=0.0)
+    finetune: Recipe = Recipe(epochs=6, lr=0.02, distillation=0.7, label_smoothing=0.0)
 
     @field_validator("rates")
     @classmethod

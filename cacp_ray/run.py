@@ -1,5 +1,6 @@
 """A search, from a configuration to a filled run directory."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -192,6 +193,8 @@ def make_agent(
     """The agent, and the strategy that gives it the best measured prior."""
     from cacp_ray.agent.algorithm import CACPConfig
 
+    # RLlib sets its own level when it is imported, and greets every build with a migration notice.
+    logging.getLogger("ray.rllib").setLevel(logging.ERROR)
     agent: Any = CACPConfig().agent(config.agent, seed=config.seed).build_algo()
     cost_model = base.plan.cost_model
 

@@ -3,6 +3,10 @@
 An episode is deterministic, undiscounted and rewarded once, at its end. So the return of every step
 is the episode's reward and needs no bootstrapping and no target networks: ours; DDPG (Lillicrap et
 al., 2016) and CACP bootstrap. The delayed actor is that of TD3 (Fujimoto et al., 2018).
+
+The actor also imitates measured actions, the better their return the more, as in advantage-weighted
+regression (Peng et al., 2019), beside the critic's gradient as in TD3+BC (Fujimoto and Gu, 2021).
+Without it the actor follows the critic out of what was measured, saturates, and never comes back.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -18,6 +22,8 @@ if TYPE_CHECKING:
 
 RETURNS = "returns"
 WEIGHTS = "weights"
+IMITATION_SHARPNESS = 2.0  # of exp(sharpness * normalised return)
+MAX_RETURN = 3.0  # spreads above the mean: one lucky episode must not be all that is imitated
 
 
 class CACPLearner(TorchLearner):
@@ -47,7 +53,7 @@ class CACPLearner(TorchLearner):
         batch: dict[str, Any],
         fwd_out: dict[str, Any],
     ) -> torch.Tensor:
-        """Weighted squared error of Q, plus, at every `actor_every`-th call, minus Q of the policy.
+        """Weighted squared error of Q, plus, at every `actor_every`-th call, the actor's loss.
 
         On the other calls the actor has no gradient, so its optimizer leaves it alone.
         """
@@ -58,7 +64,11 @@ class CACPLearner(TorchLearner):
         self.metrics.log_value((module_id, "critic_loss"), loss.item(), window=1)
         module.num_updates += 1
         if module.num_updates % config.settings.actor_every == 0:
-            policy_value = module.policy_values(batch[Columns.OBS]).mean()
+            actions = module.actor(batch[Columns.OBS])
+            policy_value = module.policy_values(batch[Columns.OBS], actions).mean()
             self.metrics.log_value((module_id, "policy_value"), policy_value.item(), window=1)
-            loss = loss - policy_value
+            merit = (IMITATION_SHARPNESS * batch[RETURNS].clamp(max=MAX_RETURN)).exp()
+            distance = ((actions - batch[Columns.ACTIONS]) ** 2).mean(dim=1)  # (N,)
+            imitation = (merit / merit.mean() * distance).mean()
+            loss = loss - policy_value + config.settings.imitation * imitation
         return loss

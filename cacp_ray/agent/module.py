@@ -37,10 +37,10 @@ class ActorCritic(TorchRLModule):
         """(N,) Q of states (N, F) and actions (N, A)."""
         return self.critic(torch.cat([states, actions], dim=1)).squeeze(1)
 
-    def policy_values(self, states: Tensor) -> Tensor:
-        """(N,) Q of the policy's own actions; its gradient reaches the actor only."""
+    def policy_values(self, states: Tensor, actions: Tensor) -> Tensor:
+        """(N,) Q of the policy's own actions (N, A); its gradient reaches the actor only."""
         self.critic.requires_grad_(False)
-        values = self.values(states, self.actor(states))
+        values = self.values(states, actions)
         self.critic.requires_grad_(True)
         return values
 

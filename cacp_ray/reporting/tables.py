@@ -58,7 +58,7 @@ def accuracy_table(result: dict[str, Any]) -> Table:
 
 def frontier_table(result: dict[str, Any]) -> Table:
     """What the policy answers without a further search; no rows where it was not asked."""
-    title = "The policy's answers: top-1 accuracy in %"
+    title = "The policy's answers, top-1 in %"
     return _table(title, frontier_columns(result), result["frontier"])
 
 

@@ -90,18 +90,11 @@ def test_learns_more_than_noise_around_the_prior_finds(build):
         greedy_unseen += map(score, map(tuple, agent.policy(UNSEEN)))
         prior_unseen += map(score, map(tuple, mdp.prior(UNSEEN)))
     missing = np.mean(best_of_all) - np.mean(prior)
-    print(
-        missing,
-        np.mean(best_of_all) - np.mean(found),
-        np.mean(best_of_all) - np.mean(by_noise),
-        np.mean(best_of_all) - np.mean(greedy),
-        np.mean(greedy_unseen) - np.mean(prior_unseen),
-    )
     assert np.mean(found) > np.mean(prior) + 0.75 * missing
     assert np.mean(found) > np.mean(by_noise) + 0.05 * missing
     assert np.mean(greedy) > np.mean(prior) + 0.4 * missing
     assert np.mean(greedy_unseen) > np.mean(prior_unseen) + 0.4 * missing
-    # Of single problems and rates, a few percent of the policies are still behind their prior.
+    # On average: one policy of the six is still 0.1 % behind its prior (problem 0, rate 0.7).
     by_rate = np.reshape(greedy, (-1, 3)).mean(0) - np.reshape(prior, (-1, 3)).mean(0)
     assert (by_rate > 0).all()
 
