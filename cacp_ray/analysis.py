@@ -13,7 +13,7 @@ from cacp_ray.pruning.cost import ChannelGroup
 from cacp_ray.pruning.criteria import rank_channels
 from cacp_ray.pruning.plan import Plan, make_plan
 from cacp_ray.pruning.surgery import Slicer, build_subnet, reorder_weights
-from cacp_ray.search.budget import Budget, uniform
+from cacp_ray.searching.budget import Budget, uniform
 
 
 @dataclass(frozen=True)

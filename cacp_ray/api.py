@@ -17,7 +17,7 @@ from cacp_ray.loading import as_tensors, check_splits, load_model, read_split
 from cacp_ray.pruning.subnet import load_subnet
 from cacp_ray.results import answer_rates, finetune_run, report_run
 from cacp_ray.run import run_search
-from cacp_ray.search.loop import SearchProgress
+from cacp_ray.searching.loop import SearchProgress
 from cacp_ray.training.base import train_base
 from cacp_ray.training.loop import EpochResult
 from cacp_ray.training.recipe import Recipe

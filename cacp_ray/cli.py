@@ -79,7 +79,9 @@ def inspect(
 
     side = side or (32 if ":" not in model else 224)
     found = analyze(build_model(model, num_classes), torch.zeros(1, 3, side, side))
-    make_console().print(groups_table(model, found))
+    make_console().print(
+        groups_table(model, found.plan.cost_model, found.plan.fixed, found.reachable)
+    )
 
 
 @app.command()
@@ -160,11 +162,12 @@ def subnet(
     """Answer a rate that was never searched from the trained policy."""
     from cacp_ray.api import read_run_config
     from cacp_ray.reporting.tables import frontier_table, make_console
-    from cacp_ray.results import answer_rates, parse_rates
+    from cacp_ray.results import answer_rates, parse_rates, read_result
 
     rates = parse_rates(rate)
-    answers = answer_rates(read_run_config(run), run, rates, evaluations, save=len(rates) == 1)
-    make_console().print(frontier_table({"frontier": answers, "cost": "macs"}))
+    config, result = read_run_config(run), read_result(run)
+    answers = answer_rates(config, run, rates, evaluations, save=len(rates) == 1)
+    make_console().print(frontier_table(result | {"frontier": answers}))
     if "path" in answers[0]:
         typer.echo(f"saved: {run / answers[0]['path']}")
 
@@ -187,10 +190,11 @@ def evaluate(
         typer.echo(f"recorded: {100 * record.top1:.2f} %")
         return
     is_subnet = (path / "subnet.json").exists()
-    run = path.parent.parent if is_subnet else path
+    run = path.absolute().parent.parent if is_subnet else path
+    config = read_run_config(run)
     folders = [path] if is_subnet else [run / row["path"] for row in read_result(run)["rates"]]
     for folder in folders:
-        description, found = evaluate_subnet(folder, read_run_config(run), split)
+        description, found = evaluate_subnet(folder, config, split)
         typer.echo(f"{folder}: rate {description['rate']:.2f}, {split} split {_percent(found)}")
 
 
@@ -222,9 +226,11 @@ def _finetune(folder: Path, **options: Any) -> None:
 
 
 def _report(folder: Path) -> None:
+    from cacp_ray.api import read_run_config
     from cacp_ray.reporting.tables import final_table, frontier_table, make_console
     from cacp_ray.results import read_result, report_run
 
+    read_run_config(folder)
     result = read_result(folder)
     console = make_console()
     console.print(final_table(result))
@@ -237,8 +243,18 @@ def main() -> None:
     """Entry point: one line and exit code 2 for bad input, 1 for a failed run."""
     try:
         app()
-    except CacpError as error:
+    except KeyboardInterrupt:
+        typer.echo("cacp-ray: interrupted; a run goes on with --resume", err=True)
+        sys.exit(130)
+    except Exception as error:
         if "--debug" in sys.argv:
             raise
-        typer.echo(f"cacp-ray: {error}", err=True)
-        sys.exit(error.exit_code)
+        is_ours = isinstance(error, CacpError)
+        text = str(error) if is_ours else f"{type(error).__name__}: {' '.join(str(error).split())}"
+        hint = "" if is_ours else " (cacp-ray --debug shows where)"
+        typer.echo(f"cacp-ray: {text}{hint}", err=True)
+        sys.exit(error.exit_code if isinstance(error, CacpError) else 1)
+
+
+if __name__ == "__main__":
+    main()

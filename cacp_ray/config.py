@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from cacp_ray.errors import ConfigError, nearest_names
-from cacp_ray.search.settings import AgentSettings, Mode
+from cacp_ray.searching.settings import AgentSettings, Mode
 from cacp_ray.training.recipe import Recipe
 
 Rate = Annotated[float, Field(gt=0, le=1)]

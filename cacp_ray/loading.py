@@ -14,7 +14,7 @@ from cacp_ray.evaluation.scorer import Prepared, hash_weights, prepare
 from cacp_ray.models.factory import build_model, load_weights
 from cacp_ray.pruning.criteria import get_criterion
 from cacp_ray.pruning.plan import Plan, make_plan
-from cacp_ray.search.budget import Budget, minimum_counts
+from cacp_ray.searching.budget import Budget, minimum_counts
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,12 @@ def load_base(config: RunConfig) -> Base:
         CacpError: The first thing that does not fit, in one line.
     """
     get_criterion(config.pruning.criterion)
-    if config.model.weights is None:
-        raise ConfigError("model.weights is missing: a search starts from a trained network")
     calibration = read_split(config.data, "train", config.pruning.calibration_images)
     search = read_split(config.data, "search").take(config.evaluation.images)
     check_splits({"train": calibration, "search": search})
     model = load_model(config.model, len(search.classes))
+    if config.model.weights is None:
+        raise ConfigError("model.weights is missing: a search starts from a trained network")
     plan = make_plan(model, to_normalized(search.images[:1]))
     budget = make_budget(plan, config.cost, config.pruning)
     for rate in config.rates:

@@ -21,12 +21,14 @@ from cacp_ray.files import describe_environment, read_json, write_json
 from cacp_ray.loading import Base, as_tensors, load_base, prepare_base
 from cacp_ray.pruning.subnet import describe_kept, load_subnet, save_subnet
 from cacp_ray.pruning.surgery import build_subnet
-from cacp_ray.search.loop import SearchLoop, SearchProgress
-from cacp_ray.search.mdp import AllocationMDP
-from cacp_ray.search.run_directory import EpisodeRecord, RunDirectory
-from cacp_ray.search.strategies import make_strategy
-from cacp_ray.search.strategies.prior import PriorFirst
+from cacp_ray.searching.loop import SearchLoop, SearchProgress
+from cacp_ray.searching.mdp import AllocationMDP
+from cacp_ray.searching.run_directory import EpisodeRecord, RunDirectory
+from cacp_ray.searching.strategies import make_strategy
+from cacp_ray.searching.strategies.prior import PriorFirst
 from cacp_ray.training.metrics import measure
+
+logger = logging.getLogger(__name__)
 
 LATENCY_BATCH = 64
 FRONTIER = tuple(round(0.2 + 0.05 * step, 2) for step in range(15))
@@ -193,8 +195,10 @@ def make_agent(
     """The agent, and the strategy that gives it the best measured prior."""
     from cacp_ray.agent.algorithm import CACPConfig
 
-    # RLlib sets its own level when it is imported, and greets every build with a migration notice.
-    logging.getLogger("ray.rllib").setLevel(logging.ERROR)
+    # Ray sets its own levels when it is imported, and greets every build with migration notices.
+    if not logger.isEnabledFor(logging.DEBUG):
+        for name in ("ray", "ray.rllib"):
+            logging.getLogger(name).setLevel(logging.ERROR)
     agent: Any = CACPConfig().agent(config.agent, seed=config.seed).build_algo()
     cost_model = base.plan.cost_model
 
@@ -353,7 +357,7 @@ def add_latencies(result: dict[str, Any], base: Base, run_dir: Path) -> None:
         row["path"]: load_subnet(run_dir / row["path"], finetuned=False) for row in result["rates"]
     }
     images = as_tensors(base.search.take(LATENCY_BATCH))[0]
-    for prefix, x, repeats in (("", images[:1], 100), ("batch_", images, 15)):
+    for prefix, x, repeats in (("", images[:1], 100), ("batch_", images, 7)):
         found = measure_latency(models, x, threads=1, repeats=repeats, seconds=10.0)
         result["base"][f"{prefix}latency_ms"] = found["base"].median_ms
         for row in result["rates"]:

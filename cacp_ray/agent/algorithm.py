@@ -29,9 +29,9 @@ from cacp_ray.agent.learner import RETURNS, WEIGHTS, CACPLearner
 from cacp_ray.agent.module import ActorCritic
 from cacp_ray.agent.replay import Replay
 from cacp_ray.evaluation.measurement import Candidate, Measurement
-from cacp_ray.search.mdp import NUM_FEATURES, AllocationMDP, Float32s, Ints
-from cacp_ray.search.settings import AgentSettings
-from cacp_ray.search.strategy import Proposal, Strategy
+from cacp_ray.searching.mdp import NUM_FEATURES, AllocationMDP, Float32s, Ints
+from cacp_ray.searching.settings import AgentSettings
+from cacp_ray.searching.strategy import Proposal, Strategy
 
 AGENT_STATE = "agent"
 MAX_UPDATES_A_CALL = 64

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cacp_ray.search.mdp import Act, AllocationMDP, Float32s
-from cacp_ray.search.settings import AgentSettings
-from cacp_ray.search.strategy import Proposal
+from cacp_ray.searching.mdp import Act, AllocationMDP, Float32s
+from cacp_ray.searching.settings import AgentSettings
+from cacp_ray.searching.strategy import Proposal
 
 OWN_RATE_SHARE = 0.75  # of mutations; the others start from an elite of another rate
 MAX_MUTATED = 4  # groups

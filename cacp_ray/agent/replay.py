@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cacp_ray.search.mdp import Float32s
+from cacp_ray.searching.mdp import Float32s
 
 MIN_SPREAD = 0.005  # accuracy; near the noise of a few thousand images
 WORST_RETURN = -4.0  # spreads below the mean: a collapsed network tells no more than a bad one

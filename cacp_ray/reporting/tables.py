@@ -1,13 +1,15 @@
 """The final tables on the terminal, and as plain text where there is none."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
+import numpy as np
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cacp_ray.pruning.cost import CostModel
 from cacp_ray.reporting.summary import (
     DASH,
     Column,
@@ -60,6 +62,43 @@ def frontier_table(result: dict[str, Any]) -> Table:
     """What the policy answers without a further search; no rows where it was not asked."""
     title = "The policy's answers, top-1 in %"
     return _table(title, frontier_columns(result), result["frontier"])
+
+
+def groups_table(
+    model: str, cost_model: CostModel, fixed: Mapping[str, str], reachable: tuple[float, float]
+) -> RenderableType:
+    """What `inspect` prints: groups, what stays whole and why, the reachable rates.
+
+    Args:
+        model: Its name.
+        cost_model: Groups and cost.
+        fixed: Layers whose outputs stay whole, with the reason.
+        reachable: Smallest and largest rate (share of MACs kept).
+    """
+    counts = cost_model.num_channels
+    # Row g: the network without any channel of group g; what is missing depends on the group.
+    without = np.where(np.eye(len(counts), dtype=bool), 0, counts)
+    macs, params = int(cost_model.macs(counts)), int(cost_model.params(counts))
+    table = Table(title=f"{model}: {len(counts)} channel groups", box=box.SIMPLE_HEAD)
+    for head in ("group (first layer)", "kind"):
+        table.add_column(head)
+    for head in ("channels", "layers", "% of MACs", "% of params"):
+        table.add_column(head, justify="right")
+    rows = zip(cost_model.groups, cost_model.macs(without), cost_model.params(without), strict=True)
+    for group, macs_left, params_left in rows:
+        layers = {member.rpartition(".")[0] for member in group.members}
+        table.add_row(
+            group.name,
+            "residual stream" if group.is_residual else "inner",
+            str(group.num_channels),
+            str(len(layers)),
+            f"{100 * (macs - int(macs_left)) / macs:.1f}",
+            f"{100 * (params - int(params_left)) / params:.1f}",
+        )
+    lines = [f"whole: {name} ({reason})" for name, reason in fixed.items()]
+    lines.append(f"{macs:,} MACs (FLOPs = 2 MACs), {params:,} parameters")
+    lines.append(f"reachable rates (share of MACs kept): {reachable[0]:.4f} to {reachable[1]:g}")
+    return Group(table, Text("\n".join(lines)))
 
 
 def _table(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> Table:

@@ -4,9 +4,9 @@ import ray
 
 from cacp_ray.agent.algorithm import CACP, CACPConfig, build_agent
 from cacp_ray.evaluation.measurement import Candidate, Measurement
-from cacp_ray.search.budget import Budget, minimum_counts, spend
-from cacp_ray.search.mdp import AllocationMDP
-from cacp_ray.search.settings import AgentSettings
+from cacp_ray.searching.budget import Budget, minimum_counts, spend
+from cacp_ray.searching.mdp import AllocationMDP
+from cacp_ray.searching.settings import AgentSettings
 from tests.toy import toy_cost_model, toy_score
 
 pytestmark = pytest.mark.ray

@@ -93,7 +93,7 @@ def test_outputs_before_bn_keep_mean_and_variance():
 def test_moments_are_mean_and_covariance_of_the_unfolded_input():
     torch.manual_seed(1)
     x = torch.randn(8, 3, 8, 8)
-    model, plan, _, moments, *_ = prepare("concat", x)
+    model, _plan, _, moments, *_ = prepare("concat", x)
     with torch.no_grad():
         inputs = model.norm(torch.cat([model.left(x), model.right(x)], 1)).relu()
     rows = nn.functional.unfold(inputs, 3, stride=2).transpose(1, 2).flatten(0, 1).numpy()
@@ -104,7 +104,7 @@ def test_moments_are_mean_and_covariance_of_the_unfolded_input():
 def test_cap_order_is_greedy_forward_selection_by_definition():
     torch.manual_seed(1)
     x = torch.randn(32, 3, 8, 8)
-    model, plan, tensors, moments, orders, *_ = prepare("concat", x)
+    _model, plan, tensors, moments, orders, *_ = prepare("concat", x)
     group = next(i for i, g in enumerate(plan.groups) if g.name == "left")
     covariance = moments["mix.weight"].covariance
     covariance = covariance[:54, :54] + np.eye(54) * RIDGE * covariance.diagonal()[:54].mean()

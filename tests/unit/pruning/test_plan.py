@@ -9,7 +9,7 @@ from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.plan import count_macs, make_plan
 
 # Multiply-accumulates as published: ResNet-20/56 (He et al., 2016: 0.27 M and 0.85 M parameters),
-# VGG-16 314 M for CIFAR (CACP, table 1, with its two hidden linear layers: 314.59 M), ResNet-50 4.09 G
+# VGG-16 for CIFAR 314.59 M (CACP, table 1, with more linear layers), ResNet-50 4.09 G
 # and MobileNetV2 300-315 M for ImageNet (torchvision's model tables).
 GOLDEN = {
     "resnet20": (32, 40.8e6, 0.01, 0.27e6),

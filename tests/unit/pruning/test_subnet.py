@@ -40,10 +40,12 @@ def test_new_process_gives_the_same_logits(saved, tmp_path):
     x = torch.randn(2, 3, 32, 32)
     torch.save(x, tmp_path / "x.pt")
     code = (
-        f"import torch, cacp_ray; net = cacp_ray.load_subnet({str(folder)!r});"
-        f"torch.save(net(torch.load({str(tmp_path / 'x.pt')!r})).detach(), {str(tmp_path / 'y.pt')!r})"
+        "import sys, torch, cacp_ray\n"
+        "folder, x, y = sys.argv[1:]\n"
+        "torch.save(cacp_ray.load_subnet(folder)(torch.load(x)).detach(), y)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    files = [str(folder), str(tmp_path / "x.pt"), str(tmp_path / "y.pt")]
+    subprocess.run([sys.executable, "-c", code, *files], check=True)
     assert torch.equal(torch.load(tmp_path / "y.pt"), net(x))
 
 

@@ -1,5 +1,7 @@
-"""Laws of cutting: for any keep counts the small network runs, costs what was predicted, and computes
-what the whole network computes with the dropped channels silenced."""
+"""Laws of cutting: for any keep counts the small network runs and costs what was predicted.
+
+It computes what the whole network computes with the dropped channels silenced.
+"""
 
 import functools
 
@@ -26,7 +28,7 @@ def prepared(name):
 
 
 def cut(name, shares):
-    model, x, plan, tensors, orders = prepared(name)
+    model, _x, plan, tensors, orders = prepared(name)
     whole = plan.cost_model.num_channels
     counts = [max(1, round(share * n)) for share, n in zip(shares, whole, strict=False)]
     ordered = reorder_weights(plan, tensors, orders)

@@ -5,8 +5,8 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cacp_ray.search.archive import Archive
-from cacp_ray.search.run_directory import EpisodeRecord
+from cacp_ray.searching.archive import Archive
+from cacp_ray.searching.run_directory import EpisodeRecord
 
 TOTAL = 20
 

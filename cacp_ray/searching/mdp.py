@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cacp_ray.pruning.cost import CostModel
-from cacp_ray.search.budget import Budget, Floats, Ints, clamp, grow, share_out, uniform
+from cacp_ray.searching.budget import Budget, Floats, Ints, clamp, grow, share_out, uniform
 
 Float32s = NDArray[np.float32]
 Act = Callable[[Float32s, int], NDArray[np.floating]]

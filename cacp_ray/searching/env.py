@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from cacp_ray.search.mdp import AllocationMDP, Float32s
+from cacp_ray.searching.mdp import AllocationMDP, Float32s
 
 ENV_ID = "cacp_ray/ChannelAllocation-v0"
 
@@ -85,5 +85,5 @@ class ChannelAllocationEnv(gym.Env[Float32s, NDArray[np.floating]]):
 
 
 gym.register(  # pyright: ignore[reportUnknownMemberType]
-    id=ENV_ID, entry_point="cacp_ray.search.env:ChannelAllocationEnv"
+    id=ENV_ID, entry_point="cacp_ray.searching.env:ChannelAllocationEnv"
 )

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cacp_ray.errors import ConfigError
-from cacp_ray.search.budget import Budget, minimum_counts
-from cacp_ray.search.strategies import make_strategy
+from cacp_ray.searching.budget import Budget, minimum_counts
+from cacp_ray.searching.strategies import make_strategy
 from tests.toy import toy_cost_model
 
 RATES = (0.3, 0.5, 0.7)

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.files import read_json, write_json
-from cacp_ray.search.budget import Budget, spend
-from cacp_ray.search.strategy import Proposal
+from cacp_ray.searching.budget import Budget, spend
+from cacp_ray.searching.strategy import Proposal
 
 
 class RandomStrategy:

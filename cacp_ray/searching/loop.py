@@ -21,10 +21,10 @@ from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement
 from cacp_ray.files import read_json, write_json
 from cacp_ray.pruning.cost import CostModel
-from cacp_ray.search.archive import Archive
-from cacp_ray.search.run_directory import EpisodeRecord, RunDirectory
-from cacp_ray.search.settings import Mode
-from cacp_ray.search.strategy import Proposal, Strategy
+from cacp_ray.searching.archive import Archive
+from cacp_ray.searching.run_directory import EpisodeRecord, RunDirectory
+from cacp_ray.searching.settings import Mode
+from cacp_ray.searching.strategy import Proposal, Strategy
 
 logger = logging.getLogger(__name__)
 
@@ -306,7 +306,7 @@ class SearchLoop:
         if cost > limit:
             raise EvaluationError(
                 f"strategy {self._strategy_name}: keep counts for rate {proposal.rate} cost {cost},"
-                f" above the budget of {limit}; let it round with cacp_ray.search.budget.spend"
+                f" above the budget of {limit}; let it round with cacp_ray.searching.budget.spend"
             )
 
     def _place(self, candidate: Candidate) -> list[Result]:

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 
 from cacp_ray.errors import ConfigError, nearest_names
 from cacp_ray.pruning.cost import CostModel
-from cacp_ray.search.budget import Budget
-from cacp_ray.search.strategies.random import RandomStrategy
-from cacp_ray.search.strategies.uniform import UniformStrategy
-from cacp_ray.search.strategy import Strategy
+from cacp_ray.searching.budget import Budget
+from cacp_ray.searching.strategies.random import RandomStrategy
+from cacp_ray.searching.strategies.uniform import UniformStrategy
+from cacp_ray.searching.strategy import Strategy
 
 Factory = Callable[[CostModel, Budget, Sequence[float], int], Strategy]
 

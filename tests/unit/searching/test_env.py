@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from cacp_ray.search.budget import Budget, minimum_counts
-from cacp_ray.search.env import ENV_ID
-from cacp_ray.search.mdp import AllocationMDP
+from cacp_ray.searching.budget import Budget, minimum_counts
+from cacp_ray.searching.env import ENV_ID
+from cacp_ray.searching.mdp import AllocationMDP
 from tests.toy import toy_cost_model, toy_score
 
 RATES = (0.3, 0.5, 0.7)

@@ -10,8 +10,8 @@ import yaml
 
 from cacp_ray.errors import ArtifactError
 from cacp_ray.files import read_json
-from cacp_ray.search.run_directory import SCHEMA, EpisodeRecord, RunDirectory
-from tests.unit.search.test_archive import record
+from cacp_ray.searching.run_directory import SCHEMA, EpisodeRecord, RunDirectory
+from tests.unit.searching.test_archive import record
 
 COLUMNS = [
     *("index", "strategy", "rate", "keep_counts", "macs", "params", "cost_kept"),

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cacp_ray.errors import InfeasibleRateError
-from cacp_ray.search.budget import Budget, minimum_counts, spend, uniform
+from cacp_ray.searching.budget import Budget, minimum_counts, spend, uniform
 from tests.toy import toy_cost_model
 
 COST_MODELS = [toy_cost_model(groups, seed) for groups, seed in ((1, 0), (5, 1), (12, 2))]

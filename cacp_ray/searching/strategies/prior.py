@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.files import read_json, write_json
 from cacp_ray.pruning.cost import CostModel
-from cacp_ray.search.budget import Budget, uniform
-from cacp_ray.search.strategy import Proposal, Strategy
+from cacp_ray.searching.budget import Budget, uniform
+from cacp_ray.searching.strategy import Proposal, Strategy
 
 Weights = NDArray[np.int64]
 Result = tuple[Candidate, Measurement]

@@ -2,8 +2,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cacp_ray.search.budget import Budget, minimum_counts, uniform
-from cacp_ray.search.mdp import AllocationMDP
+from cacp_ray.searching.budget import Budget, minimum_counts, uniform
+from cacp_ray.searching.mdp import AllocationMDP
 from tests.toy import toy_cost_model
 
 NUM_GROUPS = 9

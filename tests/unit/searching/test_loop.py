@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.measurement import LocalEvaluator, Measurement
-from cacp_ray.search.budget import Budget, minimum_counts, spend
-from cacp_ray.search.loop import MAX_REPEATS, SearchLoop
-from cacp_ray.search.run_directory import RunDirectory
-from cacp_ray.search.strategies import make_strategy
-from cacp_ray.search.strategy import Proposal
+from cacp_ray.searching.budget import Budget, minimum_counts, spend
+from cacp_ray.searching.loop import MAX_REPEATS, SearchLoop
+from cacp_ray.searching.run_directory import RunDirectory
+from cacp_ray.searching.strategies import make_strategy
+from cacp_ray.searching.strategy import Proposal
 from tests.toy import toy_cost_model, toy_score
 
 RATES = (0.4, 0.6)

@@ -1,0 +1,149 @@
+"""A whole search on the embedded sample: its files, its budgets, its repetition after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+import cacp_ray
+from cacp_ray.api import read_run_config, report_run
+from cacp_ray.config import RunConfig
+from cacp_ray.errors import ArtifactError
+from cacp_ray.pruning.plan import count_macs
+from cacp_ray.results import answer_rates, rescore_candidate
+from cacp_ray.searching.run_directory import RunDirectory
+
+pytestmark = pytest.mark.ray
+
+SMALL = {
+    "name": "small",
+    "rates": [0.4, 0.7],
+    "evaluations": 20,
+    "mode": "rounds",
+    "round_size": 4,
+    "pruning": {"calibration_images": 64, "criterion": "l1"},
+    "evaluation": {"images": 150, "dtype": "float32"},
+    "finetune": {"epochs": 1, "lr": 0.01, "distillation": 0.5},
+}
+SAME = ("index", "strategy", "rate", "keep_counts", "macs", "params", "top1", "top5", "loss")
+
+
+def rows(folder):
+    records = sorted(RunDirectory(folder).read_records(), key=lambda record: record.index)
+    return [tuple(getattr(record, name) for name in SAME) for record in records]
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("search") / "run"
+    return cacp_ray.search(SMALL, folder)
+
+
+def test_every_subnet_meets_its_budget_and_is_physically_small(finished):
+    total = finished.result["base"]["macs"]
+    assert set(finished.subnets) == {0.4, 0.7}
+    for rate, folder in finished.subnets.items():
+        net = cacp_ray.load_subnet(folder)
+        macs = count_macs(net, torch.zeros(1, 3, 32, 32))
+        description = json.loads((folder / "subnet.json").read_text())
+        assert macs == description["macs"]
+        assert rate - 0.02 < macs / total <= rate
+        assert description["params"] == sum(p.numel() for p in net.parameters())
+
+
+def test_run_directory_holds_what_the_contract_names(finished):
+    names = {path.name for path in finished.path.iterdir()}
+    assert {
+        "config.yaml",
+        "environment.json",
+        "model.json",
+        "journal.jsonl",
+        "episodes",
+        "checkpoints",
+        "subnets",
+        "result.json",
+    } <= names
+    assert len(rows(finished.path)) >= 20
+    assert len({row[3] for row in rows(finished.path)}) == 20
+    assert finished.result["evaluations"] == 20
+    assert read_run_config(finished.path) == RunConfig.model_validate(SMALL)
+
+
+def test_recorded_accuracy_is_measured_again_from_the_keep_counts(finished):
+    config = read_run_config(finished.path)
+    record, found = rescore_candidate(config, finished.path, 7)
+    assert found.top1 == record.top1
+    with pytest.raises(ArtifactError, match="no candidate 999"):
+        rescore_candidate(config, finished.path, 999)
+
+
+def test_policy_answers_a_rate_that_was_never_searched(finished):
+    config = read_run_config(finished.path)
+    answers = answer_rates(config, finished.path, [0.55], 3, save=True)
+    assert 0.53 < answers[0]["cost_kept"] <= 0.55
+    assert answers[0]["top1"] >= 0
+    assert cacp_ray.load_subnet(finished.path / answers[0]["path"]) is not None
+    with pytest.raises(ArtifactError, match=r"rate-0\.55 exists"):
+        answer_rates(config, finished.path, [0.55], 0, save=True)
+    frontier = answer_rates(config, finished.path, [0.3, 0.4, 0.5], 0, save=False)
+    costs = [answer["cost_kept"] for answer in frontier]
+    assert costs == sorted(costs)
+
+
+def test_rows_are_the_same_for_any_number_of_evaluators(finished, tmp_path):
+    one = cacp_ray.search(SMALL | {"cluster": {"evaluators": 1}}, tmp_path / "one")
+    assert rows(one.path) == rows(finished.path)
+
+
+def test_killed_search_resumes_to_the_same_rows(finished, tmp_path):
+    folder = tmp_path / "killed"
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(SMALL))
+    command = [sys.executable, "-m", "cacp_ray.cli", "search", str(config)]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    with subprocess.Popen(
+        [*command, "--run-dir", str(folder)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as process:
+        deadline = time.monotonic() + 120
+        journal = folder / "journal.jsonl"
+        while process.poll() is None and time.monotonic() < deadline:
+            if journal.exists() and len(journal.read_text().splitlines()) >= 9:
+                break
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+    before = rows(folder)
+    assert 9 <= len(before) < len(rows(finished.path))
+    resumed = cacp_ray.search(SMALL, folder, resume=True)
+    assert rows(resumed.path) == rows(finished.path)
+    found, expected = resumed.result["rates"], finished.result["rates"]
+    keys = ("rate", "keep_counts", "macs", "top1", "top1_none")
+    assert [[a[k] for k in keys] for a in found] == [[a[k] for k in keys] for a in expected]
+
+
+def test_fine_tuning_completes_the_result_and_the_report(finished):
+    found = cacp_ray.finetune(finished.path)
+    assert found.result["base"]["test"]["images"] == 1000
+    for row in found.result["rates"]:
+        assert 0.5 < row["test_top1"] <= 1
+        assert row["finetuned_top1"] >= row["top1"] - 0.05
+        assert (finished.path / row["path"] / "finetuned.safetensors").exists()
+        metrics = json.loads((finished.path / row["path"] / "metrics.json").read_text())
+        assert metrics["test_top1"] == row["test_top1"]
+    page = report_run(finished.path).read_text()
+    assert "rate-0.40" in page
+
+
+@pytest.mark.parametrize("strategy", ["random", "uniform"])
+def test_other_strategies_run_on_the_same_pool(strategy, ray_cluster, tmp_path):
+    done = cacp_ray.search(SMALL | {"strategy": strategy, "evaluations": 6}, tmp_path / "run")
+    assert {row[1] for row in rows(done.path)} == {strategy}
+    assert set(done.subnets) == {0.4, 0.7}

@@ -1,0 +1,154 @@
+"""Bad input ends in one line on standard error, exit code 2, and nothing is written."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import save_file
+
+from cacp_ray.cli import main
+from cacp_ray.models.factory import build_model
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command line in this process: (exit code, standard output, standard error)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["cacp-ray", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return caught.value.code, *capsys.readouterr()
+
+    return call
+
+
+MODEL = {"name": "resnet20", "weights": "embedded:resnet20_cifar10"}
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(**values):
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump({"name": "x", "model": MODEL, **values}))
+        return path
+
+    return write
+
+
+def truncated(tmp_path):
+    path = tmp_path / "cut.parquet"
+    path.write_bytes(Path("cacp_ray/data/cifar10_sample/test.parquet").read_bytes()[:5000])
+    return str(path)
+
+
+def foreign_weights(tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file(build_model("resnet32", 10).state_dict(), path)
+    return str(path)
+
+
+CASES = {
+    "unknown model": (lambda t: ["model.name=resnet21"], "did you mean .*resnet20"),
+    "unknown criterion": (lambda t: ["pruning.criterion=l3"], "did you mean .*l1"),
+    "rate above one": (lambda t: ["rates=[1.5]"], r"rates\.0.*got 1\.5"),
+    "rate of zero": (lambda t: ["rates=[0]"], r"rates\.0.*greater than 0"),
+    "rate not reachable": (
+        lambda t: ["rates=[0.01]"],
+        r"rate 0\.0100 is below the reachable 0\.0\d+",
+    ),
+    "data missing": (lambda t: ["data.search.path=none.parquet"], "none.parquet: no such file"),
+    "data cut short": (
+        lambda t: [f"data.search.path={truncated(t)}"],
+        "cut.parquet: not a readable Parquet file",
+    ),
+    "weights missing": (lambda t: ["model.weights=none.safetensors"], "no such file"),
+    "no weights": (lambda t: ["model.weights=null"], "starts from a trained network"),
+    "weights of another network": (
+        lambda t: [f"model.weights={foreign_weights(t)}"],
+        r"unexpected layer1\.3\.bn1\.bias",
+    ),
+    "unknown key": (lambda t: ["evalutions=5"], "did you mean evaluations"),
+    "keep pattern without a match": (lambda t: ["pruning.keep=[stem.*]"], "matches no layer"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_search_is_refused_in_one_line(case, run, config, tmp_path):
+    overrides, message = CASES[case]
+    folder = tmp_path / "run"
+    sets = [part for value in overrides(tmp_path) for part in ("--set", value)]
+    code, out, err = run("search", config(), "--run-dir", folder, *sets)
+    assert code == 2
+    assert re.search(message, err)
+    assert err.count("\n") == 1
+    assert "Traceback" not in out + err
+    assert not folder.exists()
+
+
+def test_existing_folder_is_left_alone(run, config, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    code, _, err = run("search", config(), "--run-dir", folder)
+    assert code == 2
+    assert "pass --resume" in err
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+
+
+def test_resume_with_a_changed_configuration_names_the_keys(run, config, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump({"name": "x", "evaluations": 3}))
+    code, _, err = run("search", config(), "--run-dir", folder, "--resume", "--set", "seed=5")
+    assert code == 2
+    assert "evaluations" in err
+    assert "seed" in err
+    code, _, err = run("search", config(), "--run-dir", tmp_path / "none", "--resume")
+    assert code == 2
+    assert "holds no run" in err
+
+
+def test_unreachable_address_is_refused_within_half_a_minute(run, config, tmp_path):
+    started = time.monotonic()
+    code, _, err = run("search", config(), "--run-dir", tmp_path / "r", "--address", "127.0.0.1:9")
+    assert code == 2
+    assert "127.0.0.1:9" in err
+    assert time.monotonic() - started < 30
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("command", ["report", "evaluate", "finetune"])
+def test_a_folder_without_a_run_is_named(command, run, tmp_path):
+    code, _, err = run(command, tmp_path / "nothing")
+    assert code == 2
+    assert "nothing holds no run" in err
+
+
+def test_inspect_prints_groups_reasons_and_reachable_rates(run):
+    code, out, _ = run("inspect", "resnet20")
+    assert code == 0
+    assert "layer3.0.downsample.0" in out
+    assert "whole: fc (output of the network)" in out
+    assert "40,813,184 MACs" in out
+    assert re.search(r"reachable rates .*: 0\.0157 to 1", out)
+
+
+def test_help_and_import_stay_light():
+    light = "import sys, cacp_ray; assert not {'ray', 'torch', 'torchvision'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", light], check=True)
+    light = light.replace("cacp_ray;", "cacp_ray.cli, cacp_ray.config;")
+    subprocess.run([sys.executable, "-c", light], check=True)
+
+
+def test_an_unexpected_failure_is_one_line_and_code_1(run, tmp_path):
+    (tmp_path / "config.yaml").write_text("name: x\n")
+    (tmp_path / "result.json").write_text("{}")
+    code, _, err = run("report", tmp_path)
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "KeyError" in err
