@@ -46,8 +46,15 @@ def train_model(
     model = load_model(config.model, len(splits["train"].classes))
     write_yaml(run_dir / "config.yaml", resolved(config))
     write_json(run_dir / "environment.json", describe_environment(config.training.seed))
-    tensors = [as_tensors(split) for split in splits.values()]
-    return train_base(model, *tensors, config.training, run_dir, on_epoch=on_epoch)
+    return train_base(
+        model,
+        as_tensors(splits["train"]),
+        as_tensors(splits["search"]),
+        as_tensors(splits["test"]),
+        config.training,
+        run_dir,
+        on_epoch=on_epoch,
+    )
 
 
 def open_folder(run_dir: Path, config: dict[str, Any], *, resume: bool) -> None:

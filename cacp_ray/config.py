@@ -31,14 +31,16 @@ class ModelConfig(Section):
     name: str = Field(
         description="resnet20, torchvision:NAME, timm:NAME or package.module:function"
     )
-    weights: str | None = Field(None, description="safetensors file, or embedded:NAME")
+    weights: str | None = Field(default=None, description="safetensors file, or embedded:NAME")
 
 
 class SplitConfig(Section):
     """Rows of one Parquet file."""
 
     path: str = Field(description="Parquet file, or embedded:train, embedded:search, embedded:test")
-    rows: tuple[int, int] | None = Field(None, description="first row and the row after the last")
+    rows: tuple[int, int] | None = Field(
+        default=None, description="first row and the row after the last"
+    )
 
 
 class DataConfig(Section):
@@ -61,18 +63,24 @@ class TrainConfig(Section):
 class PruningConfig(Section):
     """What may be cut, in which order, and how the cut network is repaired."""
 
-    criterion: str = Field("cap", description="importance order: cap, l1, l2, bn_scale, random")
+    criterion: str = Field(
+        default="cap", description="importance order: cap, l1, l2, bn_scale, random"
+    )
     recovery: Literal["none", "bn", "compensate"] = "compensate"
-    calibration_images: int = Field(1000, ge=16, description="from the training split")
-    keep: tuple[str, ...] = Field((), description="patterns of modules that stay whole: stem.*")
-    floor: float = Field(0.1, gt=0, le=1, description="smallest share of a group's channels kept")
-    round_to: int = Field(1, ge=1, description="keep counts are multiples of this")
+    calibration_images: int = Field(default=1000, ge=16, description="from the training split")
+    keep: tuple[str, ...] = Field(
+        default=(), description="patterns of modules that stay whole: stem.*"
+    )
+    floor: float = Field(
+        default=0.1, gt=0, le=1, description="smallest share of a group's channels kept"
+    )
+    round_to: int = Field(default=1, ge=1, description="keep counts are multiples of this")
 
 
 class EvaluationConfig(Section):
     """How a candidate is scored."""
 
-    batch_size: int = Field(500, ge=1)
+    batch_size: int = Field(default=500, ge=1)
     images: int | None = Field(
         None, ge=1, description="of the search split; all of them by default"
     )
@@ -82,8 +90,10 @@ class EvaluationConfig(Section):
 class ClusterConfig(Section):
     """The evaluator actors."""
 
-    evaluators: int | None = Field(None, ge=1, description="one for each free CPU by default")
-    cpus_per_evaluator: int = Field(1, ge=1, description="threads of one evaluator")
+    evaluators: int | None = Field(
+        default=None, ge=1, description="one for each free CPU by default"
+    )
+    cpus_per_evaluator: int = Field(default=1, ge=1, description="threads of one evaluator")
 
 
 class RunConfig(Section):
@@ -92,12 +102,14 @@ class RunConfig(Section):
     name: str = "quickstart"
     model: ModelConfig = ModelConfig(name="resnet20", weights="embedded:resnet20_cifar10")
     data: DataConfig = DataConfig()
-    rates: tuple[Rate, ...] = Field((0.3, 0.5, 0.7), min_length=1, description="share of cost KEPT")
+    rates: tuple[Rate, ...] = Field(
+        default=(0.3, 0.5, 0.7), min_length=1, description="share of cost KEPT"
+    )
     cost: Literal["macs", "params"] = "macs"
     strategy: Literal["cacp", "random", "uniform"] = "cacp"
-    evaluations: int = Field(240, ge=1, description="distinct candidates, over all rates")
-    mode: Mode = Field("async", description="rounds repeats bit for bit; async never waits")
-    round_size: int = Field(6, ge=1, description="candidates asked together")
+    evaluations: int = Field(default=240, ge=1, description="distinct candidates, over all rates")
+    mode: Mode = Field(default="async", description="rounds repeats bit for bit; async never waits")
+    round_size: int = Field(default=6, ge=1, description="candidates asked together")
     seed: int = 0
     pruning: PruningConfig = PruningConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
