@@ -13,10 +13,10 @@ from cacp_ray.analysis import Analysis, analyze
 from cacp_ray.config import RunConfig, TrainConfig, changed_keys, load_config, resolved
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.files import describe_environment, write_json, write_yaml
-from cacp_ray.loading import as_tensors, check_splits, load_model, read_split
+from cacp_ray.loading import check_splits, load_base, load_model, read_split
 from cacp_ray.pruning.subnet import load_subnet
 from cacp_ray.results import answer_rates, finetune_run, report_run
-from cacp_ray.run import run_search
+from cacp_ray.run import describe_base, run_search
 from cacp_ray.searching.loop import SearchProgress
 from cacp_ray.training.base import train_base
 from cacp_ray.training.loop import EpochResult
@@ -48,9 +48,9 @@ def train_model(
     write_json(run_dir / "environment.json", describe_environment(config.training.seed))
     return train_base(
         model,
-        as_tensors(splits["train"]),
-        as_tensors(splits["search"]),
-        as_tensors(splits["test"]),
+        splits["train"].tensors(),
+        splits["search"].tensors(),
+        splits["test"].tensors(),
         config.training,
         run_dir,
         on_epoch=on_epoch,
@@ -146,6 +146,16 @@ def search(
         settings, folder, resume=resume, address=address, on_progress=on_progress, say=logger.info
     )
     return Run(folder, result)
+
+
+def check_search(config: RunConfig, run_dir: Path, *, resume: bool = False) -> str:
+    """Does all that a search does before it writes anything; one line about what it would search.
+
+    Raises:
+        CacpError: The first thing that does not fit.
+    """
+    open_folder(run_dir, resolved(config), resume=resume)
+    return f"{describe_base(load_base(config), config)}; {config.evaluations} evaluations"
 
 
 def finetune(

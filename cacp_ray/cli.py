@@ -124,6 +124,9 @@ def search(
     overrides: Overrides = None,
     address: Address = None,
     resume: Resume = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all input and print what would be searched.")
+    ] = False,
 ) -> None:
     """Search a smaller network for every rate at once."""
     from cacp_ray.config import RunConfig, load_config
@@ -131,6 +134,11 @@ def search(
     changes = [*(overrides or []), *([f"strategy={strategy}"] if strategy else [])]
     settings = load_config(RunConfig, config, changes)
     folder = run_dir or Path("runs") / settings.name
+    if dry_run:
+        from cacp_ray.api import check_search
+
+        typer.echo(check_search(settings, folder, resume=resume))
+        return
     _search(settings, folder, resume=resume, address=address)
     _report(folder)
 

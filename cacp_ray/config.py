@@ -12,11 +12,15 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from cacp_ray.data import cifar10
 from cacp_ray.errors import ConfigError, nearest_names
 from cacp_ray.searching.settings import AgentSettings, Mode
 from cacp_ray.training.recipe import Recipe
 
 Rate = Annotated[float, Field(gt=0, le=1)]
+
+
+Channels = tuple[float, float, float]
 
 
 class Section(BaseModel):
@@ -49,6 +53,8 @@ class DataConfig(Section):
     train: SplitConfig = SplitConfig(path="embedded:train", rows=None)
     search: SplitConfig = SplitConfig(path="embedded:search", rows=None)
     test: SplitConfig = SplitConfig(path="embedded:test", rows=None)
+    mean: Channels = Field(default=cifar10.MEAN, description="of red, green, blue in [0, 1]")
+    std: Channels = Field(default=cifar10.STD, description="of red, green, blue in [0, 1]")
 
 
 class TrainConfig(Section):
@@ -82,7 +88,7 @@ class EvaluationConfig(Section):
 
     batch_size: int = Field(default=500, ge=1)
     images: int | None = Field(
-        None, ge=1, description="of the search split; all of them by default"
+        default=None, ge=1, description="of the search split; all of them by default"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 

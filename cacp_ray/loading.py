@@ -1,14 +1,13 @@
 """From a configuration to objects: the base network, its data, the slicing plan, the budget."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cacp_ray.config import DataConfig, ModelConfig, PruningConfig, RunConfig
 from cacp_ray.data.images import ImageSet, read_parquet
-from cacp_ray.data.transforms import to_normalized
 from cacp_ray.errors import ConfigError
 from cacp_ray.evaluation.scorer import Prepared, hash_weights, prepare
 from cacp_ray.models.factory import build_model, load_weights
@@ -41,7 +40,8 @@ class Base:
 def read_split(data: DataConfig, name: str, count: int | None = None) -> ImageSet:
     """Decodes a split, or `count` of its images, evenly spaced."""
     split = getattr(data, name)
-    return read_parquet(split.path, split.rows, count)
+    images = read_parquet(split.path, split.rows, count)
+    return dataclasses.replace(images, mean=data.mean, std=data.std)
 
 
 def check_splits(splits: dict[str, ImageSet]) -> None:
@@ -58,11 +58,6 @@ def check_splits(splits: dict[str, ImageSet]) -> None:
                 f"data.{first_name} {len(first.classes)} of {first.images.shape[1:]}: "
                 "all splits must be alike"
             )
-
-
-def as_tensors(split: ImageSet) -> tuple[Tensor, Tensor]:
-    """Normalised images (N, C, H, W) and labels (N,)."""
-    return to_normalized(split.images), torch.from_numpy(split.labels)
 
 
 def load_model(config: ModelConfig, num_classes: int) -> nn.Module:
@@ -86,7 +81,7 @@ def load_base(config: RunConfig) -> Base:
     model = load_model(config.model, len(search.classes))
     if config.model.weights is None:
         raise ConfigError("model.weights is missing: a search starts from a trained network")
-    plan = make_plan(model, to_normalized(search.images[:1]))
+    plan = make_plan(model, search.take(1).tensors()[0])
     budget = make_budget(plan, config.cost, config.pruning)
     for rate in config.rates:
         budget.check(rate)
@@ -98,7 +93,7 @@ def prepare_base(base: Base, config: RunConfig, orders: list[list[int]] | None =
     return prepare(
         base.model,
         base.plan,
-        base.calibration.images,
+        base.calibration,
         criterion=config.pruning.criterion,
         recovery=config.pruning.recovery,
         seed=config.seed,

@@ -15,7 +15,6 @@ from cacp_ray.evaluation.measurement import Candidate, LocalEvaluator
 from cacp_ray.evaluation.scorer import make_scorer
 from cacp_ray.files import read_json, write_json
 from cacp_ray.loading import (
-    as_tensors,
     check_splits,
     load_base,
     load_model,
@@ -71,14 +70,13 @@ def finetune_run(
         splits = {name: read_split(config.data, name) for name in ("train", "search", "test")}
         check_splits(splits)
         connect(address)
-        arrays = {name: (split.images, split.labels) for name, split in splits.items()}
         found = finetune_subnets(
             load_subnet=partial(load_subnet, finetuned=False),
             load_teacher=partial(load_model, config.model, len(splits["train"].classes)),
             subnet_folders={row["rate"]: run_dir / row["path"] for row in result["rates"]},
-            train_split=arrays["train"],
-            search_split=arrays["search"],
-            test_split=arrays["test"],
+            train_split=splits["train"],
+            search_split=splits["search"],
+            test_split=splits["test"],
             recipe=config.finetune,
             experiment_dir=run_dir / "finetune",
             cpus_per_trial=config.cluster.cpus_per_evaluator,
@@ -86,7 +84,7 @@ def finetune_run(
             on_epoch=on_epoch,
         )
         base = load_model(config.model, len(splits["train"].classes))
-        result["base"]["test"] = dict(vars(measure(base, *as_tensors(splits["test"]))))
+        result["base"]["test"] = dict(vars(measure(base, *splits["test"].tensors())))
     for row in result["rates"]:
         tuned = found[row["rate"]]
         row["finetuned_top1"] = tuned.search_top1
@@ -163,8 +161,7 @@ def answer_rates(
     evaluator = LocalEvaluator(
         make_scorer(
             prepared,
-            base.search.images,
-            base.search.labels,
+            base.search,
             recovery=config.pruning.recovery,
             batch_size=config.evaluation.batch_size,
             dtype=config.evaluation.dtype,
@@ -231,8 +228,7 @@ def rescore_candidate(
     orders = [group["order"] for group in read_json(run_dir / "model.json")["groups"]]
     score = make_scorer(
         prepare_base(base, config, orders),
-        base.search.images,
-        base.search.labels,
+        base.search,
         recovery=config.pruning.recovery,
         batch_size=config.evaluation.batch_size,
         dtype=config.evaluation.dtype,
@@ -252,4 +248,4 @@ def evaluate_subnet(folder: Path, config: RunConfig, split: str) -> tuple[dict[s
             f"{folder} has the classes {', '.join(description['classes'][:3])} ..., "
             f"data.{split} others: give the configuration it was searched with"
         )
-    return description, measure(load_subnet(folder), *as_tensors(data))
+    return description, measure(load_subnet(folder), *data.tensors())

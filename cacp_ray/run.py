@@ -18,7 +18,7 @@ from cacp_ray.evaluation.latency import measure_latency, speedup
 from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement
 from cacp_ray.evaluation.scorer import Cutter, Prepared, make_scorer
 from cacp_ray.files import describe_environment, read_json, write_json
-from cacp_ray.loading import Base, as_tensors, load_base, prepare_base
+from cacp_ray.loading import Base, load_base, prepare_base
 from cacp_ray.pruning.subnet import describe_kept, load_subnet, save_subnet
 from cacp_ray.pruning.surgery import build_subnet
 from cacp_ray.searching.loop import SearchLoop, SearchProgress
@@ -100,8 +100,7 @@ def run_search(
             make_scorer,
             {
                 "prepared": prepared,
-                "images": base.search.images,
-                "labels": base.search.labels,
+                "split": base.search,
                 "recovery": config.pruning.recovery,
                 "batch_size": config.evaluation.batch_size,
                 "dtype": config.evaluation.dtype,
@@ -223,7 +222,7 @@ def describe_base(base: Base, config: RunConfig) -> str:
 
 def describe_model(base: Base, prepared: Prepared, config: RunConfig) -> dict[str, Any]:
     """The content of model.json; measures the base network on the search split in float32."""
-    accuracy = measure(base.model, *as_tensors(base.search))
+    accuracy = measure(base.model, *base.search.tensors())
     counts = base.plan.cost_model.num_channels
     return {
         "model": config.model.name,
@@ -305,7 +304,7 @@ def build_winners(
     """Builds, measures in float32 on the search split, and saves the best subnet of every rate."""
     cutter = Cutter(prepared, config.pruning.recovery)
     bare = Cutter(prepared, "none")
-    split = as_tensors(base.search)
+    split = base.search.tensors()
     rows = []
     for rate, winner in winners.items():
         if winner is None:
@@ -356,7 +355,7 @@ def add_latencies(result: dict[str, Any], base: Base, run_dir: Path) -> None:
     models |= {
         row["path"]: load_subnet(run_dir / row["path"], finetuned=False) for row in result["rates"]
     }
-    images = as_tensors(base.search.take(LATENCY_BATCH))[0]
+    images = base.search.take(LATENCY_BATCH).tensors()[0]
     for prefix, x, repeats in (("", images[:1], 100), ("batch_", images, 7)):
         found = measure_latency(models, x, threads=1, repeats=repeats, seconds=10.0)
         result["base"][f"{prefix}latency_ms"] = found["base"].median_ms

@@ -4,6 +4,7 @@ The image column is a struct of `bytes` (and `path`) or plain binary, the label 
 Class names are read from the schema metadata `huggingface` or `class_names`.
 """
 
+import dataclasses
 import io
 import json
 from collections.abc import Sequence
@@ -17,7 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
+from cacp_ray.data import cifar10
+from cacp_ray.data.transforms import from_shared, to_normalized
 from cacp_ray.errors import ArtifactError, ConfigError, nearest_names
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
@@ -32,18 +36,26 @@ class ImageSet:
         images: uint8 (N, H, W, 3).
         labels: int64 (N,), each in [0, num_classes).
         classes: Class names.
+        mean: Of the channels of images in [0, 1], taken off before the network sees them.
+        std: Of the channels, divided by.
     """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
+    mean: tuple[float, ...] = cifar10.MEAN
+    std: tuple[float, ...] = cifar10.STD
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, count: int | None) -> "ImageSet":
         """The first `count` images; all of them when there are fewer, or for None."""
-        return ImageSet(self.images[:count], self.labels[:count], self.classes)
+        return dataclasses.replace(self, images=self.images[:count], labels=self.labels[:count])
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Normalised images float32 (N, C, H, W), channels_last, and labels (N,)."""
+        return to_normalized(self.images, self.mean, self.std), from_shared(self.labels)
 
 
 def resolve_path(path: str) -> Path:

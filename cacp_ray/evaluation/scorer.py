@@ -7,7 +7,6 @@ more than the forward pass of the small network.
 
 import hashlib
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cacp_ray.data.transforms import to_normalized
+from cacp_ray.data.images import ImageSet
+from cacp_ray.data.transforms import from_shared
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
 from cacp_ray.pruning.compensation import LayerFactors, make_factors
 from cacp_ray.pruning.criteria import get_criterion, rank_channels
@@ -40,7 +40,7 @@ class Prepared:
         orders: Per group a permutation (C,), best channel first.
         tensors: Its state dict in importance order, as arrays.
         factors: Compensation factors by weight name, as arrays; empty for other recoveries.
-        calibration: uint8 (N, H, W, 3), training rows.
+        calibration: Training images.
     """
 
     model: nn.Module
@@ -48,13 +48,13 @@ class Prepared:
     orders: tuple[NDArray[np.int64], ...]
     tensors: dict[str, NDArray[Any]]
     factors: dict[str, dict[str, NDArray[np.float64]]]
-    calibration: NDArray[np.uint8]
+    calibration: ImageSet
 
 
 def prepare(
     model: nn.Module,
     plan: Plan,
-    calibration: NDArray[np.uint8],
+    calibration: ImageSet,
     *,
     criterion: str,
     recovery: str,
@@ -66,7 +66,7 @@ def prepare(
     Args:
         model: The base network.
         plan: Of `model`.
-        calibration: uint8 (N, H, W, 3), training rows.
+        calibration: Training images.
         criterion: Makes the importance order.
         recovery: `none`, `bn` or `compensate`.
         seed: Of the sampled patches, and of the `random` order.
@@ -76,7 +76,7 @@ def prepare(
         ConfigError: Unknown criterion.
     """
     get_criterion(criterion)
-    images = to_normalized(calibration)
+    images, _ = calibration.tensors()
     tensors = {name: value.detach() for name, value in model.state_dict().items()}
     needs_moments = (criterion == "cap" and orders is None) or recovery == "compensate"
     moments = collect_moments(model, plan, images, seed=seed) if needs_moments else {}
@@ -106,6 +106,10 @@ class Cutter:
         self.plan = prepared.plan
         self.skeleton = Skeleton(prepared.model)
         tensors = {name: from_shared(value) for name, value in prepared.tensors.items()}
+        # What is not exchanged with every candidate is copied: a forward pass may write to it, as
+        # BN layers in training mode do to their batch counters, and shared memory is read-only.
+        followed = {name for name, _ in self.plan.axes}
+        tensors |= {name: t.clone() for name, t in tensors.items() if name not in followed}
         self.skeleton.load(tensors)
         self.skeleton.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         tensors = {
@@ -116,7 +120,7 @@ class Cutter:
             name: LayerFactors(**{field: from_shared(value) for field, value in layer.items()})
             for name, layer in prepared.factors.items()
         }
-        calibration = to_normalized(prepared.calibration) if recovery == "bn" else None
+        calibration = prepared.calibration.tensors()[0] if recovery == "bn" else None
         self.cut = make_cut(
             recovery,
             self.plan,
@@ -131,17 +135,9 @@ class Cutter:
         return self.skeleton.load(self.cut(keep_counts))
 
 
-def from_shared(array: NDArray[Any]) -> Tensor:
-    """A tensor on the array's own memory, which may be read-only: nothing here writes to it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*not writable.*")
-        return torch.from_numpy(np.asarray(array))
-
-
 def make_scorer(
     prepared: Prepared,
-    images: NDArray[np.uint8],
-    labels: NDArray[np.int64],
+    split: ImageSet,
     *,
     recovery: str,
     batch_size: int,
@@ -152,8 +148,7 @@ def make_scorer(
 
     Args:
         prepared: Of the network.
-        images: uint8 (N, H, W, 3), the search split in a fixed order.
-        labels: (N,).
+        split: The search split, in a fixed order.
         recovery: `none`, `bn` or `compensate`.
         batch_size: Images a forward pass.
         dtype: `auto` (bfloat16 where the CPU has it), `float32` or `bfloat16`.
@@ -162,7 +157,7 @@ def make_scorer(
     if threads is not None:
         torch.set_num_threads(threads)
     cutter = Cutter(prepared, recovery)
-    x, y = to_normalized(images), from_shared(labels)
+    x, y = split.tensors()
     precision = fast_dtype() if dtype == "auto" else DTYPES[dtype]
 
     def score(candidate: Candidate) -> Measurement:

@@ -9,7 +9,7 @@ from cacp_ray.pruning.compensation import Compensator, LayerFactors
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.surgery import Skeleton, Slicer
 
-RECOVERIES = ("none", "bn", "compensate")
+BN_STATISTICS = ("running_mean", "running_var")
 Cut = Callable[[Sequence[int]], dict[str, Tensor]]
 
 
@@ -44,11 +44,14 @@ def make_cut(
     def cut_and_recalibrate(keep_counts: Sequence[int]) -> dict[str, Tensor]:
         # Statistics are written in place, so they must not be views of the shared tensors.
         small = {
-            name: tensor.clone() if name.endswith(("running_mean", "running_var")) else tensor
+            name: tensor.clone() if name.endswith(BN_STATISTICS) else tensor
             for name, tensor in slicer(tensors, keep_counts).items()
         }
-        recalibrate_bn(skeleton.load(small), calibration)
-        return small
+        model = skeleton.load(small)
+        recalibrate_bn(model, calibration)
+        # Those of layers that stay whole have changed too.
+        buffers = dict(model.named_buffers())
+        return small | {n: b.clone() for n, b in buffers.items() if n.endswith(BN_STATISTICS)}
 
     return cut_and_recalibrate
 

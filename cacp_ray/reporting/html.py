@@ -26,7 +26,7 @@ from cacp_ray.reporting.summary import (
 
 PHASES = {
     "start": "start of the cluster",
-    "prepare": "statistics and orders",
+    "prepare": "data and channel groups",
     "search": "search",
     "frontier": "policy's frontier",
     "finetune": "fine-tuning",

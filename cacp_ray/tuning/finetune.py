@@ -19,10 +19,11 @@ from ray import tune
 from ray.tune.experiment import Trial
 from torch import nn
 
+from cacp_ray.data.images import ImageSet
 from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError
 from cacp_ray.files import read_json, write_json
 from cacp_ray.training.recipe import Recipe
-from cacp_ray.tuning.trial import FinetuneResult, LabelledImages, TrialTask, finetune_trial
+from cacp_ray.tuning.trial import FinetuneResult, TrialTask, finetune_trial
 
 # A trial may die this often and is restarted from its last epoch.
 MAX_FAILURES = 2
@@ -92,9 +93,9 @@ def finetune_subnets(
     load_subnet: Callable[[Path], nn.Module],
     load_teacher: Callable[[], nn.Module],
     subnet_folders: dict[float, Path],
-    train_split: LabelledImages,
-    search_split: LabelledImages,
-    test_split: LabelledImages,
+    train_split: ImageSet,
+    search_split: ImageSet,
+    test_split: ImageSet,
     recipe: Recipe,
     experiment_dir: Path,
     cpus_per_trial: int,
@@ -114,7 +115,7 @@ def finetune_subnets(
             earlier fine-tuning; picklable.
         load_teacher: Builds the base model; picklable; called only where the recipe distils.
         subnet_folders: Folder of each rate's subnet, readable and writable on all nodes.
-        train_split: uint8 images (N, H, W, 3) and labels (N,).
+        train_split: Images to learn from.
         search_split: Chooses the epoch whose weights are kept.
         test_split: Measured once a subnet, for the chosen weights.
         recipe: Schedule and loss.

@@ -8,26 +8,21 @@ import dataclasses
 import logging
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from ray import tune
 from torch import Tensor, nn
 
-from cacp_ray.data.transforms import to_normalized
+from cacp_ray.data.images import ImageSet
 from cacp_ray.files import write_json
 from cacp_ray.training.base import save_weights
 from cacp_ray.training.loop import EpochResult, train
 from cacp_ray.training.metrics import fast_dtype, measure
 from cacp_ray.training.recipe import Recipe
-
-LabelledImages = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 STATE_FILE = "state.pt"
 
@@ -86,9 +81,9 @@ def finetune_trial(
     config: dict[str, Any],
     *,
     task: TrialTask,
-    train_split: LabelledImages,
-    search_split: LabelledImages,
-    test_split: LabelledImages,
+    train_split: ImageSet,
+    search_split: ImageSet,
+    test_split: ImageSet,
 ) -> None:
     """Trains the subnet of `config["rate"]`, or goes on from the trial's checkpoint.
 
@@ -102,7 +97,7 @@ def finetune_trial(
     rate = config["rate"]
     folder = task.subnet_folders[rate]
     recipe = task.recipe
-    search = as_tensors(search_split)
+    search = search_split.tensors()
     model = task.load_subnet(folder)
     teacher = task.load_teacher() if recipe.distillation > 0 else None
     state = read_checkpoint()
@@ -134,7 +129,7 @@ def finetune_trial(
 
     train(
         model,
-        as_tensors(train_split),
+        train_split.tensors(),
         search,
         recipe,
         teacher=teacher,
@@ -142,7 +137,7 @@ def finetune_trial(
         on_epoch=finish_epoch,
     )
     model.load_state_dict(best["model"])
-    test = measure(model, *as_tensors(test_split))
+    test = measure(model, *test_split.tensors())
     result = FinetuneResult(
         rate=rate,
         epochs=recipe.epochs,
@@ -168,15 +163,6 @@ def read_checkpoint() -> dict[str, Any] | None:
         return None
     with checkpoint.as_directory() as directory:
         return torch.load(Path(directory) / STATE_FILE, weights_only=True)
-
-
-def as_tensors(split: LabelledImages) -> tuple[Tensor, Tensor]:
-    """Normalised images (N, C, H, W), a copy, and labels (N,) from arrays of the object store."""
-    images, labels = split
-    with warnings.catch_warnings():
-        # Arrays of the object store are read-only, and torch warns of that; they are only read.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return to_normalized(images), torch.tensor(labels)
 
 
 def copy_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -20,14 +20,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cacp_ray.data.transforms import to_normalized
+from cacp_ray.data.images import ImageSet
 from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError
 from cacp_ray.training.base import save_weights
 from cacp_ray.training.loop import train
 from cacp_ray.training.metrics import measure
 from cacp_ray.training.recipe import Recipe
 from cacp_ray.tuning.finetune import FinetuneProgress, FinetuneResult, finetune_subnets
-from cacp_ray.tuning.trial import LabelledImages
 
 pytestmark = pytest.mark.ray
 
@@ -47,17 +46,13 @@ def make_model() -> nn.Module:
     )
 
 
-def make_split(count: int, seed: int) -> LabelledImages:
+def make_split(count: int, seed: int) -> ImageSet:
     """Class 1 is brighter in the first channel."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % 2
     images = rng.integers(0, 160, (count, 8, 8, 3), dtype=np.uint8)
     images[..., 0] += (60 * labels[:, None, None]).astype(np.uint8)
-    return images, labels
-
-
-def as_tensors(split: LabelledImages) -> tuple[Tensor, Tensor]:
-    return to_normalized(split[0]), torch.from_numpy(split[1])
+    return ImageSet(images, labels, ("dark", "bright"))
 
 
 SPLITS = {
@@ -145,7 +140,7 @@ def save_trained(folder: Path) -> nn.Module:
     torch.manual_seed(1)
     model = make_model()
     recipe = Recipe(epochs=12, batch_size=16, lr=0.2, padding=1)
-    train(model, as_tensors(SPLITS["train_split"]), as_tensors(SPLITS["search_split"]), recipe)
+    train(model, SPLITS["train_split"].tensors(), SPLITS["search_split"].tensors(), recipe)
     save_weights(model, folder / "model.safetensors")
     return model
 
@@ -187,7 +182,7 @@ def test_the_best_weights_by_search_accuracy_are_kept_and_tested_once(
         assert metrics["best_epoch"] == result.best_epoch
         model = make_model()
         model.load_state_dict(read_finetuned(folder))
-        test = measure(model, *as_tensors(SPLITS["test_split"]))
+        test = measure(model, *SPLITS["test_split"].tensors())
         assert (result.test_top1, result.test_images) == (test.top1, TEST_IMAGES)
         assert result.test_loss == pytest.approx(test.loss)
         evaluated = (folder / "evaluated").read_text().split()
@@ -269,8 +264,8 @@ def test_a_killed_driver_is_resumed_to_the_same_weights(tmp_path: Path) -> None:
     weights = [copy.deepcopy(whole.state_dict())]
     train(
         whole,
-        as_tensors(SPLITS["train_split"]),
-        as_tensors(SPLITS["search_split"]),
+        SPLITS["train_split"].tensors(),
+        SPLITS["search_split"].tensors(),
         recipe,
         on_epoch=lambda result, state: weights.append(copy.deepcopy(state["model"])),
     )

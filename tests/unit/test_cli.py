@@ -90,6 +90,15 @@ def test_bad_search_is_refused_in_one_line(case, run, config, tmp_path):
     assert not folder.exists()
 
 
+def test_dry_run_checks_and_writes_nothing(run, config, tmp_path):
+    folder = tmp_path / "run"
+    code, out, _ = run("search", config(), "--run-dir", folder, "--dry-run")
+    assert code == 0
+    assert "12 channel groups" in out
+    assert "240 evaluations" in out
+    assert not folder.exists()
+
+
 def test_existing_folder_is_left_alone(run, config, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()

@@ -6,7 +6,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cacp_ray.data.images import read_parquet
-from cacp_ray.data.transforms import to_normalized
 from cacp_ray.errors import ArtifactError, ConfigError, UnsupportedModelError
 from cacp_ray.models.factory import CIFAR_MODELS, build_model, load_weights
 from cacp_ray.training.metrics import measure
@@ -47,7 +46,7 @@ def test_embedded_weights_reach_their_accuracy():
     model = build_model("resnet20", 10)
     load_weights(model, "embedded:resnet20_cifar10")
     split = read_parquet("embedded:search").take(500)
-    found = measure(model, to_normalized(split.images), torch.from_numpy(split.labels))
+    found = measure(model, *split.tensors())
     assert found.top1 > 0.907 - 0.039
 
 
