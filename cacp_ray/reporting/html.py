@@ -25,10 +25,11 @@ from cacp_ray.reporting.summary import (
 )
 
 PHASES = {
-    "start": "start of the cluster",
+    "start": "cluster and statistics",
     "prepare": "data and channel groups",
     "search": "search",
     "frontier": "policy's frontier",
+    "build": "winners",
     "finetune": "fine-tuning",
 }
 
