@@ -15,7 +15,7 @@ from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.files import describe_environment, write_json, write_yaml
 from cacp_ray.loading import check_splits, load_base, load_model, read_split
 from cacp_ray.pruning.subnet import load_subnet
-from cacp_ray.results import answer_rates, finetune_run, report_run
+from cacp_ray.results import answer_rates, finetune_run, read_result, report_run
 from cacp_ray.run import describe_base, run_search
 from cacp_ray.searching.loop import SearchProgress
 from cacp_ray.training.base import train_base
@@ -142,6 +142,8 @@ def search(
     settings = config if isinstance(config, RunConfig) else load_config(RunConfig, config)
     folder = Path(run_dir) if run_dir is not None else Path("runs") / settings.name
     open_folder(folder, resolved(settings), resume=resume)
+    if (folder / "result.json").exists():
+        return Run(folder, read_result(folder))  # finished before: fine-tuning may have added to it
     result = run_search(
         settings, folder, resume=resume, address=address, on_progress=on_progress, say=logger.info
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cacp_ray.data import cifar10
 from cacp_ray.errors import ConfigError, nearest_names
@@ -130,6 +130,16 @@ class RunConfig(Section):
             raise ValueError("rates must differ in their first two decimals")
         return tuple(sorted(rates))
 
+    @model_validator(mode="after")
+    def _enough_evaluations(self) -> "RunConfig":
+        least = 2 * len(self.rates)
+        if self.evaluations < least:
+            raise ValueError(
+                f"{self.evaluations} evaluations are too few for {len(self.rates)} rates: at least "
+                f"{least}, for the two uniform candidates of each"
+            )
+        return self
+
 
 AnyConfig = TypeVar("AnyConfig", bound=Section)
 
@@ -202,6 +212,8 @@ def _first_problem(kind: type[Section], error: ValidationError) -> str:
         known = _keys_at(kind, problem["loc"][:-1])
         return f"unknown key {path}; {nearest_names(str(problem['loc'][-1]), known)}"
     message = problem["msg"].removeprefix("Value error, ")
+    if not path:
+        return message
     given = f" (got {problem['input']!r})" if problem["type"] != "missing" else ""
     return f"{path}: {message}{given}"
 

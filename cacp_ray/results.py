@@ -190,6 +190,7 @@ def answer_rates(
             }
         )
         best[rate] = _as_record(answers[-1], measured)
+    agent.stop()
     if save:
         for answer, row in zip(
             answers, build_winners(config, base, prepared, best, run_dir), strict=True

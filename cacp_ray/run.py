@@ -117,9 +117,11 @@ def run_search(
                 saved = describe_model(base, prepared, config)
                 run.write_model(saved)
         with clock.phase("search"):
-            loop, policy = _search(config, base, run, evaluator, on_progress)
+            loop, agent = _search(config, base, run, evaluator, on_progress)
         with clock.phase("frontier"):
-            answers = measure_policy(policy, base, config, evaluator) if policy else []
+            answers = measure_policy(agent.policy, base, config, evaluator) if agent else []
+            if agent:
+                agent.stop()
     finally:
         evaluator.close()
     with clock.phase("build"):
@@ -145,16 +147,14 @@ def run_search(
     return result
 
 
-Policy = Callable[[Sequence[float]], Any]
-
-
 def _search(
     config: RunConfig,
     base: Base,
     run: RunDirectory,
     evaluator: Evaluator,
     on_progress: Callable[[SearchProgress], object] | None,
-) -> tuple[SearchLoop, Policy | None]:
+) -> tuple[SearchLoop, Any]:
+    """The finished loop, and the agent, None where another strategy searched."""
     cost_model = base.plan.cost_model
     loop = SearchLoop(
         evaluator,
@@ -185,7 +185,7 @@ def _search(
         else:
             agent.train()
     loop.checkpoint(strategy)
-    return loop, agent.policy if strategy.prior is not None else None
+    return loop, agent if strategy.prior is not None else None
 
 
 def make_agent(
@@ -271,7 +271,7 @@ def measure_candidates(
 
 
 def measure_policy(
-    policy: Policy, base: Base, config: RunConfig, evaluator: Evaluator
+    policy: Callable[[Sequence[float]], Any], base: Base, config: RunConfig, evaluator: Evaluator
 ) -> list[dict[str, float]]:
     """What the policy answers at the run's rates and from 0.2 to 0.9, without any search."""
     budget = base.budget

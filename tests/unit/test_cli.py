@@ -112,7 +112,7 @@ def test_existing_folder_is_left_alone(run, config, tmp_path):
 def test_resume_with_a_changed_configuration_names_the_keys(run, config, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "config.yaml").write_text(yaml.safe_dump({"name": "x", "evaluations": 3}))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"name": "x", "evaluations": 30}))
     code, _, err = run("search", config(), "--run-dir", folder, "--resume", "--set", "seed=5")
     assert code == 2
     assert "evaluations" in err

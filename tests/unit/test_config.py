@@ -28,6 +28,7 @@ def test_every_shipped_recipe_loads(path):
         (["pruning.recovery=magic"], r"pruning\.recovery: .*'compensate' \(got 'magic'\)"),
         (["finetune.epochs=0"], r"finetune\.epochs: .*greater than or equal to 1"),
         (["evaluations"], "write key.path=value"),
+        (["evaluations=5"], "5 evaluations are too few for 3 rates: at least 6"),
         (["name.first=x"], "name is not a section"),
         (["rates=[0.5"], "not valid YAML"),
     ],
@@ -61,6 +62,6 @@ def test_resolved_form_loads_to_the_same_configuration():
 
 
 def test_changed_keys_are_named_by_path():
-    old, new = (resolved(RunConfig(evaluations=n)) for n in (5, 6))
+    old, new = (resolved(RunConfig(evaluations=n)) for n in (50, 60))
     new["agent"]["noise"] = 0.1
     assert changed_keys(old, new) == ["agent.noise", "evaluations"]
