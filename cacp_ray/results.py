@@ -23,9 +23,10 @@ from cacp_ray.loading import (
 )
 from cacp_ray.pruning.subnet import load_subnet, read_description
 from cacp_ray.reporting.html import write_report
-from cacp_ray.run import Clock, build_winners, make_agent, measure_candidates
+from cacp_ray.run import Clock, make_agent
 from cacp_ray.searching.run_directory import EpisodeRecord, RunDirectory
 from cacp_ray.training.metrics import Accuracy, measure
+from cacp_ray.winners import build_winners, measure_candidates
 
 
 def read_result(run_dir: Path) -> dict[str, Any]:

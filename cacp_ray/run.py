@@ -2,36 +2,28 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from cacp_ray.config import RunConfig, resolved
-from cacp_ray.errors import ArtifactError, EvaluationError
-from cacp_ray.evaluation.latency import measure_latency, speedup
-from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement
-from cacp_ray.evaluation.scorer import Cutter, Prepared, make_scorer
+from cacp_ray.errors import ArtifactError
+from cacp_ray.evaluation.measurement import Evaluator
+from cacp_ray.evaluation.scorer import Prepared, make_scorer
 from cacp_ray.files import describe_environment, read_json, write_json
 from cacp_ray.loading import Base, load_base, prepare_base
-from cacp_ray.pruning.subnet import describe_kept, load_subnet, save_subnet
-from cacp_ray.pruning.surgery import build_subnet
 from cacp_ray.searching.loop import SearchLoop, SearchProgress
 from cacp_ray.searching.mdp import AllocationMDP
-from cacp_ray.searching.run_directory import EpisodeRecord, RunDirectory
+from cacp_ray.searching.run_directory import RunDirectory
 from cacp_ray.searching.strategies import make_strategy
 from cacp_ray.searching.strategies.prior import PriorFirst
 from cacp_ray.training.metrics import measure
+from cacp_ray.winners import add_latencies, build_winners, measure_policy
 
 logger = logging.getLogger(__name__)
-
-LATENCY_BATCH = 64
-FRONTIER = tuple(round(0.2 + 0.05 * step, 2) for step in range(15))
 
 
 @dataclass
@@ -249,117 +241,3 @@ def describe_model(base: Base, prepared: Prepared, config: RunConfig) -> dict[st
             "latency_ms": None,
         },
     }
-
-
-def measure_candidates(
-    evaluator: Evaluator, candidates: Sequence[Candidate]
-) -> dict[int, Measurement]:
-    """Scores candidates outside the search; by index.
-
-    Raises:
-        EvaluationError: One of them failed.
-    """
-    for candidate in candidates:
-        evaluator.submit(candidate)
-    found: dict[int, Measurement] = {}
-    while len(found) < len(candidates):
-        for measurement in evaluator.results(10.0):
-            if measurement.status != "ok":
-                raise EvaluationError(f"a final measurement failed: {measurement.error}")
-            found[measurement.index] = measurement
-    return found
-
-
-def measure_policy(
-    policy: Callable[[Sequence[float]], Any], base: Base, config: RunConfig, evaluator: Evaluator
-) -> list[dict[str, float]]:
-    """What the policy answers at the run's rates and from 0.2 to 0.9, without any search."""
-    budget = base.budget
-    grid = sorted({*FRONTIER, *config.rates})
-    rates = [rate for rate in grid if budget.limit(rate) >= budget.smallest]
-    counts = np.asarray(policy(rates))
-    candidates = [
-        Candidate(index, rate, tuple(row))
-        for index, (rate, row) in enumerate(zip(rates, counts.tolist(), strict=True))
-    ]
-    found = measure_candidates(evaluator, candidates)
-    return [
-        {
-            "rate": candidate.rate,
-            "cost_kept": int(budget.cost(np.array(candidate.keep_counts))) / budget.total,
-            "macs": int(base.plan.macs(candidate.keep_counts)),
-            "top1": found[candidate.index].top1,
-        }
-        for candidate in candidates
-    ]
-
-
-def build_winners(
-    config: RunConfig,
-    base: Base,
-    prepared: Prepared,
-    winners: dict[float, EpisodeRecord | None],
-    run_dir: Path,
-) -> list[dict[str, Any]]:
-    """Builds, measures in float32 on the search split, and saves the best subnet of every rate."""
-    cutter = Cutter(prepared, config.pruning.recovery)
-    bare = Cutter(prepared, "none")
-    split = base.search.tensors()
-    rows = []
-    for rate, winner in winners.items():
-        if winner is None:
-            raise EvaluationError(f"no candidate of rate {rate:.2f} was measured: see the journal")
-        counts = winner.keep_counts
-        accuracy = measure(cutter.load(counts), *split)
-        folder = Path("subnets") / f"rate-{rate:.2f}"
-        row = {
-            "rate": rate,
-            "cost_kept": winner.cost_kept,
-            "macs": winner.macs,
-            "params": winner.params,
-            "keep_counts": list(counts),
-            "path": str(folder),
-            "top1_none": measure(bare.load(counts), *split).top1,
-            "top1": accuracy.top1,
-            "finetuned_top1": None,
-            "test_top1": None,
-            "test_images": None,
-        }
-        tensors = {name: torch.from_numpy(value) for name, value in prepared.tensors.items()}
-        net = build_subnet(base.model, tensors | cutter.cut(counts))
-        description = {
-            "model": config.model.name,
-            "num_classes": len(base.search.classes),
-            "classes": list(base.search.classes),
-            "input_shape": list(base.plan.input_shape),
-            "base_sha256": base.sha256,
-            "cost": config.cost,
-            "rate": rate,
-            "cost_kept": winner.cost_kept,
-            "macs": winner.macs,
-            "params": winner.params,
-            "criterion": config.pruning.criterion,
-            "recovery": config.pruning.recovery,
-            "keep_counts": list(counts),
-            "groups": describe_kept(base.plan, prepared.orders, counts),
-            "search": dict(vars(accuracy)),
-        }
-        save_subnet(run_dir / folder, net, description)
-        rows.append(row)
-    return rows
-
-
-def add_latencies(result: dict[str, Any], base: Base, run_dir: Path) -> None:
-    """Measures base and subnets side by side: one image, then a batch; one thread, float32."""
-    models = {"base": base.model}
-    models |= {
-        row["path"]: load_subnet(run_dir / row["path"], finetuned=False) for row in result["rates"]
-    }
-    images = base.search.take(LATENCY_BATCH).tensors()[0]
-    for prefix, x, repeats in (("", images[:1], 100), ("batch_", images, 7)):
-        found = measure_latency(models, x, threads=1, repeats=repeats, seconds=10.0)
-        result["base"][f"{prefix}latency_ms"] = found["base"].median_ms
-        for row in result["rates"]:
-            row[f"{prefix}latency_ms"] = found[row["path"]].median_ms
-            row[f"{prefix}speedup"] = speedup(found["base"], found[row["path"]])
-    result["latency_batch"] = len(images)
