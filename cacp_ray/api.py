@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from cacp_ray.analysis import Analysis, analyze
 from cacp_ray.config import RunConfig, TrainConfig, changed_keys, load_config, resolved
@@ -73,7 +72,8 @@ def open_folder(run_dir: Path, config: dict[str, Any], *, resume: bool) -> None:
         return
     if not saved.exists():
         raise ArtifactError(f"{run_dir} holds no run (no config.yaml): start it without --resume")
-    changed = changed_keys(yaml.safe_load(saved.read_text()), config)
+    kind = TrainConfig if "training" in config else RunConfig
+    changed = changed_keys(resolved(load_config(kind, saved)), config)
     if changed:
         raise ConfigError(
             f"{run_dir} was started with another configuration; changed: {', '.join(changed)}; "
@@ -144,9 +144,7 @@ def search(
     open_folder(folder, resolved(settings), resume=resume)
     if (folder / "result.json").exists():
         return Run(folder, read_result(folder))  # finished before: fine-tuning may have added to it
-    result = run_search(
-        settings, folder, resume=resume, address=address, on_progress=on_progress, say=logger.info
-    )
+    result = run_search(settings, folder, address=address, on_progress=on_progress, say=logger.info)
     return Run(folder, result)
 
 

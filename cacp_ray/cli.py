@@ -51,14 +51,17 @@ def setup(
 
 
 @app.command()
-def demo(run_dir: RunDir = None) -> None:
+def demo(run_dir: RunDir = None, resume: Resume = False) -> None:
     """Search, fine-tune and report on the embedded CIFAR-10 sample, in minutes on a laptop."""
     from cacp_ray.config import RunConfig
 
-    free = (Path("runs") / f"demo{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
-    folder = run_dir or next(path for path in free if not path.exists())
-    _search(RunConfig(name="demo"), folder)
-    _finetune(folder)
+    names = (Path("runs") / f"demo{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
+    folder = run_dir or next(path for path in names if resume or not path.exists())
+    _search(RunConfig(name="demo"), folder, resume=resume)
+    typer.echo(
+        f"fine-tuning on Ray Tune; go on after a stop: cacp-ray demo --run-dir {folder} --resume"
+    )
+    _finetune(folder, resume=resume)
     _report(folder)
 
 
@@ -67,7 +70,7 @@ def inspect(
     model: Annotated[
         str, typer.Argument(help="resnet20, torchvision:NAME, package.module:factory")
     ],
-    side: Annotated[int | None, typer.Option(help="Input height and width.")] = None,
+    side: Annotated[int | None, typer.Option(min=1, help="Input height and width.")] = None,
     num_classes: Annotated[int, typer.Option(help="Outputs of the classifier.")] = 10,
 ) -> None:
     """Print channel groups, what stays whole and why, and the reachable rates."""
@@ -193,8 +196,10 @@ def evaluate(
     if split not in ("search", "test"):
         raise ConfigError(f"--split {split}: choose search or test")
     if index is not None:
+        if split != "search":
+            raise ConfigError("--index re-scores on the search split: leave --split out")
         record, found = rescore_candidate(read_run_config(path), path, index)
-        typer.echo(f"candidate {index}, rate {record.rate:.2f}: {_percent(found)}")
+        typer.echo(f"candidate {index}, rate {record.rate:.2f}, search split: {_percent(found)}")
         typer.echo(f"recorded: {100 * record.top1:.2f} %")
         return
     is_subnet = (path / "subnet.json").exists()
@@ -243,6 +248,7 @@ def _report(folder: Path) -> None:
     console = make_console()
     console.print(final_table(result))
     if result["frontier"]:
+        console.print()
         console.print(frontier_table(result))
     typer.echo(f"report: {report_run(folder)}")
 
@@ -250,18 +256,27 @@ def _report(folder: Path) -> None:
 def main() -> None:
     """Entry point: one line and exit code 2 for bad input, 1 for a failed run."""
     try:
-        app()
-    except KeyboardInterrupt:
-        typer.echo("cacp-ray: interrupted; a run goes on with --resume", err=True)
+        sys.exit(app(standalone_mode=False) or 0)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("cacp-ray: interrupted; go on with --resume", err=True)
         sys.exit(130)
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        is_ours = isinstance(error, CacpError)
-        text = str(error) if is_ours else f"{type(error).__name__}: {' '.join(str(error).split())}"
-        hint = "" if is_ours else " (cacp-ray --debug shows where)"
-        typer.echo(f"cacp-ray: {text}{hint}", err=True)
-        sys.exit(error.exit_code if isinstance(error, CacpError) else 1)
+        code, text = _explain(error)
+        typer.echo(text, err=True)
+        sys.exit(code)
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """Exit code and what is printed."""
+    if isinstance(error, CacpError):
+        return error.exit_code, f"cacp-ray: {error}"
+    if (usage := getattr(error, "format_message", None)) is not None:  # typer's: wrong usage
+        text = usage()
+        return 2, text if "\n" in text else f"cacp-ray: {text} See cacp-ray --help."
+    reason = " ".join(str(error).split())
+    return 1, f"cacp-ray: {type(error).__name__}: {reason} (cacp-ray --debug shows where)"
 
 
 if __name__ == "__main__":

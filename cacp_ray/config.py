@@ -21,6 +21,7 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 
 
 Channels = tuple[float, float, float]
+Positive = Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -54,7 +55,9 @@ class DataConfig(Section):
     search: SplitConfig = SplitConfig(path="embedded:search", rows=None)
     test: SplitConfig = SplitConfig(path="embedded:test", rows=None)
     mean: Channels = Field(default=cifar10.MEAN, description="of red, green, blue in [0, 1]")
-    std: Channels = Field(default=cifar10.STD, description="of red, green, blue in [0, 1]")
+    std: tuple[Positive, Positive, Positive] = Field(
+        default=cifar10.STD, description="of red, green, blue in [0, 1]"
+    )
 
 
 class TrainConfig(Section):
@@ -128,15 +131,17 @@ class RunConfig(Section):
     def _sorted_and_distinct(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
         if len({f"{rate:.2f}" for rate in rates}) < len(rates):
             raise ValueError("rates must differ in their first two decimals")
+        if any(rate != round(rate, 2) for rate in rates):
+            raise ValueError("rates have at most two decimals, as subnets/rate-0.50 has")
         return tuple(sorted(rates))
 
     @model_validator(mode="after")
     def _enough_evaluations(self) -> "RunConfig":
-        least = 2 * len(self.rates)
+        least = 3 * len(self.rates)
         if self.evaluations < least:
             raise ValueError(
                 f"{self.evaluations} evaluations are too few for {len(self.rates)} rates: at least "
-                f"{least}, for the two uniform candidates of each"
+                f"{least}, for two uniform candidates and the policy's own answer at each"
             )
         return self
 

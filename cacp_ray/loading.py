@@ -2,14 +2,16 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from torch import nn
 
 from cacp_ray.config import DataConfig, ModelConfig, PruningConfig, RunConfig
-from cacp_ray.data.images import ImageSet, read_parquet
-from cacp_ray.errors import ConfigError
+from cacp_ray.data.images import ImageSet, read_labels, read_parquet
+from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.evaluation.scorer import Prepared, hash_weights, prepare
+from cacp_ray.files import read_json
 from cacp_ray.models.factory import build_model, load_weights
 from cacp_ray.pruning.criteria import get_criterion
 from cacp_ray.pruning.plan import Plan, make_plan
@@ -44,6 +46,39 @@ def read_split(data: DataConfig, name: str, count: int | None = None) -> ImageSe
     return dataclasses.replace(images, mean=data.mean, std=data.std)
 
 
+def check_data(data: DataConfig) -> None:
+    """Opens all three splits, reads their labels, and refuses splits that share rows.
+
+    Raises:
+        CacpError: Naming the file and row, or both splits.
+    """
+    seen: dict[str, tuple[Path, int, int]] = {}
+    for name in ("train", "search", "test"):
+        split = getattr(data, name)
+        file, rows, _, _ = read_labels(split.path, split.rows)
+        first, last = int(rows[0]), int(rows[-1])
+        for other, (known, start, stop) in seen.items():
+            if known.resolve() == file.resolve() and first <= stop and start <= last:
+                raise ConfigError(
+                    f"data.{name} and data.{other} share rows of {file}: splits must be disjoint, "
+                    "or candidates are judged by what was learned"
+                )
+        seen[name] = (file, first, last)
+
+
+def check_weights(base: Base, run_dir: Path) -> None:
+    """Refuses to go on with other base weights than a run was started with.
+
+    Raises:
+        ArtifactError: The hash in model.json differs.
+    """
+    if read_json(run_dir / "model.json")["sha256"] != base.sha256:
+        raise ArtifactError(
+            f"{run_dir} was searched from other weights than model.weights holds now: put them "
+            "back or search again in another --run-dir"
+        )
+
+
 def check_splits(splits: dict[str, ImageSet]) -> None:
     """Refuses splits of different classes or image sizes.
 
@@ -75,8 +110,9 @@ def load_base(config: RunConfig) -> Base:
         CacpError: The first thing that does not fit, in one line.
     """
     get_criterion(config.pruning.criterion)
+    check_data(config.data)
     calibration = read_split(config.data, "train", config.pruning.calibration_images)
-    search = read_split(config.data, "search").take(config.evaluation.images)
+    search = read_split(config.data, "search")
     check_splits({"train": calibration, "search": search})
     model = load_model(config.model, len(search.classes))
     if config.model.weights is None:

@@ -16,6 +16,7 @@ from cacp_ray.evaluation.scorer import make_scorer
 from cacp_ray.files import read_json, write_json
 from cacp_ray.loading import (
     check_splits,
+    check_weights,
     load_base,
     load_model,
     prepare_base,
@@ -26,7 +27,7 @@ from cacp_ray.reporting.html import write_report
 from cacp_ray.run import Clock, make_agent
 from cacp_ray.searching.run_directory import EpisodeRecord, RunDirectory
 from cacp_ray.training.metrics import Accuracy, measure
-from cacp_ray.winners import build_winners, measure_candidates
+from cacp_ray.winners import as_record, build_winners, measure_candidates
 
 
 def read_result(run_dir: Path) -> dict[str, Any]:
@@ -62,15 +63,17 @@ def finetune_run(
     Raises:
         CacpError: Bad input, or a trial that failed too often.
     """
-    from cacp_ray.distributed.cluster import connect
+    from cacp_ray.distributed.cluster import check_cpus, connect
     from cacp_ray.tuning.finetune import finetune_subnets
 
     clock = Clock()
     result = read_result(run_dir)
+    check_weights(load_base(config), run_dir)
     with clock.phase("finetune"):
         splits = {name: read_split(config.data, name) for name in ("train", "search", "test")}
         check_splits(splits)
         connect(address)
+        check_cpus(config.cluster.cpus_per_evaluator, address)
         found = finetune_subnets(
             load_subnet=partial(load_subnet, finetuned=False),
             load_teacher=partial(load_model, config.model, len(splits["train"].classes)),
@@ -120,8 +123,12 @@ def parse_rates(text: str) -> list[float]:
             raise ValueError(text)
     except (ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"--rate {text}: write one rate such as 0.42, or 0.2:0.9:0.02") from error
-    if not numbers or not all(0 < number <= 1 for number in numbers):
-        raise ConfigError(f"--rate {text}: a rate is the share of the cost kept, in (0, 1]")
+    if not numbers:
+        raise ConfigError(f"--rate {text}: write the smaller rate first")
+    if not all(0 < number <= 1 and number == round(number, 2) for number in numbers):
+        raise ConfigError(
+            f"--rate {text}: a rate is the share of the cost kept, in (0, 1], with two decimals"
+        )
     return numbers
 
 
@@ -151,6 +158,7 @@ def answer_rates(
         if save and folder.exists():
             raise ArtifactError(f"{folder} exists: load it, or ask for another rate")
     base = load_base(config)
+    check_weights(base, run_dir)
     for rate in rates:
         base.budget.check(rate)
     orders = [group["order"] for group in read_json(run_dir / "model.json")["groups"]]
@@ -178,19 +186,19 @@ def answer_rates(
         found = measure_candidates(evaluator, candidates)
         chosen = max(candidates, key=lambda candidate: found[candidate.index].top1)
         measured = found[chosen.index]
-        cost_kept = int(base.budget.cost(np.array(chosen.keep_counts))) / base.budget.total
+        record = as_record(base, chosen, measured)
         answers.append(
             {
                 "rate": rate,
-                "cost_kept": cost_kept,
-                "macs": int(base.plan.macs(chosen.keep_counts)),
-                "params": int(base.plan.params(chosen.keep_counts)),
-                "keep_counts": list(chosen.keep_counts),
+                "cost_kept": record.cost_kept,
+                "macs": record.macs,
+                "params": record.params,
+                "keep_counts": list(record.keep_counts),
                 "policy_top1": found[0].top1,
                 "top1": measured.top1,
             }
         )
-        best[rate] = _as_record(answers[-1], measured)
+        best[rate] = record
     agent.stop()
     if save:
         for answer, row in zip(
@@ -198,20 +206,6 @@ def answer_rates(
         ):
             answer |= {"path": row["path"], "top1": row["top1"]}
     return answers
-
-
-def _as_record(answer: dict[str, Any], measured: Any) -> EpisodeRecord:
-    return EpisodeRecord(
-        **dataclasses.asdict(measured),
-        strategy="cacp",
-        rate=answer["rate"],
-        keep_counts=tuple(answer["keep_counts"]),
-        macs=answer["macs"],
-        params=answer["params"],
-        cost_kept=answer["cost_kept"],
-        reward=measured.top1,
-        cached=False,
-    )
 
 
 def rescore_candidate(
@@ -227,6 +221,7 @@ def rescore_candidate(
         raise ArtifactError(f"{run_dir} has no candidate {index}: it recorded {len(records)}")
     record = records[index]
     base = load_base(config)
+    check_weights(base, run_dir)
     orders = [group["order"] for group in read_json(run_dir / "model.json")["groups"]]
     score = make_scorer(
         prepare_base(base, config, orders),
@@ -234,6 +229,7 @@ def rescore_candidate(
         recovery=config.pruning.recovery,
         batch_size=config.evaluation.batch_size,
         dtype=config.evaluation.dtype,
+        images=config.evaluation.images,
     )
     found = score(Candidate(index, record.rate, record.keep_counts))
     if found.status != "ok":

@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from cacp_ray.config import RunConfig, resolved
-from cacp_ray.errors import ArtifactError
 from cacp_ray.evaluation.measurement import Evaluator
 from cacp_ray.evaluation.scorer import Prepared, make_scorer
 from cacp_ray.files import describe_environment, read_json, write_json
-from cacp_ray.loading import Base, load_base, prepare_base
+from cacp_ray.loading import Base, check_weights, load_base, prepare_base
 from cacp_ray.searching.loop import SearchLoop, SearchProgress
 from cacp_ray.searching.mdp import AllocationMDP
 from cacp_ray.searching.run_directory import RunDirectory
 from cacp_ray.searching.strategies import make_strategy
 from cacp_ray.searching.strategies.prior import PriorFirst
 from cacp_ray.training.metrics import measure
-from cacp_ray.winners import add_latencies, build_winners, measure_policy
+from cacp_ray.winners import add_latencies, build_winners, choose_winner, measure_policy
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,6 @@ def run_search(
     config: RunConfig,
     run_dir: Path,
     *,
-    resume: bool,
     address: str | None,
     on_progress: Callable[[SearchProgress], object] | None,
     say: Callable[[str], object],
@@ -56,8 +54,7 @@ def run_search(
 
     Args:
         config: Of the run.
-        run_dir: Empty, or this run's own with `resume`.
-        resume: Go on with what the folder holds.
+        run_dir: Empty, or this run's own, to go on with what it holds.
         address: Of a Ray cluster; None starts a local Ray unless RAY_ADDRESS is set.
         on_progress: Called while the search goes on.
         say: Takes a line about each phase.
@@ -65,7 +62,7 @@ def run_search(
     Raises:
         CacpError: Bad input, before anything is written, or a failed run.
     """
-    from cacp_ray.distributed.cluster import available_cpus, connect
+    from cacp_ray.distributed.cluster import available_cpus, check_cpus, connect
     from cacp_ray.distributed.pool import RayEvaluatorPool
 
     clock = Clock()
@@ -73,16 +70,14 @@ def run_search(
         base = load_base(config)
     run = RunDirectory(run_dir)
     saved = read_json(run_dir / "model.json") if (run_dir / "model.json").exists() else None
-    if saved is not None and saved["sha256"] != base.sha256:
-        raise ArtifactError(
-            f"{run_dir} was searched from other weights than {config.model.weights} holds now: "
-            "put them back or choose another --run-dir"
-        )
+    if saved is not None:
+        check_weights(base, run_dir)
     say(describe_base(base, config))
     with clock.phase("start"), ThreadPoolExecutor(1) as executor:
         orders = None if saved is None else [group["order"] for group in saved["groups"]]
         preparing = executor.submit(prepare_base, base, config, orders)
         connect(address)
+        check_cpus(config.cluster.cpus_per_evaluator, address)
         prepared = preparing.result()
     with clock.phase("start"):
         per_evaluator = config.cluster.cpus_per_evaluator
@@ -96,6 +91,7 @@ def run_search(
                 "recovery": config.pruning.recovery,
                 "batch_size": config.evaluation.batch_size,
                 "dtype": config.evaluation.dtype,
+                "images": config.evaluation.images,
                 "threads": per_evaluator,
             },
             num_evaluators=num_evaluators,
@@ -117,7 +113,9 @@ def run_search(
     finally:
         evaluator.close()
     with clock.phase("build"):
-        winners = {rate: loop.archive.best(rate) for rate in config.rates}
+        winners = {
+            rate: choose_winner(loop.archive.best(rate), answers, rate) for rate in config.rates
+        }
         rows = build_winners(config, base, prepared, winners, run_dir)
     policy_top1 = {answer["rate"]: answer["top1"] for answer in answers}
     result = {
@@ -126,12 +124,14 @@ def run_search(
         "cost": config.cost,
         "base": saved["base"],
         "rates": [row | {"policy_top1": policy_top1.get(row["rate"])} for row in rows],
-        "frontier": answers,
+        "frontier": [
+            {key: value for key, value in answer.items() if key != "record"} for answer in answers
+        ],
         "groups": [
             {"name": g.name, "num_channels": g.num_channels, "is_residual": g.is_residual}
             for g in base.plan.groups
         ],
-        "evaluations": loop.progress.evaluations,
+        "evaluations": loop.progress.evaluations + len(policy_top1.keys() & set(config.rates)),
         "seconds": clock.seconds,
     }
     add_latencies(result, base, run_dir)
@@ -153,7 +153,7 @@ def _search(
         cost_model,
         run,
         rates=config.rates,
-        evaluations=config.evaluations,
+        evaluations=num_searched(config),
         cost=config.cost,
         mode=config.mode,
         round_size=config.round_size,
@@ -178,6 +178,11 @@ def _search(
             agent.train()
     loop.checkpoint(strategy)
     return loop, agent if strategy.prior is not None else None
+
+
+def num_searched(config: RunConfig) -> int:
+    """Evaluations of the loop: those of the trained policy's own answers are kept for the end."""
+    return config.evaluations - (len(config.rates) if config.strategy == "cacp" else 0)
 
 
 def make_agent(

@@ -1,5 +1,6 @@
 """What a search leaves: the policy's answers, and the winner of every rate, built and measured."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,14 @@ def measure_candidates(
 
 def measure_policy(
     policy: Callable[[Sequence[float]], Any], base: Base, config: RunConfig, evaluator: Evaluator
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """What the policy answers at the run's rates and from 0.2 to 0.9, without any search."""
     budget = base.budget
     grid = sorted({*FRONTIER, *config.rates})
     rates = [rate for rate in grid if budget.limit(rate) >= budget.smallest]
     counts = np.asarray(policy(rates))
     candidates = [
-        Candidate(index, rate, tuple(row))
+        Candidate(index, rate, tuple(row), images=len(base.search))
         for index, (rate, row) in enumerate(zip(rates, counts.tolist(), strict=True))
     ]
     found = measure_candidates(evaluator, candidates)
@@ -60,9 +61,34 @@ def measure_policy(
             "cost_kept": int(budget.cost(np.array(candidate.keep_counts))) / budget.total,
             "macs": int(base.plan.macs(candidate.keep_counts)),
             "top1": found[candidate.index].top1,
+            "record": as_record(base, candidate, found[candidate.index]),
         }
         for candidate in candidates
     ]
+
+
+def as_record(base: Base, candidate: Candidate, found: Measurement) -> EpisodeRecord:
+    """A measurement of the policy's answer, as the search records its own."""
+    return EpisodeRecord(
+        **dataclasses.asdict(found),
+        strategy="cacp",
+        rate=candidate.rate,
+        keep_counts=candidate.keep_counts,
+        macs=int(base.plan.macs(candidate.keep_counts)),
+        params=int(base.plan.params(candidate.keep_counts)),
+        cost_kept=int(base.budget.cost(np.array(candidate.keep_counts))) / base.budget.total,
+        reward=found.top1,
+        cached=False,
+    )
+
+
+def choose_winner(
+    best: EpisodeRecord | None, answers: Sequence[dict[str, Any]], rate: float
+) -> EpisodeRecord | None:
+    """The better of the search's best and the policy's own answer for a rate."""
+    records = [answer["record"] for answer in answers if answer["rate"] == rate]
+    found = [record for record in (best, *records) if record is not None]
+    return max(found, key=lambda record: (record.top1, -record.loss), default=None)
 
 
 def build_winners(

@@ -2,8 +2,8 @@
 
 Checkpoints, metrics and updates are RLlib's own. Its env runners are not used: episodes are
 arithmetic on the cost model and played here, whole and in batches; measuring the candidates is the
-search loop's work. `training_step` calls the loop's tick, which asks, submits, collects and tells,
-and learns only then, so that evaluators never wait for gradients.
+search loop's work. `training_step` calls the loop's tick, which submits new work before it tells,
+and learns only then: evaluators are busy meanwhile, as each has a second candidate queued.
 """
 
 import contextlib

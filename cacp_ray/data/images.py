@@ -84,29 +84,50 @@ def read_parquet(
         ArtifactError: The file is missing or corrupt, has no image or label column, holds an image
             that cannot be decoded, images of several sizes, or a label outside the classes.
     """
+    file, chosen, labels, classes = read_labels(path, rows, count)
+    table = pq.read_table(file)
+    images = _decode(
+        table[_find_column(table.schema, IMAGE_COLUMNS, file)].take(chosen), file, chosen
+    )
+    return ImageSet(images, labels, classes)
+
+
+def read_labels(
+    path: str, rows: tuple[int, int] | None = None, count: int | None = None
+) -> tuple[Path, NDArray[np.int64], NDArray[np.int64], tuple[str, ...]]:
+    """All but the images: the file, the row numbers (N,), the labels (N,) and the class names.
+
+    Args and errors are those of `read_parquet`.
+    """
     file = resolve_path(path)
     if not file.is_file():
         raise ArtifactError(f"data {file}: no such file; give the path of a Parquet file")
     try:
-        table = pq.read_table(file)
+        schema = pq.read_schema(file)
+        _find_column(schema, IMAGE_COLUMNS, file)
+        label_column = _find_column(schema, LABEL_COLUMNS, file)
+        column = pq.read_table(file, columns=[label_column])[label_column]
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ArtifactError(
             f"data {file}: not a readable Parquet file ({reason}); fetch or convert it again"
         ) from error
-    start, stop = rows or (0, table.num_rows)
-    if not 0 <= start < stop <= table.num_rows:
-        raise ConfigError(f"data {file}: rows {start}-{stop} are outside its {table.num_rows} rows")
-    image_column = _find_column(table, IMAGE_COLUMNS, file)
-    label_column = _find_column(table, LABEL_COLUMNS, file)
+    start, stop = rows or (0, len(column))
+    if not 0 <= start < stop <= len(column):
+        raise ConfigError(f"data {file}: rows {start}-{stop} are outside its {len(column)} rows")
+    if not pa.types.is_integer(column.type):
+        raise ArtifactError(f"data {file}: labels are {column.type}; they must be integers")
     chosen = np.arange(start, stop)
     if count is not None and count < len(chosen):
         chosen = chosen[np.arange(count) * len(chosen) // count]
-    table = table.take(chosen)
-    labels = table[label_column].to_numpy().astype(np.int64)
-    classes = read_class_names(table.schema, label_column) or tuple(
-        str(i) for i in range(int(labels.max()) + 1)
-    )
+    column = column.take(chosen)
+    if column.null_count:
+        row = chosen[column.is_null().to_numpy().argmax()]
+        raise ArtifactError(f"data {file}, row {row}: no label; add it or remove the row")
+    labels = column.to_numpy().astype(np.int64)
+    classes = read_class_names(schema, label_column)
+    if not classes:
+        classes = tuple(str(label) for label in range(int(labels.max()) + 1))
     outside = np.flatnonzero((labels < 0) | (labels >= len(classes)))
     if len(outside):
         first = outside[0]
@@ -114,7 +135,7 @@ def read_parquet(
             f"data {file}, row {chosen[first]}: label {labels[first]} is outside the "
             f"{len(classes)} classes; mend the label or the class names"
         )
-    return ImageSet(_decode(table[image_column], file, chosen), labels, classes)
+    return file, chosen, labels, classes
 
 
 def read_class_names(schema: pa.Schema, label_column: str) -> tuple[str, ...]:
@@ -129,12 +150,12 @@ def read_class_names(schema: pa.Schema, label_column: str) -> tuple[str, ...]:
         return ()
 
 
-def _find_column(table: pa.Table, names: Sequence[str], file: Path) -> str:
+def _find_column(schema: pa.Schema, names: Sequence[str], file: Path) -> str:
     for name in names:
-        if name in table.column_names:
+        if name in schema.names:
             return name
     raise ArtifactError(
-        f"data {file}: none of the columns {', '.join(names)} among {', '.join(table.column_names)}"
+        f"data {file}: none of the columns {', '.join(names)} among {', '.join(schema.names)}"
     )
 
 

@@ -67,6 +67,20 @@ def available_cpus() -> int:
     return int(ray.available_resources().get("CPU", 0))
 
 
+def check_cpus(cpus: int, address: str | None) -> None:
+    """Refuses an actor that a local Ray can never start; a cluster may still grow.
+
+    Raises:
+        ConfigError: More CPUs than this machine has.
+    """
+    is_local = (address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+    largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes()), default=0)
+    if is_local and cpus > largest:
+        raise ConfigError(
+            f"cluster.cpus_per_evaluator is {cpus}, this machine has {largest:g} CPUs: lower it"
+        )
+
+
 def _init(address: str, **options: Any) -> None:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)

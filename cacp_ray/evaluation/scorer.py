@@ -142,6 +142,7 @@ def make_scorer(
     recovery: str,
     batch_size: int,
     dtype: str,
+    images: int | None = None,
     threads: int | None = None,
 ) -> ScoreFunction:
     """A function that scores candidates on the search split.
@@ -152,6 +153,7 @@ def make_scorer(
         recovery: `none`, `bn` or `compensate`.
         batch_size: Images a forward pass.
         dtype: `auto` (bfloat16 where the CPU has it), `float32` or `bfloat16`.
+        images: Of the split's beginning that score a candidate which does not say how many.
         threads: For torch in this process; None leaves them alone.
     """
     if threads is not None:
@@ -163,7 +165,7 @@ def make_scorer(
     def score(candidate: Candidate) -> Measurement:
         started = time.perf_counter()
         model = cutter.load(candidate.keep_counts)
-        stop = candidate.images
+        stop = candidate.images or images
         accuracy = measure(model, x[:stop], y[:stop], batch_size=batch_size, dtype=precision)
         return Measurement(
             index=candidate.index,

@@ -139,7 +139,8 @@ class Compensator:
         if consumer.batch_norm is not None:
             explained = solved.square().sum(0)
             # Where the kept inputs explain nothing of an output, its mean alone is kept.
-            scale = torch.where(explained > 1e-12, (factors.variance / explained).sqrt(), 0.0)
+            is_explained = explained > 1e-9 * factors.variance
+            scale = torch.where(is_explained, (factors.variance / explained).sqrt(), 0.0)
             weight = weight * scale[:, None]
         shift = (factors.output_mean - weight @ factors.mean[rows]).float()
         shaped = weight.float().reshape(len(weight), -1, *original.shape[2:])

@@ -94,8 +94,8 @@ def sample_patches(
     """Rows (R, D) of a layer's unfolded input at up to `positions` places of every image."""
     if not isinstance(module, nn.Conv2d):
         return x.reshape(-1, x.shape[-1])
-    top, left = module.padding if isinstance(module.padding, tuple) else (0, 0)
-    x = functional.pad(x, (left, left, top, top))
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    x = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
     (kh, kw), (sh, sw), (dh, dw) = module.kernel_size, module.stride, module.dilation
     height = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1
     width = (x.shape[3] - dw * (kw - 1) - 1) // sw + 1

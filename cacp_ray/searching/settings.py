@@ -31,7 +31,7 @@ class AgentSettings:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    hidden: Annotated[tuple[int, ...], MinLen(1)] = (64, 64)
+    hidden: Annotated[tuple[Annotated[int, Ge(1)], ...], MinLen(1)] = (64, 64)
     actor_lr: Annotated[float, Gt(0)] = 1e-3
     critic_lr: Annotated[float, Gt(0)] = 1e-3
     batch_size: Annotated[int, Ge(1)] = 128

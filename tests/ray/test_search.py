@@ -69,8 +69,8 @@ def test_run_directory_holds_what_the_contract_names(finished):
         "subnets",
         "result.json",
     } <= names
-    assert len(rows(finished.path)) >= 20
-    assert len({row[3] for row in rows(finished.path)}) == 20
+    # The policy's own answers at both rates are the last two evaluations.
+    assert len({row[3] for row in rows(finished.path)}) == 18
     assert finished.result["evaluations"] == 20
     assert read_run_config(finished.path) == RunConfig.model_validate(SMALL)
 
@@ -87,13 +87,12 @@ def test_policy_answers_a_rate_that_was_never_searched(finished):
     config = read_run_config(finished.path)
     answers = answer_rates(config, finished.path, [0.55], 3, save=True)
     assert 0.53 < answers[0]["cost_kept"] <= 0.55
-    assert answers[0]["top1"] >= 0
+    assert answers[0]["top1"] > 0.3
     assert cacp_ray.load_subnet(finished.path / answers[0]["path"]) is not None
     with pytest.raises(ArtifactError, match=r"rate-0\.55 exists"):
         answer_rates(config, finished.path, [0.55], 0, save=True)
     frontier = answer_rates(config, finished.path, [0.3, 0.4, 0.5], 0, save=False)
-    costs = [answer["cost_kept"] for answer in frontier]
-    assert costs == sorted(costs)
+    assert all(a["rate"] - 0.02 < a["cost_kept"] <= a["rate"] for a in frontier)
 
 
 def test_rows_are_the_same_for_any_number_of_evaluators(finished, tmp_path):
@@ -146,6 +145,6 @@ def test_fine_tuning_completes_the_result_and_the_report(finished):
 
 @pytest.mark.parametrize("strategy", ["random", "uniform"])
 def test_other_strategies_run_on_the_same_pool(strategy, ray_cluster, tmp_path):
-    done = cacp_ray.search(SMALL | {"strategy": strategy, "evaluations": 6}, tmp_path / "run")
+    done = cacp_ray.search(SMALL | {"strategy": strategy, "evaluations": 8}, tmp_path / "run")
     assert {row[1] for row in rows(done.path)} == {strategy}
     assert set(done.subnets) == {0.4, 0.7}

@@ -72,6 +72,11 @@ CASES = {
         lambda t: [f"model.weights={foreign_weights(t)}"],
         r"unexpected layer1\.3\.bn1\.bias",
     ),
+    "test data missing": (lambda t: ["data.test.path=none.parquet"], "none.parquet: no such file"),
+    "splits that share rows": (
+        lambda t: ["data.search.path=embedded:train"],
+        "data.search and data.train share rows",
+    ),
     "unknown key": (lambda t: ["evalutions=5"], "did you mean evaluations"),
     "keep pattern without a match": (lambda t: ["pruning.keep=[stem.*]"], "matches no layer"),
 }
@@ -150,6 +155,21 @@ def test_inspect_prints_groups_reasons_and_reachable_rates(run):
     assert "whole: fc (output of the network)" in out
     assert "40,813,184 MACs" in out
     assert re.search(r"reachable rates .*: 0\.0157 to 1", out)
+
+
+def test_wrong_usage_is_one_line(run):
+    code, _, err = run("demo", "--no-such-option")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "--no-such-option" in err
+
+
+def test_a_broken_saved_configuration_is_bad_input(run, config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("a: [")
+    code, _, err = run("search", config(), "--run-dir", tmp_path / "run", "--resume")
+    assert code == 2
+    assert "not valid YAML" in err
 
 
 def test_help_and_import_stay_light():

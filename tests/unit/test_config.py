@@ -28,9 +28,12 @@ def test_every_shipped_recipe_loads(path):
         (["pruning.recovery=magic"], r"pruning\.recovery: .*'compensate' \(got 'magic'\)"),
         (["finetune.epochs=0"], r"finetune\.epochs: .*greater than or equal to 1"),
         (["evaluations"], "write key.path=value"),
-        (["evaluations=5"], "5 evaluations are too few for 3 rates: at least 6"),
+        (["evaluations=5"], "5 evaluations are too few for 3 rates: at least 9"),
         (["name.first=x"], "name is not a section"),
         (["rates=[0.5"], "not valid YAML"),
+        (["rates=[0.425]"], "at most two decimals"),
+        (["data.std=[0, 1, 1]"], r"data\.std\.0: .*greater than 0"),
+        (["agent.hidden=[-1]"], r"agent\.hidden\.0: .*greater than or equal to 1"),
     ],
 )
 def test_bad_values_are_refused_by_name(overrides, message):

@@ -56,6 +56,14 @@ def test_label_outside_the_classes_names_file_and_row(tmp_path):
         read_parquet(path, (1, 3))
 
 
+def test_labels_must_be_integers_and_there(tmp_path):
+    path = tmp_path / "a.parquet"
+    for labels, message in (([0.5, 1.0], "must be integers"), ([1, None], "row 1: no label")):
+        pq.write_table(pa.table({"img": [png(1), png(2)], "label": labels}), path)
+        with pytest.raises(ArtifactError, match=message):
+            read_parquet(str(path))
+
+
 def test_broken_image_names_file_and_row(tmp_path):
     path = write(tmp_path / "a.parquet", [png(1), png(2)[:40], b""], [0, 0, 0])
     with pytest.raises(ArtifactError, match=r"a\.parquet, row 1: cannot decode"):

@@ -17,7 +17,8 @@ from cacp_ray.training.metrics import measure
 
 @pytest.fixture(scope="module")
 def base():
-    return load_base(load_config(RunConfig, {}, ["evaluation.images=200"]))
+    whole = load_base(load_config(RunConfig, {}))
+    return dataclasses.replace(whole, search=whole.search.take(200))
 
 
 def make(base, recovery, criterion="l1"):
