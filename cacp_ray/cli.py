@@ -203,6 +203,8 @@ def evaluate(
         typer.echo(f"recorded: {100 * record.top1:.2f} %")
         return
     is_subnet = (path / "subnet.json").exists()
+    if is_subnet and not (path.absolute().parent.parent / "config.yaml").exists():
+        raise ConfigError(f"{path} stands outside its run, whose config.yaml names the data")
     run = path.absolute().parent.parent if is_subnet else path
     config = read_run_config(run)
     folders = [path] if is_subnet else [run / row["path"] for row in read_result(run)["rates"]]

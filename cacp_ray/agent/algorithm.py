@@ -286,20 +286,6 @@ class CACP(Algorithm):
             Path(str(self.logdir)).rmdir()
 
 
-def build_agent(
-    mdp: AllocationMDP,
-    rates: Sequence[float],
-    settings: AgentSettings,
-    seed: int,
-    tick: Tick | None = None,
-) -> CACP:
-    """An agent attached to a problem; needs no running Ray."""
-    agent = CACPConfig().agent(settings, seed=seed).build_algo()
-    assert isinstance(agent, CACP)
-    agent.attach(mdp, rates, seed, tick)
-    return agent
-
-
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
     """Small matrices are fastest on one thread, and the other cores belong to the evaluators."""

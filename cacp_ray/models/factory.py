@@ -67,7 +67,7 @@ def _build_timm(name: str, num_classes: int) -> nn.Module:
     try:
         timm = importlib.import_module("timm")
     except ImportError as error:
-        raise ConfigError(f"model timm:{name} needs timm: pip install timm") from error
+        raise ConfigError(f"model timm:{name} needs timm: pip install 'cacp-ray[timm]'") from error
     if not timm.is_model(name):
         raise ConfigError(f"timm has no model {name!r}: {nearest_names(name, timm.list_models())}")
     return timm.create_model(name, num_classes=num_classes)

@@ -4,9 +4,10 @@ With x the unfolded input (mean mu, covariance Sigma), W the original weight (N,
 inputs:
     A = Sigma_SS,  B = Sigma_S: W^T,  W' = (A^-1 B)^T,  bias + (W mu - W' mu_S),
 then, where a BN layer follows, each row of W' is scaled so that the output keeps its variance, as
-the BN statistics expect. Because orders are nested, S is always a prefix of the permuted
-inputs: with Sigma = L L^T and Z = L^-1 Sigma W^T = L^T W^T made once, W'^T = L_SS^-T Z_S, one
-triangular solve, and the explained output variance is the column sums of Z_S^2.
+the BN statistics expect. Because orders are nested, the kept inputs of one group are a prefix of
+the permuted ones: with Sigma = L L^T and Z = L^-1 Sigma W^T = L^T W^T made once, W'^T =
+L_SS^-T Z_S, one triangular solve, and the explained output variance is the column sums of Z_S^2.
+Inputs concatenated from several groups are no prefix: their L_SS is factored anew.
 
 Source: CaP (arXiv 2108.13728; formulas from its authors' code). Ours: the factor of the whole
 serves every prefix; the ridge (1e-4 of the mean variance) acts as noise on each input, so that

@@ -25,9 +25,8 @@ def make_cut(
     """The function that turns keep counts into the tensors of the subnet.
 
     Args:
-        recovery: `none` cuts only; `bn` re-estimates BN statistics on `calibration` (EagleEye, Li
-        et
-            al., 2020); `compensate` solves least squares (`cacp_ray.pruning.compensation`).
+        recovery: `none` cuts only; `bn` re-estimates BN statistics on `calibration` (EagleEye,
+            Li et al., 2020); `compensate` solves least squares (`cacp_ray.pruning.compensation`).
         plan: Of the network.
         tensors: State dict in importance order.
         factors: Only `compensate` reads them.

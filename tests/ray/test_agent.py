@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import ray
 
-from cacp_ray.agent.algorithm import CACP, CACPConfig, build_agent
+from cacp_ray.agent.algorithm import CACP, CACPConfig
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.searching.budget import Budget, minimum_counts, spend
 from cacp_ray.searching.mdp import AllocationMDP
@@ -27,9 +27,11 @@ def make_problem(seed, num_groups=8):
 def build():
     agents = []
 
-    def make(mdp, settings=SMALL, seed=0, **kwargs) -> CACP:
-        agents.append(build_agent(mdp, RATES, settings, seed, **kwargs))
-        return agents[-1]
+    def make(mdp, settings=SMALL, seed=0, tick=None) -> CACP:
+        agent = CACPConfig().agent(settings, seed=seed).build_algo()
+        agent.attach(mdp, RATES, seed, tick)
+        agents.append(agent)
+        return agent
 
     yield make
     for agent in agents:
