@@ -27,6 +27,7 @@ Address = Annotated[
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 state = {"quiet": False}
+INTERRUPTED = 130  # exit code
 
 
 class _PrintHandler(logging.Handler):
@@ -258,10 +259,10 @@ def _report(folder: Path) -> None:
 def main() -> None:
     """Entry point: one line and exit code 2 for bad input, 1 for a failed run."""
     try:
-        sys.exit(app(standalone_mode=False) or 0)
-    except (KeyboardInterrupt, typer.Abort):
-        typer.echo("cacp-ray: interrupted; go on with --resume", err=True)
-        sys.exit(130)
+        code = app(standalone_mode=False) or 0
+        if code == INTERRUPTED:  # typer turns Ctrl-C into this exit code
+            typer.echo("cacp-ray: interrupted; go on with --resume", err=True)
+        sys.exit(code)
     except Exception as error:
         if "--debug" in sys.argv:
             raise

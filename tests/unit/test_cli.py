@@ -157,6 +157,16 @@ def test_inspect_prints_groups_reasons_and_reachable_rates(run):
     assert re.search(r"reachable rates .*: 0\.0157 to 1", out)
 
 
+def test_ctrl_c_says_how_to_go_on(run, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cacp_ray.cli._report", interrupted)
+    code, _, err = run("report", "anything")
+    assert code == 130
+    assert err == "cacp-ray: interrupted; go on with --resume\n"
+
+
 def test_wrong_usage_is_one_line(run):
     code, _, err = run("demo", "--no-such-option")
     assert code == 2
