@@ -12,6 +12,7 @@ from cacp_ray.loading import make_budget
 from cacp_ray.pruning.cost import ChannelGroup
 from cacp_ray.pruning.criteria import rank_channels
 from cacp_ray.pruning.plan import Plan, make_plan
+from cacp_ray.pruning.statistics import Statistics
 from cacp_ray.pruning.surgery import Slicer, build_subnet, reorder_weights
 from cacp_ray.searching.budget import Budget, uniform
 
@@ -58,7 +59,7 @@ class Analysis:
     ) -> nn.Module:
         """An independent small network that keeps the best channels by a weight-based criterion."""
         tensors = {name: value.detach() for name, value in self.model.state_dict().items()}
-        orders = rank_channels(criterion, self.plan, tensors, {}, seed=0)
+        orders = rank_channels(criterion, self.plan, tensors, Statistics(), seed=0)
         ordered = reorder_weights(self.plan, tensors, orders)
         cut = Slicer(self.plan)(ordered, [int(count) for count in keep_counts])
         return build_subnet(self.model, ordered | cut)

@@ -23,7 +23,7 @@ from cacp_ray.pruning.compensation import LayerFactors, make_factors
 from cacp_ray.pruning.criteria import get_criterion, rank_channels
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.recovery import make_cut
-from cacp_ray.pruning.statistics import collect_moments
+from cacp_ray.pruning.statistics import Statistics, collect_statistics
 from cacp_ray.pruning.surgery import Skeleton, reorder_weights
 from cacp_ray.training.metrics import fast_dtype, measure
 
@@ -79,13 +79,15 @@ def prepare(
     images, _ = calibration.tensors()
     tensors = {name: value.detach() for name, value in model.state_dict().items()}
     needs_moments = (criterion == "cap" and orders is None) or recovery == "compensate"
-    moments = collect_moments(model, plan, images, seed=seed) if needs_moments else {}
+    statistics = (
+        collect_statistics(model, plan, images, seed=seed) if needs_moments else Statistics()
+    )
     if orders is None:
-        orders = rank_channels(criterion, plan, tensors, moments, seed)
+        orders = rank_channels(criterion, plan, tensors, statistics, seed)
     ordered = reorder_weights(plan, tensors, orders)
     factors: dict[str, LayerFactors] = {}
     if recovery == "compensate":
-        factors = make_factors(plan, ordered, moments, orders)
+        factors = make_factors(plan, ordered, statistics.inputs, orders)
     return Prepared(
         model=model,
         plan=plan,

@@ -1,6 +1,6 @@
 """Importance orders: a permutation of each group's channels, best first.
 
-A new criterion is one function (plan, tensors, moments, seed) -> orders and one line in CRITERIA.
+A new criterion is one function (plan, tensors, statistics, seed) -> orders, one line in CRITERIA.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,15 +12,14 @@ from torch import Tensor
 
 from cacp_ray.errors import ConfigError, nearest_names
 from cacp_ray.pruning.plan import Plan
-from cacp_ray.pruning.statistics import InputMoments, regularized
+from cacp_ray.pruning.statistics import Statistics, regularized
 
 Tensors = Mapping[str, Tensor]
-Moments = Mapping[str, InputMoments]
-Criterion = Callable[[Plan, Tensors, Moments, int], list[NDArray[np.int64]]]
+Criterion = Callable[[Plan, Tensors, Statistics, int], list[NDArray[np.int64]]]
 
 
 def rank_channels(
-    criterion: str, plan: Plan, tensors: Tensors, moments: Moments, seed: int
+    criterion: str, plan: Plan, tensors: Tensors, statistics: Statistics, seed: int
 ) -> list[NDArray[np.int64]]:
     """Importance order of every group.
 
@@ -28,13 +27,13 @@ def rank_channels(
         criterion: A key of CRITERIA.
         plan: Of the network.
         tensors: Its state dict.
-        moments: Input moments by weight name; only `cap` reads them.
+        statistics: Of calibration images; only `cap` reads them.
         seed: Only `random` reads it.
 
     Returns:
         Per group a permutation (C,) int64, best channel first.
     """
-    return get_criterion(criterion)(plan, tensors, moments, seed)
+    return get_criterion(criterion)(plan, tensors, statistics, seed)
 
 
 def get_criterion(name: str) -> Criterion:
@@ -62,24 +61,28 @@ def _sum_filters(
     return [np.argsort(-score, kind="stable") for score in scores]
 
 
-def rank_l1(plan: Plan, tensors: Tensors, moments: Moments, seed: int) -> list[NDArray[np.int64]]:
+def rank_l1(
+    plan: Plan, tensors: Tensors, statistics: Statistics, seed: int
+) -> list[NDArray[np.int64]]:
     """L1 norm of the filters that make a channel (Li et al., 2017), summed over coupled layers."""
     return _sum_filters(plan, tensors, lambda rows: rows.abs().sum(1))
 
 
-def rank_l2(plan: Plan, tensors: Tensors, moments: Moments, seed: int) -> list[NDArray[np.int64]]:
+def rank_l2(
+    plan: Plan, tensors: Tensors, statistics: Statistics, seed: int
+) -> list[NDArray[np.int64]]:
     """L2 norm of the filters that make a channel, summed over coupled layers."""
     return _sum_filters(plan, tensors, lambda rows: rows.norm(dim=1))
 
 
 def rank_bn_scale(
-    plan: Plan, tensors: Tensors, moments: Moments, seed: int
+    plan: Plan, tensors: Tensors, statistics: Statistics, seed: int
 ) -> list[NDArray[np.int64]]:
     """|gamma| of the BN layers on a channel (network slimming, Liu et al., 2017), summed.
 
     Groups without BN fall back to the L1 order.
     """
-    fallback = rank_l1(plan, tensors, moments, seed)
+    fallback = rank_l1(plan, tensors, statistics, seed)
     orders = []
     for g, group in enumerate(plan.groups):
         score = np.zeros(group.num_channels)
@@ -93,14 +96,16 @@ def rank_bn_scale(
 
 
 def rank_random(
-    plan: Plan, tensors: Tensors, moments: Moments, seed: int
+    plan: Plan, tensors: Tensors, statistics: Statistics, seed: int
 ) -> list[NDArray[np.int64]]:
     """A random permutation: the baseline that a criterion must beat."""
     rng = np.random.default_rng(seed)
     return [rng.permutation(group.num_channels) for group in plan.groups]
 
 
-def rank_cap(plan: Plan, tensors: Tensors, moments: Moments, seed: int) -> list[NDArray[np.int64]]:
+def rank_cap(
+    plan: Plan, tensors: Tensors, statistics: Statistics, seed: int
+) -> list[NDArray[np.int64]]:
     """Greedy forward selection by explained output energy after optimal compensation.
 
     Starting from no channel, append the one whose inputs to the consuming layers explain most of
@@ -124,10 +129,12 @@ def rank_cap(plan: Plan, tensors: Tensors, moments: Moments, seed: int) -> list[
             positions = positions[np.argsort(axis.channel[positions], kind="stable")]
             rows = (positions[:, None] * taps + np.arange(taps)).reshape(group.num_channels, -1)
             flat = torch.from_numpy(rows.ravel())
-            covariance = torch.from_numpy(moments[consumer.weight].covariance)[flat][:, flat]
+            covariance = torch.from_numpy(statistics.inputs[consumer.weight].covariance)[flat][
+                :, flat
+            ]
             problems.append(_Selection(covariance, weight.flatten(1)[:, flat], rows.shape[1]))
         orders.append(_select(problems, group.num_channels))
-    fallback = rank_l1(plan, tensors, moments, seed)
+    fallback = rank_l1(plan, tensors, statistics, seed)
     return [order if len(order) else other for order, other in zip(orders, fallback, strict=True)]
 
 

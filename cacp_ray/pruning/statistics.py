@@ -5,7 +5,7 @@ a linear layer its input vector. Patches are taken at sampled positions: neighbo
 thing.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,13 +20,50 @@ RIDGE = 1e-4  # noise on each input, as a share of the mean variance
 
 @dataclass(frozen=True)
 class InputMoments:
-    """Mean (D,) and covariance (D, D) of a layer's unfolded input, D = C_in * k * k, float64."""
+    """Of a layer's unfolded input, D = C_in * k * k values, channel by channel; float64.
+
+    Attributes:
+        mean: (D,).
+        covariance: (D, D); of a separable form (C_in, C_in), between channels.
+        taps: None, or (k * k, k * k): then the covariance is that between channels times that
+            between taps, cov[(c, t), (c', t')] = covariance[c, c'] * taps[t, t'].
+    """
 
     mean: NDArray[np.float64]
     covariance: NDArray[np.float64]
+    taps: NDArray[np.float64] | None = None
 
 
-def collect_moments(
+@dataclass(frozen=True)
+class GateGradients:
+    """Of one group: derivatives of the loss by a gate on each channel, over images n.
+
+    The gate of a channel multiplies it at the input of every layer that mixes it, so that closing
+    the gate is cutting the channel: dL_n/dm = sum over layers and places of A * dL_n/dA.
+
+    Attributes:
+        absolute: (C,) mean of |dL_n/dm|.
+        square: (C,) mean of (dL_n/dm)^2.
+    """
+
+    absolute: NDArray[np.float64]
+    square: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration images tell of a network.
+
+    Attributes:
+        inputs: By the weight name of a consumer; empty where not collected.
+        gates: One a group; empty where not collected.
+    """
+
+    inputs: dict[str, InputMoments] = field(default_factory=dict)
+    gates: tuple[GateGradients, ...] = ()
+
+
+def collect_statistics(
     model: nn.Module,
     plan: Plan,
     images: Tensor,
@@ -34,8 +71,8 @@ def collect_moments(
     seed: int,
     positions: int = 64,
     batch_size: int = 125,
-) -> dict[str, InputMoments]:
-    """One pass of the whole network; moments by the name of the layer's weight.
+) -> Statistics:
+    """One pass of the whole network.
 
     Args:
         model: The base network.
@@ -79,7 +116,7 @@ def collect_moments(
         moments[name] = InputMoments(
             (mean + shifts[name]).numpy(), (square / count - torch.outer(mean, mean)).numpy()
         )
-    return moments
+    return Statistics(moments)
 
 
 def regularized(covariance: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from cacp_ray.pruning.compensation import Compensator, make_factors
 from cacp_ray.pruning.criteria import CRITERIA, rank_channels
 from cacp_ray.pruning.plan import make_plan
 from cacp_ray.pruning.recovery import recalibrate_bn
-from cacp_ray.pruning.statistics import RIDGE, collect_moments, sample_patches
+from cacp_ray.pruning.statistics import RIDGE, Statistics, collect_statistics, sample_patches
 from cacp_ray.pruning.surgery import Skeleton, build_subnet, reorder_weights
 from tests.unit.pruning.networks import NAMES, make
 
@@ -19,11 +19,11 @@ def prepare(name, images=None, criterion="cap"):
     x = x if images is None else images
     plan = make_plan(model, x[:1])
     tensors = {key: value.detach() for key, value in model.state_dict().items()}
-    moments = collect_moments(model, plan, x, seed=0, positions=10_000)
-    orders = rank_channels(criterion, plan, tensors, moments, 0)
+    statistics = collect_statistics(model, plan, x, seed=0, positions=10_000)
+    orders = rank_channels(criterion, plan, tensors, statistics, 0)
     ordered = reorder_weights(plan, tensors, orders)
-    factors = make_factors(plan, ordered, moments, orders)
-    return model, plan, tensors, moments, orders, ordered, factors
+    factors = make_factors(plan, ordered, statistics.inputs, orders)
+    return model, plan, tensors, statistics.inputs, orders, ordered, factors
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -136,7 +136,7 @@ def test_l1_keeps_the_channel_with_the_larger_filter():
         model.left.weight[4] *= 100
     plan = make_plan(model, torch.zeros(1, 3, 8, 8))
     tensors = {key: value.detach() for key, value in model.state_dict().items()}
-    assert rank_channels("l1", plan, tensors, {}, 0)[0][0] == 4
+    assert rank_channels("l1", plan, tensors, Statistics(), 0)[0][0] == 4
 
 
 def test_bn_recalibration_gives_batch_statistics_and_restores_momentum():
