@@ -20,6 +20,8 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python bench/pool_overhead.py
+	OMP_NUM_THREADS=1 $(BIN)/python bench/surgery.py
+	OMP_NUM_THREADS=1 $(BIN)/python bench/compensation.py
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.12"'

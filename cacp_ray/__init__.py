@@ -7,10 +7,10 @@ alone imports neither torch nor ray.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cacp_ray.api import Analysis, Run, analyze, finetune, load_subnet, search
+    from cacp_ray.api import Analysis, Run, analyze, export, finetune, load_subnet, search
 
 __version__ = "0.1.0"
-__all__ = ["Analysis", "Run", "analyze", "finetune", "load_subnet", "search"]
+__all__ = ["Analysis", "Run", "analyze", "export", "finetune", "load_subnet", "search"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,17 +2,27 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from cacp_ray.config import PruningConfig
+from cacp_ray.errors import ConfigError
 from cacp_ray.loading import make_budget
+from cacp_ray.models.factory import (
+    CIFAR_MODELS,
+    build_model,
+    default_input_shape,
+    default_num_classes,
+)
 from cacp_ray.pruning.cost import ChannelGroup
 from cacp_ray.pruning.criteria import rank_channels
 from cacp_ray.pruning.plan import Plan, make_plan
 from cacp_ray.pruning.statistics import Statistics
+from cacp_ray.pruning.subnet import load_subnet, read_description
 from cacp_ray.pruning.surgery import Slicer, build_subnet, reorder_weights
 from cacp_ray.searching.budget import Budget, uniform
 
@@ -78,3 +88,55 @@ def analyze(model: nn.Module, example_input: Tensor, *, floor: float = 0.1) -> A
     """
     plan = make_plan(model, example_input)
     return Analysis(model, plan, make_budget(plan, "macs", PruningConfig(floor=floor)))
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `cacp-ray inspect` prints.
+
+    Attributes:
+        name: Of the network, or the subnet folder with what it was cut from.
+        about: Its input and outputs.
+        analysis: Of the network at its present widths.
+        base_channels: Channels of a subnet's groups before the cut, by name; else empty.
+    """
+
+    name: str
+    about: str
+    analysis: Analysis
+    base_channels: dict[str, int]
+
+
+def inspect_model(
+    name: str, *, side: int | None = None, num_classes: int | None = None
+) -> Inspection:
+    """Analyses a network by name, or a subnet folder at its own widths.
+
+    Args:
+        name: A model name (`cacp_ray.models.factory`) or a folder with subnet.json.
+        side: Height and width of the input; by default what the network is made for.
+        num_classes: Outputs of the classifier; by default 1000 for torchvision and timm, else 10.
+
+    Raises:
+        CacpError: No such network or folder, or nothing in it can be cut.
+    """
+    folder = Path(name)
+    is_path = name not in CIFAR_MODELS and ":" not in name and ("/" in name or folder.is_dir())
+    base_channels: dict[str, int] = {}
+    if is_path or (folder / "subnet.json").exists():
+        if num_classes is not None:
+            raise ConfigError(f"{name} has its own number of classes: leave --num-classes out")
+        description = read_description(folder)
+        model = load_subnet(folder)
+        shape = tuple(description["input_shape"])
+        num_classes = description["num_classes"]
+        base_channels = {group["name"]: group["num_channels"] for group in description["groups"]}
+        name = f"{name} ({description['model']} at rate {description['rate']:.2f})"
+    else:
+        num_classes = default_num_classes(name) if num_classes is None else num_classes
+        model = build_model(name, num_classes)
+        shape = default_input_shape(name, model)
+    if side is not None:
+        shape = (shape[0], side, side)
+    about = f"input {'x'.join(map(str, shape))}, {num_classes} classes"
+    return Inspection(name, about, analyze(model, torch.zeros(1, *shape)), base_channels)

@@ -11,6 +11,7 @@ import torch
 from cacp_ray.analysis import Analysis, analyze
 from cacp_ray.config import RunConfig, TrainConfig, changed_keys, load_config, resolved
 from cacp_ray.errors import ArtifactError, ConfigError
+from cacp_ray.exporting.subnet import export_subnet as export
 from cacp_ray.files import describe_environment, write_json, write_yaml
 from cacp_ray.loading import check_splits, load_base, load_model, read_split
 from cacp_ray.pruning.subnet import load_subnet
@@ -23,7 +24,16 @@ from cacp_ray.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Analysis", "Run", "analyze", "finetune", "load_subnet", "search", "train_model"]
+__all__ = [
+    "Analysis",
+    "Run",
+    "analyze",
+    "export",
+    "finetune",
+    "load_subnet",
+    "search",
+    "train_model",
+]
 
 
 def train_model(

@@ -69,22 +69,35 @@ def demo(run_dir: RunDir = None, resume: Resume = False) -> None:
 @app.command()
 def inspect(
     model: Annotated[
-        str, typer.Argument(help="resnet20, torchvision:NAME, package.module:factory")
+        str,
+        typer.Argument(
+            help="resnet20, torchvision:NAME, timm:NAME, package.module:factory, or a subnet folder"
+        ),
     ],
     side: Annotated[int | None, typer.Option(min=1, help="Input height and width.")] = None,
-    num_classes: Annotated[int, typer.Option(help="Outputs of the classifier.")] = 10,
+    num_classes: Annotated[
+        int | None, typer.Option(min=1, help="Default: 1000 for torchvision and timm, else 10.")
+    ] = None,
+    members: Annotated[
+        bool, typer.Option("--members", help="List every group with all its layers.")
+    ] = False,
 ) -> None:
     """Print channel groups, what stays whole and why, and the reachable rates."""
-    import torch
-
-    from cacp_ray.analysis import analyze
-    from cacp_ray.models.factory import build_model
+    from cacp_ray.analysis import inspect_model
     from cacp_ray.reporting.tables import groups_table, make_console
 
-    side = side or (32 if ":" not in model else 224)
-    found = analyze(build_model(model, num_classes), torch.zeros(1, 3, side, side))
+    found = inspect_model(model, side=side, num_classes=num_classes)
+    plan, budget = found.analysis.plan, found.analysis.budget
     make_console().print(
-        groups_table(model, found.plan.cost_model, found.plan.fixed, found.reachable)
+        groups_table(
+            found.name,
+            found.about,
+            plan.cost_model,
+            budget.min_counts,
+            plan.fixed,
+            base_channels=found.base_channels,
+            with_members=members,
+        )
     )
 
 
@@ -212,6 +225,34 @@ def evaluate(
     for folder in folders:
         description, found = evaluate_subnet(folder, config, split)
         typer.echo(f"{folder}: rate {description['rate']:.2f}, {split} split {_percent(found)}")
+
+
+@app.command()
+def export(
+    subnet: Annotated[
+        Path, typer.Argument(metavar="SUBNET", help="Such as runs/NAME/subnets/rate-0.50.")
+    ],
+    format: Annotated[str, typer.Option(help="onnx, torch-export or state-dict.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The file; default: subnet.onnx or so in the folder.")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="finetuned, search, or latest: fine-tuned where there are some.")
+    ] = "latest",
+) -> None:
+    """Write a subnet as one checked file for other programs; any batch size."""
+    from cacp_ray.exporting.subnet import export_subnet
+
+    chosen = {"latest": None, "finetuned": True, "search": False}
+    if weights not in chosen:
+        raise ConfigError(f"--weights {weights}: choose finetuned, search or latest")
+    done = export_subnet(subnet, format, out=out, finetuned=chosen[weights])
+    opset = f"opset {done.opset}, " if done.opset is not None else ""
+    typer.echo(
+        f"{done.path}: {'fine-tuned weights' if done.finetuned else 'weights after the search'}, "
+        f"{done.size / 1e6:.2f} MB, {opset}largest difference {done.max_error:.1e} of the largest "
+        f"output, at batch sizes {' and '.join(map(str, done.batch_sizes))}"
+    )
 
 
 @app.command()

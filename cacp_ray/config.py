@@ -76,6 +76,11 @@ class PruningConfig(Section):
         default="cap", description="importance order: cap, l1, l2, bn_scale, random"
     )
     recovery: Literal["none", "bn", "compensate"] = "compensate"
+    sequential: bool = Field(
+        default=False,
+        description="repair final subnets layer by layer; kept where it is better on the search "
+        "split",
+    )
     calibration_images: int = Field(default=1000, ge=16, description="from the training split")
     keep: tuple[str, ...] = Field(
         default=(), description="patterns of modules that stay whole: stem.*"
@@ -84,6 +89,15 @@ class PruningConfig(Section):
         default=0.1, gt=0, le=1, description="smallest share of a group's channels kept"
     )
     round_to: int = Field(default=1, ge=1, description="keep counts are multiples of this")
+
+    @model_validator(mode="after")
+    def _sequential_starts_from_compensation(self) -> "PruningConfig":
+        if self.sequential and self.recovery != "compensate":
+            raise ValueError(
+                f"sequential goes on from recovery compensate, not {self.recovery}: "
+                "set recovery to compensate or sequential to false"
+            )
+        return self
 
 
 class EvaluationConfig(Section):

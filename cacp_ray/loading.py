@@ -10,12 +10,16 @@ from torch import nn
 from cacp_ray.config import DataConfig, ModelConfig, PruningConfig, RunConfig
 from cacp_ray.data.images import ImageSet, read_labels, read_parquet
 from cacp_ray.errors import ArtifactError, ConfigError
-from cacp_ray.evaluation.scorer import Prepared, hash_weights, prepare
+from cacp_ray.evaluation.scorer import Prepared, hash_weights, needed_kinds, prepare
 from cacp_ray.files import read_json
 from cacp_ray.models.factory import build_model, load_weights
 from cacp_ray.pruning.criteria import get_criterion
 from cacp_ray.pruning.plan import Plan, make_plan
+from cacp_ray.pruning.statistics import Statistics, collect_statistics
+from cacp_ray.pruning.statistics_file import load_statistics, save_statistics, statistics_key
 from cacp_ray.searching.budget import Budget, minimum_counts
+
+STATISTICS_FILE = "statistics.safetensors"
 
 
 @dataclass(frozen=True)
@@ -124,12 +128,56 @@ def load_base(config: RunConfig) -> Base:
     return Base(model, hash_weights(model.state_dict()), plan, budget, calibration, search)
 
 
-def prepare_base(base: Base, config: RunConfig, orders: list[list[int]] | None = None) -> Prepared:
-    """Statistics, importance order and compensation factors; `orders` repeats a run's own."""
+def key_of_statistics(base: Base, config: RunConfig) -> str:
+    """Says what `find_statistics` collects: the same key, the same statistics."""
+    kinds = needed_kinds(config.pruning.criterion, config.pruning.recovery)
+    return statistics_key(base.sha256, base.plan, base.calibration, seed=config.seed, kinds=kinds)
+
+
+def find_statistics(base: Base, config: RunConfig, run_dir: Path | None) -> Statistics:
+    """What the criterion and the recovery read of the calibration images.
+
+    Args:
+        base: Of the run.
+        config: Of the run.
+        run_dir: Its folder: statistics saved there are read; where they are missing, damaged or of
+            other weights, images or settings, they are collected and, if the run has begun, saved.
+            None collects.
+    """
+    key = key_of_statistics(base, config)
+    if run_dir is not None:
+        found = load_statistics(run_dir / STATISTICS_FILE, key)
+        if found is not None:
+            return found
+    kinds = needed_kinds(config.pruning.criterion, config.pruning.recovery)
+    images, labels = base.calibration.tensors()
+    statistics = collect_statistics(
+        base.model, base.plan, images, labels, seed=config.seed, kinds=kinds
+    )
+    if run_dir is not None and (run_dir / "config.yaml").exists():
+        save_statistics(run_dir / STATISTICS_FILE, statistics, key)
+    return statistics
+
+
+def prepare_base(
+    base: Base,
+    config: RunConfig,
+    orders: list[list[int]] | None = None,
+    statistics: Statistics | None = None,
+) -> Prepared:
+    """Importance order and compensation factors.
+
+    Args:
+        base: Of the run.
+        config: Of the run.
+        orders: Those of the run, to repeat them.
+        statistics: Of `find_statistics`; collected when None.
+    """
     return prepare(
         base.model,
         base.plan,
         base.calibration,
+        statistics if statistics is not None else find_statistics(base, config, None),
         criterion=config.pruning.criterion,
         recovery=config.pruning.recovery,
         seed=config.seed,
@@ -140,7 +188,9 @@ def prepare_base(base: Base, config: RunConfig, orders: list[list[int]] | None =
 def make_budget(plan: Plan, cost: str, pruning: PruningConfig) -> Budget:
     """The budget of `macs` or `params`; groups that match a keep pattern stay whole."""
     num_channels = plan.cost_model.num_channels
-    least = minimum_counts(num_channels, pruning.floor, pruning.round_to)
+    least = np.maximum(
+        minimum_counts(num_channels, pruning.floor, pruning.round_to), plan.least_counts
+    )
     prunable = plan.select_groups(pruning.keep)
     return Budget(
         plan.cost_model.kind(cost),

@@ -17,6 +17,7 @@ from cacp_ray.files import read_json, write_json
 from cacp_ray.loading import (
     check_splits,
     check_weights,
+    find_statistics,
     load_base,
     load_model,
     prepare_base,
@@ -162,7 +163,7 @@ def answer_rates(
     for rate in rates:
         base.budget.check(rate)
     orders = [group["order"] for group in read_json(run_dir / "model.json")["groups"]]
-    prepared = prepare_base(base, config, orders)
+    prepared = prepare_base(base, config, orders, find_statistics(base, config, run_dir))
     agent, strategy = make_agent(config, base, None)
     strategy.restore(checkpoint[0] / "strategy")
     if strategy.prior is None:
@@ -224,7 +225,7 @@ def rescore_candidate(
     check_weights(base, run_dir)
     orders = [group["order"] for group in read_json(run_dir / "model.json")["groups"]]
     score = make_scorer(
-        prepare_base(base, config, orders),
+        prepare_base(base, config, orders, find_statistics(base, config, run_dir)),
         base.search,
         recovery=config.pruning.recovery,
         batch_size=config.evaluation.batch_size,

@@ -13,7 +13,17 @@ from cacp_ray.config import RunConfig, resolved
 from cacp_ray.evaluation.measurement import Evaluator
 from cacp_ray.evaluation.scorer import Prepared, make_scorer
 from cacp_ray.files import describe_environment, read_json, write_json
-from cacp_ray.loading import Base, check_weights, load_base, prepare_base
+from cacp_ray.loading import (
+    STATISTICS_FILE,
+    Base,
+    check_weights,
+    find_statistics,
+    key_of_statistics,
+    load_base,
+    prepare_base,
+)
+from cacp_ray.pruning.statistics import Statistics
+from cacp_ray.pruning.statistics_file import save_statistics
 from cacp_ray.searching.loop import SearchLoop, SearchProgress
 from cacp_ray.searching.mdp import AllocationMDP
 from cacp_ray.searching.run_directory import RunDirectory
@@ -75,10 +85,10 @@ def run_search(
     say(describe_base(base, config))
     with clock.phase("start"), ThreadPoolExecutor(1) as executor:
         orders = None if saved is None else [group["order"] for group in saved["groups"]]
-        preparing = executor.submit(prepare_base, base, config, orders)
+        preparing = executor.submit(_prepare, base, config, orders, run_dir)
         connect(address)
         check_cpus(config.cluster.cpus_per_evaluator, address)
-        prepared = preparing.result()
+        prepared, statistics = preparing.result()
     with clock.phase("start"):
         per_evaluator = config.cluster.cpus_per_evaluator
         num_evaluators = config.cluster.evaluators or max(1, available_cpus() // per_evaluator)
@@ -101,6 +111,8 @@ def run_search(
         with clock.phase("start"):
             if saved is None:
                 run.write_config(resolved(config))
+                key = key_of_statistics(base, config)
+                save_statistics(run_dir / STATISTICS_FILE, statistics, key)
                 run.write_environment(describe_environment(config.seed))
                 saved = describe_model(base, prepared, config)
                 run.write_model(saved)
@@ -137,6 +149,13 @@ def run_search(
     add_latencies(result, base, run_dir)
     write_json(run_dir / "result.json", result)
     return result
+
+
+def _prepare(
+    base: Base, config: RunConfig, orders: list[list[int]] | None, run_dir: Path
+) -> tuple[Prepared, Statistics]:
+    statistics = find_statistics(base, config, run_dir)
+    return prepare_base(base, config, orders, statistics), statistics
 
 
 def _search(

@@ -6,18 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from torch import nn
 
 from cacp_ray.config import RunConfig
+from cacp_ray.data.transforms import from_shared
 from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.latency import measure_latency, speedup
 from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement
 from cacp_ray.evaluation.scorer import Cutter, Prepared
 from cacp_ray.loading import Base
+from cacp_ray.pruning.sequential import recover_sequentially
 from cacp_ray.pruning.subnet import describe_kept, load_subnet, save_subnet
 from cacp_ray.pruning.surgery import build_subnet
 from cacp_ray.searching.run_directory import EpisodeRecord
-from cacp_ray.training.metrics import measure
+from cacp_ray.training.metrics import Accuracy, measure
 
 LATENCY_BATCH = 64
 FRONTIER = tuple(round(0.2 + 0.05 * step, 2) for step in range(15))
@@ -91,6 +93,41 @@ def choose_winner(
     return max(found, key=lambda record: (record.top1, -record.loss), default=None)
 
 
+class Builder:
+    """Keep counts -> the repaired network to save, with its accuracy in float32."""
+
+    def __init__(self, config: RunConfig, base: Base, prepared: Prepared) -> None:
+        self._config, self._base, self._prepared = config, base, prepared
+        self._cutter = Cutter(prepared, config.pruning.recovery)
+        self._split = base.search.tensors()
+
+    def __call__(self, keep_counts: Sequence[int]) -> tuple[nn.Module, Accuracy, bool]:
+        """The network, its accuracy on the search split, and whether sequential recovery made it.
+
+        Sequential recovery is tried where the run asks for it, and kept where it is better.
+        """
+        base, prepared = self._base, self._prepared
+        tensors = self._cutter.cut(keep_counts)
+        accuracy = measure(self._cutter.skeleton.load(tensors), *self._split)
+        is_sequential = False
+        if self._config.pruning.sequential:
+            repaired = recover_sequentially(
+                base.model,
+                base.plan,
+                tensors,
+                prepared.orders,
+                keep_counts,
+                base.calibration.tensors()[0],
+                seed=self._config.seed,
+            )
+            found = measure(self._cutter.skeleton.load(repaired), *self._split)
+            is_sequential = (found.top1, -found.loss) > (accuracy.top1, -accuracy.loss)
+            if is_sequential:
+                tensors, accuracy = repaired, found
+        ordered = {name: from_shared(value) for name, value in prepared.tensors.items()}
+        return build_subnet(base.model, ordered | tensors), accuracy, is_sequential
+
+
 def build_winners(
     config: RunConfig,
     base: Base,
@@ -99,7 +136,7 @@ def build_winners(
     run_dir: Path,
 ) -> list[dict[str, Any]]:
     """Builds, measures in float32 on the search split, and saves the best subnet of every rate."""
-    cutter = Cutter(prepared, config.pruning.recovery)
+    build = Builder(config, base, prepared)
     bare = Cutter(prepared, "none")
     split = base.search.tensors()
     rows = []
@@ -107,7 +144,7 @@ def build_winners(
         if winner is None:
             raise EvaluationError(f"no candidate of rate {rate:.2f} was measured: see the journal")
         counts = winner.keep_counts
-        accuracy = measure(cutter.load(counts), *split)
+        net, accuracy, is_sequential = build(counts)
         folder = Path("subnets") / f"rate-{rate:.2f}"
         row = {
             "rate": rate,
@@ -122,8 +159,6 @@ def build_winners(
             "test_top1": None,
             "test_images": None,
         }
-        tensors = {name: torch.from_numpy(value) for name, value in prepared.tensors.items()}
-        net = build_subnet(base.model, tensors | cutter.cut(counts))
         description = {
             "model": config.model.name,
             "num_classes": len(base.search.classes),
@@ -137,6 +172,7 @@ def build_winners(
             "params": winner.params,
             "criterion": config.pruning.criterion,
             "recovery": config.pruning.recovery,
+            "sequential": is_sequential,
             "keep_counts": list(counts),
             "groups": describe_kept(base.plan, prepared.orders, counts),
             "search": dict(vars(accuracy)),

@@ -1,8 +1,8 @@
 """Model + data -> score(keep counts): the hot path.
 
-`prepare` does once what all candidates share (one statistics pass, importance order, factors)
-and returns plain arrays, which evaluators read from shared memory. A score then costs little
-more than the forward pass of the small network.
+`prepare` does once what all candidates share (importance order, factors) and returns plain arrays,
+which evaluators read from shared memory. A score then costs little more than the forward pass of
+the small network.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ from cacp_ray.data.images import ImageSet
 from cacp_ray.data.transforms import from_shared
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
 from cacp_ray.pruning.compensation import LayerFactors, make_factors
-from cacp_ray.pruning.criteria import get_criterion, rank_channels
+from cacp_ray.pruning.criteria import needs, rank_channels
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.recovery import make_cut
-from cacp_ray.pruning.statistics import Statistics, collect_statistics
+from cacp_ray.pruning.statistics import Statistics
 from cacp_ray.pruning.surgery import Skeleton, reorder_weights
 from cacp_ray.training.metrics import fast_dtype, measure
 
@@ -39,7 +39,7 @@ class Prepared:
         plan: How it may be cut.
         orders: Per group a permutation (C,), best channel first.
         tensors: Its state dict in importance order, as arrays.
-        factors: Compensation factors by weight name, as arrays; empty for other recoveries.
+        factors: Compensation factors by weight name; empty for other recoveries.
         calibration: Training images.
     """
 
@@ -47,41 +47,46 @@ class Prepared:
     plan: Plan
     orders: tuple[NDArray[np.int64], ...]
     tensors: dict[str, NDArray[Any]]
-    factors: dict[str, dict[str, NDArray[np.float64]]]
+    factors: dict[str, LayerFactors]
     calibration: ImageSet
+
+
+def needed_kinds(criterion: str, recovery: str) -> frozenset[str]:
+    """Kinds of statistics that a criterion and a recovery read.
+
+    Raises:
+        ConfigError: Unknown criterion.
+    """
+    return needs(criterion) | ({"inputs"} if recovery == "compensate" else set())
 
 
 def prepare(
     model: nn.Module,
     plan: Plan,
     calibration: ImageSet,
+    statistics: Statistics,
     *,
     criterion: str,
     recovery: str,
     seed: int,
     orders: Sequence[NDArray[np.int64]] | None = None,
 ) -> Prepared:
-    """Collects input statistics, ranks the channels, factors for the compensation.
+    """Ranks the channels and factors for the compensation.
 
     Args:
         model: The base network.
         plan: Of `model`.
         calibration: Training images.
+        statistics: Of `calibration`, of `needed_kinds`.
         criterion: Makes the importance order.
         recovery: `none`, `bn` or `compensate`.
-        seed: Of the sampled patches, and of the `random` order.
+        seed: Of the `random` order.
         orders: An importance order made before, instead of `criterion`.
 
     Raises:
         ConfigError: Unknown criterion.
     """
-    get_criterion(criterion)
-    images, _ = calibration.tensors()
     tensors = {name: value.detach() for name, value in model.state_dict().items()}
-    needs_moments = (criterion == "cap" and orders is None) or recovery == "compensate"
-    statistics = (
-        collect_statistics(model, plan, images, seed=seed) if needs_moments else Statistics()
-    )
     if orders is None:
         orders = rank_channels(criterion, plan, tensors, statistics, seed)
     ordered = reorder_weights(plan, tensors, orders)
@@ -93,10 +98,7 @@ def prepare(
         plan=plan,
         orders=tuple(orders),
         tensors={name: value.numpy() for name, value in ordered.items()},
-        factors={
-            name: {field: value.numpy() for field, value in vars(layer).items()}
-            for name, layer in factors.items()
-        },
+        factors=factors,
         calibration=calibration,
     )
 
@@ -118,16 +120,12 @@ class Cutter:
             name: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
             for name, t in tensors.items()
         }
-        factors = {
-            name: LayerFactors(**{field: from_shared(value) for field, value in layer.items()})
-            for name, layer in prepared.factors.items()
-        }
         calibration = prepared.calibration.tensors()[0] if recovery == "bn" else None
         self.cut = make_cut(
             recovery,
             self.plan,
             tensors,
-            factors=factors,
+            factors=prepared.factors,
             skeleton=self.skeleton,
             calibration=calibration,
         )

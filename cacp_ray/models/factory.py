@@ -21,6 +21,8 @@ CIFAR_MODELS = {
     **{f"resnet{depth}": partial(CifarResNet, depth) for depth in (20, 32, 44, 56, 110)},
     "vgg16": CifarVGG16,
 }
+IMAGENET_SOURCES = ("torchvision", "timm")
+AUXILIARY_HEADS = ("googlenet", "inception_v3")  # of torchvision: heads that only training runs
 
 
 def build_model(name: str, num_classes: int) -> nn.Module:
@@ -39,19 +41,49 @@ def build_model(name: str, num_classes: int) -> nn.Module:
         return _build_torchvision(rest, num_classes)
     if source == "timm":
         return _build_timm(rest, num_classes)
+    return _build_from_factory(name, source, rest, num_classes)
+
+
+def default_num_classes(name: str) -> int:
+    """1000 for torchvision and timm, 10 for the CIFAR networks and a user's own factory."""
+    return 1000 if name.partition(":")[0] in IMAGENET_SOURCES else 10
+
+
+def default_input_shape(name: str, model: nn.Module) -> tuple[int, int, int]:
+    """(C, H, W) of the images that a network of this name is made for."""
+    if ":" not in name:
+        return (3, 32, 32)
+    if name == "torchvision:inception_v3":
+        return (3, 299, 299)
+    described = getattr(model, "pretrained_cfg", None) or {}  # timm's
+    channels, height, width = described.get("input_size", (3, 224, 224))
+    return (channels, height, width)
+
+
+def _build_from_factory(name: str, module: str, function: str, num_classes: int) -> nn.Module:
     try:
-        factory = getattr(importlib.import_module(source), rest)
-    except (ImportError, AttributeError) as error:
+        factory = getattr(importlib.import_module(module), function)
+    except Exception as error:  # whatever the user's module raises
         raise ConfigError(
-            f"model {name!r} cannot be imported ({error}): write package.module:function and make "
-            "sure that the package is installed or on PYTHONPATH"
+            f"model {name!r} cannot be imported ({_in_one_line(error)}): write "
+            "package.module:function and make sure that the package is installed or on PYTHONPATH"
         ) from error
-    model = factory(num_classes=num_classes)
+    try:
+        model = factory(num_classes=num_classes)
+    except Exception as error:  # whatever the user's function raises
+        raise ConfigError(
+            f"model {name!r} cannot be built ({_in_one_line(error)}): {function} must take "
+            f"num_classes={num_classes} and return the network"
+        ) from error
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
             f"{name} returned {type(model).__name__}: the factory must return a torch.nn.Module"
         )
     return model
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _build_torchvision(name: str, num_classes: int) -> nn.Module:
@@ -60,7 +92,9 @@ def _build_torchvision(name: str, num_classes: int) -> nn.Module:
     known = models.list_models(module=models)
     if name not in known:
         raise ConfigError(f"torchvision has no model {name!r}: {nearest_names(name, known)}")
-    return models.get_model(name, weights=None, num_classes=num_classes)
+    # What training alone runs has no place in a cost; `load_weights` leaves its tensors out.
+    extra = {"aux_logits": False, "init_weights": True} if name in AUXILIARY_HEADS else {}
+    return models.get_model(name, weights=None, num_classes=num_classes, **extra)
 
 
 def _build_timm(name: str, num_classes: int) -> nn.Module:
@@ -88,6 +122,9 @@ def resolve_weights(path: str) -> Path:
 def load_weights(model: nn.Module, path: str) -> None:
     """Copies a safetensors file into `model`; every key and shape must fit.
 
+    Heads that the network was built without (`AuxLogits` of torchvision's inception_v3, which only
+    training runs) are left out; their attribute of the model is None.
+
     Raises:
         ArtifactError: The file is missing or unreadable, or keys, shapes or values do not fit.
     """
@@ -98,6 +135,8 @@ def load_weights(model: nn.Module, path: str) -> None:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"weights {file}: not a readable safetensors file ({error})") from error
+    absent = {key for key in tensors if getattr(model, key.partition(".")[0], model) is None}
+    tensors = {key: value for key, value in tensors.items() if key not in absent}
     own = model.state_dict()
     # Published files of this naming often leave the BN batch counter out; it affects nothing here.
     missing = sorted(

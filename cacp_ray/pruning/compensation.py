@@ -5,23 +5,32 @@ inputs:
     A = Sigma_SS,  B = Sigma_S: W^T,  W' = (A^-1 B)^T,  bias + (W mu - W' mu_S),
 then, where a BN layer follows, each row of W' is scaled so that the output keeps its variance, as
 the BN statistics expect. Because orders are nested, the kept inputs of one group are a prefix of
-the permuted ones: with Sigma = L L^T and Z = L^-1 Sigma W^T = L^T W^T made once, W'^T =
-L_SS^-T Z_S, one triangular solve, and the explained output variance is the column sums of Z_S^2.
-Inputs concatenated from several groups are no prefix: their L_SS is factored anew.
+the permuted ones: with Sigma = L L^T and Z = L^-1 Sigma W^T = L^T W^T made once,
+    W'^T = (L_SS)^-T Z_S = ((L^-1)_SS)^T Z_S,
+one matrix product, and the explained output variance is the column sums of Z_S^2.
+Inputs concatenated from several groups are no prefix: their A is factored anew.
+
+Large convolutions have Sigma = S x T, between channels times between taps: the taps cancel in
+A^-1 B = (S_SS^-1 S_S:) x 1, so all of the above holds with S for Sigma and W as (C, T * N); only
+variances need T.
 
 Source: CaP (arXiv 2108.13728; formulas from its authors' code). Ours: the factor of the whole
-serves every prefix; the ridge (1e-4 of the mean variance) acts as noise on each input, so that
-nothing cut means nothing changed; the intercept moves the running mean of a lone BN instead of
+serves every prefix; the separable form; the ridge (`regularized`) acts as noise on each input, so
+that nothing cut means nothing changed; the intercept moves the running mean of a lone BN instead of
 adding a bias. A layer with neither BN nor bias goes without an intercept.
 """
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from cacp_ray.data.transforms import from_shared
 from cacp_ray.pruning.plan import Consumer, Plan
 from cacp_ray.pruning.statistics import InputMoments, regularized
 from cacp_ray.pruning.surgery import Orders, Slicer
@@ -31,21 +40,30 @@ CACHE_BYTES = 512 * 2**20
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """What compensation of one layer needs, inputs in importance order.
+    """What compensation of one layer needs, inputs in importance order, as arrays.
+
+    R rows are D inputs, or C channels of a separable covariance with T taps (else T = 1). What
+    depends on an order that is a prefix is made in float64 and kept in float32, enough for the
+    products that remain.
 
     Attributes:
-        lower: (D, D) Cholesky factor of the input covariance, float64.
-        solved: (D, N) lower^T W^T.
-        mean: (D,) of the inputs.
-        output_mean: (N,) W mu, without bias.
-        variance: (N,) of the outputs.
+        matrix: (R, R). Where kept inputs are a prefix L^-1, float32; else the covariance, float64.
+        right: (R, T, N). Where they are a prefix Z = L^T W^T, float32; else Sigma W^T, float64.
+        explained: (R, N) variance of the outputs that the first r + 1 rows explain; float32. Empty
+            where kept inputs are no prefix.
+        taps: (T, T) float64.
+        mean: (D,) of the inputs; float32.
+        output_mean: (N,) W mu, without bias; float32.
+        variance: (N,) of the outputs; float32.
     """
 
-    lower: Tensor
-    solved: Tensor
-    mean: Tensor
-    output_mean: Tensor
-    variance: Tensor
+    matrix: NDArray[Any]
+    right: NDArray[Any]
+    explained: NDArray[np.float32]
+    taps: NDArray[np.float64]
+    mean: NDArray[np.float32]
+    output_mean: NDArray[np.float32]
+    variance: NDArray[np.float32]
 
 
 def make_factors(
@@ -54,7 +72,7 @@ def make_factors(
     moments: Mapping[str, InputMoments],
     orders: Orders,
 ) -> dict[str, LayerFactors]:
-    """Factors of every consumer by weight name.
+    """Factors by weight name, of every consumer that has moments.
 
     Args:
         plan: Of the network.
@@ -64,19 +82,48 @@ def make_factors(
     """
     factors = {}
     for consumer in plan.consumers:
+        if consumer.weight not in moments:
+            continue
+        moment = moments[consumer.weight]
         weight = tensors[consumer.weight]
-        taps = weight[0, 0].numel()
-        index = torch.from_numpy(plan.axes[consumer.weight, 1].reordered(orders))
-        rows = (index[:, None] * taps + torch.arange(taps)).flatten()
-        covariance = torch.from_numpy(moments[consumer.weight].covariance)[rows][:, rows]
-        lower = torch.linalg.cholesky(regularized(covariance))
-        mean = torch.from_numpy(moments[consumer.weight].mean)[rows]
+        taps = torch.ones(1, 1).double() if moment.taps is None else torch.from_numpy(moment.taps)
+        axis = plan.axes[consumer.weight, 1]
+        size = weight[0, 0].numel()  # k * k
+        inputs = (axis.reordered(orders)[:, None] * size + np.arange(size)).ravel()  # (D,)
+        rows = torch.from_numpy(inputs[:: len(taps)] // len(taps))  # (R,)
+        covariance = regularized(torch.from_numpy(moment.covariance)[rows][:, rows])
+        mean = torch.from_numpy(moment.mean[inputs])
         flat = weight.flatten(1).double()
-        solved = lower.T @ flat.T
+        columns = flat.T.reshape(len(rows), -1)  # (R, T * N)
+        shape = (len(rows), len(taps), len(flat))
+        if axis.single_group is not None:
+            lower = torch.linalg.cholesky(covariance)
+            identity = torch.eye(len(rows), dtype=torch.float64)
+            matrix = torch.linalg.solve_triangular(lower, identity, upper=False).float()
+            right = (lower.T @ columns).reshape(shape)
+            explained = _energy(right, taps).cumsum(0)
+            variance = explained[-1]
+            right = right.float()
+        else:
+            matrix = covariance
+            right = (covariance @ columns).reshape(shape)
+            explained = torch.empty(0)
+            variance = (columns.reshape(shape) * torch.matmul(taps, right)).sum((0, 1))
         factors[consumer.weight] = LayerFactors(
-            lower, solved, mean, flat @ mean, solved.square().sum(0)
+            matrix=matrix.numpy(),
+            right=right.numpy(),
+            explained=explained.float().numpy(),
+            taps=taps.numpy(),
+            mean=mean.float().numpy(),
+            output_mean=(flat @ mean).float().numpy(),
+            variance=variance.float().numpy(),
         )
     return factors
+
+
+def _energy(rows: Tensor, taps: Tensor) -> Tensor:
+    """(R, T, N) -> (R, N): what each row adds to the variance of the outputs."""
+    return (rows * torch.matmul(taps, rows)).sum(1)
 
 
 class Compensator:
@@ -87,19 +134,23 @@ class Compensator:
     ) -> None:
         self._plan = plan
         self._tensors = tensors
-        self._factors = factors
+        self._consumers = [c for c in plan.consumers if c.weight in factors]
+        self._factors = {
+            name: {field: from_shared(value) for field, value in vars(layer).items()}
+            for name, layer in factors.items()
+        }
         self._slicer = Slicer(plan)
         self._cache: OrderedDict[tuple[str, tuple[int, ...]], tuple[Tensor, Tensor]] = OrderedDict()
         self._bytes = 0
         self._input_groups = {
             consumer.weight: sorted(set(plan.axes[consumer.weight, 1].group.tolist()) - {-1})
-            for consumer in plan.consumers
+            for consumer in self._consumers
         }
 
     def __call__(self, keep_counts: Sequence[int]) -> dict[str, Tensor]:
         """All tensors that follow groups, cut, with every consumer's inputs compensated."""
         small = self._slicer(self._tensors, keep_counts)
-        for consumer in self._plan.consumers:
+        for consumer in self._consumers:
             weight, shift = self._solve(consumer, keep_counts)
             weight = self._slicer.cut(consumer.weight, 0, weight, keep_counts)
             shift = self._slicer.cut(consumer.weight, 0, shift, keep_counts)
@@ -125,28 +176,27 @@ class Compensator:
             return self._cache[key]
         original = self._tensors[consumer.weight]
         factors = self._factors[consumer.weight]
-        taps = original[0, 0].numel()
+        num_taps = len(factors["taps"])
+        size = original[0, 0].numel()
         kept = self._slicer.size(consumer.weight, 1, keep_counts)
         if kept is not None:
-            rows = torch.arange(kept * taps)
-            lower, solved = factors.lower[: len(rows), : len(rows)], factors.solved[: len(rows)]
+            solved, explained = _solve_prefix(factors, kept * size // num_taps)
+            mean = factors["mean"][: kept * size]
         else:
             positions = torch.from_numpy(self._plan.axes[consumer.weight, 1].positions(keep_counts))
-            rows = (positions[:, None] * taps + torch.arange(taps)).flatten()
-            half = factors.lower[rows]
-            lower = torch.linalg.cholesky(half @ half.T)
-            solved = torch.linalg.solve_triangular(lower, half @ factors.solved, upper=False)
-        weight = torch.linalg.solve_triangular(lower.T, solved, upper=True).T  # (N, |S|)
+            inputs = (positions[:, None] * size + torch.arange(size)).flatten()
+            solved, explained = _solve_any(factors, inputs[::num_taps] // num_taps)
+            mean = factors["mean"][inputs]
+        weight = solved.reshape(len(mean), -1)  # (|S|, N)
         if consumer.batch_norm is not None:
-            explained = solved.square().sum(0)
             # Where the kept inputs explain nothing of an output, its mean alone is kept.
-            is_explained = explained > 1e-9 * factors.variance
-            scale = torch.where(is_explained, (factors.variance / explained).sqrt(), 0.0)
-            weight = weight * scale[:, None]
-        shift = (factors.output_mean - weight @ factors.mean[rows]).float()
-        shaped = weight.float().reshape(len(weight), -1, *original.shape[2:])
-        if original.ndim == 4:
-            shaped = shaped.contiguous(memory_format=torch.channels_last)
+            is_explained = explained > 1e-9 * factors["variance"]
+            scale = torch.where(is_explained, (factors["variance"] / explained).sqrt(), 0.0)
+            weight = weight * scale
+        shift = factors["output_mean"] - mean @ weight
+        shaped = weight.T.reshape(weight.shape[1], -1, *original.shape[2:])
+        layout = torch.channels_last if original.ndim == 4 else torch.contiguous_format
+        shaped = shaped.contiguous(memory_format=layout)
         self._remember(key, (shaped, shift))
         return shaped, shift
 
@@ -156,3 +206,19 @@ class Compensator:
         while self._bytes > CACHE_BYTES and len(self._cache) > 1:
             _, (weight, shift) = self._cache.popitem(last=False)
             self._bytes -= weight.nbytes + shift.nbytes
+
+
+def _solve_prefix(factors: Mapping[str, Tensor], rows: int) -> tuple[Tensor, Tensor]:
+    """A^-1 B (rows, T * N) and explained variance (N,) of the first rows."""
+    right = factors["right"][:rows].flatten(1)
+    return factors["matrix"][:rows, :rows].T @ right, factors["explained"][rows - 1]
+
+
+def _solve_any(factors: Mapping[str, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """A^-1 B (rows, T * N) and explained variance (N,) of any rows."""
+    lower = torch.linalg.cholesky(factors["matrix"][rows][:, rows])
+    right = factors["right"][rows]
+    half = torch.linalg.solve_triangular(lower, right.flatten(1), upper=False)
+    solved = torch.linalg.solve_triangular(lower.T, half, upper=True)
+    explained = _energy(half.reshape(right.shape), factors["taps"])
+    return solved.float(), explained.sum(0).float()

@@ -1,5 +1,7 @@
 """Labels of channels, and which of them belong together."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -15,7 +17,8 @@ class LabelSets:
     def __init__(self) -> None:
         self._parent = np.arange(2, dtype=np.int64)
         self._reasons: dict[int, str] = {}
-        self.summed: set[int] = set()
+        self._summed: set[int] = set()
+        self._normalised: set[int] = set()
 
     def new(self, count: int) -> Tensor:
         """(count,) fresh labels."""
@@ -44,11 +47,33 @@ class LabelSets:
                 continue
             low, high = sorted(self.find(np.array([one, two])))
             if is_sum and low not in (high, FROZEN):
-                self.summed.add(int(low))
+                self._summed.add(int(low))
             if low == FROZEN and high != low:
                 self._freeze(np.array([high]), "meets channels that stay whole")
             self._parent[high] = low
         return merged
+
+    def unite_along(self, labels: Tensor, dim: int) -> Tensor:
+        """Unites all labels along a dimension; returns those that remain, without it."""
+        first = labels.select(dim, 0)
+        for place in range(1, labels.shape[dim]):
+            first = self.unite(first, labels.select(dim, place))
+        return first
+
+    def mark_normalised(self, labels: Tensor) -> None:
+        """Says that what is computed from these channels depends on how many there are."""
+        self._normalised.update(np.unique(compact(labels).numpy()).tolist())
+
+    def summed_roots(self) -> set[int]:
+        """Sets that a sum of several layers' outputs united."""
+        return self._roots(self._summed)
+
+    def normalised_roots(self) -> set[int]:
+        """Sets with a channel that was marked as normalised."""
+        return self._roots(self._normalised)
+
+    def _roots(self, labels: Iterable[int]) -> set[int]:
+        return set(self.find(np.array(sorted(labels), dtype=np.int64)).tolist())
 
     @property
     def all_reasons(self) -> set[str]:
@@ -57,7 +82,7 @@ class LabelSets:
 
     def reason(self, label: int) -> str:
         """Why a channel stays whole."""
-        return self._reasons.get(label, "its channels are not all alike")
+        return self._reasons.get(label, "too few channels that are alike")
 
     def freeze(self, labels: Tensor, reason: str) -> None:
         """Marks channels, and all that they belong together with, as staying whole."""
@@ -78,6 +103,18 @@ def compact(labels: Tensor) -> Tensor:
         if stride == 0 and labels.shape[dim] > 1:
             labels = labels.narrow(dim, 0, 1)
     return labels
+
+
+def varying_dims(labels: Tensor) -> list[int]:
+    """Dimensions along which the label changes, padding and constants aside."""
+    labels = compact(labels)
+    found = []
+    for dim in range(labels.ndim):
+        if labels.shape[dim] > 1:
+            known = labels.amax(dim, keepdim=True)
+            if bool(((labels != known) & (labels != NEUTRAL)).any()):
+                found.append(dim)
+    return found
 
 
 def _drop_repeats(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

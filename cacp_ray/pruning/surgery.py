@@ -6,23 +6,37 @@ group, so almost every small tensor is a leading slice, a view, of the permuted 
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cacp_ray.pruning.plan import Plan
+if TYPE_CHECKING:
+    from cacp_ray.pruning.plan import Plan
 
 Orders = Sequence[NDArray[np.int64]]
 
 
-def reorder_weights(plan: Plan, tensors: Mapping[str, Tensor], orders: Orders) -> dict[str, Tensor]:
+def all_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict and the buffers that it leaves out, under all their names, detached."""
+    found = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    return {name: tensor.detach() for name, tensor in found}
+
+
+def reorder_weights(
+    plan: "Plan", tensors: Mapping[str, Tensor], orders: Orders
+) -> dict[str, Tensor]:
     """The state dict of the same network with each group's channels in importance order.
 
     Args:
         plan: Of the network.
-        tensors: Its state dict.
+        tensors: Its tensors by name (`all_tensors`).
         orders: Per group a permutation (C,), best channel first.
     """
     result = dict(tensors)
@@ -35,7 +49,7 @@ def reorder_weights(plan: Plan, tensors: Mapping[str, Tensor], orders: Orders) -
 class Slicer:
     """Cuts reordered tensors to keep counts; views where the kept positions lead."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: "Plan") -> None:
         self._plan = plan
         self._leading = {
             key: (group, axis.multiplicity)
@@ -78,7 +92,9 @@ class Skeleton:
         self.model.requires_grad_(False)
         self._owners: dict[str, list[tuple[nn.Module, str]]] = {}
         shared: dict[int, str] = {}
+        self._sizes: dict[int, Sizes] = {}
         for path, module in self.model.named_modules():
+            self._sizes[id(module)] = read_sizes(module)
             for local, tensor in [*module._parameters.items(), *module._buffers.items()]:
                 if tensor is not None:
                     name = f"{path}.{local}" if path else local
@@ -97,26 +113,82 @@ class Skeleton:
                     module._buffers[local] = tensor
                 touched[id(module)] = module
         for module in touched.values():
-            sync_attributes(module)
+            sync_attributes(module, self._sizes[id(module)])
         return self.model
 
 
-def sync_attributes(module: nn.Module) -> None:
-    """Sets the sizes that a layer's forward or repr reads to those of its tensors."""
-    if isinstance(module, nn.Conv2d):
-        weight, groups = module.weight, module.groups
-        if groups > 1 and weight.shape[1] == 1:  # depthwise: one filter set a channel
-            module.groups = weight.shape[0] // (module.out_channels // groups)
-        module.out_channels = weight.shape[0]
-        module.in_channels = weight.shape[1] * module.groups
+def drops_groups(num_channels: int, groups: int) -> bool:
+    """Whether a grouped layer of `num_channels` inputs loses whole parts rather than lanes.
+
+    Many narrow parts (depthwise, ResNeXt's 32 x 4) stay or go whole, and the layer gets fewer of
+    them; of few wide parts each keeps the same places.
+    """
+    return groups >= num_channels // groups
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a module was before any cut: its integer attributes, and the shapes of its tensors."""
+
+    attributes: dict[str, int]
+    shapes: dict[str, torch.Size]
+
+
+def read_sizes(module: nn.Module) -> Sizes:
+    """The sizes of a module's own attributes and tensors."""
+    own = {**module._parameters, **module._buffers}
+    return Sizes(
+        {name: value for name, value in vars(module).items() if type(value) is int},
+        {name: tensor.shape for name, tensor in own.items() if tensor is not None},
+    )
+
+
+def sync_attributes(module: nn.Module, whole: Sizes) -> None:
+    """Sets the sizes that a layer's forward or repr reads to those of its tensors.
+
+    Args:
+        module: With its new tensors.
+        whole: As it was before any cut.
+    """
+    before = whole.attributes
+    if isinstance(module, nn.modules.conv._ConvNd):
+        first, second = module.weight.shape[:2]
+        groups, inputs, outputs = before["groups"], before["in_channels"], before["out_channels"]
+        if groups > 1 and drops_groups(inputs, groups):
+            module.groups = first // ((inputs if module.transposed else outputs) // groups)
+        second *= module.groups
+        module.in_channels, module.out_channels = (
+            (first, second) if module.transposed else (second, first)
+        )
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+    elif isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
         module.num_features = len(module.running_mean)
     elif isinstance(module, nn.GroupNorm) and module.weight is not None:
+        channels, groups = before["num_channels"], before["num_groups"]
         module.num_channels = len(module.weight)
-    elif isinstance(module, nn.LayerNorm) and module.weight is not None:
+        if groups > 1 and drops_groups(channels, groups):
+            module.num_groups = module.num_channels // (channels // groups)
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and module.weight is not None:
         module.normalized_shape = tuple(module.weight.shape)
+    else:
+        _sync_by_value(module, whole)
+
+
+def _sync_by_value(module: nn.Module, whole: Sizes) -> None:
+    """A layer of the user's own: attributes that had the size of a cut dimension get the new one.
+
+    Where two dimensions of that size were cut differently none is changed; trying the plan out
+    finds what this gets wrong.
+    """
+    new: dict[int, set[int]] = {}
+    for name, tensor in {**module._parameters, **module._buffers}.items():
+        if tensor is not None:
+            for old, size in zip(whole.shapes[name], tensor.shape, strict=True):
+                new.setdefault(old, set()).add(size)
+    for name, value in whole.attributes.items():
+        if value > 1 and len(new.get(value, ())) == 1:
+            setattr(module, name, next(iter(new[value])))
 
 
 def build_subnet(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:

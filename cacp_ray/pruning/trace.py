@@ -5,10 +5,12 @@ one an output channel; element-wise operations unite the labels of their operand
 (view, cat, flatten ...) is replayed on the labels themselves. Labels that are united are channels
 that must be kept or dropped together. What an operation does to channels is not always known: its
 labels are then FROZEN, with the reason, and those channels stay whole.
+
+Here is what the pass remembers; `rules` says what each operation does to labels.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,36 +20,40 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from cacp_ray.errors import UnsupportedModelError
-from cacp_ray.pruning.labels import FROZEN, NEUTRAL, LabelSets, compact
+from cacp_ray.pruning.labels import FROZEN, NEUTRAL, LabelSets, compact, varying_dims
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One use of a convolution or linear layer.
+    """One use of a convolution, linear layer or matrix product.
+
+    It costs factor * (outputs kept) * (inputs kept) MACs.
 
     Attributes:
-        weight: Name of its weight.
-        out_labels: (C_out,).
-        in_labels: (C_in,) labels of the weight's second dimension; None for depthwise.
-        positions: Output positions of one input (H * W; rows of a linear layer's input).
+        weight: Name of its weight; None for a product of activations.
+        factor: MACs of one output with one input.
+        outputs: (C_out,) labels.
+        inputs: (C_in,) labels of what each output mixes; None where that is fixed, as in depthwise
+            convolutions, and part of the factor.
+        is_mixing: Whether each output is a sum over all inputs by a plain 2-D convolution or
+            linear layer, whose weights can be solved for.
         height: Rows of the output, 1 for linear.
         width: Columns of the output.
         stride: Of a convolution, 1 for linear.
         kernel: Height of the kernel, 1 for linear.
-        taps: Kernel height * width, 1 for linear.
     """
 
-    weight: str
-    out_labels: Tensor
-    in_labels: Tensor | None
-    positions: int
-    height: int
-    width: int
-    stride: int
-    kernel: int
-    taps: int
+    weight: str | None
+    factor: int
+    outputs: Tensor
+    inputs: Tensor | None
+    is_mixing: bool = False
+    height: int = 1
+    width: int = 1
+    stride: int = 1
+    kernel: int = 1
 
 
 @dataclass
@@ -73,16 +79,18 @@ def trace(model: nn.Module, example_input: Tensor) -> Trace:
     Raises:
         UnsupportedModelError: The forward pass fails, or the output is no tensor.
     """
+    from cacp_ray.pruning.rules import apply_rule
+
     was_training = model.training
     model.eval()
     example_input = example_input.contiguous(memory_format=torch.contiguous_format)
-    mode = _LabelMode(model)
-    mode.put(example_input, torch.full(example_input.shape, FROZEN))
+    tracer = Tracer(model)
+    tracer.put(example_input, torch.full(example_input.shape, FROZEN))
     try:
-        with torch.no_grad(), mode:
+        with torch.no_grad(), _Mode(tracer, apply_rule):
             output = model(example_input)
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UnsupportedModelError(
             f"the network does not run on an input of shape {tuple(example_input.shape)} "
             f"({reason}): check the input size"
@@ -93,81 +101,22 @@ def trace(model: nn.Module, example_input: Tensor) -> Trace:
     if not outputs:
         raise UnsupportedModelError(f"the network returns {type(output).__name__}, not tensors")
     for tensor in outputs:
-        mode.trace.sets.freeze(mode.get(tensor), "output of the network")
-    mode.finish()
-    return mode.trace
+        tracer.trace.sets.freeze(tracer.get(tensor), "output of the network")
+    tracer.finish()
+    return tracer.trace
 
 
-MOVES = {
-    aten.view, aten._unsafe_view, aten.reshape, aten.permute, aten.transpose, aten.t, aten.expand,
-    aten.squeeze, aten.unsqueeze, aten.slice, aten.select, aten.split, aten.split_with_sizes,
-    aten.cat, aten.stack, aten.clone, aten.alias, aten.detach, aten.unbind, aten.repeat,
-    aten.roll, aten.flip, aten.pixel_shuffle, aten.pixel_unshuffle, aten.channel_shuffle,
-    aten.view_as_real, aten.contiguous, aten.constant_pad_nd, aten.as_strided_,
-}  # fmt: skip
-POINTWISE = {
-    aten.hardswish_, aten.hardsigmoid_, aten.hardtanh_, aten.hardtanh, aten.leaky_relu_, aten.elu_,
-    aten.silu_, aten.mish_, aten.celu_, aten.native_dropout, aten._to_copy, aten.relu6,
-    aten.copy_, aten.clamp_, aten.relu_, aten.sigmoid_, aten.add_, aten.mul_,
-}  # fmt: skip
-SUMS = {aten.add, aten.add_, aten.sub, aten.sub_}
-PER_CHANNEL = {  # output channel i is made of input channel i alone
-    aten.max_pool2d_with_indices, aten.avg_pool2d, aten._adaptive_avg_pool2d, aten.max_pool2d,
-    aten.adaptive_max_pool2d, aten.upsample_nearest2d, aten.upsample_bilinear2d,
-}  # fmt: skip
-REDUCTIONS = {aten.mean, aten.sum, aten.amax}
-BATCH_NORMS = {
-    aten.native_batch_norm, aten._native_batch_norm_legit_no_training, aten.cudnn_batch_norm,
-    aten._native_batch_norm_legit,
-}  # fmt: skip
+class _Mode(TorchDispatchMode):
+    """Runs every operation, then lets the rules label its result."""
 
-
-class _LabelMode(TorchDispatchMode):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, tracer: "Tracer", rule: Callable[..., None]) -> None:
         super().__init__()
-        self.trace = Trace()
-        self._labels: dict[int, Tensor] = {}
-        self._kept: list[Tensor] = []  # keeps ids unique while the pass runs
-        self._weights: dict[int, tuple[str, bool]] = {}  # id -> (name, transposed)
-        self._elements: dict[str, Tensor] = {}  # parameters used element by element
-        self._made_by: dict[int, str] = {}
-        self._users: dict[str, list[str]] = defaultdict(list)
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            self._weights[id(tensor)] = (name, False)
-            self._kept.append(tensor)
+        self._tracer = tracer
+        self._rule = rule
 
-    def put(self, tensor: Tensor, labels: Tensor) -> None:
-        self._labels[id(tensor)] = labels
-        self._kept.append(tensor)
-
-    def get(self, tensor: Tensor) -> Tensor:
-        if id(tensor) in self._labels:
-            return self._labels[id(tensor)]
-        if id(tensor) in self._weights:
-            name, transposed = self._weights[id(tensor)]
-            if name not in self._elements:
-                shape = tensor.t().shape if transposed else tensor.shape
-                labels = self.trace.sets.new(tensor.numel()).reshape(shape)
-                self._elements[name] = labels
-            return self._elements[name].t() if transposed else self._elements[name]
-        return torch.full(tensor.shape, NEUTRAL)
-
-    def finish(self) -> None:
-        """Settles what only the whole pass can tell: lone BN layers, element-wise parameters."""
-        sets = self.trace.sets
-        norms = self.trace.batch_norms
-        self.trace.batch_norms = {w: norm for w, norm in norms.items() if len(self._users[w]) == 1}
-        for name, labels in self._elements.items():
-            roots = torch.from_numpy(sets.find(labels.numpy()))
-            for dim in range(roots.ndim):
-                others = [d for d in range(roots.ndim) if d != dim]
-                line = roots.permute(dim, *others).reshape(roots.shape[dim], -1)
-                if roots.shape[dim] > 1 and bool((line == line[:, :1]).all()):
-                    self._bind(name, dim, line[:, 0])
-                    break
-            else:
-                if roots.numel() > 1:
-                    sets.freeze(roots, f"parameter {name} mixes them")
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports torch._dynamo first, some seconds
 
     def __torch_dispatch__(
         self,
@@ -176,46 +125,159 @@ class _LabelMode(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        packet = func.overloadpacket
-        tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
-        for tensor in tensors:
-            if id(tensor) in self._made_by:
-                self._users[self._made_by[id(tensor)]].append(str(packet))
-        if packet is aten.convolution:
-            self._convolution(out, *args)
-        elif packet is aten.addmm:
-            self._linear(out, args[1], args[2], args[0])
-        elif packet is aten.mm:
-            self._linear(out, args[0], args[1], None)
-        elif packet in BATCH_NORMS:
-            self._batch_norm(out, args)
-        elif packet in (aten.t, aten.detach, aten.alias) and id(args[0]) in self._weights:
-            name, transposed = self._weights[id(args[0])]
-            self._weights[id(out)] = (name, transposed != (packet is aten.t))
-            self._kept.append(out)
-        elif packet in MOVES:
-            self._move(func, out, args, kwargs)
-        elif packet in PER_CHANNEL:
-            self._per_channel(out, args[0])
-        elif packet in REDUCTIONS and len(args) > 1:
-            self._reduce(out, args, kwargs)
-        elif packet in POINTWISE or torch.Tag.pointwise in func.tags:
-            self._pointwise(out, tensors, is_sum=packet in SUMS)
-        else:
-            self._unsupported(out, tensors, str(packet).removeprefix("aten."))
+        out = func(*args, **(kwargs or {}))
+        self._rule(self._tracer, func, out, args, kwargs or {})
         return out
 
-    def _bind(self, name: str, dim: int, labels: Tensor) -> None:
-        """Says that position i of a dimension holds channel labels[i]; again: unites both."""
-        known = self.trace.dims.get((name, dim))
-        if known is not None:
-            self.trace.sets.unite(known, labels)
-        else:
-            self.trace.dims[name, dim] = labels.clone()
 
-    def _channels(self, tensor: Tensor, dim: int = 1) -> Tensor:
+class Tracer:
+    """Labels of tensors and parameters while the pass runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.trace = Trace()
+        self.sets = self.trace.sets
+        self._labels: dict[int, Tensor] = {}
+        self._kept: list[Tensor] = []  # keeps ids unique while the pass runs
+        self._names: dict[int, str] = {}  # parameters and buffers
+        self._weights: dict[int, str] = {}  # weights of layers and what is computed from them
+        self._transposed: set[int] = set()  # weights seen through .t()
+        self._side: dict[str, list[Tensor]] = defaultdict(list)  # labels that follow outputs
+        self._elements: dict[str, Tensor] = {}  # parameters used element by element
+        self._bases: dict[int, Tensor] = {}  # view -> what it looks into
+        self._views: dict[int, list[Tensor]] = defaultdict(list)
+        self._made_by: dict[int, str] = {}
+        self._users: dict[str, int] = defaultdict(int)
+        self._solvable: set[str] = set()
+        self._standardised: set[str] = set()
+        self._spoilt: dict[str, str] = {}
+        self._shapes: dict[str, torch.Size] = {}
+        for path, module in model.named_modules():
+            for local, tensor in module.named_parameters(path, recurse=False):
+                is_layer = isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
+                if is_layer and local == f"{path}.weight".lstrip("."):
+                    self._weights.setdefault(id(tensor), local)
+                    self._shapes[local] = tensor.shape
+                    if isinstance(module, (nn.Conv2d, nn.Linear)):
+                        self._solvable.add(local)
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            self._names[id(tensor)] = name
+            self._kept.append(tensor)
+
+    def keep(self, tensor: Tensor) -> None:
+        """Keeps a tensor alive, so that its id stays its own."""
+        self._kept.append(tensor)
+
+    def put(self, tensor: Tensor, labels: Tensor) -> None:
+        """Labels a tensor; `labels` has its shape."""
+        self._labels[id(tensor)] = labels
+        self._kept.append(tensor)
+
+    def get(self, tensor: Tensor) -> Tensor:
+        """The labels of a tensor; parameters get fresh ones when first used by elements."""
+        if id(tensor) in self._labels:
+            return self.canonical(self._labels[id(tensor)])
+        name = self._names.get(id(tensor))
+        if name is not None and tensor.numel() > 1 and tensor.is_floating_point():
+            if name not in self._elements:
+                self._elements[name] = self.sets.new(tensor.numel()).reshape(tensor.shape)
+            return self._elements[name]
+        return torch.tensor(NEUTRAL).expand(tensor.shape)
+
+    def canonical(self, labels: Tensor) -> Tensor:
+        """The label of its set for every label."""
+        return torch.from_numpy(self.sets.find(compact(labels).numpy())).expand(labels.shape)
+
+    def has_views(self, tensor: Tensor) -> bool:
+        """Whether other tensors look into the same memory."""
+        return id(tensor) in self._bases or id(tensor) in self._views
+
+    def is_labelled(self, tensor: Tensor) -> bool:
+        """Whether a tensor has labels of its own."""
+        return id(tensor) in self._labels
+
+    def name_of(self, tensor: Tensor) -> str | None:
+        """The name of a parameter or buffer."""
+        return self._names.get(id(tensor))
+
+    def weight_of(self, tensor: Tensor) -> str | None:
+        """The name of the layer's weight that a tensor is, or is computed from."""
+        return self._weights.get(id(tensor))
+
+    def is_weight_itself(self, tensor: Tensor, name: str) -> bool:
+        """Whether it is the very parameter, of a layer whose weights can be solved for."""
+        return name in self._solvable and self._names.get(id(tensor)) == name
+
+    def is_transposed(self, weight: Tensor) -> bool:
+        """Whether a weight is seen through .t()."""
+        return id(weight) in self._transposed
+
+    def derive(
+        self, out: Tensor, source: Tensor, *, transpose: bool = False, is_same: bool = False
+    ) -> None:
+        """Says that `out` is computed from one layer's weight alone, or is that weight again."""
+        self._weights[id(out)] = self._weights[id(source)]
+        if self.is_transposed(source) != transpose:
+            self._transposed.add(id(out))
+        if is_same and id(source) in self._names:
+            self._names[id(out)] = self._names[id(source)]
+        self._kept.append(out)
+
+    def normalise_inputs(self, weight: str) -> None:
+        """Says that a layer's filters are normalised over their inputs."""
+        self._standardised.add(weight)
+
+    def shape_of(self, weight: str) -> torch.Size:
+        """The shape of a layer's weight."""
+        return self._shapes[weight]
+
+    def use_elements(self, parameter: Tensor, labels: Tensor) -> None:
+        """Labels a parameter, of the same shape, that meets channels element by element."""
+        known = self._elements.setdefault(self._names[id(parameter)], labels)
+        self.sets.unite(known, labels)
+
+    def follow_outputs(self, weight: str, labels: Tensor) -> None:
+        """Says that labels (C_out,) belong to the outputs of a layer: gains of its filters."""
+        self._side[weight].append(labels)
+
+    def alias(self, out: Tensor, source: Tensor) -> None:
+        """Says that a parameter is seen under another id."""
+        self._names[id(out)] = self._names[id(source)]
+        self._kept.append(out)
+
+    def set_base(self, view: Tensor, source: Tensor) -> None:
+        """Says that `view` looks into the memory of `source`."""
+        base = self._bases[id(view)] = self._bases.get(id(source), source)
+        self._views[id(base)].append(view)
+
+    def write_through(self, view: Tensor) -> bool:
+        """Labels written into a view show in all that looks into the same memory."""
+        base = self._bases.get(id(view), view)
+        if not base.is_contiguous():
+            return False
+        memory = self.get(base).clone(memory_format=torch.contiguous_format).reshape(-1)
+
+        def look(tensor: Tensor) -> Tensor:
+            offset = tensor.storage_offset() - base.storage_offset()
+            return memory.as_strided(tensor.shape, tensor.stride(), offset)
+
+        look(view).copy_(self.get(view))
+        for tensor in (base, *self._views[id(base)]):
+            self.put(tensor, look(tensor))
+        return True
+
+    def use(self, tensors: Sequence[Tensor]) -> None:
+        """Counts who reads the output of a layer."""
+        for tensor in tensors:
+            if id(tensor) in self._made_by:
+                self._users[self._made_by[id(tensor)]] += 1
+
+    def bind(self, name: str, dim: int, labels: Tensor) -> Tensor:
+        """Says that position i of a dimension holds channel labels[i]; again: unites both."""
+        known = self.trace.dims.setdefault((name, dim), labels.clone())
+        self.sets.unite(known, labels)
+        return known
+
+    def channels(self, tensor: Tensor, dim: int = 1) -> Tensor:
         """(C,) labels along `dim`; channels whose label changes along other dimensions freeze."""
         labels = compact(self.get(tensor)).movedim(dim, 0)
         labels = labels.expand(tensor.shape[dim], *labels.shape[1:]).flatten(1)
@@ -224,130 +286,53 @@ class _LabelMode(TorchDispatchMode):
             first = labels.amax(1)
             bad = ((labels != first[:, None]) & (labels != NEUTRAL)).any(1)
             if bool(bad.any()):
-                self.trace.sets.freeze(labels[bad], "channels of several layers share a place")
+                self.sets.freeze(labels[bad], "channels of several layers share a place")
+                first = torch.where(bad, FROZEN, first)
             return first
         return labels[:, 0]
 
-    def _weight_name(self, weight: Tensor) -> str | None:
-        return self._weights.get(id(weight), (None, False))[0]
+    def add_layer(self, call: LayerCall, out: Tensor) -> None:
+        """Records a use of a layer that made `out`."""
+        self.trace.calls.append(call)
+        if call.weight is not None:
+            for labels in self._side.pop(call.weight, []):
+                self.sets.unite(labels, call.outputs)
+            if call.weight in self._standardised and call.inputs is not None:
+                self.sets.mark_normalised(call.inputs)
+            if call.weight in self._spoilt:
+                self._freeze_weight(call.weight, self._spoilt[call.weight])
+            self._made_by[id(out)] = call.weight
 
-    def _convolution(
-        self, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int],
-        padding: Any, dilation: Any, transposed: bool, output_padding: Any, groups: int,
-    ) -> None:  # fmt: skip
-        name = self._weight_name(weight)
-        if name is None or transposed or x.ndim != 4:
-            tensors = [t for t in (x, weight, bias) if t is not None]
-            self._unsupported(out, tensors, "a convolution with a computed weight or transposed")
-            return
-        inputs = self._channels(x)
-        depthwise = groups == x.shape[1] == out.shape[1] and groups > 1
-        if depthwise:
-            outputs = inputs
-        else:
-            outputs = self.trace.sets.new(out.shape[1])
-            if groups > 1:
-                self.trace.sets.freeze(inputs, f"input of the grouped convolution {name}")
-                self.trace.sets.freeze(outputs, f"output of the grouped convolution {name}")
-                inputs = torch.full((weight.shape[1],), FROZEN)
-        window = (weight.shape[2], weight[0, 0].numel())
-        self._layer(name, bias, outputs, None if depthwise else inputs, out, stride[0], window)
-        self.put(out, outputs.view(1, -1, 1, 1).expand(out.shape))
+    def add_batch_norm(self, x: Tensor, prefix: str) -> None:
+        """Records that a BN layer takes what a layer made."""
+        if id(x) in self._made_by:
+            self.trace.batch_norms[self._made_by[id(x)]] = prefix
 
-    def _linear(self, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        name = self._weight_name(weight)
-        if name is None or not self._weights[id(weight)][1]:
-            self._unsupported(
-                out, [t for t in (x, weight, bias) if t is not None], "matrix product"
-            )
-            return
-        outputs = self.trace.sets.new(out.shape[1])
-        self._layer(name, bias, outputs, self._channels(x), out, 1, (1, 1))
-        self.put(out, outputs.view(1, -1).expand(out.shape))
-
-    def _layer(
-        self, name: str, bias: Tensor | None, outputs: Tensor, inputs: Tensor | None, out: Tensor,
-        stride: int, window: tuple[int, int],
-    ) -> None:  # fmt: skip
-        self._bind(name, 0, outputs)
-        outputs = self.trace.dims[name, 0]
-        if inputs is not None:
-            self._bind(name, 1, inputs)
-        if bias is not None and (bias_name := self._weight_name(bias)):
-            self._bind(bias_name, 0, outputs)
-        height, width = (out.shape[2], out.shape[3]) if out.ndim == 4 else (1, 1)
-        positions = height * width if out.ndim == 4 else out.shape[0]
-        self.trace.calls.append(
-            LayerCall(name, outputs, inputs, positions, height, width, stride, *window)
-        )
-        self._made_by[id(out)] = name
-
-    def _batch_norm(self, out: Any, args: tuple[Any, ...]) -> None:
-        x, tensors = args[0], [t for t in args[1:5] if isinstance(t, Tensor)]
-        labels = self._channels(x)
-        names = [name for t in tensors if (name := self._weight_name(t))]
-        for name in names:
-            self._bind(name, 0, labels)
-        self.put(out[0], self.get(x))
-        if id(x) in self._made_by and names:
-            self.trace.batch_norms[self._made_by[id(x)]] = names[0].rpartition(".")[0]
-
-    def _move(self, func: Any, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        def swap(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return self.get(value)
-            if isinstance(value, (list, tuple)):
-                return type(value)(swap(item) for item in value)
-            return value
-
-        if func.overloadpacket in (aten.view, aten._unsafe_view):
-            labels: Any = self.get(args[0]).reshape(args[1])
-        elif func.overloadpacket is aten.as_strided_:
-            if out.shape[:2].numel() != out.numel():
-                self._unsupported(out, [args[0]], "as_strided_")
-                return
-            labels = self.get(args[0])  # a channels_last mean rewrites strides of single pixels
-        elif func.overloadpacket is aten.clone:
-            labels = self.get(args[0])
-        elif func.overloadpacket is aten.constant_pad_nd:
-            labels = nn.functional.pad(self.get(args[0]), args[1], value=NEUTRAL)
-        else:
-            labels = func(*swap(args), **kwargs)
-        for tensor, label in zip(*(map(_as_list, (out, labels))), strict=True):
-            self.put(tensor, label)
-
-    def _per_channel(self, out: Any, x: Tensor) -> None:
-        labels = self._channels(x).view(1, -1, 1, 1)
-        for tensor in _as_list(out):
-            self.put(tensor, labels.expand(tensor.shape))
-
-    def _reduce(self, out: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x, dims = args[0], [d % args[0].ndim for d in _as_list(args[1])]
-        keepdim = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
-        labels = self.get(x)
-        for dim in sorted(dims, reverse=True):
-            first = labels.narrow(dim, 0, 1)
-            if labels.stride(dim) != 0 and not bool((labels == first).all()):
-                self.trace.sets.freeze(labels, "summed over channels")
-                labels = torch.full(first.shape, FROZEN)
-            labels = first if keepdim else labels.select(dim, 0)
-        self.put(out, labels)
-
-    def _pointwise(self, out: Any, tensors: list[Tensor], *, is_sum: bool) -> None:
-        labels = torch.tensor(NEUTRAL)
+    def freeze_all(self, tensors: Sequence[Tensor], reason: str) -> None:
+        """Freezes every channel of some tensors."""
         for tensor in tensors:
-            labels = self.trace.sets.unite(labels, self.get(tensor), is_sum=is_sum)
-        for tensor in _as_list(out):
-            if isinstance(tensor, Tensor):
-                self.put(tensor, labels.expand(tensor.shape))
+            if (weight := self.weight_of(tensor)) is not None:
+                self._freeze_weight(weight, reason)
+            else:
+                self.sets.freeze(self.get(tensor), reason)
 
-    def _unsupported(self, out: Any, tensors: Iterable[Tensor], what: str) -> None:
-        for tensor in tensors:
-            self.trace.sets.freeze(self.get(tensor), f"passes through {what}")
-        for tensor in _as_list(out):
-            if isinstance(tensor, Tensor):
-                self.put(tensor, torch.full(tensor.shape, FROZEN if list(tensors) else NEUTRAL))
+    def _freeze_weight(self, weight: str, reason: str) -> None:
+        self._spoilt[weight] = reason
+        for (name, _), labels in self.trace.dims.items():
+            if name == weight:
+                self.sets.freeze(labels, reason)
+        for labels in self._side.pop(weight, []):
+            self.sets.freeze(labels, reason)
 
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    def finish(self) -> None:
+        """Settles what only the whole pass can tell: lone BN layers, element-wise parameters."""
+        norms = self.trace.batch_norms
+        self.trace.batch_norms = {w: norm for w, norm in norms.items() if self._users[w] == 1}
+        for name, labels in self._elements.items():
+            roots = torch.from_numpy(self.sets.find(labels.numpy()))
+            dims = varying_dims(roots)
+            if len(dims) == 1:
+                line = roots.movedim(dims[0], 0).reshape(roots.shape[dims[0]], -1).amax(1)
+                self.bind(name, dims[0], line)
+            elif dims:
+                self.sets.freeze(roots, f"parameter {name} mixes them")

@@ -1,15 +1,17 @@
 """The final tables on the terminal, and as plain text where there is none."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 import numpy as np
+from numpy.typing import NDArray
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cacp_ray.pruning.cost import CostModel
+from cacp_ray.pruning.cost import ChannelGroup, CostModel
 from cacp_ray.reporting.summary import (
     DASH,
     Column,
@@ -22,6 +24,7 @@ from cacp_ray.reporting.summary import (
 )
 
 PLAIN_WIDTH = 110
+MANY_GROUPS = 24
 
 
 def make_console(file: TextIO | None = None) -> Console:
@@ -65,40 +68,147 @@ def frontier_table(result: dict[str, Any]) -> Table:
 
 
 def groups_table(
-    model: str, cost_model: CostModel, fixed: Mapping[str, str], reachable: tuple[float, float]
+    name: str,
+    about: str,
+    cost_model: CostModel,
+    least: NDArray[np.int64],
+    fixed: Mapping[str, str],
+    *,
+    base_channels: Mapping[str, int],
+    with_members: bool,
 ) -> RenderableType:
-    """What `inspect` prints: groups, what stays whole and why, the reachable rates.
+    """What `inspect` prints: groups, what each can save, what stays whole, the reachable rates.
+
+    More than `MANY_GROUPS` groups share rows where their names differ in numbers alone.
 
     Args:
-        model: Its name.
+        name: Of the network.
+        about: Its input and outputs.
         cost_model: Groups and cost.
+        least: (G,) smallest counts that a search may choose.
         fixed: Layers whose outputs stay whole, with the reason.
-        reachable: Smallest and largest rate (share of MACs kept).
+        base_channels: Of a cut network: channels before the cut, by group.
+        with_members: Whether to list each group with all its layers.
     """
-    counts = cost_model.num_channels
-    # Row g: the network without any channel of group g; what is missing depends on the group.
-    without = np.where(np.eye(len(counts), dtype=bool), 0, counts)
-    macs, params = int(cost_model.macs(counts)), int(cost_model.params(counts))
-    table = Table(title=f"{model}: {len(counts)} channel groups", box=box.SIMPLE_HEAD)
-    for head in ("group (first layer)", "kind"):
-        table.add_column(head)
-    for head in ("channels", "layers", "% of MACs", "% of params"):
-        table.add_column(head, justify="right")
-    rows = zip(cost_model.groups, cost_model.macs(without), cost_model.params(without), strict=True)
-    for group, macs_left, params_left in rows:
-        layers = {member.rpartition(".")[0] for member in group.members}
-        table.add_row(
-            group.name,
-            "residual stream" if group.is_residual else "inner",
-            str(group.num_channels),
-            str(len(layers)),
-            f"{100 * (macs - int(macs_left)) / macs:.1f}",
-            f"{100 * (params - int(params_left)) / params:.1f}",
+    groups, whole = cost_model.groups, cost_model.num_channels
+    macs, params = int(cost_model.macs(whole)), int(cost_model.params(whole))
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for index, group in enumerate(groups):
+        is_alone = with_members or len(groups) <= MANY_GROUPS
+        base = base_channels.get(group.name)
+        key = (index if is_alone else 0, group.num_channels, base, group.is_residual)
+        alike.setdefault(key, []).append(index)
+    rows = [
+        (short, [members[i] for i in chosen])
+        for members in alike.values()
+        for short, chosen in shorten_names([groups[i].name for i in members]).items()
+    ]
+    table = _plain_table("group (first layer)")
+    heads = ("n", "channels", "least", "saves %\nof MACs", "\nof params")
+    for head in heads[len(rows) == len(groups) :]:
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("kind", no_wrap=True)
+    for short, members in sorted(rows, key=lambda row: row[1][0]):
+        group, base = groups[members[0]], base_channels.get(groups[members[0]].name)
+        counts = whole.copy()
+        counts[members] = least[members]
+        cells = (
+            str(len(members)),
+            str(group.num_channels) + (f" of {base}" if base is not None else ""),
+            str(least[members[0]]),
+            f"{100 * (1 - int(cost_model.macs(counts)) / macs):.1f}",
+            f"{100 * (1 - int(cost_model.params(counts)) / params):.1f}",
+            "residual" if group.is_residual else "inner",
         )
-    lines = [f"whole: {name} ({reason})" for name, reason in fixed.items()]
-    lines.append(f"{macs:,} MACs (FLOPs = 2 MACs), {params:,} parameters")
-    lines.append(f"reachable rates (share of MACs kept): {reachable[0]:.4f} to {reachable[1]:g}")
-    return Group(table, Text("\n".join(lines)))
+        table.add_row(Text(short), *cells[len(rows) == len(groups) :])
+    reachable = np.ceil(1e4 * int(cost_model.macs(least)) / macs) / 1e4
+    unmoved = int(cost_model.macs(np.zeros_like(whole)))
+    lines = [
+        f"{macs:,} MACs (FLOPs = 2 MACs), {params:,} parameters",
+        f"{100 * (1 - unmoved / macs):.1f} % of the MACs depend on a channel that can be cut",
+        f"reachable rates (share of MACs kept): {reachable:.4f} to 1",
+        *_whole_lines(fixed, with_members=with_members),
+    ]
+    parts: list[RenderableType] = [
+        Text(name, style="bold"),
+        Text(f"{about}, {len(groups)} channel groups"),
+        Text("least: the fewest channels that a search keeps, by pruning.floor"),
+        Text("saves: what goes when only this row is cut to its least"),
+        "",
+        table,
+    ]
+    if with_members:
+        parts += ["", _members_table(groups)]
+    return Group(*parts, "", Text("\n".join(lines)))
+
+
+def _members_table(groups: Sequence[ChannelGroup]) -> Table:
+    table = _plain_table("group")
+    table.add_column("layers whose channels go with it", overflow="fold")
+    for group in groups:
+        layers = dict.fromkeys(member.rpartition(".")[0] for member in group.members)
+        table.add_row(Text(group.name), Text(", ".join(shorten_names(list(layers)))))
+    return table
+
+
+def _plain_table(first: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    table.add_column(first, overflow="fold")
+    return table
+
+
+def _whole_lines(fixed: Mapping[str, str], *, with_members: bool) -> list[str]:
+    """One line a reason why layers stay whole; reasons that differ in a layer's name are one."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in fixed.items():
+        words = ["..." if "." in word.strip(".,") else word for word in reason.split()]
+        by_reason.setdefault(" ".join(words), []).append(name)
+    lines = []
+    for reason, names in by_reason.items():
+        short = list(shorten_names(names))
+        shown = short if with_members or len(short) <= 4 else short[:3]
+        more = f" and {len(short) - len(shown)} more (--members)" if len(short) > len(shown) else ""
+        number = f"{len(names)} layers: " if len(names) > 1 else ""
+        lines.append(f"stays whole ({reason}): {number}{', '.join(shown)}{more}")
+    return lines
+
+
+def shorten_names(names: Sequence[str]) -> dict[str, list[int]]:
+    """Names that differ in numbers as one, as a shell's braces do; each with its names' indices.
+
+    `layer1.0.conv1`, `layer1.1.conv1`, `layer1.2.conv1` are `layer1.{0..2}.conv1`. A number that
+    ends the last part (`conv1`) says what a layer does: such names stay apart.
+    """
+    rows = [(re.split(r"(\d+)", name), [index]) for index, name in enumerate(names)]
+    longest = max((len(parts) for parts, _ in rows), default=0)
+    for place in range(longest - 2, 0, -2):  # numbers stand at odd places; inner ones first
+        merged: dict[tuple[str, ...], list[tuple[list[str], list[int]]]] = {}
+        for parts, indices in rows:
+            after = "".join(parts[place + 1 :])
+            is_index = "." in after or (place < len(parts) and parts[place - 1].endswith("."))
+            key = [*parts[:place], "", *parts[place + 1 :]] if is_index else parts
+            merged.setdefault(tuple(key), []).append((parts, indices))
+        rows = []
+        for key, alike in merged.items():
+            parts = list(key)
+            if len(alike) > 1:
+                parts[place] = _braces([each[place] for each, _ in alike])
+            else:
+                parts = alike[0][0]
+            rows.append((parts, [i for _, indices in alike for i in indices]))
+    return {"".join(parts): indices for parts, indices in rows}
+
+
+def _braces(numbers: Sequence[str]) -> str:
+    """["0", "1", "2", "5"] -> `{0..2,5}`."""
+    runs: list[list[str]] = []
+    for number in sorted(numbers, key=int):
+        if runs and int(number) == int(runs[-1][-1]) + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    spans = [f"{run[0]}..{run[-1]}" if len(run) > 1 else run[0] for run in runs]
+    return f"{{{','.join(spans)}}}"
 
 
 def _table(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> Table:

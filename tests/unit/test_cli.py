@@ -1,5 +1,6 @@
 """Bad input ends in one line on standard error, exit code 2, and nothing is written."""
 
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 from cacp_ray.cli import main
 from cacp_ray.models.factory import build_model
+from tests.unit.exporting.folders import make_folder
 
 
 @pytest.fixture
@@ -152,9 +154,89 @@ def test_inspect_prints_groups_reasons_and_reachable_rates(run):
     code, out, _ = run("inspect", "resnet20")
     assert code == 0
     assert "layer3.0.downsample.0" in out
-    assert "whole: fc (output of the network)" in out
+    assert "stays whole (output of the network): fc" in out
     assert "40,813,184 MACs" in out
     assert re.search(r"reachable rates .*: 0\.0157 to 1", out)
+    assert "layers whose channels go with it" not in out
+    _, out, _ = run("inspect", "resnet20", "--members", "--side", 64, "--num-classes", 3)
+    assert "input 3x64x64, 3 classes" in out
+    assert re.search(r"^layer3\.1\.conv1 +layer3\.1\.conv1, .*bn1, .*conv2 *$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("name", "about"),
+    [
+        ("torchvision:resnet18", "input 3x224x224, 1000 classes"),
+        ("timm:test_resnet", "input 3x160x160, 1000 classes"),  # its own input_size
+        ("tests.unit.pruning.networks:Plain", "input 3x224x224, 10 classes"),
+    ],
+)
+def test_inspect_takes_the_input_that_a_network_is_made_for(run, name, about):
+    code, out, _ = run("inspect", name)
+    assert code == 0
+    assert f"{name}\n{about}, " in out
+
+
+def test_inspect_shows_a_subnet_at_its_own_widths(run, tmp_path):
+    folder = make_folder(tmp_path / "rate-0.50", "resnet20", 32, num_classes=7)
+    description = json.loads((folder / "subnet.json").read_text())
+    code, out, _ = run("inspect", folder)
+    assert code == 0
+    assert "(resnet20 at rate 0.50)\ninput 3x32x32, 7 classes, " in out
+    assert f"{description['macs']:,} MACs" in out
+    assert f"{description['params']:,} parameters" in out
+    for group in description["groups"]:
+        if len(group["kept"]) > 1:  # a single channel is no group
+            assert f" {len(group['kept'])} of {group['num_channels']} " in out
+    code, _, err = run("inspect", folder, "--num-classes", 10)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "its own number of classes" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet21"], "did you mean .*resnet20"),
+        (["runs/none/subnets/rate-0.50"], r"subnet\.json: No such file"),
+        (["tests"], r"subnet\.json: No such file"),
+        (["timm:resnet5o"], "timm has no model"),
+        (["torchvision:"], "unknown model"),
+        (["no_such_package:net"], "cannot be imported"),
+        ([":net"], "cannot be imported"),
+        (["math:pi"], "cannot be built"),
+        (["tests.unit.pruning.networks:make"], "cannot be built.*must take num_classes=10"),
+        (["torchvision:vgg11", "--side", "8"], "does not run on an input.*check the input size"),
+        (["resnet20", "--side", "0"], "--side"),
+    ],
+)
+def test_bad_input_of_inspect_is_refused_in_one_line(run, arguments, message):
+    code, out, err = run("inspect", *arguments)
+    assert code == 2
+    assert re.search(message, err)
+    assert err.count("\n") == 1
+    assert not out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none", "--format", "onnx"], r"none/subnet\.json: No such file"),
+        (["SUBNET", "--format", "onxx"], "unknown export format 'onxx': did you mean onnx"),
+        (["SUBNET", "--format", "state-dict", "--weights", "best"], "--weights best: choose"),
+        (["SUBNET", "--format", "state-dict", "--weights", "finetuned"], "finetuned.safetensors"),
+        (["SUBNET", "--format", "onnx", "--out", "SUBNET"], "exists: delete it"),
+        (["SUBNET"], "--format"),
+    ],
+)
+def test_bad_input_of_export_is_refused_in_one_line(run, tmp_path, arguments, message):
+    folder = make_folder(tmp_path / "subnet", "tests.unit.pruning.networks:Plain", 8)
+    before = sorted(folder.iterdir())
+    code, out, err = run("export", *[str(folder) if a == "SUBNET" else a for a in arguments])
+    assert code == 2
+    assert re.search(message, err)
+    assert err.count("\n") == 1
+    assert not out
+    assert sorted(folder.iterdir()) == before
 
 
 def test_ctrl_c_says_how_to_go_on(run, monkeypatch):

@@ -1,5 +1,6 @@
 """Scoring: the whole network scores its own accuracy, recovery helps, and nothing is written."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -9,7 +10,7 @@ from cacp_ray.config import RunConfig, load_config
 from cacp_ray.errors import ConfigError
 from cacp_ray.evaluation.measurement import Candidate
 from cacp_ray.evaluation.scorer import Cutter, make_scorer
-from cacp_ray.loading import load_base, prepare_base
+from cacp_ray.loading import STATISTICS_FILE, find_statistics, load_base, prepare_base
 from cacp_ray.results import parse_rates
 from cacp_ray.searching.budget import uniform
 from cacp_ray.training.metrics import measure
@@ -33,6 +34,91 @@ def make(base, recovery, criterion="l1"):
     )
     base = dataclasses.replace(base, calibration=base.calibration.take(100))
     return prepare_base(base, config)
+
+
+def configure(*overrides):
+    return load_config(RunConfig, {}, ["pruning.calibration_images=100", *overrides])
+
+
+def count_passes(base):
+    """The same base, and a list that grows by every forward pass of its network."""
+    passes = []
+    model = copy.deepcopy(base.model)
+    model.register_forward_hook(lambda *_: passes.append(1))
+    calibration = base.calibration.take(100)
+    return dataclasses.replace(base, model=model, calibration=calibration), passes
+
+
+def begin_run(folder):
+    folder.mkdir()
+    (folder / "config.yaml").touch()
+    return folder
+
+
+def same(left, right):
+    return all(
+        np.array_equal(x, y) for x, y in zip(left.orders, right.orders, strict=True)
+    ) and all(
+        np.array_equal(getattr(right.factors[name], field), value)
+        for name, layer in left.factors.items()
+        for field, value in vars(layer).items()
+    )
+
+
+@pytest.mark.parametrize("criterion", ["cap", "taylor"])
+def test_a_second_command_reads_statistics_without_running_the_network(base, tmp_path, criterion):
+    base, passes = count_passes(base)
+    config = configure(f"pruning.criterion={criterion}")
+    run_dir = begin_run(tmp_path / "run")
+    first = find_statistics(base, config, run_dir)
+    assert passes
+    passes.clear()
+    second = find_statistics(base, config, run_dir)
+    assert not passes
+    prepared = [prepare_base(base, config, None, found) for found in (first, second)]
+    assert not passes
+    assert same(*prepared)
+
+
+def test_statistics_of_other_images_or_settings_are_collected_anew(base, tmp_path):
+    base, passes = count_passes(base)
+    config = configure()
+    run_dir = begin_run(tmp_path / "run")
+    find_statistics(base, config, run_dir)
+    images = base.calibration.images.copy()
+    images[7, 3, 3, 0] ^= 1
+    changed = dataclasses.replace(base.calibration, images=images)
+    for other_base, other_config in (
+        (dataclasses.replace(base, calibration=changed), config),
+        (dataclasses.replace(base, sha256="0" * 64), config),
+        (base, configure("seed=1")),
+        (base, configure("pruning.criterion=taylor")),
+    ):
+        passes.clear()
+        find_statistics(other_base, other_config, run_dir)
+        assert passes
+
+
+def test_damaged_statistics_are_collected_anew_with_a_warning(base, tmp_path, caplog):
+    base, passes = count_passes(base)
+    config = configure()
+    run_dir = begin_run(tmp_path / "run")
+    first = find_statistics(base, config, run_dir)
+    file = run_dir / STATISTICS_FILE
+    file.write_bytes(file.read_bytes()[:1000])
+    passes.clear()
+    second = find_statistics(base, config, run_dir)
+    assert passes
+    assert len(caplog.records) == 1
+    assert same(*(prepare_base(base, config, None, found) for found in (first, second)))
+    passes.clear()
+    find_statistics(base, config, run_dir)
+    assert not passes
+
+
+def test_nothing_is_written_before_the_run_has_begun(base, tmp_path):
+    find_statistics(base, configure("pruning.criterion=l1", "pruning.recovery=bn"), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def score(base, prepared, recovery, counts):

@@ -4,10 +4,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torchvision import models
 
 from cacp_ray.data.images import read_parquet
-from cacp_ray.errors import ArtifactError, ConfigError, UnsupportedModelError
-from cacp_ray.models.factory import CIFAR_MODELS, build_model, load_weights
+from cacp_ray.errors import ArtifactError, CacpError, ConfigError
+from cacp_ray.models.factory import (
+    CIFAR_MODELS,
+    build_model,
+    default_input_shape,
+    default_num_classes,
+    load_weights,
+)
 from cacp_ray.training.metrics import measure
 
 
@@ -36,9 +43,50 @@ def test_unknown_names_are_refused_with_the_nearest(name, message):
         build_model(name, 10)
 
 
-def test_a_factory_must_return_a_module():
-    with pytest.raises(UnsupportedModelError, match="must return a torch"):
-        build_model("builtins:dict", 10)
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [("dict", "must return a torch"), ("bytes", "cannot be built"), ("no_such", "cannot be impo")],
+)
+def test_a_factory_that_fails_says_so_in_one_line(function, message):
+    with pytest.raises(CacpError, match=message) as caught:
+        build_model(f"builtins:{function}", 10)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_module_that_fails_on_import_is_bad_input(tmp_path, monkeypatch):
+    (tmp_path / "broken_models.py").write_text("def net(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="SyntaxError"):
+        build_model("broken_models:net", 10)
+
+
+def test_networks_are_inspected_at_the_input_they_are_made_for():
+    with torch.device("meta"):
+        timm = build_model("timm:test_resnet", 10)
+    assert default_input_shape("timm:test_resnet", timm) == (3, 160, 160)
+    assert default_input_shape("torchvision:inception_v3", nn.Identity()) == (3, 299, 299)
+    assert default_input_shape("torchvision:resnet18", nn.Identity()) == (3, 224, 224)
+    assert default_input_shape("resnet20", nn.Identity()) == (3, 32, 32)
+    names = ("torchvision:resnet18", "timm:test_resnet", "resnet20", "my.package:net")
+    assert [default_num_classes(name) for name in names] == [1000, 1000, 10, 10]
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_auxiliary_heads_are_left_out_and_their_weights_are_ignored(name, tmp_path):
+    # Published weights hold the heads, which only training runs.
+    source = models.get_model(name, aux_logits=True, init_weights=False, num_classes=7).eval()
+    file = str(tmp_path / "w.safetensors")
+    save_file(source.state_dict(), file)
+    model = build_model(f"torchvision:{name}", 7)
+    assert not any(key.lower().startswith("aux") for key in model.state_dict())
+    load_weights(model, file)
+    x = torch.randn(1, 3, 75, 75)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), source(x))
+    assert isinstance(model.train()(x.repeat(2, 1, 1, 1)), torch.Tensor)  # trains as any network
+    save_file(source.state_dict() | {"head3.weight": torch.zeros(1)}, file)
+    with pytest.raises(ArtifactError, match=r"unexpected head3\.weight;"):
+        load_weights(model, file)
 
 
 def test_embedded_weights_reach_their_accuracy():

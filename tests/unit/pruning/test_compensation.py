@@ -1,16 +1,17 @@
-"""Compensation and order against their definitions."""
+"""Compensation and BN re-estimation against their definitions."""
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
+from cacp_ray.pruning import statistics as module_of_statistics
 from cacp_ray.pruning.compensation import Compensator, make_factors
-from cacp_ray.pruning.criteria import CRITERIA, rank_channels
+from cacp_ray.pruning.criteria import rank_channels
+from cacp_ray.pruning.patches import take_inputs
 from cacp_ray.pruning.plan import make_plan
 from cacp_ray.pruning.recovery import recalibrate_bn
-from cacp_ray.pruning.statistics import RIDGE, Statistics, collect_statistics, sample_patches
-from cacp_ray.pruning.surgery import Skeleton, build_subnet, reorder_weights
+from cacp_ray.pruning.statistics import collect_statistics, regularized
+from cacp_ray.pruning.surgery import Skeleton, Slicer, build_subnet, reorder_weights
 from tests.unit.pruning.networks import NAMES, make
 
 
@@ -48,7 +49,7 @@ def test_weights_and_intercept_equal_least_squares_on_the_data():
     # The definition: regress the outputs of `mix` on the kept inputs, with intercept.
     with torch.no_grad():
         inputs = model.norm(torch.cat([model.left(x), model.right(x)], 1)).relu()
-        rows = sample_patches(model.mix, inputs, 10_000, torch.Generator().manual_seed(0))
+        rows = take_inputs(model.mix, inputs, torch.arange(9))
     kept = [c for c in range(10) if c in orders[0][:4] or c - 6 in orders[1][:3]]
     columns = np.array([c * 9 + k for c in kept for k in range(9)])
     targets = rows.numpy() @ model.mix.weight.detach().flatten(1).numpy().T
@@ -62,6 +63,87 @@ def test_weights_and_intercept_equal_least_squares_on_the_data():
     predicted = rows[:, columns] @ ours.T + shift
     error = np.abs(predicted.numpy() - fitted[:, orders[2]]).max()
     assert error < 5e-3 * np.abs(fitted).max()
+
+
+def solve_in_float64(plan, tensors, statistics, orders, consumer, counts):
+    """Weight (N, D of kept inputs) and intercept from the dense formulas; order of the subnet."""
+    moments = statistics[consumer.weight]
+    covariance = torch.from_numpy(moments.covariance)
+    size = tensors[consumer.weight][0, 0].numel()
+    axis = plan.axes[consumer.weight, 1]
+    inputs = axis.reordered(orders)[axis.positions(counts)]
+    kept = torch.from_numpy((inputs[:, None] * size + np.arange(size)).ravel())
+    ridged = regularized(covariance)
+    if moments.taps is not None:
+        taps = torch.from_numpy(moments.taps)
+        ridged = torch.kron(ridged, taps + 1e-9 * torch.eye(len(taps)))
+    weight = tensors[consumer.weight].flatten(1).double()
+    solved = torch.linalg.solve(ridged[kept][:, kept], ridged[kept] @ weight.T)  # (|S|, N)
+    if consumer.batch_norm is not None:
+        wanted = (weight * (weight @ ridged)).sum(1)
+        explained = (solved * (ridged[kept][:, kept] @ solved)).sum(0)
+        solved = solved * (wanted / explained).sqrt()
+    mean = torch.from_numpy(moments.mean)
+    shift = weight @ mean - mean[kept] @ solved
+    axis = plan.axes.get((consumer.weight, 0))
+    if axis is None:
+        return solved.T, shift
+    outputs = torch.from_numpy(axis.reordered(orders)[axis.positions(counts)])
+    return solved.T[outputs], shift[outputs]
+
+
+@pytest.mark.parametrize("separable_above", [60, 10_000])
+@pytest.mark.parametrize("share", [0.3, 0.8])
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_products_equal_the_dense_formulas_in_float64(
+    name, share, separable_above, monkeypatch
+):
+    monkeypatch.setattr(module_of_statistics, "SEPARABLE_ABOVE", separable_above)
+    torch.manual_seed(1)
+    x = torch.randn(64, *make(name)[1].shape[1:])
+    _, plan, tensors, moments, orders, ordered, factors = prepare(name, x)
+    counts = [max(1, int(share * n)) for n in plan.cost_model.num_channels]
+    small = Compensator(plan, ordered, factors)(counts)
+    for consumer in plan.consumers:
+        weight, shift = solve_in_float64(plan, tensors, moments, orders, consumer, counts)
+        ours = small[consumer.weight].flatten(1).double()
+        assert (ours - weight).norm() < 1e-4 * weight.norm()
+        # The intercept is what was added to the cut bias, or taken off the cut running mean.
+        bias, sign = f"{consumer.module}.bias", 1
+        if bias not in ordered:
+            bias, sign = f"{consumer.batch_norm}.running_mean", -1
+        if bias in ordered:
+            added = sign * (small.get(bias, ordered[bias]) - ordered[bias][: len(shift)])
+            scale = shift.abs().max() + ordered[bias].abs().max()
+            assert (added - shift).abs().max() < 1e-4 * scale
+
+
+def test_every_reader_of_a_cut_residual_stream_is_compensated():
+    """Cutting the stream alone changes each of its readers, and repairs what slicing breaks."""
+    torch.manual_seed(1)
+    x = torch.randn(200, 3, 16, 16)
+    model, plan, _, _, _, ordered, factors = prepare("resnet", x)
+    counts = plan.cost_model.num_channels.tolist()
+    stream = next(g for g, group in enumerate(plan.groups) if group.is_residual)
+    counts[stream] -= 4
+    readers = {
+        consumer.weight
+        for consumer in plan.consumers
+        if (plan.axes[consumer.weight, 1].group == stream).any()
+    }
+    assert len(readers) >= 2
+    cut = Slicer(plan)(ordered, counts)
+    repaired = Compensator(plan, ordered, factors)(counts)
+    for consumer in plan.consumers:
+        same = torch.allclose(repaired[consumer.weight], cut[consumer.weight], atol=1e-4)
+        assert same == (consumer.weight not in readers), consumer.weight
+    with torch.no_grad():
+        whole = model(x)
+        errors = [
+            (build_subnet(model, ordered | small)(x) - whole).square().mean()
+            for small in (cut, repaired)
+        ]
+    assert errors[1] < 0.7 * errors[0]
 
 
 def test_outputs_before_bn_keep_mean_and_variance():
@@ -88,55 +170,6 @@ def test_outputs_before_bn_keep_mean_and_variance():
     dims = (0, 2, 3)
     assert torch.allclose(small_out.mean(dims), whole.mean(dims), atol=2e-2)
     assert torch.allclose(small_out.var(dims), whole.var(dims), rtol=3e-2)
-
-
-def test_moments_are_mean_and_covariance_of_the_unfolded_input():
-    torch.manual_seed(1)
-    x = torch.randn(8, 3, 8, 8)
-    model, _plan, _, moments, *_ = prepare("concat", x)
-    with torch.no_grad():
-        inputs = model.norm(torch.cat([model.left(x), model.right(x)], 1)).relu()
-    rows = nn.functional.unfold(inputs, 3, stride=2).transpose(1, 2).flatten(0, 1).numpy()
-    assert np.allclose(moments["mix.weight"].mean, rows.mean(0), atol=1e-5)
-    assert np.allclose(moments["mix.weight"].covariance, np.cov(rows.T, bias=True), atol=1e-4)
-
-
-def test_cap_order_is_greedy_forward_selection_by_definition():
-    torch.manual_seed(1)
-    x = torch.randn(32, 3, 8, 8)
-    _model, plan, tensors, moments, orders, *_ = prepare("concat", x)
-    group = next(i for i, g in enumerate(plan.groups) if g.name == "left")
-    covariance = moments["mix.weight"].covariance
-    covariance = covariance[:54, :54] + np.eye(54) * RIDGE * covariance.diagonal()[:54].mean()
-    weight = tensors["mix.weight"].flatten(1).double().numpy()[:, :54]
-
-    def explained(channels):
-        rows = np.array([c * 9 + k for c in channels for k in range(9)])
-        cross = covariance[rows] @ weight.T
-        return np.sum(cross * np.linalg.solve(covariance[np.ix_(rows, rows)], cross))
-
-    chosen = []
-    while len(chosen) < 6:
-        rest = [c for c in range(6) if c not in chosen]
-        chosen.append(max(rest, key=lambda c: explained([*chosen, c])))
-    assert orders[group].tolist() == chosen
-
-
-@pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("name", NAMES)
-def test_every_order_is_a_permutation(name, criterion):
-    _, plan, _, _, orders, *_ = prepare(name, criterion=criterion)
-    for group, order in zip(plan.groups, orders, strict=True):
-        assert sorted(order.tolist()) == list(range(group.num_channels))
-
-
-def test_l1_keeps_the_channel_with_the_larger_filter():
-    model, _ = make("concat")
-    with torch.no_grad():
-        model.left.weight[4] *= 100
-    plan = make_plan(model, torch.zeros(1, 3, 8, 8))
-    tensors = {key: value.detach() for key, value in model.state_dict().items()}
-    assert rank_channels("l1", plan, tensors, Statistics(), 0)[0][0] == 4
 
 
 def test_bn_recalibration_gives_batch_statistics_and_restores_momentum():

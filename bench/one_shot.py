@@ -1,0 +1,177 @@
+"""Accuracy before any fine-tuning, of every criterion with every recovery at three rates.
+
+python bench/one_shot.py --model resnet20 --weights embedded:resnet20_cifar10 \
+    --train TRAIN.parquet --train-rows 0:45000 --search TRAIN.parquet --search-rows 45000:50000
+
+Widths are uniform, over all groups and over the inner ones with residual streams whole. Statistics
+are collected once and shared by all criteria. Each result is a line of --log at once: a run that
+was killed goes on where it stood, and another --model adds its rows to the same file.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from report import append_row, parse_rows, print_environment, print_table, read_rows
+from torch import nn
+
+from cacp_ray.config import PruningConfig
+from cacp_ray.data.images import ImageSet, read_parquet
+from cacp_ray.evaluation.measurement import Candidate
+from cacp_ray.evaluation.scorer import Prepared, make_scorer, prepare
+from cacp_ray.loading import make_budget
+from cacp_ray.models.factory import build_model, load_weights
+from cacp_ray.pruning.criteria import CRITERIA, needs, rank_channels
+from cacp_ray.pruning.plan import Plan, make_plan
+from cacp_ray.pruning.statistics import Statistics, collect_statistics
+from cacp_ray.searching.budget import uniform
+from cacp_ray.training.metrics import fast_dtype, measure
+
+RATES = (0.3, 0.5, 0.7)
+RECOVERIES = ("none", "bn", "compensate")
+GROUP_SETS = ("all", "inner")
+
+
+def widths(plan: Plan, groups: str) -> NDArray[np.int64]:
+    """(rates, G) keep counts, uniform over `all` or `inner` groups."""
+    is_cut = np.array([groups == "all" or not group.is_residual for group in plan.groups])
+    budget = make_budget(plan, "macs", PruningConfig())
+    return uniform(budget, RATES, is_cut)
+
+
+def prepare_all(
+    model: nn.Module,
+    plan: Plan,
+    calibration: ImageSet,
+    statistics: Statistics,
+    name: str,
+    seed: int,
+) -> Iterator[tuple[str, Prepared]]:
+    """Each recovery with what its candidates share, in the order that a criterion makes."""
+    tensors = {key: value.detach() for key, value in model.state_dict().items()}
+    orders = rank_channels(name, plan, tensors, statistics, seed)
+    for recovery in RECOVERIES:
+        yield (
+            recovery,
+            prepare(
+                model,
+                plan,
+                calibration,
+                statistics,
+                criterion=name,
+                recovery=recovery,
+                seed=seed,
+                orders=orders,
+            ),
+        )
+
+
+def list_cells(options: argparse.Namespace, num_images: int) -> list[dict[str, Any]]:
+    """What the tables need; a result of the same cell is not measured again."""
+    common = {
+        "model": options.model,
+        "weights": Path(options.weights).stem,
+        "dtype": options.dtype,
+        "images": num_images,
+        "calibration": options.calibration,
+        "seed": options.seed,
+    }
+    return [
+        {**common, "criterion": criterion, "recovery": recovery, "groups": groups, "rate": rate}
+        for criterion in options.criteria
+        for recovery in RECOVERIES
+        for groups in GROUP_SETS
+        for rate in RATES
+    ]
+
+
+def score_missing(options: argparse.Namespace, model: nn.Module, search: ImageSet) -> None:
+    """Measures what the log lacks, criterion by criterion."""
+    done = [row["cell"] for row in read_rows(options.log)]
+    missing = [cell for cell in list_cells(options, len(search)) if cell not in done]
+    if not missing:
+        return
+    train = read_parquet(options.train, options.train_rows, options.calibration)
+    images, labels = train.tensors()
+    plan = make_plan(model, images[:1])
+    whole = int(plan.macs(plan.cost_model.num_channels))
+    counts = {groups: widths(plan, groups) for groups in GROUP_SETS}
+    kinds = {"inputs"}.union(*(needs(name) for name in options.criteria))
+    statistics = collect_statistics(model, plan, images, labels, seed=options.seed, kinds=kinds)
+    for criterion in dict.fromkeys(cell["criterion"] for cell in missing):
+        shared = prepare_all(model, plan, train, statistics, criterion, options.seed)
+        for recovery, prepared in shared:
+            score = make_scorer(
+                prepared, search, recovery=recovery, batch_size=250, dtype=options.dtype
+            )
+            for cell in missing:
+                if (cell["criterion"], cell["recovery"]) == (criterion, recovery):
+                    keep = tuple(counts[cell["groups"]][RATES.index(cell["rate"])].tolist())
+                    found = score(Candidate(0, cell["rate"], keep))
+                    figures = {"top1": found.top1, "loss": found.loss, "seconds": found.seconds}
+                    kept = int(plan.macs(keep)) / whole
+                    append_row(options.log, {"cell": cell, "macs_kept": kept, **figures})
+
+
+def print_results(options: argparse.Namespace, base: float, num_images: int) -> None:
+    """A table a group set; the best of each column is bold."""
+    rows = read_rows(options.log)
+    cells = list_cells(options, num_images)
+    top1 = {
+        tuple(row["cell"][key] for key in ("groups", "criterion", "recovery", "rate")): row["top1"]
+        for row in rows
+        if row["cell"] in cells
+    }
+    columns = [(recovery, rate) for recovery in RECOVERIES for rate in RATES]
+    header = ["criterion", *(f"{recovery} {rate}" for recovery, rate in columns)]
+    for groups in GROUP_SETS:
+        best = [max(top1[groups, name, *column] for name in options.criteria) for column in columns]
+        table = []
+        for name in options.criteria:
+            values = [top1[groups, name, *column] for column in columns]
+            texts = [f"{100 * value:.1f}" for value in values]
+            is_best = [value == highest for value, highest in zip(values, best, strict=True)]
+            bold = [f"**{text}**" if b else text for text, b in zip(texts, is_best, strict=True)]
+            table.append([name, *bold])
+        title = (
+            f"{options.model}, {groups} groups: top-1 % on {num_images} search images without "
+            f"fine-tuning, by recovery and share of MACs kept (base {100 * base:.1f} %, "
+            f"{options.calibration} calibration images, {options.dtype})"
+        )
+        print_table(title, header, table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--weights", default="embedded:resnet20_cifar10")
+    parser.add_argument("--train", default="embedded:train", help="Parquet of calibration images")
+    parser.add_argument("--train-rows", type=parse_rows, help="START:STOP, by default all")
+    parser.add_argument("--search", default="embedded:search", help="Parquet of scored images")
+    parser.add_argument("--search-rows", type=parse_rows, help="START:STOP, by default all")
+    parser.add_argument("--images", type=int, help="score on so many of them, evenly spaced")
+    parser.add_argument("--calibration", type=int, default=1000, help="training images")
+    parser.add_argument("--criteria", nargs="+", default=list(CRITERIA), choices=list(CRITERIA))
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="by default the fast one")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--log", type=Path, default=Path("one_shot.jsonl"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    fast = fast_dtype()
+    options.dtype = options.dtype or str(fast).removeprefix("torch.")
+    search = read_parquet(options.search, options.search_rows, options.images)
+    model = build_model(options.model, len(search.classes)).eval()
+    load_weights(model, options.weights)
+    score_missing(options, model, search)
+    base = measure(model, *search.tensors(), dtype=getattr(torch, options.dtype)).top1
+    print_results(options, base, len(search))
+    print_environment(options.seed)
+
+
+if __name__ == "__main__":
+    main()

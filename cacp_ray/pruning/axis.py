@@ -1,0 +1,60 @@
+"""One dimension of a parameter or buffer that follows channel groups."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of a parameter or buffer that follows channel groups.
+
+    Attributes:
+        group: (size,) group of each position, -1 for positions that always stay.
+        channel: (size,) channel of the group at each position, 0 where it always stays.
+    """
+
+    group: NDArray[np.int64]
+    channel: NDArray[np.int64]
+
+    def positions(self, keep_counts: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Positions that remain when every group keeps its first K channels."""
+        counts = np.append(np.asarray(keep_counts), 1)  # group -1 reads the last entry
+        return np.flatnonzero(self.channel < counts[self.group])
+
+    def reordered(self, orders: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+        """Position p of the reordered network holds position `result[p]` of the original.
+
+        Channel i of the reordered group g is channel orders[g][i] of the original.
+        """
+        where: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for position, key in enumerate(
+            zip(self.group.tolist(), self.channel.tolist(), strict=True)
+        ):
+            where[key].append(position)
+        seen: dict[tuple[int, int], int] = defaultdict(int)
+        result = np.empty(len(self.group), dtype=np.int64)
+        for position, key in enumerate(
+            zip(self.group.tolist(), self.channel.tolist(), strict=True)
+        ):
+            group, channel = key
+            source = (group, int(orders[group][channel])) if group >= 0 else key
+            result[position] = where[source][seen[key]]
+            seen[key] += 1
+        return result
+
+    @property
+    def single_group(self) -> int | None:
+        """The group of all positions where the kept ones are always the leading ones, else None."""
+        group = int(self.group[0])
+        if group < 0 or (self.group != group).any() or (np.diff(self.channel) < 0).any():
+            return None
+        return group
+
+    @property
+    def multiplicity(self) -> int:
+        """Positions a channel, for an axis of a single group."""
+        return len(self.group) // (int(self.channel[-1]) + 1)

@@ -1,0 +1,210 @@
+"""Sequential recovery: every layer is fitted to the inputs that the cut network really gives it.
+
+Compensation (`cacp_ray.pruning.compensation`) takes statistics of the whole network, so each layer
+is repaired as if all others were whole, and errors add up along the network. Here layers are
+visited in forward order: the inputs x' come from the cut network, whose earlier layers are repaired
+already, and the targets y are what the original layer gave for the same images at the same places.
+Least squares with intercept, the ridge pulling towards the compensated weight; where a BN layer
+follows, each row is scaled so that the outputs keep their variance. It costs one pass of the
+original network and one of the cut network: too much for a candidate, little for a final subnet.
+
+Source: the order of repair is that of ThiNet (Luo et al., 2017) and of channel pruning (He et al.,
+2017, section 3.2: "whole model pruning" takes the targets of the original network). Ours: one pass,
+in which each layer solves as soon as its inputs arrive. Left out: a target that also makes up for
+the drift of a shortcut (CACP, supplement), for which the plan would have to know what is added.
+
+Memory: the targets take up to TARGET_BYTES; the cut network sees all images in one batch, of up to
+BATCH_PIXELS pixels in all; of its inputs only the products are kept.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cacp_ray.pruning.patches import choose_places, take_inputs, take_outputs
+from cacp_ray.pruning.plan import Consumer, Plan
+from cacp_ray.pruning.statistics import POSITIONS, SEPARABLE_ABOVE, regularized
+from cacp_ray.pruning.surgery import Orders, Skeleton
+
+TARGET_BYTES = 2**29
+BATCH_PIXELS = 2**23  # 8,192 images of 32x32, 167 of 224x224
+ROWS_PER_INPUT = 4  # a layer with fewer keeps its compensated weight: it would fit noise
+PLAIN = (nn.Conv2d.forward, nn.Linear.forward)  # subclasses may pad or compute weights
+
+
+@dataclass
+class _Target:
+    """What a layer of the original network gave, batch by batch."""
+
+    places: list[Tensor] = field(default_factory=list)
+    rows: list[Tensor] = field(default_factory=list)  # (N * P, kept outputs) each
+
+
+def recover_sequentially(
+    model: nn.Module,
+    plan: Plan,
+    tensors: Mapping[str, Tensor],
+    orders: Orders,
+    keep_counts: Sequence[int],
+    images: Tensor,
+    *,
+    seed: int,
+    positions: int = POSITIONS,
+    batch_size: int = 125,
+) -> dict[str, Tensor]:
+    """Repairs one cut network, layer by layer.
+
+    Layers keep what `tensors` holds where they are called more than once, have a forward of their
+    own, more than SEPARABLE_ABOVE kept inputs, or fewer than ROWS_PER_INPUT rows an input.
+
+    Args:
+        model: The base network.
+        plan: Of `model`.
+        tensors: Of the cut network, compensated (`Compensator`).
+        orders: The importance order.
+        keep_counts: Channels kept, one entry a group.
+        images: Normalised calibration images (N, C, H, W), from training rows only.
+        seed: Of the sampled places.
+        positions: Rows of each image and layer, at most.
+        batch_size: Images a pass of the original network.
+
+    Returns:
+        `tensors` with repaired weights, biases and running means.
+    """
+    images = images[: max(1, BATCH_PIXELS // images.shape[2:].numel())]
+    original = model.state_dict()
+    outputs = {
+        consumer.weight: _kept_outputs(
+            plan, consumer, len(original[consumer.weight]), orders, keep_counts
+        )
+        for consumer in plan.consumers
+    }
+    width = sum(len(tensors[consumer.weight]) for consumer in plan.consumers)
+    positions = max(1, min(positions, TARGET_BYTES // (4 * len(images) * max(1, width))))
+    batches = images.split(batch_size)
+    targets = _collect_targets(model, plan, outputs, batches, positions, seed)
+    skeleton = Skeleton(model)
+    small = skeleton.load(tensors)
+    state = small.state_dict()
+    for consumer in plan.consumers:  # intercepts are taken off the original running means
+        name = f"{consumer.batch_norm}.running_mean"
+        if name in state:
+            state[name] = original[name][outputs[consumer.weight]]
+    modules = dict(small.named_modules())
+    result = dict(tensors)
+    hooks = []
+    for consumer in plan.consumers:
+        if consumer.weight not in targets:
+            continue
+
+        def repair(module: nn.Module, args: tuple[Any, ...], consumer: Consumer = consumer) -> None:
+            target = targets.pop(consumer.weight)
+            new = _fit(module, consumer, args[0].split(batch_size), target, state)
+            result.update(new)
+            skeleton.load(new)
+
+        hooks.append(modules[consumer.module].register_forward_pre_hook(repair))
+    with torch.no_grad():
+        small(images)
+    return result
+
+
+def _kept_outputs(
+    plan: Plan, consumer: Consumer, width: int, orders: Orders, keep_counts: Sequence[int]
+) -> Tensor:
+    """Original indices, of `width`, of the outputs that the cut layer has, in its order."""
+    axis = plan.axes.get((consumer.weight, 0))
+    if axis is None:
+        return torch.arange(width)
+    return torch.from_numpy(axis.reordered(orders)[axis.positions(keep_counts)])
+
+
+def _collect_targets(
+    model: nn.Module,
+    plan: Plan,
+    outputs: Mapping[str, Tensor],
+    batches: Sequence[Tensor],
+    positions: int,
+    seed: int,
+) -> dict[str, _Target]:
+    """By weight name, of the layers that are called once a pass."""
+    modules = dict(model.named_modules())
+    generator = torch.Generator().manual_seed(seed)
+    targets: dict[str, _Target] = {}
+    calls: Counter[str] = Counter()
+    hooks = []
+    for consumer in plan.consumers:
+
+        def record(
+            module: nn.Module, args: tuple[Any, ...], y: Tensor, name: str = consumer.weight
+        ) -> None:
+            calls[name] += 1
+            places = choose_places(module, args[0], positions, generator)
+            target = targets.setdefault(name, _Target())
+            target.places.append(places)
+            target.rows.append(take_outputs(module, y, places)[:, outputs[name]])
+
+        module = modules[consumer.module]
+        if type(module).forward in PLAIN:
+            hooks.append(module.register_forward_hook(record))
+    try:
+        model.eval()
+        with torch.inference_mode():
+            for batch in batches:
+                model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: target for name, target in targets.items() if calls[name] == len(batches)}
+
+
+def _fit(
+    module: nn.Module,
+    consumer: Consumer,
+    inputs: Sequence[Tensor],
+    target: _Target,
+    state: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """New tensors of one layer, or none where its rows are too few for its inputs."""
+    weight = state[consumer.weight]
+    start = weight.flatten(1).double()
+    size, num_rows = start.shape[1], sum(len(y) for y in target.rows)
+    if size > SEPARABLE_ABOVE or num_rows < ROWS_PER_INPUT * size:
+        return {}
+    # Products in float32 about means, sums in float64.
+    y_mean = torch.stack([y.double().sum(0) for y in target.rows]).sum(0) / num_rows
+    y_square = torch.zeros_like(y_mean)
+    x_guess = take_inputs(module, inputs[0], target.places[0]).mean(0)
+    x_total = torch.zeros(size, dtype=torch.float64)
+    square = torch.zeros(size, size, dtype=torch.float64)
+    cross = torch.zeros(size, len(start), dtype=torch.float64)
+    for x, places, y in zip(inputs, target.places, target.rows, strict=True):
+        rows = take_inputs(module, x, places) - x_guess
+        centred = y - y_mean.float()
+        x_total += rows.double().sum(0)
+        square += rows.T @ rows
+        cross += rows.T @ centred
+        y_square += centred.square().sum(0)
+    x_mean = x_total / num_rows
+    covariance = square / num_rows - torch.outer(x_mean, x_mean)
+    ridged = regularized(covariance)
+    right = cross / num_rows + (ridged - covariance) @ start.T
+    solved = torch.cholesky_solve(right, torch.linalg.cholesky(ridged))  # (D, N)
+    if consumer.batch_norm is not None:
+        fitted = (solved * (covariance @ solved)).sum(0)
+        wanted = y_square / num_rows
+        is_fitted = fitted > 1e-9 * wanted
+        solved = solved * torch.where(is_fitted, (wanted / fitted).sqrt(), 0.0)
+    offset = (y_mean - (x_mean + x_guess) @ solved).float()
+    new = {consumer.weight: solved.T.float().reshape(weight.shape)}
+    bias = f"{consumer.module}.bias"
+    if bias in state:
+        new[bias] = offset
+    elif consumer.batch_norm is not None:
+        mean = f"{consumer.batch_norm}.running_mean"
+        new[mean] = state[mean] - offset
+    return new

@@ -1,0 +1,129 @@
+"""Statistics on disk, so that a later command reads what a search has collected.
+
+One safetensors file. Of every symmetric matrix the lower triangle is kept, in float32: statistics
+have that precision from the start, so nothing is lost, and what is rounded is far below the ridge
+that compensation adds. The file names what it was made of; a file of anything else is not used.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from cacp_ray.data.images import ImageSet
+from cacp_ray.files import write_file
+from cacp_ray.pruning.plan import Plan
+from cacp_ray.pruning.statistics import POSITIONS, GateGradients, InputMoments, Statistics
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+
+
+def statistics_key(
+    weights_sha256: str,
+    plan: Plan,
+    calibration: ImageSet,
+    *,
+    seed: int,
+    kinds: Iterable[str],
+    positions: int = POSITIONS,
+) -> str:
+    """sha256 of all that `collect_statistics` depends on.
+
+    Args:
+        weights_sha256: Of the base network.
+        plan: Of the network: which layers read which groups.
+        calibration: The images, their labels and normalisation.
+        seed: Of the sampled places.
+        kinds: What was collected.
+        positions: Rows of each image and layer.
+    """
+    readers = [
+        (consumer.weight, plan.axes[consumer.weight, 1].group.tolist())
+        for consumer in plan.consumers
+    ]
+    sizes = [group.num_channels for group in plan.groups]
+    settings = [FORMAT, weights_sha256, seed, sorted(kinds), positions, readers, sizes]
+    images = calibration.images
+    scale = [images.shape, calibration.mean, calibration.std]
+    digest = hashlib.sha256(json.dumps([settings, scale]).encode())
+    digest.update(np.ascontiguousarray(images).data)
+    digest.update(np.ascontiguousarray(calibration.labels).data)
+    return digest.hexdigest()
+
+
+def save_statistics(path: Path, statistics: Statistics, key: str) -> None:
+    """Writes a safetensors file, whole or not at all.
+
+    Args:
+        path: Of the file.
+        statistics: Of `collect_statistics`.
+        key: Of `statistics_key`.
+    """
+    arrays: dict[str, NDArray[np.float32]] = {}
+    for name, moments in statistics.inputs.items():
+        arrays[f"inputs/{name}/mean"] = moments.mean.astype(np.float32)
+        arrays[f"inputs/{name}/covariance"] = _pack(moments.covariance)
+        if moments.taps is not None:
+            arrays[f"inputs/{name}/taps"] = _pack(moments.taps)
+    for number, gate in enumerate(statistics.gates):
+        arrays[f"gates/{number}/absolute"] = gate.absolute.astype(np.float32)
+        arrays[f"gates/{number}/square"] = gate.square.astype(np.float32)
+    order = json.dumps(list(statistics.inputs))
+    metadata = {"key": key, "inputs": order, "gates": str(len(statistics.gates))}
+    write_file(path, lambda temporary: save_file(arrays, temporary, metadata))
+
+
+def load_statistics(path: Path, key: str) -> Statistics | None:
+    """What `save_statistics` wrote, or None where it must be collected anew.
+
+    That is where the file is missing, was made of something else than `key` says, or is damaged;
+    damage is logged.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("key") != key:
+                return None
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        inputs = {
+            name: InputMoments(
+                arrays[f"inputs/{name}/mean"].astype(np.float64),
+                _unpack(arrays[f"inputs/{name}/covariance"]),
+                _unpack(taps) if (taps := arrays.get(f"inputs/{name}/taps")) is not None else None,
+            )
+            for name in json.loads(metadata["inputs"])
+        }
+        gates = tuple(
+            GateGradients(
+                arrays[f"gates/{number}/absolute"].astype(np.float64),
+                arrays[f"gates/{number}/square"].astype(np.float64),
+            )
+            for number in range(int(metadata["gates"]))
+        )
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        logger.warning("%s is damaged (%s): collecting the statistics anew", path, reason)
+        return None
+    return Statistics(inputs, gates)
+
+
+def _pack(matrix: NDArray[np.float64]) -> NDArray[np.float32]:
+    """The lower triangle of a symmetric matrix (D, D), as (D * (D + 1) / 2,)."""
+    return matrix[np.tri(len(matrix), dtype=bool)].astype(np.float32)
+
+
+def _unpack(triangle: NDArray[np.float32]) -> NDArray[np.float64]:
+    size = int((2 * len(triangle)) ** 0.5)
+    lower = np.zeros((size, size))
+    lower[np.tri(size, dtype=bool)] = triangle
+    return lower + np.tril(lower, -1).T

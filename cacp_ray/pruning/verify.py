@@ -1,0 +1,131 @@
+"""Tries a plan out before anyone relies on it: a shape kept in a Python attribute shows only then.
+
+Small networks are built, run, counted and compared with the whole network whose cut channels are
+zero. A group that fails stays whole, with the reason, rather than break a search later.
+"""
+
+import copy
+import logging
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+from torch.utils.flop_counter import FlopCounterMode
+
+from cacp_ray.pruning.plan import Plan
+from cacp_ray.pruning.surgery import Skeleton, Slicer, all_tensors
+
+logger = logging.getLogger(__name__)
+TOLERANCE = 1e-3  # of the largest output; float32 noise stays below 1e-5
+Counts = NDArray[np.int64]
+
+
+def find_failures(model: nn.Module, plan: Plan, example_input: Tensor) -> dict[int, str]:
+    """Groups that cannot be cut though their labels say so, with reasons; {} where all is well."""
+    trial = _Trial(model, plan, example_input)
+    whole = plan.cost_model.num_channels
+    least = plan.least_counts
+    some = np.random.default_rng(0).integers(least, np.maximum(whole, least + 1))
+    found: dict[int, str] = {}
+    for target in (some, least):
+        found |= _culprits(trial, target, [g for g in range(len(whole)) if g not in found])
+    return found
+
+
+def _culprits(trial: "_Trial", target: Counts, groups: list[int]) -> dict[int, str]:
+    """Of some groups, cut to `target` while all others are whole, those that fail; by halving."""
+    problem = trial.problem(target, groups)
+    if problem is None:
+        return {}
+    if len(groups) == 1:
+        return {groups[0]: problem}
+    middle = len(groups) // 2
+    found = _culprits(trial, target, groups[:middle]) | _culprits(trial, target, groups[middle:])
+    return found or {groups[-1]: problem}  # halves that fail only together
+
+
+class _Trial:
+    """Cuts one network and tells what is wrong with the result."""
+
+    def __init__(self, model: nn.Module, plan: Plan, example_input: Tensor) -> None:
+        self._plan = plan
+        self._model = model
+        self._slicer = Slicer(plan)
+        # An input of zeros would hide what goes wrong.
+        noise = torch.randn(example_input.shape, generator=torch.Generator().manual_seed(0))
+        self._input = noise.to(example_input)
+        self._normalised = np.isin(np.arange(len(plan.groups)), plan.normalised)
+        self._nets = {example_input.dtype: _Networks(model)}
+        self._shape = _run(self._nets[example_input.dtype].small, self._input).shape
+
+    def problem(self, target: Counts, groups: list[int]) -> str | None:
+        """Why cutting these groups fails, in one line."""
+        whole = self._plan.cost_model.num_channels
+        keep_counts = whole.copy()
+        keep_counts[groups] = target[groups]
+        nets = self._nets[self._input.dtype]
+        try:
+            with FlopCounterMode(display=False) as counter:
+                small = _run(nets.cut(self._slicer, keep_counts), self._input)
+        except Exception as error:
+            logger.debug("cut of groups %s: %s", groups, error)
+            return "its code fixes a size: the network does not run when they are cut"
+        if small.shape != self._shape:
+            return "the output changes its shape when they are cut"
+        if counter.get_total_flops() // 2 != int(self._plan.macs(keep_counts)):
+            return "the network costs other than predicted when they are cut"
+        # What is normalised over channels may differ from zeros in their place.
+        counts = np.where(self._normalised, whole, keep_counts)
+        if not self._is_same(counts, self._input.dtype) and not self._is_same(
+            counts, torch.float64
+        ):
+            return "cutting them is not the same as zeros in their place"
+        return None
+
+    def _is_same(self, counts: Counts, dtype: torch.dtype) -> bool:
+        """Whether cut and masked networks agree; untrained ones may need float64 to tell."""
+        if dtype not in self._nets:
+            self._nets[dtype] = _Networks(copy.deepcopy(self._model).to(dtype))
+        nets = self._nets[dtype]
+        small = _run(nets.cut(self._slicer, counts), self._input.to(dtype))
+        masked = _run(nets.mask(self._plan, counts), self._input.to(dtype))
+        return bool((small - masked).abs().max() <= TOLERANCE * masked.abs().max() + 1e-30)
+
+
+class _Networks:
+    """A network to cut and one to put zeros in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tensors = all_tensors(model)
+        self._small, self._masked = Skeleton(model), Skeleton(model)
+
+    @property
+    def small(self) -> nn.Module:
+        """As it was cut last."""
+        return self._small.model
+
+    def cut(self, slicer: Slicer, keep_counts: Counts) -> nn.Module:
+        """The small network."""
+        return self._small.load(slicer(self._tensors, keep_counts.tolist()))
+
+    def mask(self, plan: Plan, keep_counts: Counts) -> nn.Module:
+        """The whole network with zeros."""
+        return self._masked.load(zero_channels(plan, self._tensors, keep_counts))
+
+
+def zero_channels(plan: Plan, tensors: dict[str, Tensor], keep_counts: Counts) -> dict[str, Tensor]:
+    """Whole tensors with zeros where a cut to `keep_counts` removes something."""
+    zeroed = {name: tensors[name].clone() for name, _ in plan.axes}
+    for (name, dim), axis in plan.axes.items():
+        gone = np.setdiff1d(np.arange(len(axis.group)), axis.positions(keep_counts))
+        zeroed[name].index_fill_(dim, torch.from_numpy(gone), 0)
+    return zeroed
+
+
+def _run(model: nn.Module, x: Tensor) -> Tensor:
+    """All outputs side by side, (N, ...)."""
+    with torch.no_grad():
+        outputs = tree_flatten(model(x.clone()))[0]
+    return torch.cat([t.flatten(1) for t in outputs if isinstance(t, Tensor)], 1)

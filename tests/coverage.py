@@ -1,0 +1,241 @@
+"""Which networks the pruning engine covers, as a table: `python -m tests.coverage --out FILE`.
+
+Every network is traced once and cut at random keep counts at three rates and down to one channel a
+group. Each small network must run, give the right output shape, cost what was predicted (MACs by
+PyTorch's own counter, parameters by counting) and answer like the whole network with the cut
+channels set to zero, except where something is normalised over the channels.
+"""
+
+import argparse
+import copy
+import signal
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cacp_ray.config import PruningConfig
+from cacp_ray.files import describe_environment
+from cacp_ray.loading import make_budget
+from cacp_ray.models.factory import build_model
+from cacp_ray.pruning.plan import Plan, count_macs, make_plan
+from cacp_ray.pruning.surgery import Skeleton, Slicer, all_tensors
+from cacp_ray.pruning.verify import zero_channels
+from cacp_ray.searching.strategies.random import RandomStrategy
+from tests.coverage_networks import HELD_OUT, TIMM, torchvision_networks
+
+RATES = (0.3, 0.5, 0.7)
+SECONDS = 600  # that a network may take
+FULL_SIZE = ("bat_resnext26ts", "halonet26t")  # attention over blocks of 8 positions
+TOLERANCE = 1e-4  # of masked against sliced, relative to the largest output
+
+
+@dataclass
+class Row:
+    """What was found for one network.
+
+    Attributes:
+        name: As `cacp-ray inspect` takes it.
+        groups: Channel groups.
+        prunable: Share of the MACs that goes when every group keeps its fewest channels.
+        rates: Of RATES, those that are reachable at all.
+        error: Largest difference of masked and sliced, relative to the largest output.
+        is_exact: Whether nothing is normalised over pruned channels.
+        seconds: Of the analysis.
+        problem: Why it fails, None where all is well.
+    """
+
+    name: str
+    groups: int = 0
+    prunable: float = 0.0
+    rates: tuple[float, ...] = ()
+    error: float = 0.0
+    is_exact: bool = True
+    seconds: float = 0.0
+    problem: str | None = None
+
+
+@torch.no_grad()
+def check_network(name: str, make: Callable[[], tuple[nn.Module, Tensor]]) -> Row:
+    """Traces, cuts and compares one network."""
+    row = Row(name)
+    model, x = make()
+    model.eval()
+    randomise(model)
+    started = time.perf_counter()
+    plan = make_plan(model, x[:1])
+    row.seconds = time.perf_counter() - started
+    channels = plan.cost_model.num_channels
+    row.groups = len(channels)
+    row.is_exact = not plan.normalised
+    whole = int(plan.macs(channels))
+    row.prunable = 1 - int(plan.macs(plan.least_counts)) / whole
+    budget = make_budget(plan, "macs", PruningConfig(floor=1e-6))
+    row.rates = tuple(r for r in RATES if budget.limit(r) >= budget.smallest)
+    candidates = [plan.least_counts, channels]
+    if row.rates:
+        asked = RandomStrategy(budget, row.rates, seed=0).ask(2 * len(row.rates))
+        candidates += [np.array(proposal.keep_counts) for proposal in asked]
+    with torch.inference_mode():
+        expected = flat(model(x)).shape
+    skeleton, masked = Skeleton(model), Skeleton(model)
+    for counts in candidates:
+        small = cut(plan, model, skeleton, counts)
+        with torch.inference_mode():
+            output = flat(small(x))
+        if output.shape != expected:
+            raise AssertionError(f"output {tuple(output.shape)} instead of {tuple(expected)}")
+        if not torch.isfinite(output).all():
+            raise AssertionError("NaN or infinity in the output")
+        if (counted := count_macs(small, x[:1])) != (told := int(plan.macs(counts))):
+            raise AssertionError(f"{counted} MACs, predicted {told}")
+        if (counted := sum(p.numel() for p in small.parameters())) != int(plan.params(counts)):
+            raise AssertionError(f"{counted} parameters, predicted {int(plan.params(counts))}")
+        if plan.normalised:
+            continue
+        error = compare(output, flat(mask(plan, model, masked, counts)(x)))
+        if error > TOLERANCE:  # untrained networks can amplify rounding: float64 tells
+            wide, y = copy.deepcopy(model).double(), x.double()
+            output = flat(cut(plan, wide, Skeleton(wide), counts)(y))
+            error = compare(output, flat(mask(plan, wide, Skeleton(wide), counts)(y)))
+        row.error = max(row.error, error)
+    if row.error > TOLERANCE:
+        raise AssertionError(f"masked and sliced differ by {row.error:.1e}")
+    return row
+
+
+def compare(output: Tensor, reference: Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    return float((output - reference).abs().max() / reference.abs().max().clamp_min(1e-30))
+
+
+def cut(plan: Plan, model: nn.Module, skeleton: Skeleton, counts: np.ndarray) -> nn.Module:
+    """The small network that keeps the first channels of every group."""
+    return skeleton.load(Slicer(plan)(all_tensors(model), counts.tolist()))
+
+
+def mask(plan: Plan, model: nn.Module, skeleton: Skeleton, counts: np.ndarray) -> nn.Module:
+    """The whole network with zeros where `cut` removes something."""
+    return skeleton.load(zero_channels(plan, all_tensors(model), counts))
+
+
+def randomise(model: nn.Module) -> None:
+    """Statistics, scales and gains as of a trained network, so that nothing vanishes."""
+    torch.manual_seed(0)
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        value.requires_grad_(False)
+        if name.endswith("running_mean"):
+            value.normal_(std=0.1)
+        elif name.endswith("running_var"):
+            value.uniform_(0.5, 1.5)
+        elif isinstance(value, nn.Parameter) and value.ndim <= 1:
+            value.uniform_(0.5, 1.5) if not name.endswith("bias") else value.normal_(std=0.1)
+
+
+def flat(output: object) -> Tensor:
+    """The outputs of a network side by side."""
+    if isinstance(output, Tensor):
+        return output.flatten(1)
+    values = output.values() if isinstance(output, dict) else output
+    return torch.cat([flat(value) for value in values if value is not None], 1)
+
+
+def make_torchvision(name: str) -> tuple[nn.Module, Tensor]:
+    """At 128 pixels: what is counted does not depend on it."""
+    return build_model(f"torchvision:{name}", 10), torch.randn(2, 3, 128, 128)
+
+
+def make_timm(name: str) -> tuple[nn.Module, Tensor]:
+    """At 128 pixels, or at the one size that the network takes."""
+    model = build_model(f"timm:{name}", 10)
+    config = model.pretrained_cfg
+    is_fixed = config.get("fixed_input_size") or name in FULL_SIZE
+    side = config["input_size"][-1] if is_fixed else 128
+    return model, torch.randn(2, 3, side, side)
+
+
+def run(names: Iterable[str], prefix: str, make: Callable) -> list[Row]:
+    """One row a network; a failure is a row too."""
+    rows = []
+    for name in names:
+        signal.signal(signal.SIGALRM, _timeout)
+        signal.alarm(SECONDS)
+        try:
+            row = check_network(f"{prefix}:{name}", lambda name=name: make(name))
+        except Exception as error:
+            if not isinstance(error, AssertionError):
+                traceback.print_exc()
+            row = Row(f"{prefix}:{name}", problem=" ".join(str(error).split())[:120])
+        finally:
+            signal.alarm(0)
+        print(format_row(row), flush=True)
+        rows.append(row)
+    return rows
+
+
+def _timeout(*_: object) -> None:
+    raise TimeoutError(f"not done within {SECONDS} s")
+
+
+HEADER = (
+    "| network | groups | MACs prunable | rates run | masked = sliced | analysis (s) | |\n"
+    "|---|---|---|---|---|---|---|"
+)
+
+
+def format_row(row: Row) -> str:
+    """A line of the Markdown table."""
+    if row.problem:
+        return f"| {row.name} | | | | | | fails: {row.problem} |"
+    rates = ", ".join(f"{rate:.1f}" for rate in row.rates) or "-"
+    same = f"{row.error:.0e}" if row.is_exact else "normalised"
+    return (
+        f"| {row.name} | {row.groups} | {100 * row.prunable:.1f} % | {rates} | {same} | "
+        f"{row.seconds:.2f} | |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="torchvision:NAME or timm:NAME; default: all")
+    parser.add_argument("--without-held-out", action="store_true")
+    parser.add_argument("--out", type=Path, help="Markdown file with the tables")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    if options.names:
+        for name in options.names:
+            source, _, rest = name.partition(":")
+            run([rest], source, make_torchvision if source == "torchvision" else make_timm)
+        return
+    sections = [("torchvision", "torchvision", torchvision_networks(), make_torchvision)]
+    sections += [("timm", "timm", TIMM, make_timm)]
+    if not options.without_held_out:
+        sections += [("timm, put aside while the tracer was built", "timm", HELD_OUT, make_timm)]
+    lines = []
+    for title, prefix, names, make in sections:
+        rows = run(names, prefix, make)
+        good = sum(row.problem is None for row in rows)
+        lines += [f"## {title}: {good} of {len(rows)} work", "", HEADER]
+        lines += [*map(format_row, rows), ""]
+    if options.out:
+        about = describe_environment(0)
+        versions = ", ".join(f"{k} {v}" for k, v in about["packages"].items() if "torch" in k)
+        head = (Path(__file__).parent / "coverage_head.md").read_text()
+        stamp = f"Commit {about['commit']}, {versions}, timm {_timm_version()}.\n"
+        options.out.write_text("\n".join([head, stamp, *lines]))
+
+
+def _timm_version() -> str:
+    from importlib.metadata import version
+
+    return version("timm")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Each way of coupling channels: found, cut, counted, and the same as zeros in their place."""
+
+import numpy as np
+import pytest
+import torch
+
+from cacp_ray.pruning.plan import count_macs, make_plan
+from cacp_ray.pruning.surgery import Skeleton, Slicer, all_tensors
+from cacp_ray.pruning.verify import zero_channels
+from tests.unit.pruning.couplings import COUPLINGS, NORMALISED
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def make(name):
+    torch.manual_seed(0)
+    model = COUPLINGS[name][0]().eval()
+    for value in all_tensors(model).values():
+        if value.ndim == 1 and value.is_floating_point():
+            value.uniform_(0.5, 1.5)
+    return model, make_plan(model, X[:1])
+
+
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_groups_are_found_and_what_stays_whole_has_a_reason(name):
+    _, plan = make(name)
+    _, groups, whole = COUPLINGS[name]
+    assert {group.name for group in plan.groups} == groups
+    assert whole <= plan.fixed.keys()
+    assert bool(plan.normalised) == (name in NORMALISED)
+
+
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_cut_networks_run_cost_what_is_predicted_and_equal_masked_ones(name):
+    model, plan = make(name)
+    channels = plan.cost_model.num_channels
+    rng = np.random.default_rng(0)
+    skeleton, masked, tensors = Skeleton(model), Skeleton(model), all_tensors(model)
+    candidates = [
+        plan.least_counts,
+        channels,
+        *rng.integers(plan.least_counts, channels + 1, (4, len(channels))),
+    ]
+    for counts in candidates:
+        small = skeleton.load(Slicer(plan)(tensors, counts.tolist()))
+        with torch.inference_mode():
+            output = small(X)
+        assert output.shape == (2, 5)
+        assert count_macs(small, X[:1]) == plan.macs(counts)
+        assert sum(p.numel() for p in small.parameters()) == plan.params(counts)
+        if name not in NORMALISED:
+            with torch.inference_mode():
+                expected = masked.load(zero_channels(plan, tensors, counts))(X)
+            torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(skeleton.load(Slicer(plan)(tensors, channels.tolist()))(X), model(X))
