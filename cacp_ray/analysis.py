@@ -23,7 +23,7 @@ from cacp_ray.pruning.criteria import rank_channels
 from cacp_ray.pruning.plan import Plan, make_plan
 from cacp_ray.pruning.statistics import Statistics
 from cacp_ray.pruning.subnet import load_subnet, read_description
-from cacp_ray.pruning.surgery import Slicer, build_subnet, reorder_weights
+from cacp_ray.pruning.surgery import Slicer, all_tensors, build_subnet, reorder_weights
 from cacp_ray.searching.budget import Budget, uniform
 
 
@@ -68,7 +68,7 @@ class Analysis:
         self, keep_counts: Sequence[int] | NDArray[np.int64], criterion: str = "l1"
     ) -> nn.Module:
         """An independent small network that keeps the best channels by a weight-based criterion."""
-        tensors = {name: value.detach() for name, value in self.model.state_dict().items()}
+        tensors = all_tensors(self.model)
         orders = rank_channels(criterion, self.plan, tensors, Statistics(), seed=0)
         ordered = reorder_weights(self.plan, tensors, orders)
         cut = Slicer(self.plan)(ordered, [int(count) for count in keep_counts])

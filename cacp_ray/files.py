@@ -4,14 +4,17 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from cacp_ray.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -29,6 +32,14 @@ def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON; NaN is an error."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_file(path, lambda temporary: temporary.write_text(text))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
+    """Writes detached copies as safetensors, readable as any other file."""
+    from safetensors.torch import save  # save_file would make the file private
+
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    write_file(path, lambda temporary: temporary.write_bytes(save(plain)))
 
 
 def write_yaml(path: Path, value: Any) -> None:

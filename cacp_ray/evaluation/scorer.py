@@ -24,7 +24,7 @@ from cacp_ray.pruning.criteria import needs, rank_channels
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.recovery import make_cut
 from cacp_ray.pruning.statistics import Statistics
-from cacp_ray.pruning.surgery import Skeleton, reorder_weights
+from cacp_ray.pruning.surgery import Skeleton, all_tensors, reorder_weights
 from cacp_ray.training.metrics import fast_dtype, measure
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -86,7 +86,7 @@ def prepare(
     Raises:
         ConfigError: Unknown criterion.
     """
-    tensors = {name: value.detach() for name, value in model.state_dict().items()}
+    tensors = all_tensors(model)
     if orders is None:
         orders = rank_channels(criterion, plan, tensors, statistics, seed)
     ordered = reorder_weights(plan, tensors, orders)

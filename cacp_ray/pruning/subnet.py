@@ -8,16 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from cacp_ray.errors import ArtifactError
-from cacp_ray.files import read_json, write_file, write_json
+from cacp_ray.files import read_json, write_file, write_json, write_tensors
 from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.plan import Plan
-from cacp_ray.pruning.surgery import Orders, Skeleton
+from cacp_ray.pruning.surgery import Orders, Skeleton, all_tensors
 
 SCHEMA_VERSION = 1
 README = """# Subnet at rate {rate:.2f} ({cost_kept:.2%} of the {cost} of {model} kept)
@@ -56,8 +55,7 @@ def save_subnet(folder: Path, model: nn.Module, description: Mapping[str, Any]) 
         description: Content of subnet.json without the version: model, num_classes, input_shape,
             base_sha256, cost, rate, cost_kept, keep_counts, groups, macs, params and accuracies.
     """
-    tensors = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
-    write_file(folder / "model.safetensors", lambda path: save_file(tensors, path))
+    write_tensors(folder / "model.safetensors", all_tensors(model))
     text = README.format(
         rate=description["rate"],
         cost_kept=description["cost_kept"],
@@ -106,18 +104,11 @@ def load_subnet(folder: str | Path, *, finetuned: bool | None = None) -> nn.Modu
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{file}: not a readable safetensors file ({error})") from error
     model = build_model(description["model"], description["num_classes"])
-    own = model.state_dict()
-    wrong = sorted(own.keys() ^ tensors.keys())
+    wrong = sorted(all_tensors(model).keys() ^ tensors.keys())
     if wrong:
         raise ArtifactError(
             f"{file}: does not fit {description['model']} ({wrong[0]}); has its code changed?"
         )
-    resized = {
-        name: torch.empty(value.shape, dtype=value.dtype)
-        for name, value in tensors.items()
-        if own[name].shape != value.shape
-    }
-    small = Skeleton(model).load(resized)
-    small.load_state_dict(tensors, strict=True)
+    small = Skeleton(model).load(tensors)
     small.requires_grad_(True)
     return small.eval()

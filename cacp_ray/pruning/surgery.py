@@ -21,11 +21,8 @@ Orders = Sequence[NDArray[np.int64]]
 
 
 def all_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict and the buffers that it leaves out, under all their names, detached."""
-    found = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
+    """Parameters and buffers, also those that the state dict leaves out; shared ones once."""
+    found = [*model.named_parameters(), *model.named_buffers()]
     return {name: tensor.detach() for name, tensor in found}
 
 
@@ -106,9 +103,10 @@ class Skeleton:
         """Puts tensors of any shape in place and returns the network."""
         touched: dict[int, nn.Module] = {}
         for name, tensor in tensors.items():
+            parameter = nn.Parameter(tensor, requires_grad=False)
             for module, local in self._owners[name]:
                 if local in module._parameters:
-                    module._parameters[local] = nn.Parameter(tensor, requires_grad=False)
+                    module._parameters[local] = parameter
                 else:
                     module._buffers[local] = tensor
                 touched[id(module)] = module

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cacp_ray.errors import ArtifactError
-from cacp_ray.files import write_file, write_json
+from cacp_ray.files import write_file, write_json, write_tensors
 from cacp_ray.training.loop import EpochResult, train
 from cacp_ray.training.metrics import Accuracy, fast_dtype, measure
 from cacp_ray.training.recipe import Recipe
@@ -70,7 +69,7 @@ def train_base(
         "test": measure(model, *test_split),
         "test_bf16": measure(model, *test_split, dtype=fast_dtype()),
     }
-    save_weights(model, folder / "model.safetensors")
+    write_tensors(folder / "model.safetensors", model.state_dict())
     result = {"epochs": recipe.epochs} | {k: _rounded(v) for k, v in accuracies.items()}
     write_json(folder / "result.json", result)
     return result
@@ -84,12 +83,6 @@ def read_state(file: Path) -> dict[str, Any] | None:
         return torch.load(file, weights_only=True)
     except Exception as error:  # torch raises many kinds for a broken file
         raise ArtifactError(f"{file}: not a readable state; delete it to start again") from error
-
-
-def save_weights(model: nn.Module, file: Path) -> None:
-    """Writes the state dict as safetensors, contiguous and float32."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    write_file(file, lambda path: save_file(tensors, path))
 
 
 def _rounded(accuracy: Accuracy) -> dict[str, float]:

@@ -18,8 +18,8 @@ from ray import tune
 from torch import Tensor, nn
 
 from cacp_ray.data.images import ImageSet
-from cacp_ray.files import write_json
-from cacp_ray.training.base import save_weights
+from cacp_ray.files import write_json, write_tensors
+from cacp_ray.pruning.surgery import all_tensors
 from cacp_ray.training.loop import EpochResult, train
 from cacp_ray.training.metrics import fast_dtype, measure
 from cacp_ray.training.recipe import Recipe
@@ -151,7 +151,7 @@ def finetune_trial(
         test_images=test.images,
         seconds=seconds + time.monotonic() - started,
     )
-    save_weights(model, folder / "finetuned.safetensors")
+    write_tensors(folder / "finetuned.safetensors", all_tensors(model))
     recipe_row = {"recipe": dataclasses.asdict(recipe)}
     write_json(folder / "metrics.json", dataclasses.asdict(result) | recipe_row)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError
-from cacp_ray.training.base import save_weights
+from cacp_ray.files import write_tensors
 from cacp_ray.training.loop import train
 from cacp_ray.training.metrics import measure
 from cacp_ray.training.recipe import Recipe
@@ -132,7 +132,7 @@ def finetune(
 def save_fresh(folder: Path, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     model = make_model()
-    save_weights(model, folder / "model.safetensors")
+    write_tensors(folder / "model.safetensors", model.state_dict())
     return model
 
 
@@ -141,7 +141,7 @@ def save_trained(folder: Path) -> nn.Module:
     model = make_model()
     recipe = Recipe(epochs=12, batch_size=16, lr=0.2, padding=1)
     train(model, SPLITS["train_split"].tensors(), SPLITS["search_split"].tensors(), recipe)
-    save_weights(model, folder / "model.safetensors")
+    write_tensors(folder / "model.safetensors", model.state_dict())
     return model
 
 
@@ -167,7 +167,7 @@ def test_the_best_weights_by_search_accuracy_are_kept_and_tested_once(
     root = Path(os.path.relpath(tmp_path))  # means the same in the trials
     save_fresh(root / "rate-0.30")
     teacher = save_trained(root / "rate-0.50")
-    save_weights(teacher, root / "teacher" / "model.safetensors")
+    write_tensors(root / "teacher" / "model.safetensors", teacher.state_dict())
     events: list[FinetuneProgress] = []
 
     results = finetune(root, load_subnet=load_recorded, on_epoch=events.append)

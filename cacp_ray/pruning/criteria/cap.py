@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cacp_ray.pruning.criteria.common import Scores, Tensors, fill
 from cacp_ray.pruning.plan import Axis, Plan
-from cacp_ray.pruning.statistics import InputMoments, Statistics, regularized
+from cacp_ray.pruning.statistics import RIDGE, InputMoments, Statistics, regularized
 
 STEP = 72  # rows; 48 to 144 are equally fast
 LEAST_GAIN = 1e-12  # keeps scores strictly decreasing where nothing is left to explain
@@ -72,10 +72,22 @@ def _as_tensors(moments: InputMoments, weight: Tensor) -> tuple[Tensor, Tensor, 
     Separable: tap t of output n acts as an output of its own on the covariance between channels,
     correlated with the other taps.
     """
-    covariance = regularized(torch.from_numpy(moments.covariance))
+    covariance = _make_positive(torch.from_numpy(moments.covariance))
     taps = torch.ones(1, 1).double() if moments.taps is None else torch.from_numpy(moments.taps)
     flat = weight.double().reshape(len(weight), len(covariance), len(taps))
     return covariance, taps, flat.transpose(0, 1).contiguous()
+
+
+def _make_positive(covariance: Tensor) -> Tensor:
+    """`regularized`, with more noise where rounding left eigenvalues too negative for it."""
+    result = regularized(covariance)
+    identity = torch.eye(len(result), dtype=torch.float64)
+    noise = RIDGE * covariance.diagonal().mean() + 1e-12
+    # Half of the noise must do: the other half keeps all that follows away from zero.
+    while torch.linalg.cholesky_ex(result - noise / 2 * identity)[1] > 0:
+        noise *= 10
+        result = covariance + noise * identity
+    return result
 
 
 def _make_layer(
@@ -128,9 +140,9 @@ class _Selection:
         if self._block == 1:
             gain = (self._gram_blocks / self._schur_blocks)[:, :, 0, 0]
         else:
-            factor, failed = torch.linalg.cholesky_ex(self._schur_blocks)
+            factor, _ = torch.linalg.cholesky_ex(self._schur_blocks)
             solved = torch.cholesky_solve(self._gram_blocks, factor)
-            gain = solved.diagonal(dim1=2, dim2=3).sum(2).masked_fill(failed > 0, 0.0)
+            gain = solved.diagonal(dim1=2, dim2=3).sum(2)
         result = gain.new_zeros(num_channels)
         result[self._left] = gain.sum(0)
         return result
@@ -143,14 +155,11 @@ class _Selection:
         c_rows, u_rows = c[:, :, rows].mT, u[:, :, rows].mT
         schur = self._schur[:, rows] - c_rows @ c  # (P, b, D)
         gram = self._gram[:, rows] - c_rows @ u - u_rows @ c
-        # Rounding can leave a block that is not positive: it explains nothing.
-        factor, failed = torch.linalg.cholesky_ex(schur[:, :, rows])
+        factor = torch.linalg.cholesky(schur[:, :, rows])
         new_c = torch.linalg.solve_triangular(factor, schur, upper=False)
         solved = torch.linalg.solve_triangular(factor, gram, upper=False)
         inner = torch.linalg.solve_triangular(factor, solved[:, :, rows].mT, upper=False)
         new_u = solved - 0.5 * inner @ new_c
-        bad = failed[:, None, None] > 0
-        new_c, new_u = new_c.masked_fill(bad, 0.0), new_u.masked_fill(bad, 0.0)
         self._c[:, self._used : self._used + self._block] = new_c
         self._u[:, self._used : self._used + self._block] = new_u
         self._used += self._block

@@ -1,6 +1,7 @@
 """Criteria that read the loss's derivatives by a gate on each channel (`Statistics.gates`)."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cacp_ray.pruning.criteria.common import Scores, Tensors, fill
 from cacp_ray.pruning.plan import Plan
@@ -39,7 +40,7 @@ def score_group_fisher(plan: Plan, tensors: Tensors, statistics: Statistics, see
     return fill(scores, plan, tensors)
 
 
-def freed_by_one_channel(plan: Plan, cost: str) -> np.ndarray:
+def freed_by_one_channel(plan: Plan, cost: str) -> NDArray[np.int64]:
     """(G,) MACs or parameters that the whole network loses with one channel of each group."""
     whole = plan.cost_model.num_channels
     model = plan.cost_model.kind(cost)

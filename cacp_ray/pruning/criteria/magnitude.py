@@ -1,7 +1,6 @@
 """Criteria that read the weights alone, and the random order that all must beat."""
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from cacp_ray.pruning.criteria.common import (
@@ -72,7 +71,7 @@ def score_bn_scale(plan: Plan, tensors: Tensors, statistics: Statistics, seed: i
         is_norm = f"{name.rpartition('.')[0]}.running_mean" in tensors
         if is_norm and name.endswith(".weight"):
             add(scores, axis, tensors[name].abs().double().numpy())
-            add(counts, axis, torch.ones(len(axis.group)).double().numpy())
+            add(counts, axis, np.ones(len(axis.group)))
     means = [score / np.maximum(count, 1) for score, count in zip(scores, counts, strict=True)]
     return fill(means, plan, tensors)
 

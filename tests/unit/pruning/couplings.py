@@ -69,6 +69,11 @@ class Standardised(nn.Conv2d):
         return functional.conv2d(x, weight, self.bias, padding=1)
 
 
+def tied(layers: nn.Sequential) -> nn.Sequential:
+    layers[-1].weight = layers[0].weight
+    return layers
+
+
 def chunked(self: nn.Module, x: Tensor) -> Tensor:
     left, right = x.chunk(2, 1)
     return functional.channel_shuffle(torch.cat([left, self.conv(right)], 1), 2)
@@ -139,6 +144,9 @@ COUPLINGS: dict[str, tuple[Callable[[], nn.Module], set[str], set[str]]] = {
     "a layer used twice": (
         lambda: Net(Fn(lambda s, x: s.conv(s.conv(x).relu()), conv=conv(8, 8))),
         {"first", "last"}, set()),
+    "tied weights": (
+        lambda: Net(tied(nn.Sequential(conv(8, 8), nn.ReLU(), conv(8, 8)))),
+        {"first", "last"}, set()),
     "blur": (lambda: Net(Blur(8)), {"first", "last"}, set()),
     "standardised weights": (
         lambda: Net(Standardised(8, 10), width=10), {"first", "between", "last"}, set()),
@@ -178,3 +186,11 @@ NORMALISED = {
     "group norm, wide parts", "layer norm over channels", "standardised weights",
     "gate over places", "filter across channels",
 }  # fmt: skip
+
+
+def blurred(num_classes: int) -> nn.Module:
+    return COUPLINGS["blur"][0]()
+
+
+def tied_weights(num_classes: int) -> nn.Module:
+    return COUPLINGS["tied weights"][0]()

@@ -59,7 +59,7 @@ def test_every_parameter_learns_and_the_loss_falls(name):
     small.train()
     optimizer = torch.optim.SGD(small.parameters(), lr=0.02)
     losses = [backward(small, x)]
-    # EfficientNet's gates of stochastic depth drop some blocks of this draw, but not all images'.
+    # Stochastic depth skips a block for single images; in no block of this draw for all of them.
     silent = [n for n, p in small.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == []
     for _ in range(4):

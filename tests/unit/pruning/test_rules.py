@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from cacp_ray.analysis import analyze
+from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.plan import count_macs, make_plan
+from cacp_ray.pruning.subnet import load_subnet, save_subnet
 from cacp_ray.pruning.surgery import Skeleton, Slicer, all_tensors
 from cacp_ray.pruning.verify import zero_channels
 from tests.unit.pruning.couplings import COUPLINGS, NORMALISED
@@ -53,3 +56,17 @@ def test_cut_networks_run_cost_what_is_predicted_and_equal_masked_ones(name):
                 expected = masked.load(zero_channels(plan, tensors, counts))(X)
             torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
     assert torch.equal(skeleton.load(Slicer(plan)(tensors, channels.tolist()))(X), model(X))
+
+
+@pytest.mark.parametrize("factory", ["blurred", "tied_weights"])
+def test_saved_subnets_hold_what_the_state_dict_leaves_out_or_shares(factory, tmp_path):
+    name = f"tests.unit.pruning.couplings:{factory}"
+    torch.manual_seed(0)
+    model = build_model(name, 5).eval()
+    found = analyze(model, X[:1])
+    small = found.build(found.uniform(0.5)).eval()
+    description = {"model": name, "num_classes": 5, "input_shape": [3, 8, 8], "cost": "macs"}
+    save_subnet(tmp_path, small, description | {"rate": 0.5, "cost_kept": 0.5})
+    loaded = load_subnet(tmp_path)
+    assert torch.equal(loaded(X), small(X))
+    assert len(list(loaded.parameters())) == len(list(small.parameters()))
