@@ -73,13 +73,15 @@ class PruningConfig(Section):
     """What may be cut, in which order, and how the cut network is repaired."""
 
     criterion: str = Field(
-        default="cap", description="importance order: cap, l1, l2, bn_scale, random"
+        default="cap",
+        description="importance order: cap, l1, l2, fpgm, bn_scale, cpmc, taylor, group_fisher, "
+        "random",
     )
     recovery: Literal["none", "bn", "compensate"] = "compensate"
     sequential: bool = Field(
-        default=False,
-        description="repair final subnets layer by layer; kept where it is better on the search "
-        "split",
+        default=True,
+        description="after compensate, repair final subnets layer by layer; kept where it is "
+        "better on the search split",
     )
     calibration_images: int = Field(default=1000, ge=16, description="from the training split")
     keep: tuple[str, ...] = Field(
@@ -89,15 +91,6 @@ class PruningConfig(Section):
         default=0.1, gt=0, le=1, description="smallest share of a group's channels kept"
     )
     round_to: int = Field(default=1, ge=1, description="keep counts are multiples of this")
-
-    @model_validator(mode="after")
-    def _sequential_starts_from_compensation(self) -> "PruningConfig":
-        if self.sequential and self.recovery != "compensate":
-            raise ValueError(
-                f"sequential goes on from recovery compensate, not {self.recovery}: "
-                "set recovery to compensate or sequential to false"
-            )
-        return self
 
 
 class EvaluationConfig(Section):

@@ -110,7 +110,8 @@ class Builder:
         tensors = self._cutter.cut(keep_counts)
         accuracy = measure(self._cutter.skeleton.load(tensors), *self._split)
         is_sequential = False
-        if self._config.pruning.sequential:
+        pruning = self._config.pruning
+        if pruning.sequential and pruning.recovery == "compensate":
             repaired = recover_sequentially(
                 base.model,
                 base.plan,
@@ -164,6 +165,8 @@ def build_winners(
             "num_classes": len(base.search.classes),
             "classes": list(base.search.classes),
             "input_shape": list(base.plan.input_shape),
+            "mean": list(base.search.mean),
+            "std": list(base.search.std),
             "base_sha256": base.sha256,
             "cost": config.cost,
             "rate": rate,

@@ -20,7 +20,10 @@ from cacp_ray.pruning.subnet import load_subnet, read_description
 TOLERANCE = 1e-4  # of the largest output; float32 in another order of sums gives about 1e-6
 EXAMPLE_BATCH = 2  # what the exporters trace: neither of the sizes that are checked
 BATCH_SIZES = (1, 3)
-NOTED = ("model", "num_classes", "classes", "input_shape", "rate", "cost", "macs", "params")
+NOTED = (
+    "model", "num_classes", "classes", "input_shape", "mean", "std", "rate", "cost", "macs",
+    "params",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

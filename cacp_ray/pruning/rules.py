@@ -27,7 +27,8 @@ VIEWS = {aten.view, aten._unsafe_view, aten.reshape}
 POINTWISE = {
     aten.hardswish_, aten.hardsigmoid_, aten.hardtanh_, aten.hardtanh, aten.leaky_relu_, aten.elu_,
     aten.silu_, aten.mish_, aten.celu_, aten._to_copy, aten.relu6, aten.clamp_, aten.relu_,
-    aten.sigmoid_, aten.add_, aten.mul_, aten.sub_, aten.div_, aten._prelu_kernel,
+    aten.sigmoid_, aten.add_, aten.mul_, aten.sub_, aten.div_, aten._prelu_kernel, aten.hardswish,
+    aten.hardsigmoid, aten.threshold_, aten.rrelu_with_noise, aten.rrelu_with_noise_,
 }  # fmt: skip
 SUMS = {aten.add, aten.add_, aten.sub, aten.sub_}
 PER_CHANNEL = {  # output channel i is made of input channel i alone
@@ -40,7 +41,10 @@ REDUCTIONS = {  # position of the argument that names the dimensions
     aten.mean: 1, aten.sum: 1, aten.amax: 1, aten.amin: 1, aten.var_mean: 1, aten.var: 1,
     aten.std: 1, aten.max: 1, aten.min: 1, aten.logsumexp: 1, aten.linalg_vector_norm: 2,
 }  # fmt: skip
-MAKERS = {aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.new_zeros}
+MAKERS = {
+    aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.new_zeros,
+    aten.new_empty, aten.new_full, aten.new_ones,
+}  # fmt: skip
 
 
 def apply_rule(

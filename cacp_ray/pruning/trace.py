@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten
 from cacp_ray.errors import UnsupportedModelError
 from cacp_ray.pruning.labels import FROZEN, NEUTRAL, LabelSets, compact, varying_dims
 
-aten = torch.ops.aten
+SHARED = 64  # channels in one place; of more, such as tokens for channels, nothing is left to cut
 
 
 @dataclass(frozen=True)
@@ -278,18 +278,21 @@ class Tracer:
         return known
 
     def channels(self, tensor: Tensor, dim: int = 1) -> Tensor:
-        """(C,) labels along `dim`; channels whose label changes along other dimensions freeze."""
+        """(C,) labels along `dim`; channels that share a place, as after pixel shuffle, unite."""
         labels = compact(self.get(tensor)).movedim(dim, 0)
         labels = labels.expand(tensor.shape[dim], *labels.shape[1:]).flatten(1)
-        if labels.shape[1] > 1:
-            # Padding is neutral, so it may stand beside channels.
-            first = labels.amax(1)
-            bad = ((labels != first[:, None]) & (labels != NEUTRAL)).any(1)
-            if bool(bad.any()):
-                self.sets.freeze(labels[bad], "channels of several layers share a place")
-                first = torch.where(bad, FROZEN, first)
-            return first
-        return labels[:, 0]
+        if labels.shape[1] == 1:
+            return labels[:, 0]
+        first = labels.amax(1)
+        # Padding is neutral, so it may stand beside channels.
+        bad = ((labels != first[:, None]) & (labels != NEUTRAL)).any(1)
+        for row in labels[bad]:
+            together = row.unique()
+            if len(together) > SHARED:
+                self.sets.freeze(together, "channels of several layers share a place")
+            else:
+                self.sets.unite(together[-1], together[:-1])
+        return self.canonical(first)
 
     def add_layer(self, call: LayerCall, out: Tensor) -> None:
         """Records a use of a layer that made `out`."""

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from cacp_ray.config import RunConfig, load_config
-from cacp_ray.errors import ConfigError
 from cacp_ray.loading import load_base, prepare_base
 from cacp_ray.pruning.subnet import load_subnet, read_description
 from cacp_ray.searching.budget import uniform
@@ -58,8 +57,3 @@ def test_sequential_recovery_is_kept_where_it_is_better(built):
     is_better = found[True][1]["top1"] > found[False][1]["top1"]
     assert is_better  # at this rate, on this network: by several points
     assert read_description(found[True][0])["sequential"]
-
-
-def test_sequential_recovery_needs_compensation():
-    with pytest.raises(ConfigError, match=r"pruning: sequential .* not bn"):
-        load_config(RunConfig, {}, ["pruning.sequential=true", "pruning.recovery=bn"])

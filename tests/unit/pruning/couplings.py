@@ -147,6 +147,8 @@ COUPLINGS: dict[str, tuple[Callable[[], nn.Module], set[str], set[str]]] = {
     "tied weights": (
         lambda: Net(tied(nn.Sequential(conv(8, 8), nn.ReLU(), conv(8, 8)))),
         {"first", "last"}, set()),
+    "pixel shuffle": (lambda: Net(nn.PixelShuffle(2), width=2), {"first", "last"}, set()),
+    "circular padding": (lambda: Net(nn.CircularPad2d(1)), {"first", "last"}, set()),
     "blur": (lambda: Net(Blur(8)), {"first", "last"}, set()),
     "standardised weights": (
         lambda: Net(Standardised(8, 10), width=10), {"first", "between", "last"}, set()),

@@ -1,8 +1,11 @@
 """Each way of coupling channels: found, cut, counted, and the same as zeros in their place."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from cacp_ray.analysis import analyze
 from cacp_ray.models.factory import build_model
@@ -10,7 +13,7 @@ from cacp_ray.pruning.plan import count_macs, make_plan
 from cacp_ray.pruning.subnet import load_subnet, save_subnet
 from cacp_ray.pruning.surgery import Skeleton, Slicer, all_tensors
 from cacp_ray.pruning.verify import zero_channels
-from tests.unit.pruning.couplings import COUPLINGS, NORMALISED
+from tests.unit.pruning.couplings import COUPLINGS, NORMALISED, Net
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -70,3 +73,18 @@ def test_saved_subnets_hold_what_the_state_dict_leaves_out_or_shares(factory, tm
     loaded = load_subnet(tmp_path)
     assert torch.equal(loaded(X), small(X))
     assert len(list(loaded.parameters())) == len(list(small.parameters()))
+
+
+ACTIVATIONS = (
+    "ReLU", "ReLU6", "SiLU", "GELU", "ELU", "CELU", "SELU", "LeakyReLU", "RReLU", "Hardswish",
+    "Hardsigmoid", "Hardtanh", "Mish", "Sigmoid", "Tanh", "Softplus", "Softsign", "Dropout2d",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_channels_pass_through_activations(name, inplace):
+    kind = getattr(nn, name)
+    has_inplace = "inplace" in inspect.signature(kind).parameters
+    layer = kind(inplace=inplace) if has_inplace else kind()
+    assert len(make_plan(Net(layer).eval(), X[:1]).groups) == 2
