@@ -1,0 +1,82 @@
+"""Accuracy before any fine-tuning of compensation at once and layer by layer.
+
+python bench/sequential.py --model resnet20 --weights embedded:resnet20_cifar10 \
+    --train TRAIN.parquet --train-rows 0:45000 --search TRAIN.parquet --search-rows 45000:50000
+
+Widths are uniform, the order is that of `cap`. Float32. The times are processor seconds of this
+process: of one compensated candidate with a cold cache, and of the layer-by-layer repair.
+"""
+
+import argparse
+import time
+
+import torch
+from one_shot import GROUP_SETS, RATES, widths
+from report import parse_rows, print_environment, print_table
+
+from cacp_ray.data.images import read_parquet
+from cacp_ray.evaluation.scorer import Cutter, prepare
+from cacp_ray.models.factory import build_model, load_weights
+from cacp_ray.pruning.plan import make_plan
+from cacp_ray.pruning.sequential import recover_sequentially
+from cacp_ray.pruning.statistics import collect_statistics
+from cacp_ray.training.metrics import measure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--weights", default="embedded:resnet20_cifar10")
+    parser.add_argument("--train", default="embedded:train", help="Parquet of calibration images")
+    parser.add_argument("--train-rows", type=parse_rows, help="START:STOP, by default all")
+    parser.add_argument("--search", default="embedded:search", help="Parquet of scored images")
+    parser.add_argument("--search-rows", type=parse_rows, help="START:STOP, by default all")
+    parser.add_argument("--images", type=int, help="score on so many of them, evenly spaced")
+    parser.add_argument("--calibration", type=int, default=1000, help="training images")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    search = read_parquet(options.search, options.search_rows, options.images)
+    train = read_parquet(options.train, options.train_rows, options.calibration)
+    model = build_model(options.model, len(search.classes)).eval()
+    load_weights(model, options.weights)
+    images, _ = train.tensors()
+    plan = make_plan(model, images[:1])
+    statistics = collect_statistics(model, plan, images, seed=options.seed)
+    prepared = prepare(
+        model, plan, train, statistics, criterion="cap", recovery="compensate", seed=options.seed
+    )
+    split = search.tensors()
+    table = []
+    for groups in GROUP_SETS:
+        for rate, counts in zip(RATES, widths(plan, groups).tolist(), strict=True):
+            cutter = Cutter(prepared, "compensate")
+            started = time.process_time()
+            tensors = cutter.cut(counts)
+            middle = time.process_time()
+            repaired = recover_sequentially(
+                model, plan, tensors, prepared.orders, counts, images, seed=options.seed
+            )
+            ended = time.process_time()
+            once = measure(cutter.skeleton.load(tensors), *split).top1
+            stepwise = measure(cutter.skeleton.load(repaired), *split).top1
+            table.append(
+                [
+                    groups, f"{rate}", f"{100 * once:.1f}", f"{100 * stepwise:.1f}",
+                    f"{100 * (stepwise - once):+.1f}", f"{middle - started:.3f}",
+                    f"{ended - middle:.1f}",
+                ]
+            )  # fmt: skip
+    base = 100 * measure(model, *split).top1
+    print_table(
+        f"{options.model}: top-1 % on {len(search)} search images without fine-tuning (base "
+        f"{base:.1f} %, {len(train)} calibration images)",
+        ["groups", "rate", "at once", "layer by layer", "gain", "s at once", "s layer by layer"],
+        table,
+    )
+    print_environment(options.seed)
+
+
+if __name__ == "__main__":
+    main()
