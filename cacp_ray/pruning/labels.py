@@ -41,17 +41,19 @@ class LabelSets:
         first, second = torch.broadcast_tensors(first, second)
         a, b = _drop_repeats(first, second)
         merged = torch.where(a == NEUTRAL, b, a).expand(first.shape)
-        pairs = np.unique(np.stack([a.numpy().ravel(), b.numpy().ravel()]), axis=1)
-        for one, two in pairs.T[(pairs != NEUTRAL).all(0)]:
-            if one == two:
-                continue
-            low, high = sorted(self.find(np.array([one, two])))
-            if is_sum and low not in (high, FROZEN):
-                self._summed.add(int(low))
-            if low == FROZEN and high != low:
-                self._freeze(np.array([high]), "meets channels that stay whole")
-            self._parent[high] = low
-        return merged
+        pairs = np.stack([a.numpy().ravel(), b.numpy().ravel()])
+        pairs = pairs[:, (pairs != NEUTRAL).all(0)]
+        while True:
+            low, high = np.sort(self.find(pairs), axis=0)
+            low, high = low[low != high], high[low != high]
+            if len(low) == 0:
+                return merged
+            if is_sum:
+                self._summed.update(low[low != FROZEN].tolist())
+            if len(frozen := high[low == FROZEN]):
+                self._freeze(frozen, "meets channels that stay whole")
+            else:
+                np.minimum.at(self._parent, high, low)
 
     def unite_along(self, labels: Tensor, dim: int) -> Tensor:
         """Unites all labels along a dimension; returns those that remain, without it."""
@@ -86,15 +88,18 @@ class LabelSets:
 
     def freeze(self, labels: Tensor, reason: str) -> None:
         """Marks channels, and all that they belong together with, as staying whole."""
-        roots = np.unique(self.find(np.unique(compact(labels).numpy())))
-        self._freeze(roots[roots > FROZEN], reason)
+        self._freeze(self.find(compact(labels).numpy().ravel()), reason)
 
     def _freeze(self, roots: NDArray[np.int64], reason: str) -> None:
-        if len(roots):
+        is_meant = np.zeros(len(self._parent), dtype=bool)
+        is_meant[roots] = True
+        is_meant[: FROZEN + 1] = False
+        if is_meant.any():
             everything = self.find(np.arange(len(self._parent)))
-            for label in np.flatnonzero(np.isin(everything, roots)).tolist():
-                self._reasons[label] = reason
-            self._parent[roots] = FROZEN
+            self._reasons.update(
+                dict.fromkeys(np.flatnonzero(is_meant[everything]).tolist(), reason)
+            )
+            self._parent[is_meant] = FROZEN
 
 
 def compact(labels: Tensor) -> Tensor:
