@@ -26,7 +26,7 @@ from cacp_ray.files import describe_environment
 from cacp_ray.loading import make_budget
 from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.plan import Plan, make_plan
-from cacp_ray.pruning.surgery import Skeleton, Slicer, all_tensors
+from cacp_ray.pruning.surgery import Skeleton, Slicer, all_tensors, reorder_weights
 from cacp_ray.pruning.verify import zero_channels
 from cacp_ray.searching.strategies.random import RandomStrategy
 from tests.coverage_networks import HELD_OUT, TIMM, torchvision_networks
@@ -118,13 +118,20 @@ def compare(output: Tensor, reference: Tensor) -> float:
 
 
 def cut(plan: Plan, model: nn.Module, skeleton: Skeleton, counts: np.ndarray) -> nn.Module:
-    """The small network that keeps the first channels of every group."""
-    return skeleton.load(Slicer(plan)(all_tensors(model), counts.tolist()))
+    """The small network that keeps the best channels of every group, in a random order."""
+    tensors = reorder_weights(plan, all_tensors(model), orders_of(plan))
+    return skeleton.load(Slicer(plan)(tensors, counts.tolist()))
+
+
+def orders_of(plan: Plan) -> list[np.ndarray]:
+    """A random importance order, the same at each call."""
+    rng = np.random.default_rng(2)
+    return [rng.permutation(group.num_channels) for group in plan.groups]
 
 
 def mask(plan: Plan, model: nn.Module, skeleton: Skeleton, counts: np.ndarray) -> nn.Module:
     """The whole network with zeros where `cut` removes something."""
-    return skeleton.load(zero_channels(plan, all_tensors(model), counts))
+    return skeleton.load(zero_channels(plan, all_tensors(model), counts, orders_of(plan)))
 
 
 def randomise(model: nn.Module) -> None:

@@ -90,10 +90,8 @@ def _convolution(tracer: Tracer, op: Op) -> bool:
     name = tracer.weight_of(weight)
     if name is None or weight.shape != tracer.shape_of(name):
         return _constant_filter(tracer, op)
-    if x.shape[1] == weight.shape[0] == 1 and out.shape == x.shape:
-        along = varying_dims(tracer.get(x))
-        if along:
-            return _across_channels(tracer, op, name, along)
+    if x.shape[1] == weight.shape[0] == 1 and varying_dims(tracer.get(x)):
+        tracer.sets.freeze(tracer.get(x), "a filter slides over the channels: their order counts")
     inputs = tracer.channels(x)
     places = (x if transposed else out).shape
     factor = places[0] * places[2:].numel() * weight.shape[2:].numel()
@@ -140,20 +138,6 @@ def _constant_filter(tracer: Tracer, op: Op) -> bool:
     factor = out.shape[0] * out.shape[2:].numel() * weight.shape[2:].numel()
     tracer.add_layer(LayerCall(None, factor, outputs, None), out)
     tracer.put(out, outputs.view(1, -1, *[1] * (out.ndim - 2)).expand(out.shape))
-    return True
-
-
-def _across_channels(tracer: Tracer, op: Op, name: str, along: list[int]) -> bool:
-    """A small filter that slides over the channels (ECA): neighbours change when some go."""
-    x, weight = op.args[0], op.args[1]
-    labels = tracer.get(x)
-    if len(along) > 1:
-        return False
-    tracer.sets.mark_normalised(labels)
-    line = tracer.channels(x, along[0])
-    factor = x.numel() // len(line) * weight.numel()
-    tracer.add_layer(LayerCall(None, factor, line, None), op.outputs[0])
-    tracer.put(op.outputs[0], labels)
     return True
 
 

@@ -142,6 +142,15 @@ def _split(tracer: Tracer, op: Op) -> bool:
     return _move(tracer, op)
 
 
+def _glu(tracer: Tracer, op: Op) -> bool:
+    """One half of the channels gates the other."""
+    x = op.args[0]
+    dim = (op.args[1] if len(op.args) > 1 else -1) % x.ndim
+    halves = tracer.get(x).unflatten(dim, (2, x.shape[dim] // 2))
+    tracer.put(op.outputs[0], tracer.sets.unite_along(halves, dim))
+    return True
+
+
 def _slice(tracer: Tracer, op: Op) -> bool:
     """A part of the channels is picked by number: those numbers would not move along."""
     x = op.args[0]
@@ -301,6 +310,7 @@ RULES: dict[Any, Rule] = _table(
     ((aten.slice, aten.select), _slice),
     ((aten._softmax, aten._log_softmax), _softmax),
     ((aten.constant_pad_nd,), _pad),
+    ((aten.glu,), _glu),
     ((aten.native_channel_shuffle, aten.channel_shuffle), _shuffle),
     ((aten.as_strided_,), _as_strided),
     ((aten.copy_,), _copy),

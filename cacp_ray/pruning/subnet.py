@@ -110,5 +110,6 @@ def load_subnet(folder: str | Path, *, finetuned: bool | None = None) -> nn.Modu
             f"{file}: does not fit {description['model']} ({wrong[0]}); has its code changed?"
         )
     small = Skeleton(model).load(tensors)
-    small.requires_grad_(True)
+    for parameter in small.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
     return small.eval()

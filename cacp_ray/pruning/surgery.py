@@ -217,5 +217,7 @@ def build_subnet(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         for name, tensor in tensors.items()
     }
     small = Skeleton(model).load(copies)
-    small.requires_grad_(True)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, parameter in small.named_parameters():
+        parameter.requires_grad_(flags[name])
     return small

@@ -81,7 +81,9 @@ def trace(model: nn.Module, example_input: Tensor) -> Trace:
     """
     from cacp_ray.pruning.rules import apply_rule
 
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items()]
+    values = [None if b is None else b.clone() for _, _, b in buffers]
     model.eval()
     example_input = example_input.contiguous(memory_format=torch.contiguous_format)
     tracer = Tracer(model)
@@ -96,7 +98,12 @@ def trace(model: nn.Module, example_input: Tensor) -> Trace:
             f"({reason}): check the input size"
         ) from error
     finally:
-        model.train(was_training)
+        for module, is_training in modes.items():
+            module.training = is_training
+        for (module, name, buffer), value in zip(buffers, values, strict=True):
+            module._buffers[name] = buffer  # a forward pass may have counted in it
+            if buffer is not None and value is not None:
+                buffer.copy_(value)
     outputs = [t for t in tree_flatten(output)[0] if isinstance(t, Tensor)]
     if not outputs:
         raise UnsupportedModelError(f"the network returns {type(output).__name__}, not tensors")

@@ -111,6 +111,10 @@ def pooled_attention(self: nn.Module, x: Tensor) -> Tensor:
     return x + self.conv(context.unsqueeze(-1))
 
 
+def one_size(self: nn.Module, x: Tensor) -> Tensor:
+    return self.conv(x).reshape(-1, self.width, *x.shape[2:]) + 1
+
+
 def hard_coded(self: nn.Module, x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], 8, *x.shape[2:])
 
@@ -176,7 +180,13 @@ COUPLINGS: dict[str, tuple[Callable[[], nn.Module], set[str], set[str]]] = {
         lambda: Net(Fn(padded, conv=conv(8, 12)), width=12), {"first", "last"}, set()),
     "filter across channels": (
         lambda: Net(Fn(across, conv=nn.Conv1d(1, 1, 3, padding=1, bias=False))),
-        {"first", "last"}, set()),
+        {"last"}, {"first"}),
+    "gated linear unit": (
+        lambda: Net(Fn(lambda s, x: functional.glu(s.conv(x), 1), conv=conv(8, 12)), width=6),
+        {"first", "between.conv", "last"}, set()),
+    "size in an attribute": (
+        lambda: Net(Fn(one_size, conv=conv(2, 2), width=2), 2, 2),
+        {"first", "last"}, {"between.conv"}),
     "attention that pools": (
         lambda: Net(Fn(pooled_attention, mask=conv(8, 1, 1), conv=conv(8, 8, 1))),
         {"first", "last"}, {"between.mask"}),
@@ -186,7 +196,7 @@ COUPLINGS: dict[str, tuple[Callable[[], nn.Module], set[str], set[str]]] = {
 }  # fmt: skip
 NORMALISED = {
     "group norm, wide parts", "layer norm over channels", "standardised weights",
-    "gate over places", "filter across channels",
+    "gate over places",
 }  # fmt: skip
 
 

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from cacp_ray.analysis import analyze
+from cacp_ray.errors import UnsupportedModelError
 from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.plan import count_macs, make_plan
 from cacp_ray.pruning.subnet import load_subnet, save_subnet
-from cacp_ray.pruning.surgery import Skeleton, Slicer, all_tensors
+from cacp_ray.pruning.surgery import Skeleton, Slicer, all_tensors, reorder_weights
 from cacp_ray.pruning.verify import zero_channels
 from tests.unit.pruning.couplings import COUPLINGS, NORMALISED, Net
 
@@ -42,13 +43,15 @@ def test_cut_networks_run_cost_what_is_predicted_and_equal_masked_ones(name):
     channels = plan.cost_model.num_channels
     rng = np.random.default_rng(0)
     skeleton, masked, tensors = Skeleton(model), Skeleton(model), all_tensors(model)
+    orders = [rng.permutation(count) for count in channels]
+    ordered = reorder_weights(plan, tensors, orders)
     candidates = [
         plan.least_counts,
         channels,
         *rng.integers(plan.least_counts, channels + 1, (4, len(channels))),
     ]
     for counts in candidates:
-        small = skeleton.load(Slicer(plan)(tensors, counts.tolist()))
+        small = skeleton.load(Slicer(plan)(ordered, counts.tolist()))
         with torch.inference_mode():
             output = small(X)
         assert output.shape == (2, 5)
@@ -56,9 +59,10 @@ def test_cut_networks_run_cost_what_is_predicted_and_equal_masked_ones(name):
         assert sum(p.numel() for p in small.parameters()) == plan.params(counts)
         if name not in NORMALISED:
             with torch.inference_mode():
-                expected = masked.load(zero_channels(plan, tensors, counts))(X)
+                expected = masked.load(zero_channels(plan, tensors, counts, orders))(X)
             torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
-    assert torch.equal(skeleton.load(Slicer(plan)(tensors, channels.tolist()))(X), model(X))
+    whole = skeleton.load(Slicer(plan)(ordered, channels.tolist()))(X)
+    torch.testing.assert_close(whole, model(X), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("factory", ["blurred", "tied_weights"])
@@ -88,3 +92,41 @@ def test_channels_pass_through_activations(name, inplace):
     has_inplace = "inplace" in inspect.signature(kind).parameters
     layer = kind(inplace=inplace) if has_inplace else kind()
     assert len(make_plan(Net(layer).eval(), X[:1]).groups) == 2
+
+
+class Counting(nn.Module):
+    """Counts its passes, or answers with noise."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.register_buffer("passes", torch.zeros(8, 1, 1))
+
+    def forward(self, x):
+        if self.kind == "counts":
+            self.passes += 1
+        return x + torch.randn_like(x) if self.kind == "random" else x
+
+
+def test_analysis_leaves_the_network_as_it_was():
+    model = Net(Counting("counts")).train()
+    model.last.eval()
+    make_plan(model, X[:1])
+    assert model.training
+    assert not model.last.training
+    assert not model.between.passes.any()
+
+
+def test_networks_that_answer_at_random_are_refused_in_one_line():
+    with pytest.raises(UnsupportedModelError, match="alike twice"):
+        make_plan(Net(Counting("random")).eval(), X[:1])
+
+
+def test_built_networks_keep_what_was_frozen():
+    torch.manual_seed(0)
+    model = Net(nn.BatchNorm2d(8))
+    model.first.requires_grad_(False)
+    found = analyze(model, X[:1])
+    small = found.build(found.uniform(0.5))
+    assert not small.get_parameter("first.weight").requires_grad
+    assert small.get_parameter("last.weight").requires_grad
