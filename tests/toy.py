@@ -21,6 +21,7 @@ def toy_cost_model(num_groups: int = 8, seed: int = 0) -> CostModel:
     groups = tuple(
         ChannelGroup(
             name=f"conv{i}",
+            producers=(f"conv{i}",),
             members=(f"conv{i}.weight:0", f"bn{i}.weight:0"),
             num_channels=int(widths[i]),
             is_residual=i % 3 == 0,

@@ -42,6 +42,7 @@ class ChannelGroup:
 
     Attributes:
         name: Module of its first producer, such as `layer1.0.conv1`.
+        producers: Modules whose outputs are its channels, such as `layer1.0.conv1`.
         members: Every sliced dimension, such as `layer1.0.conv1.weight:0`.
         num_channels: Channels of the whole network.
         is_residual: Whether a sum of several layers' outputs couples them (a residual stream).
@@ -53,6 +54,7 @@ class ChannelGroup:
     """
 
     name: str
+    producers: tuple[str, ...]
     members: tuple[str, ...]
     num_channels: int
     is_residual: bool

@@ -11,7 +11,7 @@ from cacp_ray.errors import UnsupportedModelError
 from cacp_ray.pruning.axis import Axis
 from cacp_ray.pruning.cost import BilinearCost, ChannelGroup, CostModel
 from cacp_ray.pruning.labels import FROZEN
-from cacp_ray.pruning.trace import LayerCall, Trace
+from cacp_ray.pruning.tracer import LayerCall, Trace
 
 Key = tuple[str, int]  # a dimension of a parameter or buffer
 
@@ -74,10 +74,12 @@ def find_groups(found: Trace) -> Grouping:
 def describe_groups(found: Trace, grouping: Grouping) -> tuple[ChannelGroup, ...]:
     """The groups as their first producers show them."""
     first: dict[int, LayerCall] = {}
+    producers: dict[int, dict[str, None]] = defaultdict(dict)  # in the order of the pass
     for call in found.calls:
         for root in set(found.sets.find(call.outputs.numpy()).tolist()):
             if root in grouping.group_of and call.weight is not None:
                 first.setdefault(grouping.group_of[root], call)
+                producers[grouping.group_of[root]][call.weight.rpartition(".")[0]] = None
     summed = {grouping.group_of.get(root) for root in found.sets.summed_roots()}
     groups = []
     for g, members in enumerate(grouping.members):
@@ -86,6 +88,7 @@ def describe_groups(found: Trace, grouping: Grouping) -> tuple[ChannelGroup, ...
         groups.append(
             ChannelGroup(
                 name=call.weight.rpartition(".")[0],
+                producers=tuple(producers[g]),
                 members=tuple(f"{name}:{dim}" for name, dim in members),
                 num_channels=len(grouping.roots[g]),
                 is_residual=g in summed,

@@ -27,7 +27,9 @@ class LabelSets:
         return torch.arange(first, first + count)
 
     def find(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The label that stands for each label's set."""
+        """The label that stands for each label's set, in the same shape."""
+        if labels.ndim == 0:
+            return self.find(labels.reshape(1)).reshape(())
         roots = self._parent[labels]
         while True:
             above = self._parent[roots]

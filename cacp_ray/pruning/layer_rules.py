@@ -11,7 +11,7 @@ from torch.utils.flop_counter import flop_registry
 
 from cacp_ray.pruning.labels import NEUTRAL, compact, varying_dims
 from cacp_ray.pruning.surgery import drops_groups
-from cacp_ray.pruning.trace import LayerCall, Tracer
+from cacp_ray.pruning.tracer import LayerCall, Tracer
 
 aten = torch.ops.aten
 
@@ -44,10 +44,6 @@ class Op:
     def outputs(self) -> list[Tensor]:
         """All tensors that come out."""
         return [t for t in tree_flatten(self.out)[0] if isinstance(t, Tensor)]
-
-    def argument(self, place: int, name: str, default: Any = None) -> Any:
-        """An argument by place or name."""
-        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
 
     def add_fixed_cost(self, tracer: Tracer) -> None:
         """Records MACs that no cut changes, as PyTorch's counter sees them."""

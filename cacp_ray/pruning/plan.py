@@ -17,7 +17,9 @@ from cacp_ray.errors import ConfigError, UnsupportedModelError
 from cacp_ray.pruning.axis import Axis
 from cacp_ray.pruning.cost import ChannelGroup, CostModel
 from cacp_ray.pruning.grouping import Grouping, find_groups, make_cost_model
-from cacp_ray.pruning.trace import Trace, trace
+from cacp_ray.pruning.trace import trace
+from cacp_ray.pruning.tracer import Trace
+from cacp_ray.pruning.verify import find_failures
 
 
 @dataclass(frozen=True)
@@ -84,20 +86,21 @@ class Plan:
         prunable = np.ones(len(self.groups), dtype=bool)
         for pattern in keep_patterns:
             hits = [
-                fnmatch.fnmatch(group.name, pattern)
-                or any(
-                    fnmatch.fnmatch(member.rpartition(".")[0], pattern)
-                    for member in group.members
-                    if member.endswith(".weight:0")
-                )
+                any(fnmatch.fnmatch(producer, pattern) for producer in group.producers)
                 for group in self.groups
             ]
-            if not any(hits):
-                raise ConfigError(
-                    f"keep pattern {pattern!r} matches no layer with prunable channels: "
-                    "see `cacp-ray inspect`"
+            is_whole = any(fnmatch.fnmatch(name, pattern) for name in self.fixed)
+            if not any(hits) and not is_whole:
+                inside = any(
+                    producer.startswith(f"{pattern}.")
+                    for group in self.groups
+                    for producer in group.producers
                 )
-            prunable &= ~np.array(hits)
+                raise ConfigError(
+                    f"keep pattern {pattern!r} matches no layer: "
+                    + (f"write {pattern}.*" if inside else "see `cacp-ray inspect`")
+                )
+            prunable &= ~np.array(hits, dtype=bool)
         return prunable
 
 
@@ -111,8 +114,6 @@ def make_plan(model: nn.Module, example_input: Tensor) -> Plan:
     Raises:
         UnsupportedModelError: The network does not run, or has no prunable channels.
     """
-    from cacp_ray.pruning.verify import find_failures
-
     found = trace(model, example_input)
     while True:
         grouping = find_groups(found)

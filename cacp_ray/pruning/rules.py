@@ -4,6 +4,7 @@ Layers, norms and matrix products are in `layer_rules`. An operation without a r
 passes through it.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,14 +14,15 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from cacp_ray.pruning.labels import FROZEN, NEUTRAL, compact, varying_dims
 from cacp_ray.pruning.layer_rules import LAYER_RULES, TAKES_WEIGHTS, Op, use_weight
-from cacp_ray.pruning.trace import Tracer
+from cacp_ray.pruning.tracer import Tracer
 
 aten = torch.ops.aten
+logger = logging.getLogger(__name__)
 Rule = Callable[[Tracer, Op], bool]
 
 MOVES = {
     aten.permute, aten.transpose, aten.t, aten.expand, aten.squeeze, aten.unsqueeze, aten.cat,
-    aten.stack, aten.clone, aten.alias, aten.detach, aten.repeat, aten.roll, aten.flip,
+    aten.stack, aten.clone, aten.alias, aten.detach, aten.repeat, aten.flip,
     aten.pixel_shuffle, aten.pixel_unshuffle, aten.contiguous, aten.unbind,
 }  # fmt: skip
 VIEWS = {aten.view, aten._unsafe_view, aten.reshape}
@@ -57,17 +59,25 @@ def apply_rule(
         for source in op.tensors:
             if tensor is not source and _shares_memory(tensor, source):
                 tracer.set_base(tensor, source)
-    rule = _rule_of(tracer, op)
     if not func._schema.is_mutable or not tracer.has_views(args[0]):
-        if not rule(tracer, op):
-            _freeze(tracer, op)
+        _label(tracer, op)
         return
     target, before = args[0], tracer.get(args[0])
-    if not rule(tracer, op):
-        _freeze(tracer, op)
+    _label(tracer, op)
     after = tracer.get(target)
     if not torch.equal(tracer.canonical(before), after) and not tracer.write_through(target):
         tracer.freeze_all([target, *op.tensors], "written in place through a view")
+
+
+def _label(tracer: Tracer, op: Op) -> None:
+    """Labels the outputs by rule; where no rule can, all channels freeze."""
+    try:
+        is_known = _rule_of(tracer, op)(tracer, op)
+    except Exception as error:  # a form of the operation that its rule does not foresee
+        logger.debug("%s: %s", op.func, error)
+        is_known = False
+    if not is_known:
+        _freeze(tracer, op)
 
 
 def _rule_of(tracer: Tracer, op: Op) -> Rule:
@@ -149,6 +159,15 @@ def _glu(tracer: Tracer, op: Op) -> bool:
     halves = tracer.get(x).unflatten(dim, (2, x.shape[dim] // 2))
     tracer.put(op.outputs[0], tracer.sets.unite_along(halves, dim))
     return True
+
+
+def _roll(tracer: Tracer, op: Op) -> bool:
+    """Channels that move on by a number of places end elsewhere when some are gone."""
+    x: Tensor = op.args[0]
+    dims: list[int] = next(iter(op.args[2:]), None) or op.kwargs.get("dims") or []
+    if not dims or {dim % x.ndim for dim in dims} & set(varying_dims(tracer.get(x))):
+        return False
+    return _move(tracer, op)
 
 
 def _slice(tracer: Tracer, op: Op) -> bool:
@@ -311,6 +330,7 @@ RULES: dict[Any, Rule] = _table(
     ((aten._softmax, aten._log_softmax), _softmax),
     ((aten.constant_pad_nd,), _pad),
     ((aten.glu,), _glu),
+    ((aten.roll,), _roll),
     ((aten.native_channel_shuffle, aten.channel_shuffle), _shuffle),
     ((aten.as_strided_,), _as_strided),
     ((aten.copy_,), _copy),

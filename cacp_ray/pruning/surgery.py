@@ -206,8 +206,8 @@ def _sync_by_value(module: nn.Module, whole: Sizes) -> None:
             for old, size in zip(whole.shapes[name], tensor.shape, strict=True):
                 new.setdefault(old, set()).add(size)
     for name, value in whole.attributes.items():
-        if value > 1 and len(new.get(value, ())) == 1:
-            setattr(module, name, next(iter(new[value])))
+        sizes = new.get(value, {value})
+        setattr(module, name, next(iter(sizes)) if value > 1 and len(sizes) == 1 else value)
 
 
 def build_subnet(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:

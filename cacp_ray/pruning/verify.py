@@ -7,6 +7,7 @@ zero. A group that fails stays whole, with the reason, rather than break a searc
 import copy
 import logging
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,8 +17,10 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from cacp_ray.errors import UnsupportedModelError
-from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.surgery import Orders, Skeleton, Slicer, all_tensors, reorder_weights
+
+if TYPE_CHECKING:
+    from cacp_ray.pruning.plan import Plan
 
 logger = logging.getLogger(__name__)
 TOLERANCE = 1e-4  # of the largest output, where float32 is enough to tell
@@ -25,7 +28,7 @@ WIDE_TOLERANCE = 1e-6  # in float64
 Counts = NDArray[np.int64]
 
 
-def find_failures(model: nn.Module, plan: Plan, example_input: Tensor) -> dict[int, str]:
+def find_failures(model: nn.Module, plan: "Plan", example_input: Tensor) -> dict[int, str]:
     """Groups that cannot be cut though their labels say so, with reasons; {} where all is well.
 
     Raises:
@@ -37,50 +40,63 @@ def find_failures(model: nn.Module, plan: Plan, example_input: Tensor) -> dict[i
         reason = str(error).splitlines()[0]
         raise UnsupportedModelError(f"the network cannot be copied ({reason})") from error
     whole, least = plan.cost_model.num_channels, plan.least_counts
-    if (problem := trial.problem(whole, [])) is not None:
+    if (problem := trial.problem(whole, [], compare=True)) is not None:
         raise UnsupportedModelError(
             f"the network does not answer alike twice in evaluation mode ({problem}): switch off "
             "what is random or counts in a forward pass"
         )
     some = np.random.default_rng(0).integers(least, np.maximum(whole, least + 1))
-    is_even = np.arange(len(whole)) % 2 == 0
+    targets = [some, least]
+    # Any two groups must also be cut apart: one size in the code may stand for both.
+    for bit in range(int(np.ceil(np.log2(max(2, len(whole)))))):
+        is_set = np.arange(len(whole)) >> bit & 1 == 1
+        targets += [np.where(is_set, least, whole), np.where(is_set, whole, least)]
     found: dict[int, str] = {}
-    # Of two groups with one size in the code, one must be cut while the other is whole.
-    for target in (some, least, np.where(is_even, least, whole), np.where(is_even, whole, least)):
-        found |= _culprits(trial, target, [g for g in range(len(whole)) if g not in found])
+    for number, target in enumerate(targets):
+        groups = [g for g in range(len(whole)) if g not in found and target[g] < whole[g]]
+        found |= _culprits(trial, target, groups, compare=number < 2)
     return found
 
 
-def _culprits(trial: "_Trial", target: Counts, groups: list[int]) -> dict[int, str]:
+def _culprits(
+    trial: "_Trial", target: Counts, groups: list[int], *, compare: bool
+) -> dict[int, str]:
     """Of some groups, cut to `target` while all others are whole, those that fail; by halving."""
-    problem = trial.problem(target, groups) if groups else None
+    problem = trial.problem(target, groups, compare=compare) if groups else None
     if problem is None:
         return {}
     if len(groups) == 1:
         return {groups[0]: problem}
     middle = len(groups) // 2
-    found = _culprits(trial, target, groups[:middle]) | _culprits(trial, target, groups[middle:])
+    halves = groups[:middle], groups[middle:]
+    found = {
+        group: reason
+        for half in halves
+        for group, reason in _culprits(trial, target, half, compare=compare).items()
+    }
     return found or {groups[-1]: problem}  # halves that fail only together
 
 
 class _Trial:
     """Cuts one network and tells what is wrong with the result."""
 
-    def __init__(self, model: nn.Module, plan: Plan, example_input: Tensor) -> None:
+    def __init__(self, model: nn.Module, plan: "Plan", example_input: Tensor) -> None:
         self._plan = plan
         self._model = model
         self._slicer = Slicer(plan)
-        # An input of zeros would hide what goes wrong.
-        noise = torch.randn(example_input.shape, generator=torch.Generator().manual_seed(0))
-        self._input = noise.to(example_input)
+        self._input = example_input
+        if bool((example_input == example_input.flatten()[0]).all()):
+            # An input of zeros would hide what goes wrong.
+            noise = torch.rand(example_input.shape, generator=torch.Generator().manual_seed(0))
+            self._input = noise.to(example_input)
         rng = np.random.default_rng(1)
         self._orders = [rng.permutation(group.num_channels) for group in plan.groups]
         self._normalised = np.isin(np.arange(len(plan.groups)), plan.normalised)
         self._nets = {example_input.dtype: _Networks(model, plan, self._orders)}
-        self._shape = _run(self._nets[example_input.dtype].small, self._input).shape
+        self._shapes = [t.shape for t in _run(self._nets[example_input.dtype].small, self._input)]
 
-    def problem(self, target: Counts, groups: list[int]) -> str | None:
-        """Why cutting these groups fails, in one line."""
+    def problem(self, target: Counts, groups: list[int], *, compare: bool) -> str | None:
+        """Why cutting these groups fails, in one line; `compare` looks at the answers too."""
         whole = self._plan.cost_model.num_channels
         keep_counts = whole.copy()
         keep_counts[groups] = target[groups]
@@ -91,10 +107,12 @@ class _Trial:
         except Exception as error:
             logger.debug("cut of groups %s: %s", groups, error)
             return "its code fixes a size: the network does not run when they are cut"
-        if small.shape != self._shape:
+        if [t.shape for t in small] != self._shapes:
             return "the output changes its shape when they are cut"
         if counter.get_total_flops() // 2 != int(self._plan.macs(keep_counts)):
             return "the network costs other than predicted when they are cut"
+        if not compare:
+            return None
         # What is normalised over channels may differ from zeros in their place.
         counts = np.where(self._normalised, whole, keep_counts)
         if not self._is_same(counts, self._input.dtype) and not self._is_same(
@@ -112,13 +130,23 @@ class _Trial:
         small = _run(nets.cut(self._slicer, counts), self._input.to(dtype))
         masked = _run(nets.mask(self._plan, self._orders, counts), self._input.to(dtype))
         tolerance = WIDE_TOLERANCE if dtype == torch.float64 else TOLERANCE
-        return bool((small - masked).abs().max() <= tolerance * masked.abs().max() + 1e-30)
+        return all(
+            _is_close(one, other, tolerance) for one, other in zip(small, masked, strict=True)
+        )
+
+
+def _is_close(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    if not torch.equal(one.isfinite(), other.isfinite()):
+        return False
+    one, other = (t.nan_to_num(0.0, 0.0, 0.0).double() for t in (one, other))
+    largest = other.abs().max() if other.numel() else 0.0
+    return bool(((one - other).abs() <= tolerance * largest + 1e-30).all())
 
 
 class _Networks:
     """A network to reorder and cut, and one to put zeros in."""
 
-    def __init__(self, model: nn.Module, plan: Plan, orders: Orders) -> None:
+    def __init__(self, model: nn.Module, plan: "Plan", orders: Orders) -> None:
         self._tensors = all_tensors(model)
         self._ordered = reorder_weights(plan, self._tensors, orders)
         self._small, self._masked = Skeleton(model), Skeleton(model)
@@ -132,13 +160,13 @@ class _Networks:
         """The small network, its channels in another order."""
         return self._small.load(slicer(self._ordered, keep_counts.tolist()))
 
-    def mask(self, plan: Plan, orders: Orders, keep_counts: Counts) -> nn.Module:
+    def mask(self, plan: "Plan", orders: Orders, keep_counts: Counts) -> nn.Module:
         """The whole network with zeros."""
         return self._masked.load(zero_channels(plan, self._tensors, keep_counts, orders))
 
 
 def zero_channels(
-    plan: Plan, tensors: Mapping[str, Tensor], keep_counts: Counts, orders: Orders
+    plan: "Plan", tensors: Mapping[str, Tensor], keep_counts: Counts, orders: Orders
 ) -> dict[str, Tensor]:
     """Whole tensors, in their own order, with zeros where a cut to `keep_counts` removes something.
 
@@ -156,8 +184,7 @@ def zero_channels(
     return zeroed
 
 
-def _run(model: nn.Module, x: Tensor) -> Tensor:
-    """All outputs side by side, (N, ...)."""
+def _run(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """All outputs of one pass."""
     with torch.no_grad():
-        outputs = tree_flatten(model(x.clone()))[0]
-    return torch.cat([t.flatten(1) for t in outputs if isinstance(t, Tensor)], 1)
+        return [t for t in tree_flatten(model(x.clone()))[0] if isinstance(t, Tensor)]

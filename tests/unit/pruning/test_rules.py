@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from cacp_ray.analysis import analyze
-from cacp_ray.errors import UnsupportedModelError
+from cacp_ray.errors import ConfigError, UnsupportedModelError
 from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.plan import count_macs, make_plan
 from cacp_ray.pruning.subnet import load_subnet, save_subnet
 from cacp_ray.pruning.surgery import Skeleton, Slicer, all_tensors, reorder_weights
 from cacp_ray.pruning.verify import zero_channels
-from tests.unit.pruning.couplings import COUPLINGS, NORMALISED, Net
+from tests.unit.pruning.couplings import COUPLINGS, NORMALISED, Fn, Net
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -130,3 +130,53 @@ def test_built_networks_keep_what_was_frozen():
     small = found.build(found.uniform(0.5))
     assert not small.get_parameter("first.weight").requires_grad
     assert small.get_parameter("last.weight").requires_grad
+
+
+class Outputs(Net):
+    def forward(self, x):
+        y = super().forward(x)
+        return {"logits": y, "first": y[:, 0], "best": y.argmax(1), "sum": y.sum()}
+
+
+def test_outputs_may_be_of_any_shape():
+    assert len(make_plan(Outputs(nn.BatchNorm2d(8)).eval(), X[:1]).groups) == 2
+
+
+class SizeTwice(nn.Module):
+    """Its attribute is the output's width; the input happens to have the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.width = 8
+        self.gain_in = nn.Parameter(torch.rand(8))
+        self.gain_out = nn.Parameter(torch.rand(8))
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        y = self.conv(x * self.gain_in.view(1, -1, 1, 1)) * self.gain_out.view(1, -1, 1, 1)
+        return y.reshape(-1, self.width, *x.shape[2:])
+
+
+def test_groups_are_cut_apart_when_a_plan_is_tried_out():
+    plan = make_plan(Net(SizeTwice()).eval(), X[:1])
+    assert len({"first", "between.conv"} & {group.name for group in plan.groups}) < 2
+
+
+def test_a_norm_after_two_layers_and_a_shared_weight_are_not_compensated():
+    shared = Net(Fn(lambda s, x: s.n(s.a(x)) + s.n(s.b(x)), a=nn.Conv2d(8, 8, 1),
+                    b=nn.Conv2d(8, 8, 1), n=nn.BatchNorm2d(8)))  # fmt: skip
+    norms = {c.module: c.batch_norm for c in make_plan(shared.eval(), X[:1]).consumers}
+    assert norms["between.a"] is None
+    assert norms["between.b"] is None
+    tied = make_plan(COUPLINGS["tied weights"][0]().eval(), X[:1])
+    assert {c.module for c in tied.consumers} == {"last", "fc"}
+
+
+def test_keep_patterns_name_the_layers_that_make_channels():
+    plan = make_plan(COUPLINGS["transposed"][0]().eval(), X[:1])
+    is_prunable = plan.select_groups(["between"])
+    names = [group.name for group, free in zip(plan.groups, is_prunable, strict=True) if not free]
+    assert names == ["between"]
+    assert plan.select_groups(["fc"]).all()
+    with pytest.raises(ConfigError, match="matches no layer"):
+        plan.select_groups(["nothing.*"])
