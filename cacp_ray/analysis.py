@@ -52,8 +52,12 @@ class Analysis:
         return self.budget.smallest / self.budget.total, 1.0
 
     def cost(self, keep_counts: ArrayLike) -> NDArray[np.int64]:
-        """MACs of keep counts int (..., G) -> (...)."""
-        return self.plan.macs(keep_counts)
+        """MACs of keep counts int (..., G) -> (...).
+
+        Raises:
+            ConfigError: Another number of groups, or a count outside 1 ... C of its group.
+        """
+        return self.plan.macs(self._check_counts(keep_counts))
 
     def uniform(self, rate: float) -> NDArray[np.int64]:
         """(G,) the same keep ratio in every group, within the budget of `rate` and using it up.
@@ -67,12 +71,42 @@ class Analysis:
     def build(
         self, keep_counts: Sequence[int] | NDArray[np.int64], criterion: str = "l1"
     ) -> nn.Module:
-        """An independent small network that keeps the best channels by a weight-based criterion."""
+        """An independent small network that keeps the best channels by a weight-based criterion.
+
+        Args:
+            keep_counts: (G,) channels that stay in each group.
+            criterion: One that reads no statistics.
+
+        Raises:
+            ConfigError: Another number of groups, a count outside 1 ... C of its group, or a
+                criterion that is unknown or reads statistics.
+        """
+        counts = self._check_counts(keep_counts)
+        if counts.ndim != 1:
+            raise ConfigError(f"keep counts of shape {counts.shape}: give one for each group")
         tensors = all_tensors(self.model)
         orders = rank_channels(criterion, self.plan, tensors, Statistics(), seed=0)
         ordered = reorder_weights(self.plan, tensors, orders)
-        cut = Slicer(self.plan)(ordered, [int(count) for count in keep_counts])
+        cut = Slicer(self.plan)(ordered, counts.tolist())
         return build_subnet(self.model, ordered | cut)
+
+    def _check_counts(self, keep_counts: ArrayLike) -> NDArray[np.int64]:
+        counts = np.asarray(keep_counts)
+        if counts.shape[-1:] != (len(self.groups),):
+            raise ConfigError(
+                f"keep counts of shape {counts.shape}: the network has {len(self.groups)} channel "
+                "groups, give one for each"
+            )
+        if counts.dtype.kind not in "iu":
+            raise ConfigError(f"keep counts of type {counts.dtype}: give whole numbers")
+        wrong = np.argwhere((counts < 1) | (counts > self.plan.cost_model.num_channels))
+        if len(wrong):
+            group = self.groups[wrong[0][-1]]
+            raise ConfigError(
+                f"keep count {counts[tuple(wrong[0])]} of group {group.name}: it must be from 1 to "
+                f"{group.num_channels}"
+            )
+        return counts.astype(np.int64)
 
 
 def analyze(model: nn.Module, example_input: Tensor, *, floor: float = 0.1) -> Analysis:
@@ -84,8 +118,14 @@ def analyze(model: nn.Module, example_input: Tensor, *, floor: float = 0.1) -> A
         floor: Smallest share of a group's channels that is kept, in (0, 1].
 
     Raises:
+        ConfigError: Not one image, or no such floor.
         UnsupportedModelError: It does not run, or nothing in it can be cut.
     """
+    shape = tuple(example_input.shape)
+    if len(shape) != 4 or shape[0] != 1:
+        raise ConfigError(f"example_input of shape {shape}: give one image: (1, C, H, W)")
+    if not 0 < floor <= 1:
+        raise ConfigError(f"floor {floor}: it must be above 0 and at most 1")
     plan = make_plan(model, example_input)
     return Analysis(model, plan, make_budget(plan, "macs", PruningConfig(floor=floor)))
 

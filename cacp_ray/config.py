@@ -75,7 +75,7 @@ class PruningConfig(Section):
     criterion: str = Field(
         default="cap",
         description="importance order: cap, l1, l2, fpgm, bn_scale, cpmc, taylor, group_fisher, "
-        "random",
+        "random, or package.module:function",
     )
     recovery: Literal["none", "bn", "compensate"] = "compensate"
     sequential: bool = Field(

@@ -9,6 +9,7 @@ channels set to zero, except where something is normalised over the channels.
 import argparse
 import copy
 import signal
+import sys
 import time
 import traceback
 import warnings
@@ -192,6 +193,7 @@ def _timeout(*_: object) -> None:
     raise TimeoutError(f"not done within {SECONDS} s")
 
 
+MAKERS = {"torchvision": make_torchvision, "timm": make_timm}
 HEADER = (
     "| network | groups | MACs prunable | rates run | masked = sliced | analysis (s) | |\n"
     "|---|---|---|---|---|---|---|"
@@ -218,26 +220,39 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     if options.names:
-        for name in options.names:
-            source, _, rest = name.partition(":")
-            run([rest], source, make_torchvision if source == "torchvision" else make_timm)
-        return
+        named = [name.partition(":") for name in options.names]
+        for source, _, rest in named:
+            if source not in MAKERS or not rest:
+                parser.error(f"{source}: write torchvision:NAME or timm:NAME")
+        print(HEADER)
+        rows = [row for source, _, rest in named for row in run([rest], source, MAKERS[source])]
+        write_tables(options.out, format_table("as named", rows))
+        sys.exit(int(any(row.problem is not None for row in rows)))
     sections = [("torchvision", "torchvision", torchvision_networks(), make_torchvision)]
     sections += [("timm", "timm", TIMM, make_timm)]
     if not options.without_held_out:
         sections += [("timm, put aside while the tracer was built", "timm", HELD_OUT, make_timm)]
     lines = []
     for title, prefix, names, make in sections:
-        rows = run(names, prefix, make)
-        good = sum(row.problem is None for row in rows)
-        lines += [f"## {title}: {good} of {len(rows)} work", "", HEADER]
-        lines += [*map(format_row, rows), ""]
-    if options.out:
+        lines += format_table(title, run(names, prefix, make))
+    write_tables(options.out, lines)
+
+
+def format_table(title: str, rows: list[Row]) -> list[str]:
+    """Lines of one section of the Markdown file."""
+    good = sum(row.problem is None for row in rows)
+    head = [f"## {title}: {good} of {len(rows)} work", "", HEADER]
+    return [*head, *map(format_row, rows), ""]
+
+
+def write_tables(out: Path | None, lines: list[str]) -> None:
+    """Writes the Markdown file, if one is asked for."""
+    if out:
         about = describe_environment(0)
         versions = ", ".join(f"{k} {v}" for k, v in about["packages"].items() if "torch" in k)
         head = (Path(__file__).parent / "coverage_head.md").read_text()
         stamp = f"Commit {about['commit']}, {versions}, timm {_timm_version()}.\n"
-        options.out.write_text("\n".join([head, stamp, *lines]))
+        out.write_text("\n".join([head, stamp, *lines]))
 
 
 def _timm_version() -> str:

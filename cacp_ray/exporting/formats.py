@@ -4,13 +4,13 @@ Every format takes any batch size, and carries the same note about the subnet: J
 key `cacp_ray` (ONNX: metadata properties, safetensors: header, torch.export: extra file).
 """
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -124,17 +124,20 @@ def read_program(path: Path, model: nn.Module) -> Network:
 
 
 def write_state_dict(model: nn.Module, example: Tensor, note: str, path: Path) -> None:
-    """A plain safetensors file of the state dict."""
-    tensors = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+    """A plain safetensors file of the state dict; a tied weight stands under each of its names."""
+    # Copies, because safetensors refuses tensors that share memory.
+    tensors = {
+        name: value.detach().clone(memory_format=torch.contiguous_format)
+        for name, value in model.state_dict().items()
+    }
     path.write_bytes(save(tensors, metadata={NOTE: note}))  # save_file makes it private
 
 
 def read_state_dict(path: Path, model: nn.Module) -> Network:
     """The network with the file's tensors instead of its own."""
-    tensors: dict[str, Any] = load_file(path)
-    wrong = sorted(tensors.keys() ^ model.state_dict().keys())
-    assert not wrong, f"keys of the file and of the network differ: {wrong[:3]}"
-    return lambda images: torch.func.functional_call(model, tensors, (images,))
+    network = copy.deepcopy(model)
+    network.load_state_dict(load_file(path), strict=True)
+    return network
 
 
 FORMATS = {

@@ -5,9 +5,11 @@ A model name is one of: a built-in CIFAR network (`resnet20`), `torchvision:NAME
 """
 
 import importlib
+from collections.abc import Callable
 from functools import partial
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -34,6 +36,8 @@ def build_model(name: str, num_classes: int) -> nn.Module:
     """
     source, _, rest = name.partition(":")
     if not rest:
+        if name.endswith(":") and source in IMAGENET_SOURCES:
+            raise ConfigError(f"model {name!r} names no network: write {source}:NAME")
         if name not in CIFAR_MODELS:
             raise ConfigError(f"unknown model {name!r}: {nearest_names(name, CIFAR_MODELS)}")
         return CIFAR_MODELS[name](num_classes=num_classes)
@@ -41,7 +45,7 @@ def build_model(name: str, num_classes: int) -> nn.Module:
         return _build_torchvision(rest, num_classes)
     if source == "timm":
         return _build_timm(rest, num_classes)
-    return _build_from_factory(name, source, rest, num_classes)
+    return _build_from_factory(name, num_classes)
 
 
 def default_num_classes(name: str) -> int:
@@ -60,19 +64,39 @@ def default_input_shape(name: str, model: nn.Module) -> tuple[int, int, int]:
     return (channels, height, width)
 
 
-def _build_from_factory(name: str, module: str, function: str, num_classes: int) -> nn.Module:
+def import_function(kind: str, name: str) -> Callable[..., Any]:
+    """A function of the user's own.
+
+    Args:
+        kind: What it is for, as errors call it.
+        name: `package.module:function`.
+
+    Raises:
+        ConfigError: It cannot be imported, or cannot be called.
+    """
+    module, _, function = name.partition(":")
     try:
-        factory = getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module), function)
     except Exception as error:  # whatever the user's module raises
         raise ConfigError(
-            f"model {name!r} cannot be imported ({_in_one_line(error)}): write "
+            f"{kind} {name!r} cannot be imported ({_in_one_line(error)}): write "
             "package.module:function and make sure that the package is installed or on PYTHONPATH"
         ) from error
+    if not callable(found):
+        raise ConfigError(
+            f"{kind} {name!r} is a {type(found).__name__}, not a function: write "
+            "package.module:function"
+        )
+    return found
+
+
+def _build_from_factory(name: str, num_classes: int) -> nn.Module:
+    factory = import_function("model", name)
     try:
         model = factory(num_classes=num_classes)
     except Exception as error:  # whatever the user's function raises
         raise ConfigError(
-            f"model {name!r} cannot be built ({_in_one_line(error)}): {function} must take "
+            f"model {name!r} cannot be built ({_in_one_line(error)}): it must take "
             f"num_classes={num_classes} and return the network"
         ) from error
     if not isinstance(model, nn.Module):

@@ -1,6 +1,5 @@
 """One dimension of a parameter or buffer that follows channel groups."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,20 +29,12 @@ class Axis:
 
         Channel i of the reordered group g is channel orders[g][i] of the original.
         """
-        where: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for position, key in enumerate(
-            zip(self.group.tolist(), self.channel.tolist(), strict=True)
-        ):
-            where[key].append(position)
-        seen: dict[tuple[int, int], int] = defaultdict(int)
-        result = np.empty(len(self.group), dtype=np.int64)
-        for position, key in enumerate(
-            zip(self.group.tolist(), self.channel.tolist(), strict=True)
-        ):
-            group, channel = key
-            source = (group, int(orders[group][channel])) if group >= 0 else key
-            result[position] = where[source][seen[key]]
-            seen[key] += 1
+        result = np.arange(len(self.group))
+        for group in set(self.group.tolist()) - {-1}:
+            positions = np.flatnonzero(self.group == group)
+            by_channel = positions[np.argsort(self.channel[positions], kind="stable")]
+            table = by_channel.reshape(len(orders[group]), -1)  # (C, positions a channel)
+            result[table] = table[orders[group]]
         return result
 
     @property

@@ -1,5 +1,6 @@
 """Recovery: keep counts in, repaired tensors out, alike for scoring and for saved subnets."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -56,8 +57,16 @@ def make_cut(
 
 
 def recalibrate_bn(model: nn.Module, images: Tensor, batch_size: int = 250) -> None:
-    """Re-estimates running means and variances as plain averages over batches of `images`."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    """Re-estimates running means and variances as averages over `images` (N, C, H, W).
+
+    Batches of up to `batch_size` are of nearly equal size, so that none is a single image where
+    there are more, and count by their images. BN layers without running statistics are left alone.
+    """
+    norms = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+    ]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         assert norm.running_mean is not None
@@ -66,9 +75,11 @@ def recalibrate_bn(model: nn.Module, images: Tensor, batch_size: int = 250) -> N
         norm.running_var.fill_(1)
         norm.train()
     with torch.no_grad():
-        for number, batch in enumerate(images.split(batch_size)):
+        seen = 0
+        for batch in images.tensor_split(math.ceil(len(images) / batch_size)):
+            seen += len(batch)
             for norm in norms:
-                norm.momentum = 1 / (number + 1)
+                norm.momentum = len(batch) / seen
             model(batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cacp_ray.pruning.patches import choose_places, take_inputs, take_outputs
+from cacp_ray.pruning.patches import PLAIN, choose_places, take_inputs, take_outputs
 from cacp_ray.pruning.plan import Consumer, Plan
 from cacp_ray.pruning.statistics import POSITIONS, SEPARABLE_ABOVE, regularized
 from cacp_ray.pruning.surgery import Orders, Skeleton
@@ -33,7 +33,6 @@ from cacp_ray.pruning.surgery import Orders, Skeleton
 TARGET_BYTES = 2**29
 BATCH_PIXELS = 2**23  # 8,192 images of 32x32, 167 of 224x224
 ROWS_PER_INPUT = 4  # a layer with fewer keeps its compensated weight: it would fit noise
-PLAIN = (nn.Conv2d.forward, nn.Linear.forward)  # subclasses may pad or compute weights
 
 
 @dataclass
@@ -59,7 +58,8 @@ def recover_sequentially(
     """Repairs one cut network, layer by layer.
 
     Layers keep what `tensors` holds where they are called more than once, have a forward of their
-    own, more than SEPARABLE_ABOVE kept inputs, or fewer than ROWS_PER_INPUT rows an input.
+    own, batch entries that do not belong to one image each, more than SEPARABLE_ABOVE kept inputs,
+    or fewer than ROWS_PER_INPUT rows an input.
 
     Args:
         model: The base network.
@@ -103,9 +103,13 @@ def recover_sequentially(
 
         def repair(module: nn.Module, args: tuple[Any, ...], consumer: Consumer = consumer) -> None:
             target = targets.pop(consumer.weight)
-            new = _fit(module, consumer, args[0].split(batch_size), target, state)
-            result.update(new)
-            skeleton.load(new)
+            # Windows or places of an image may have become batch entries, side by side.
+            entries = max(1, len(args[0]) // len(images))
+            inputs = args[0].split(entries * batch_size)
+            if _belong_together(inputs, target):
+                new = _fit(module, consumer, inputs, target, state)
+                result.update(new)
+                skeleton.load(new)
 
         hooks.append(modules[consumer.module].register_forward_pre_hook(repair))
     with torch.no_grad():
@@ -160,6 +164,12 @@ def _collect_targets(
         for hook in hooks:
             hook.remove()
     return {name: target for name, target in targets.items() if calls[name] == len(batches)}
+
+
+def _belong_together(inputs: Sequence[Tensor], target: _Target) -> bool:
+    """Whether each batch of the cut network has as many rows as that of the original network."""
+    rows = [len(x) * len(p) for x, p in zip(inputs, target.places, strict=False)]
+    return len(inputs) == len(target.rows) and rows == [len(y) for y in target.rows]
 
 
 def _fit(

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from cacp_ray.pruning.patches import choose_places, take_inputs
+from cacp_ray.errors import EvaluationError
+from cacp_ray.pruning.patches import choose_places, is_product, take_inputs
 from cacp_ray.pruning.plan import Axis, Consumer, Plan
 
 RIDGE = 1e-4  # noise on each input, as a share of the mean variance
@@ -69,8 +70,9 @@ class Statistics:
 
     Attributes:
         inputs: By the weight name of a consumer; empty where not collected. A consumer that is
-            neither a 2-d convolution nor a linear layer, or whose module is never called itself
-            (the projection inside `nn.MultiheadAttention`), has no entry.
+            neither a 2-d convolution nor a linear layer, whose module is never called itself
+            (the projection inside `nn.MultiheadAttention`), or that does not give its weight
+            times its input (it pads inside its forward, say), has no entry.
         gates: One a group; empty where not collected.
     """
 
@@ -100,6 +102,9 @@ def collect_statistics(
         kinds: Of `inputs` and `gates`; nothing else is collected.
         positions: Rows of each image and layer, at most.
         batch_size: Images a pass, at most; fewer where large images are differentiated.
+
+    Raises:
+        EvaluationError: Activations or gradients overflow or are NaN.
     """
     kinds = frozenset(kinds)
     assert kinds <= {"inputs", "gates"}, kinds
@@ -108,7 +113,6 @@ def collect_statistics(
     moments = _Moments(plan, positions, torch.Generator().manual_seed(seed))
     gates = _Gates(plan)
     hooks: list[RemovableHandle] = []
-    # A hook sees what earlier ones return: moments come first, from inputs without gates.
     if "inputs" in kinds:
         known = [c for c in plan.consumers if isinstance(modules[c.module], SOLVABLE)]
         hooks += [moments.attach(modules[c.module], c) for c in known]
@@ -140,13 +144,19 @@ class _Moments:
         self._positions = positions
         self._generator = generator
         self._sums: dict[str, _MomentSums] = {}
+        self._refused: set[str] = set()  # weights of layers that are no product of their input
 
     def attach(self, module: nn.Module, consumer: Consumer) -> RemovableHandle:
         """Records every input of a layer; its calls in one pass pool their rows."""
         axis = self._plan.axes[consumer.weight, 1]
 
-        def record(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach()
+        def record(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+            x = args[0].detach()  # gates, if any, are one
+            if x.numel() == 0:
+                return
+            if not is_product(module, x, y.detach()):
+                self._refused.add(consumer.weight)
+                return
             taps = separable_taps(module, axis)
             # In separable form every tap of a row counts as one.
             positions = max(1, self._positions // (taps or 1))
@@ -155,12 +165,17 @@ class _Moments:
                 self._sums[consumer.weight] = _MomentSums(rows, taps)
             self._sums[consumer.weight].add(rows)
 
-        return module.register_forward_pre_hook(record)
+        return module.register_forward_hook(record)
 
     def finish(self) -> dict[str, InputMoments]:
         """By weight name, in the order of the plan."""
-        names = [consumer.weight for consumer in self._plan.consumers]
-        return {name: self._sums[name].finish() for name in names if name in self._sums}
+        result = {}
+        for consumer in self._plan.consumers:
+            if consumer.weight in self._sums and consumer.weight not in self._refused:
+                moments = self._sums[consumer.weight].finish()
+                _check_finite(consumer.module, "inputs", moments.mean, moments.covariance)
+                result[consumer.weight] = moments
+        return result
 
 
 def separable_taps(module: nn.Module, axis: Axis) -> int | None:
@@ -271,8 +286,18 @@ class _Gates:
         sizes = [group.num_channels for group in self._plan.groups]
         absolute = (self._absolute / self._count).split(sizes)
         square = (self._square / self._count).split(sizes)
+        for group, a, s in zip(self._plan.groups, absolute, square, strict=True):
+            _check_finite(group.name, "gradients", _rounded(a), _rounded(s))
         return tuple(
             GateGradients(_rounded(a), _rounded(s)) for a, s in zip(absolute, square, strict=True)
+        )
+
+
+def _check_finite(layer: str, what: str, *arrays: NDArray[np.float64]) -> None:
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise EvaluationError(
+            f"{layer}: {what} overflow or are NaN on the calibration images; check that the "
+            "weights are those of this network and that images are normalised as in its training"
         )
 
 

@@ -110,6 +110,13 @@ def load_subnet(folder: str | Path, *, finetuned: bool | None = None) -> nn.Modu
             f"{file}: does not fit {description['model']} ({wrong[0]}); has its code changed?"
         )
     small = Skeleton(model).load(tensors)
+    # Weights of any widths load; the count tells those of another subnet.
+    params = sum(parameter.numel() for parameter in small.parameters())
+    if params != description.get("params", params):
+        raise ArtifactError(
+            f"{file}: {params:,} parameters, subnet.json says {description['params']}: a file of "
+            "another subnet? Restore the folder or search again"
+        )
     for parameter in small.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return small.eval()

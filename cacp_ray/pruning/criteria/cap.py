@@ -22,10 +22,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cacp_ray.errors import EvaluationError
 from cacp_ray.pruning.criteria.common import Scores, Tensors, fill
 from cacp_ray.pruning.plan import Axis, Plan
 from cacp_ray.pruning.statistics import RIDGE, InputMoments, Statistics, regularized
 
+MOST_TRIES = 60  # each with ten times the noise: more than any finite covariance needs
 STEP = 72  # rows; 48 to 144 are equally fast
 LEAST_GAIN = 1e-12  # keeps scores strictly decreasing where nothing is left to explain
 
@@ -79,15 +81,24 @@ def _as_tensors(moments: InputMoments, weight: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def _make_positive(covariance: Tensor) -> Tensor:
-    """`regularized`, with more noise where rounding left eigenvalues too negative for it."""
+    """`regularized`, with more noise where rounding left eigenvalues too negative for it.
+
+    Raises:
+        EvaluationError: The covariance is not finite.
+    """
     result = regularized(covariance)
     identity = torch.eye(len(result), dtype=torch.float64)
-    noise = RIDGE * covariance.diagonal().mean() + 1e-12
+    noise = RIDGE * covariance.diagonal().mean().abs() + 1e-12
     # Half of the noise must do: the other half keeps all that follows away from zero.
-    while torch.linalg.cholesky_ex(result - noise / 2 * identity)[1] > 0:
+    for _ in range(MOST_TRIES if covariance.isfinite().all() else 0):
+        if torch.linalg.cholesky_ex(result - noise / 2 * identity)[1] == 0:
+            return result
         noise *= 10
         result = covariance + noise * identity
-    return result
+    raise EvaluationError(
+        "criterion cap: an input covariance is not finite; check that the network gives finite "
+        "activations on the calibration images, then collect the statistics again"
+    )
 
 
 def _make_layer(

@@ -22,6 +22,7 @@ NETWORKS = {
     "resnet20": ("resnet20", 32),
     "depthwise": (DEPTHWISE, 8),
     "mobilenet": ("torchvision:mobilenet_v2", 64),
+    "tied": ("tests.unit.pruning.couplings:tied_weights", 8),
 }
 
 

@@ -36,6 +36,9 @@ def test_parameter_names_are_torchvisions():
         ("torchvision:resnet51", "did you mean .*resnet50"),
         ("no_such_package:net", "cannot be imported"),
         ("math:cosine", "cannot be imported"),
+        ("math:pi", "is a float, not a function"),
+        ("torchvision:", "write torchvision:NAME"),
+        ("timm:", "write timm:NAME"),
     ],
 )
 def test_unknown_names_are_refused_with_the_nearest(name, message):

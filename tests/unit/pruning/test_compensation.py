@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from cacp_ray.pruning import statistics as module_of_statistics
 from cacp_ray.pruning.compensation import Compensator, make_factors
@@ -182,3 +183,25 @@ def test_bn_recalibration_gives_batch_statistics_and_restores_momentum():
     assert torch.allclose(net.bn1.running_var, first.var((0, 2, 3)), rtol=1e-3)
     assert net.bn1.momentum == 0.1
     assert not net.bn1.training
+
+
+@pytest.mark.parametrize("num_images", [17, 33, 40])
+def test_bn_recalibration_weighs_every_image_alike(num_images):
+    """Also where the images do not fill the last batch, and maps are of one pixel."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    x = torch.randn(num_images, 3, 8, 8)
+    recalibrate_bn(net, x, batch_size=16)
+    with torch.no_grad():
+        expected = net[:2](x).mean((0, 2, 3))
+    assert torch.allclose(net[2].running_mean, expected, atol=1e-6)
+
+
+def test_bn_without_running_statistics_is_passed_by():
+    torch.manual_seed(1)
+    first, second = nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3)
+    net = nn.Sequential(first, second).eval()
+    x = torch.randn(8, 3, 4, 4)
+    recalibrate_bn(net, x)
+    assert torch.allclose(second.running_var, first(x).var((0, 2, 3)), rtol=1e-3)
+    assert first.running_mean is None

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cacp_ray.errors import ConfigError
+from cacp_ray.errors import ConfigError, EvaluationError
 from cacp_ray.pruning import criteria
 from cacp_ray.pruning.criteria import CRITERIA, cap, get_criterion, needs, rank_channels
 from cacp_ray.pruning.criteria import score_channels as score
@@ -491,6 +491,15 @@ def test_cap_survives_a_covariance_that_rounding_made_indefinite(size):
     assert len(np.unique(scores)) == 12
     assert scores.min() > 0
     assert 0.9 < scores.max() < 1.5
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_cap_refuses_moments_that_are_not_finite(value):
+    _, plan, tensors, _ = load("plain")
+    statistics = invent(plan, tensors)
+    statistics.inputs["6.weight"].covariance[3, 3] = value
+    with pytest.raises(EvaluationError, match="covariance"):
+        score("cap", plan, tensors, statistics, 0)
 
 
 def test_cap_scores_fall_strictly_and_put_channels_that_nothing_uses_last():

@@ -30,13 +30,37 @@ class Shared(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Folded(nn.Module):
+    """Linear layers on rows of all places of all images, or on places before images."""
+
+    def __init__(self, is_image_first=True):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.mix = nn.Linear(8, 9)
+        self.head = nn.Linear(9, 5)
+        self.is_image_first = is_image_first
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        x = nn.functional.adaptive_avg_pool2d(x, 2).flatten(2)  # (N, 8, 4)
+        if self.is_image_first:
+            rows = x.permute(0, 2, 1).flatten(0, 1)
+            x = self.mix(rows).relu().unflatten(0, (-1, 4)).mean(1)
+        else:
+            x = self.mix(x.permute(2, 0, 1)).relu().mean(0)
+        return self.head(x)
+
+
+MODELS = {"shared": Shared, "folded": Folded, "places": lambda: Folded(is_image_first=False)}
+
+
 class Case:
     """A network cut to a share of its channels and compensated, and images."""
 
     def __init__(self, name, share, num_images=200):
         torch.manual_seed(2)
         self.model, x = (
-            (Shared().eval(), torch.zeros(1, 3, 8, 8)) if name == "shared" else make(name)
+            (MODELS[name]().eval(), torch.zeros(1, 3, 8, 8)) if name in MODELS else make(name)
         )
         self.x = torch.randn(num_images, *x.shape[1:])
         self.plan = make_plan(self.model, x[:1])
@@ -127,6 +151,26 @@ def test_a_layer_called_twice_keeps_its_compensated_weight():
     found = case.recover()
     assert torch.equal(found["shared.weight"], case.compensated["shared.weight"])
     assert not torch.equal(found["head.weight"], case.compensated["head.weight"])
+
+
+def test_rows_of_an_image_that_are_batch_entries_stay_with_their_targets():
+    case = Case("folded", 0.6)
+    small = case.build(case.recover())
+    inputs, ours = inputs_and_outputs(small, "mix", case.x)
+    _, wanted = inputs_and_outputs(case.model, "mix", case.x)
+    axis = case.plan.axes["mix.weight", 0]
+    wanted = wanted[:, axis.reordered(case.orders)[axis.positions(case.counts)]]
+    design = np.column_stack([inputs.numpy(), np.ones(len(inputs))]).astype(np.float64)
+    solution = np.linalg.lstsq(design, wanted.numpy().astype(np.float64), rcond=None)[0]
+    fitted = design @ solution
+    assert np.abs(ours.numpy() - fitted).max() < 5e-3 * np.abs(fitted).max()
+
+
+@pytest.mark.parametrize("num_images", [200, 4])
+def test_a_layer_whose_batch_entries_are_no_images_keeps_its_compensated_weight(num_images):
+    case = Case("places", 0.6, num_images=num_images)
+    found = case.recover(batch_size=num_images // 2)
+    assert torch.equal(found["mix.weight"], case.compensated["mix.weight"])
 
 
 def test_a_layer_with_too_few_rows_keeps_its_compensated_weight():

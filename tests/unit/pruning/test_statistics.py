@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from cacp_ray.data.images import ImageSet
+from cacp_ray.errors import EvaluationError
 from cacp_ray.pruning import statistics as module_of_statistics
 from cacp_ray.pruning.patches import choose_places, take_inputs, take_outputs
 from cacp_ray.pruning.plan import make_plan
@@ -250,6 +252,74 @@ def test_a_group_that_nothing_reads_has_zero_gradients():
     )
     assert not found.inputs
     assert all(not gate.square.any() and not gate.absolute.any() for gate in found.gates)
+
+
+class PadsInside(nn.Conv2d):
+    """Pads before the product, as TensorFlow does, and says so nowhere."""
+
+    def forward(self, input):
+        return functional.conv2d(
+            functional.pad(input, (1, 1, 1, 1)), self.weight, self.bias, self.stride
+        )
+
+
+class SameProduct(nn.Conv2d):
+    """A forward of its own that gives the plain product."""
+
+    def forward(self, input):
+        return functional.conv2d(input, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("side", [1, 2, 6])
+@pytest.mark.parametrize(
+    ("layer", "size", "is_measured"),
+    [(PadsInside, 3, False), (SameProduct, 1, True)],
+)
+def test_layers_that_do_not_give_weight_times_input_rows_are_left_out(
+    layer, size, is_measured, side
+):
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.AdaptiveAvgPool2d(side), layer(6, 7, size), nn.ReLU(),
+        nn.Conv2d(7, 4, 1), nn.Flatten(), nn.Linear(4 * side**2, 5),
+    ).eval()  # fmt: skip
+    plan, found = collect(model, torch.randn(4, 3, 8, 8))
+    assert "2.weight" in {consumer.weight for consumer in plan.consumers}
+    assert ("2.weight" in found.inputs) == is_measured
+    assert {"4.weight", "6.weight"} <= set(found.inputs)
+
+
+def test_a_layer_that_sees_no_rows_has_no_moments():
+    class Skips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 6, 3)
+            self.mix, self.head = nn.Conv2d(6, 6, 1), nn.Linear(6, 5)
+
+        def forward(self, x):
+            x = self.stem(x)
+            if len(x) > 1:
+                self.mix(x[:0])
+            else:
+                x = self.mix(x)
+            return self.head(x.mean((2, 3)))
+
+    _, found = collect(Skips().eval(), torch.randn(4, 3, 8, 8))
+    assert set(found.inputs) == {"head.weight"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("kind", ["inputs", "gates"])
+def test_activations_that_are_not_finite_are_refused_in_one_line(value, kind):
+    model, x = make("plain")
+    plan = make_plan(model, x[:1])
+    with torch.no_grad():
+        model[0].bias.fill_(value)
+        model[-1].weight *= 1e30
+    with pytest.raises(EvaluationError, match=r"NaN.*calibration images.*check") as caught:
+        collect_statistics(model, plan, x, torch.tensor([0, 1]), seed=0, kinds={kind})
+    assert "\n" not in str(caught.value)
+    assert re.match(r"3\b" if kind == "inputs" else r"\w", str(caught.value))
 
 
 def image_set(seed=0):

@@ -1,5 +1,6 @@
 """A saved subnet loads in a new process to the same logits, and broken folders are refused."""
 
+import json
 import subprocess
 import sys
 
@@ -67,6 +68,22 @@ def test_broken_folders_are_refused(saved, tmp_path):
     (folder / "subnet.json").write_text('{"schema_version": 99}')
     with pytest.raises(ArtifactError, match="schema version 99"):
         load_subnet(folder)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "finetuned.safetensors"])
+def test_weights_of_another_rate_are_refused(saved, file, tmp_path):
+    folder, net = saved
+    path = folder / "subnet.json"
+    params = sum(parameter.numel() for parameter in net.parameters())
+    description = json.loads(path.read_text()) | {"params": params}
+    path.write_text(json.dumps(description))
+    assert load_subnet(folder) is not None
+    found = analyze(build_model("resnet20", 10), torch.zeros(1, 3, 32, 32))
+    save_subnet(tmp_path / "other", found.build(found.uniform(0.6)), description)
+    (folder / file).write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+    with pytest.raises(ArtifactError, match=rf"{file}: .* subnet\.json says {params}:") as caught:
+        load_subnet(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_unreachable_rate_names_the_reachable_one():
