@@ -169,20 +169,25 @@ def sync_attributes(module: nn.Module, whole: Sizes) -> None:
         whole: As it was before any cut.
     """
     before = whole.attributes
-    own = vars(module)  # nn.Module.__setattr__ would look for tensors, ten times slower
+    # Past nn.Module's own attribute access, which is ten times slower.
+    own = vars(module)
     if isinstance(module, nn.modules.conv._ConvNd):
-        first, second = module.weight.shape[:2]
+        if (weight := own["_parameters"].get("weight")) is None:  # parametrized
+            weight = module.weight
+        first, second = weight.shape[:2]
         groups, inputs, outputs = before["groups"], before["in_channels"], before["out_channels"]
-        if groups > 1 and drops_groups(inputs, groups):
-            own["groups"] = first // ((inputs if module.transposed else outputs) // groups)
-        second *= own["groups"]
-        own["in_channels"], own["out_channels"] = (
-            (first, second) if module.transposed else (second, first)
-        )
+        if groups > 1:
+            if drops_groups(inputs, groups):
+                own["groups"] = first // ((inputs if own["transposed"] else outputs) // groups)
+            second *= own["groups"]
+        if own["transposed"]:
+            first, second = second, first
+        own["in_channels"], own["out_channels"] = second, first
     elif isinstance(module, nn.Linear):
         own["out_features"], own["in_features"] = module.weight.shape
-    elif isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
-        own["num_features"] = module.running_mean.shape[0]
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        if (mean := own["_buffers"]["running_mean"]) is not None:
+            own["num_features"] = mean.shape[0]
     elif isinstance(module, nn.GroupNorm) and module.weight is not None:
         channels, groups = before["num_channels"], before["num_groups"]
         module.num_channels = len(module.weight)
