@@ -186,8 +186,10 @@ def sync_attributes(module: nn.Module, whole: Sizes) -> None:
     elif isinstance(module, nn.Linear):
         own["out_features"], own["in_features"] = module.weight.shape
     elif isinstance(module, nn.modules.batchnorm._NormBase):
-        if (mean := own["_buffers"]["running_mean"]) is not None:
-            own["num_features"] = mean.shape[0]
+        if (line := own["_buffers"]["running_mean"]) is None:
+            line = own["_parameters"]["weight"]
+        if line is not None:
+            own["num_features"] = line.shape[0]
     elif isinstance(module, nn.GroupNorm) and module.weight is not None:
         channels, groups = before["num_channels"], before["num_groups"]
         module.num_channels = len(module.weight)
