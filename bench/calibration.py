@@ -21,31 +21,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from report import append_row, parse_rows, print_environment, print_table, read_rows
+from experiment import GROUP_SETS, RATES, load, make_parser, widths
+from report import append_row, print_environment, print_table, read_rows
 from torch import nn
 
-from cacp_ray.config import PruningConfig
 from cacp_ray.data.images import ImageSet, read_parquet
 from cacp_ray.evaluation.scorer import Cutter, Prepared, prepare
-from cacp_ray.loading import make_budget
-from cacp_ray.models.factory import build_model, load_weights
 from cacp_ray.pruning.plan import Plan, make_plan
 from cacp_ray.pruning.statistics import collect_statistics
 from cacp_ray.pruning.surgery import Slicer, build_subnet
-from cacp_ray.searching.budget import uniform
 from cacp_ray.training.loop import make_optimizer, train_epoch
 from cacp_ray.training.metrics import fast_dtype, measure
 from cacp_ray.training.recipe import Recipe
-
-RATES = (0.3, 0.5, 0.7)
-GROUP_SETS = ("inner", "all")
-
-
-def widths(plan: Plan, groups: str) -> NDArray[np.int64]:
-    """(rates, G) keep counts, uniform over `all` or `inner` groups."""
-    is_cut = np.array([groups == "all" or not group.is_residual for group in plan.groups])
-    return uniform(make_budget(plan, "macs", PruningConfig()), RATES, is_cut)
 
 
 def read_calibration(options: argparse.Namespace, count: int) -> ImageSet:
@@ -244,28 +231,17 @@ def print_race(options: argparse.Namespace, num_images: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="resnet20")
-    parser.add_argument("--weights", default="embedded:resnet20_cifar10")
-    parser.add_argument("--train", default="embedded:train", help="Parquet of training images")
-    parser.add_argument("--train-rows", type=parse_rows, help="START:STOP, by default all")
-    parser.add_argument("--search", default="embedded:search", help="Parquet of scored images")
-    parser.add_argument("--search-rows", type=parse_rows, help="START:STOP, by default all")
-    parser.add_argument("--images", type=int, help="score on so many of them, evenly spaced")
+    parser = make_parser(__doc__)
     parser.add_argument("--calibration", type=int, nargs="+", default=[100, 500, 1000, 5000])
     parser.add_argument("--race-calibration", type=int, default=1000, help="one of --calibration")
     parser.add_argument("--lr", type=float, nargs="+", default=[0.01, 0.03, 0.1])
     parser.add_argument("--check-every", type=int, default=10, help="training steps")
     parser.add_argument("--max-steps", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", type=Path, default=Path("calibration.jsonl"))
     options = parser.parse_args()
     if options.race_calibration not in options.calibration:
         parser.error("--race-calibration must be one of --calibration")
-    torch.set_num_threads(1)
-    search = read_parquet(options.search, options.search_rows, options.images)
-    model = build_model(options.model, len(search.classes)).eval()
-    load_weights(model, options.weights)
+    model, search = load(options)
     compensate(options, model, search)
     race(options, model, search)
     base = measure(model, *search.tensors(), dtype=fast_dtype()).top1

@@ -13,34 +13,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from report import append_row, parse_rows, print_environment, print_table, read_rows
+from experiment import GROUP_SETS, RATES, load, make_parser, widths
+from report import append_row, print_environment, print_table, read_rows
 from torch import nn
 
-from cacp_ray.config import PruningConfig
 from cacp_ray.data.images import ImageSet, read_parquet
 from cacp_ray.evaluation.measurement import Candidate
 from cacp_ray.evaluation.scorer import Prepared, make_scorer, prepare
-from cacp_ray.loading import make_budget
-from cacp_ray.models.factory import build_model, load_weights
 from cacp_ray.pruning.criteria import CRITERIA, needs, rank_channels
 from cacp_ray.pruning.plan import Plan, make_plan
 from cacp_ray.pruning.statistics import Statistics, collect_statistics
-from cacp_ray.searching.budget import uniform
+from cacp_ray.pruning.surgery import all_tensors
 from cacp_ray.training.metrics import fast_dtype, measure
 
-RATES = (0.3, 0.5, 0.7)
 RECOVERIES = ("none", "bn", "compensate")
-GROUP_SETS = ("all", "inner")
-
-
-def widths(plan: Plan, groups: str) -> NDArray[np.int64]:
-    """(rates, G) keep counts, uniform over `all` or `inner` groups."""
-    is_cut = np.array([groups == "all" or not group.is_residual for group in plan.groups])
-    budget = make_budget(plan, "macs", PruningConfig())
-    return uniform(budget, RATES, is_cut)
 
 
 def prepare_all(
@@ -52,7 +39,7 @@ def prepare_all(
     seed: int,
 ) -> Iterator[tuple[str, Prepared]]:
     """Each recovery with what its candidates share, in the order that a criterion makes."""
-    tensors = {key: value.detach() for key, value in model.state_dict().items()}
+    tensors = all_tensors(model)
     orders = rank_channels(name, plan, tensors, statistics, seed)
     for recovery in RECOVERIES:
         yield (
@@ -146,27 +133,15 @@ def print_results(options: argparse.Namespace, base: float, num_images: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="resnet20")
-    parser.add_argument("--weights", default="embedded:resnet20_cifar10")
-    parser.add_argument("--train", default="embedded:train", help="Parquet of calibration images")
-    parser.add_argument("--train-rows", type=parse_rows, help="START:STOP, by default all")
-    parser.add_argument("--search", default="embedded:search", help="Parquet of scored images")
-    parser.add_argument("--search-rows", type=parse_rows, help="START:STOP, by default all")
-    parser.add_argument("--images", type=int, help="score on so many of them, evenly spaced")
+    parser = make_parser(__doc__)
     parser.add_argument("--calibration", type=int, default=1000, help="training images")
     parser.add_argument("--criteria", nargs="+", default=list(CRITERIA), choices=list(CRITERIA))
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="by default the fast one")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--log", type=Path, default=Path("one_shot.jsonl"))
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     fast = fast_dtype()
     options.dtype = options.dtype or str(fast).removeprefix("torch.")
-    search = read_parquet(options.search, options.search_rows, options.images)
-    model = build_model(options.model, len(search.classes)).eval()
-    load_weights(model, options.weights)
+    model, search = load(options)
     score_missing(options, model, search)
     base = measure(model, *search.tensors(), dtype=getattr(torch, options.dtype)).top1
     print_results(options, base, len(search))

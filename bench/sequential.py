@@ -7,16 +7,13 @@ Widths are uniform, the order is that of `cap`. Float32. The times are processor
 process: of one compensated candidate with a cold cache, and of the layer-by-layer repair.
 """
 
-import argparse
 import time
 
-import torch
-from one_shot import GROUP_SETS, RATES, widths
-from report import parse_rows, print_environment, print_table
+from experiment import GROUP_SETS, RATES, load, make_parser, widths
+from report import print_environment, print_table
 
 from cacp_ray.data.images import read_parquet
 from cacp_ray.evaluation.scorer import Cutter, prepare
-from cacp_ray.models.factory import build_model, load_weights
 from cacp_ray.pruning.plan import make_plan
 from cacp_ray.pruning.sequential import recover_sequentially
 from cacp_ray.pruning.statistics import collect_statistics
@@ -24,23 +21,11 @@ from cacp_ray.training.metrics import measure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="resnet20")
-    parser.add_argument("--weights", default="embedded:resnet20_cifar10")
-    parser.add_argument("--train", default="embedded:train", help="Parquet of calibration images")
-    parser.add_argument("--train-rows", type=parse_rows, help="START:STOP, by default all")
-    parser.add_argument("--search", default="embedded:search", help="Parquet of scored images")
-    parser.add_argument("--search-rows", type=parse_rows, help="START:STOP, by default all")
-    parser.add_argument("--images", type=int, help="score on so many of them, evenly spaced")
+    parser = make_parser(__doc__)
     parser.add_argument("--calibration", type=int, default=1000, help="training images")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    search = read_parquet(options.search, options.search_rows, options.images)
+    model, search = load(options)
     train = read_parquet(options.train, options.train_rows, options.calibration)
-    model = build_model(options.model, len(search.classes)).eval()
-    load_weights(model, options.weights)
     images, _ = train.tensors()
     plan = make_plan(model, images[:1])
     statistics = collect_statistics(model, plan, images, seed=options.seed)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.plan import Plan, count_macs, make_plan
-from cacp_ray.pruning.surgery import Skeleton, Slicer, build_subnet, reorder_weights
+from cacp_ray.pruning.surgery import Skeleton, Slicer, all_tensors, build_subnet, reorder_weights
 
 # Side of the images that are traced; the groups do not depend on it.
 NETWORKS = {"resnet56": 32, "torchvision:resnet50": 64, "torchvision:densenet121": 64}
@@ -88,7 +88,7 @@ def bench_network(name: str, draws: int, seed: int) -> list[str]:
     rng = np.random.default_rng(seed)
     whole = plan.cost_model.num_channels
     orders = [rng.permutation(n) for n in whole]
-    tensors = {key: value.detach() for key, value in model.state_dict().items()}
+    tensors = all_tensors(model)
     ordered = reorder_weights(plan, tensors, orders)
     slicer, skeleton = Slicer(plan), Skeleton(model)
     skeleton.load(ordered)

@@ -1,0 +1,49 @@
+"""What the accuracy benchmarks share: options, the network and its images, uniform widths."""
+
+import argparse
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from report import parse_rows
+from torch import nn
+
+from cacp_ray.config import PruningConfig
+from cacp_ray.data.images import ImageSet, read_parquet
+from cacp_ray.loading import make_budget
+from cacp_ray.models.factory import build_model, load_weights
+from cacp_ray.pruning.plan import Plan
+from cacp_ray.searching.budget import uniform
+
+RATES = (0.3, 0.5, 0.7)
+GROUP_SETS = ("all", "inner")
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """The options of all accuracy benchmarks."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--weights", default="embedded:resnet20_cifar10")
+    parser.add_argument("--train", default="embedded:train", help="Parquet of training images")
+    parser.add_argument("--train-rows", type=parse_rows, help="START:STOP, by default all")
+    parser.add_argument("--search", default="embedded:search", help="Parquet of scored images")
+    parser.add_argument("--search-rows", type=parse_rows, help="START:STOP, by default all")
+    parser.add_argument("--images", type=int, help="score on so many of them, evenly spaced")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    return parser
+
+
+def load(options: argparse.Namespace) -> tuple[nn.Module, ImageSet]:
+    """The network and the images that score it; sets the threads."""
+    torch.set_num_threads(options.threads)
+    search = read_parquet(options.search, options.search_rows, options.images)
+    model = build_model(options.model, len(search.classes)).eval()
+    load_weights(model, options.weights)
+    return model, search
+
+
+def widths(plan: Plan, groups: str) -> NDArray[np.int64]:
+    """(rates, G) keep counts, uniform over `all` or `inner` groups."""
+    is_cut = np.array([groups == "all" or not group.is_residual for group in plan.groups])
+    return uniform(make_budget(plan, "macs", PruningConfig()), RATES, is_cut)
