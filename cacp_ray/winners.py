@@ -156,6 +156,7 @@ def build_winners(
             "path": str(folder),
             "top1_none": measure(bare.load(counts), *split).top1,
             "top1": accuracy.top1,
+            "sequential": is_sequential,
             "finetuned_top1": None,
             "test_top1": None,
             "test_images": None,

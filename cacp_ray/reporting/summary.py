@@ -136,6 +136,16 @@ def standard_errors(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def recovery_note(result: dict[str, Any]) -> str | None:
+    """What `recovered` means where final subnets were repaired in another way than candidates."""
+    if not any(row.get("sequential") for row in result["rates"]):
+        return None
+    return (
+        "Recovered: final subnets layer by layer where that is better; candidates of the search and "
+        "the policy's answers at once."
+    )
+
+
 def _standard_error(split: str, shares: Iterable[float | None], images: int | None) -> list[str]:
     known = [share for share in shares if share is not None and not math.isnan(share)]
     if not known or not images:

@@ -18,6 +18,7 @@ from cacp_ray.reporting.summary import (
     Row,
     accuracy_columns,
     frontier_columns,
+    recovery_note,
     size_columns,
     standard_errors,
     summary_rows,
@@ -41,6 +42,8 @@ def final_table(result: dict[str, Any]) -> RenderableType:
     errors = standard_errors(result)
     if errors:
         parts.append(Text(f"Standard error (binomial) on the {', on the '.join(errors)}."))
+    if note := recovery_note(result):
+        parts.append(Text(note))
     return Group(*parts)
 
 

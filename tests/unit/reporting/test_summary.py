@@ -8,6 +8,7 @@ from cacp_ray.reporting.summary import (
     format_macs,
     format_number,
     format_seconds,
+    recovery_note,
     size_columns,
     standard_errors,
     summary_rows,
@@ -113,3 +114,12 @@ def test_durations_are_read_at_a_glance(seconds, text):
 def test_macs_carry_their_unit():
     assert format_macs(40_551_424) == "40.55 M"
     assert format_macs(4_089_184_256) == "4.089 G"
+
+
+def test_a_note_says_when_final_subnets_were_repaired_in_another_way():
+    result = make_result((0.5,))
+    assert recovery_note(result) is None
+    result["rates"][0]["sequential"] = True
+    note = recovery_note(result)
+    assert note is not None
+    assert "layer by layer" in note
