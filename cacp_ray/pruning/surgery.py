@@ -7,7 +7,7 @@ group, so almost every small tensor is a leading slice, a view, of the permuted 
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -172,17 +172,7 @@ def sync_attributes(module: nn.Module, whole: Sizes) -> None:
     # Past nn.Module's own attribute access, which is ten times slower.
     own = vars(module)
     if isinstance(module, nn.modules.conv._ConvNd):
-        if (weight := own["_parameters"].get("weight")) is None:  # parametrized
-            weight = module.weight
-        first, second = weight.shape[:2]
-        groups, inputs, outputs = before["groups"], before["in_channels"], before["out_channels"]
-        if groups > 1:
-            if drops_groups(inputs, groups):
-                own["groups"] = first // ((inputs if own["transposed"] else outputs) // groups)
-            second *= own["groups"]
-        if own["transposed"]:
-            first, second = second, first
-        own["in_channels"], own["out_channels"] = second, first
+        _sync_convolution(module, before, own)
     elif isinstance(module, nn.Linear):
         own["out_features"], own["in_features"] = module.weight.shape
     elif isinstance(module, nn.modules.batchnorm._NormBase):
@@ -199,6 +189,22 @@ def sync_attributes(module: nn.Module, whole: Sizes) -> None:
         module.normalized_shape = tuple(module.weight.shape)
     else:
         _sync_by_value(module, whole)
+
+
+def _sync_convolution(
+    module: nn.modules.conv._ConvNd, before: Mapping[str, int], own: dict[str, Any]
+) -> None:
+    if (weight := own["_parameters"].get("weight")) is None:  # parametrized
+        weight = module.weight
+    first, second = weight.shape[:2]
+    groups, inputs, outputs = before["groups"], before["in_channels"], before["out_channels"]
+    if groups > 1:
+        if drops_groups(inputs, groups):
+            own["groups"] = first // ((inputs if own["transposed"] else outputs) // groups)
+        second *= own["groups"]
+    if own["transposed"]:
+        first, second = second, first
+    own["in_channels"], own["out_channels"] = second, first
 
 
 def _sync_by_value(module: nn.Module, whole: Sizes) -> None:

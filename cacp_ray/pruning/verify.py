@@ -92,7 +92,7 @@ class _Trial:
         rng = np.random.default_rng(1)
         self._orders = [rng.permutation(group.num_channels) for group in plan.groups]
         self._normalised = np.isin(np.arange(len(plan.groups)), plan.normalised)
-        self._nets = {example_input.dtype: _Networks(model, plan, self._orders)}
+        self._nets = {example_input.dtype: _Networks(model, plan)}
         self._shapes = [t.shape for t in _run(self._nets[example_input.dtype].small, self._input)]
 
     def problem(self, target: Counts, groups: list[int], *, compare: bool) -> str | None:
@@ -101,9 +101,10 @@ class _Trial:
         keep_counts = whole.copy()
         keep_counts[groups] = target[groups]
         nets = self._nets[self._input.dtype]
+        orders = self._orders_of(groups if compare else [])
         try:
             with FlopCounterMode(display=False) as counter:
-                small = _run(nets.cut(self._slicer, keep_counts), self._input)
+                small = _run(nets.cut(self._slicer, orders, keep_counts), self._input)
         except Exception as error:
             logger.debug("cut of groups %s: %s", groups, error)
             return "its code fixes a size: the network does not run when they are cut"
@@ -115,20 +116,25 @@ class _Trial:
             return None
         # What is normalised over channels may differ from zeros in their place.
         counts = np.where(self._normalised, whole, keep_counts)
-        if not self._is_same(counts, self._input.dtype) and not self._is_same(
-            counts, torch.float64
-        ):
+        if not any(self._is_same(orders, counts, d) for d in (self._input.dtype, torch.float64)):
             return "cutting them is not the same as zeros in their place"
         return None
 
-    def _is_same(self, counts: Counts, dtype: torch.dtype) -> bool:
+    def _orders_of(self, groups: list[int]) -> list[NDArray[np.int64]]:
+        """Another order of some groups; the others keep theirs."""
+        return [
+            order if group in groups else np.arange(len(order))
+            for group, order in enumerate(self._orders)
+        ]
+
+    def _is_same(self, orders: Orders, counts: Counts, dtype: torch.dtype) -> bool:
         """Whether cut and masked networks agree; untrained ones may need float64 to tell."""
         if dtype not in self._nets:
             wide = copy.deepcopy(self._model).to(dtype)
-            self._nets[dtype] = _Networks(wide, self._plan, self._orders)
+            self._nets[dtype] = _Networks(wide, self._plan)
         nets = self._nets[dtype]
-        small = _run(nets.cut(self._slicer, counts), self._input.to(dtype))
-        masked = _run(nets.mask(self._plan, self._orders, counts), self._input.to(dtype))
+        small = _run(nets.cut(self._slicer, orders, counts), self._input.to(dtype))
+        masked = _run(nets.mask(orders, counts), self._input.to(dtype))
         tolerance = WIDE_TOLERANCE if dtype == torch.float64 else TOLERANCE
         return all(
             _is_close(one, other, tolerance) for one, other in zip(small, masked, strict=True)
@@ -146,23 +152,27 @@ def _is_close(one: Tensor, other: Tensor, tolerance: float) -> bool:
 class _Networks:
     """A network to reorder and cut, and one to put zeros in."""
 
-    def __init__(self, model: nn.Module, plan: "Plan", orders: Orders) -> None:
+    def __init__(self, model: nn.Module, plan: "Plan") -> None:
+        self._plan = plan
         self._tensors = all_tensors(model)
-        self._ordered = reorder_weights(plan, self._tensors, orders)
         self._small, self._masked = Skeleton(model), Skeleton(model)
+        self._ordered = b"", self._tensors  # the last order that was asked for
 
     @property
     def small(self) -> nn.Module:
         """As it was cut last."""
         return self._small.model
 
-    def cut(self, slicer: Slicer, keep_counts: Counts) -> nn.Module:
+    def cut(self, slicer: Slicer, orders: Orders, keep_counts: Counts) -> nn.Module:
         """The small network, its channels in another order."""
-        return self._small.load(slicer(self._ordered, keep_counts.tolist()))
+        key = np.concatenate(orders).tobytes()
+        if key != self._ordered[0]:
+            self._ordered = key, reorder_weights(self._plan, self._tensors, orders)
+        return self._small.load(slicer(self._ordered[1], keep_counts.tolist()))
 
-    def mask(self, plan: "Plan", orders: Orders, keep_counts: Counts) -> nn.Module:
+    def mask(self, orders: Orders, keep_counts: Counts) -> nn.Module:
         """The whole network with zeros."""
-        return self._masked.load(zero_channels(plan, self._tensors, keep_counts, orders))
+        return self._masked.load(zero_channels(self._plan, self._tensors, keep_counts, orders))
 
 
 def zero_channels(

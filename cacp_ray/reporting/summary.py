@@ -141,8 +141,8 @@ def recovery_note(result: dict[str, Any]) -> str | None:
     if not any(row.get("sequential") for row in result["rates"]):
         return None
     return (
-        "Recovered: final subnets layer by layer where that is better; candidates of the search and "
-        "the policy's answers at once."
+        "Recovered: final subnets layer by layer where that is better; candidates of the search "
+        "and the policy's answers at once."
     )
 
 

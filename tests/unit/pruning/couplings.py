@@ -181,6 +181,9 @@ COUPLINGS: dict[str, tuple[Callable[[], nn.Module], set[str], set[str]]] = {
     "filter across channels": (
         lambda: Net(Fn(across, conv=nn.Conv1d(1, 1, 3, padding=1, bias=False))),
         {"last"}, {"first"}),
+    "constants a place": (
+        lambda: Net(Fn(lambda s, x: x * torch.arange(1, x.shape[1] + 1).view(1, -1, 1, 1) / 3)),
+        {"last"}, {"first"}),
     "gated linear unit": (
         lambda: Net(Fn(lambda s, x: functional.glu(s.conv(x), 1), conv=conv(8, 12)), width=6),
         {"first", "between.conv", "last"}, set()),
