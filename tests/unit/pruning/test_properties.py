@@ -170,10 +170,12 @@ def test_new_process_loads_them_to_the_same_logits(tmp_path):
     code = (
         "import sys, torch\n"
         "from cacp_ray.pruning.subnet import load_subnet\n"
-        "for folder in sys.argv[1:]:\n"
+        "torch.set_num_threads(int(sys.argv[1]))\n"  # sums depend on it
+        "for folder in sys.argv[2:]:\n"
         "    x, expected = torch.load(folder + '.pt')\n"
         "    assert torch.equal(load_subnet(folder)(x), expected), folder"
     )
     folders = [str(tmp_path / name) for name in names]
     root = Path(__file__).parents[3]
-    subprocess.run([sys.executable, "-c", code, *folders], check=True, cwd=root)
+    threads = str(torch.get_num_threads())
+    subprocess.run([sys.executable, "-c", code, threads, *folders], check=True, cwd=root)
