@@ -58,6 +58,22 @@ class Depthwise(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Twice(nn.Module):
+    """One layer that reads the same channels at two stages."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.shared = nn.Conv2d(6, 6, 3, padding=1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        x = x + self.shared(x).relu()
+        x = x + self.shared(x).relu()
+        return self.head(x.mean((2, 3)))
+
+
 def make(name: str) -> tuple[nn.Module, Tensor]:
     """A network with random weights and BN statistics, and an example input."""
     torch.manual_seed(0)

@@ -11,23 +11,7 @@ from cacp_ray.pruning.plan import make_plan
 from cacp_ray.pruning.sequential import recover_sequentially
 from cacp_ray.pruning.statistics import collect_statistics
 from cacp_ray.pruning.surgery import build_subnet, reorder_weights
-from tests.unit.pruning.networks import NAMES, make
-
-
-class Shared(nn.Module):
-    """One layer called twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 6, 3, padding=1)
-        self.shared = nn.Conv2d(6, 6, 3, padding=1)
-        self.head = nn.Linear(6, 5)
-
-    def forward(self, x):
-        x = self.stem(x).relu()
-        x = x + self.shared(x).relu()
-        x = x + self.shared(x).relu()
-        return self.head(x.mean((2, 3)))
+from tests.unit.pruning.networks import NAMES, Twice, make
 
 
 class Folded(nn.Module):
@@ -51,7 +35,7 @@ class Folded(nn.Module):
         return self.head(x)
 
 
-MODELS = {"shared": Shared, "folded": Folded, "places": lambda: Folded(is_image_first=False)}
+MODELS = {"shared": Twice, "folded": Folded, "places": lambda: Folded(is_image_first=False)}
 
 
 class Case:

@@ -17,25 +17,9 @@ from cacp_ray.pruning.patches import choose_places, take_inputs, take_outputs
 from cacp_ray.pruning.plan import make_plan
 from cacp_ray.pruning.statistics import Statistics, collect_statistics
 from cacp_ray.pruning.statistics_file import load_statistics, save_statistics, statistics_key
-from tests.unit.pruning.networks import NAMES, make
+from tests.unit.pruning.networks import NAMES, Twice, make
 
 EVERY_PLACE = 10_000
-
-
-class Twice(nn.Module):
-    """One layer that reads the same channels at two stages."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 6, 3, padding=1)
-        self.shared = nn.Conv2d(6, 6, 3, padding=1)
-        self.head = nn.Linear(6, 5)
-
-    def forward(self, x):
-        x = self.stem(x).relu()
-        x = x + self.shared(x).relu()
-        x = x + self.shared(x).relu()
-        return self.head(x.mean((2, 3)))
 
 
 class Tokens(nn.Module):
