@@ -137,7 +137,9 @@ def train(
 def search(
     config: Annotated[Path, typer.Argument(help="YAML file, such as tune_configs/quickstart.yaml")],
     run_dir: RunDir = None,
-    strategy: Annotated[str | None, typer.Option(help="cacp, random or uniform.")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="cacp, cacp-paper, amc, hill_climb, cem, random ...")
+    ] = None,
     overrides: Overrides = None,
     address: Address = None,
     resume: Resume = False,

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from cacp_ray.data import cifar10
 from cacp_ray.errors import ConfigError, nearest_names
-from cacp_ray.searching.settings import AgentSettings, Mode
+from cacp_ray.searching.settings import AgentSettings, Mode, PaperSettings
 from cacp_ray.training.recipe import Recipe
 
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -122,14 +122,19 @@ class RunConfig(Section):
         default=(0.3, 0.5, 0.7), min_length=1, description="share of cost KEPT"
     )
     cost: Literal["macs", "params"] = "macs"
-    strategy: Literal["cacp", "random", "uniform"] = "cacp"
+    strategy: Literal[
+        "cacp", "cacp-paper", "amc", "hill_climb", "cem", "noise", "random", "uniform"
+    ] = "cacp"
     evaluations: int = Field(default=240, ge=1, description="distinct candidates, over all rates")
     mode: Mode = Field(default="async", description="rounds repeats bit for bit; async never waits")
     round_size: int = Field(default=6, ge=1, description="candidates asked together")
     seed: int = 0
     pruning: PruningConfig = PruningConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    agent: AgentSettings = AgentSettings()
+    agent: AgentSettings = Field(default=AgentSettings(), description="of strategy cacp")
+    paper: PaperSettings = Field(
+        default=PaperSettings(), description="of strategies cacp-paper and amc"
+    )
     cluster: ClusterConfig = ClusterConfig()
     finetune: Recipe = Recipe(epochs=6, lr=0.02, distillation=0.7, label_smoothing=0.0)
 

@@ -25,8 +25,9 @@ from cacp_ray.loading import (
 )
 from cacp_ray.pruning.subnet import load_subnet, read_description
 from cacp_ray.reporting.html import write_report
-from cacp_ray.run import Clock, make_agent
+from cacp_ray.run import Clock
 from cacp_ray.searching.run_directory import EpisodeRecord, RunDirectory
+from cacp_ray.strategies import AGENTS, make_run_strategy
 from cacp_ray.training.metrics import Accuracy, measure
 from cacp_ray.winners import as_record, build_winners, measure_candidates
 
@@ -152,7 +153,7 @@ def answer_rates(
     """
     run = RunDirectory(run_dir)
     checkpoint = run.find_checkpoint()
-    if config.strategy != "cacp" or checkpoint is None:
+    if config.strategy not in AGENTS or checkpoint is None:
         raise ArtifactError(f"{run_dir} has no trained policy: search with strategy cacp first")
     for rate in rates:
         folder = run_dir / "subnets" / f"rate-{rate:.2f}"
@@ -164,9 +165,9 @@ def answer_rates(
         base.budget.check(rate)
     orders = [group["order"] for group in read_json(run_dir / "model.json")["groups"]]
     prepared = prepare_base(base, config, orders, find_statistics(base, config, run_dir))
-    agent, strategy = make_agent(config, base, None)
+    strategy, agent = make_run_strategy(config, base)
     strategy.restore(checkpoint[0] / "strategy")
-    if strategy.prior is None:
+    if not agent.is_attached:
         raise ArtifactError(f"{run_dir} has no trained policy yet: continue it with --resume")
     evaluator = LocalEvaluator(
         make_scorer(
@@ -182,7 +183,7 @@ def answer_rates(
     for rate in rates:
         rng = np.random.default_rng([config.seed, round(1e4 * rate)])
         wanted = max(1, evaluations)
-        counts = agent.policy_samples(rate, wanted, config.agent.noise_floor, rng).tolist()
+        counts = agent.policy_samples(rate, wanted, rng).tolist()
         candidates = [Candidate(i, rate, tuple(row)) for i, row in enumerate(counts)]
         found = measure_candidates(evaluator, candidates)
         chosen = max(candidates, key=lambda candidate: found[candidate.index].top1)

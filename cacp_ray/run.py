@@ -1,6 +1,5 @@
 """A search, from a configuration to a filled run directory."""
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,14 +24,10 @@ from cacp_ray.loading import (
 from cacp_ray.pruning.statistics import Statistics
 from cacp_ray.pruning.statistics_file import save_statistics
 from cacp_ray.searching.loop import SearchLoop, SearchProgress
-from cacp_ray.searching.mdp import AllocationMDP
 from cacp_ray.searching.run_directory import RunDirectory
-from cacp_ray.searching.strategies import make_strategy
-from cacp_ray.searching.strategies.prior import PriorFirst
+from cacp_ray.strategies import make_run_strategy, num_searched
 from cacp_ray.training.metrics import measure
 from cacp_ray.winners import add_latencies, build_winners, choose_winner, measure_policy
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -165,7 +160,7 @@ def _search(
     evaluator: Evaluator,
     on_progress: Callable[[SearchProgress], object] | None,
 ) -> tuple[SearchLoop, Any]:
-    """The finished loop, and the agent, None where another strategy searched."""
+    """The finished loop, and the agent, None where there is no policy."""
     cost_model = base.plan.cost_model
     loop = SearchLoop(
         evaluator,
@@ -178,51 +173,15 @@ def _search(
         round_size=config.round_size,
         on_progress=on_progress,
     )
-    if config.strategy != "cacp":
-        strategy = make_strategy(
-            config.strategy,
-            cost_model=cost_model,
-            budget=base.budget,
-            rates=config.rates,
-            seed=config.seed,
-        )
-        loop.run(strategy)
-        return loop, None
-    agent, strategy = make_agent(config, base, lambda _: loop.tick(strategy))
+    strategy, agent = make_run_strategy(config, base, lambda _: loop.tick(strategy))
     loop.restore(strategy)
     while not loop.done:
-        if strategy.prior is None:
-            loop.tick(strategy)
-        else:
+        if agent is not None and agent.is_attached:
             agent.train()
+        else:
+            loop.tick(strategy)
     loop.checkpoint(strategy)
-    return loop, agent if strategy.prior is not None else None
-
-
-def num_searched(config: RunConfig) -> int:
-    """Evaluations of the loop: those of the trained policy's own answers are kept for the end."""
-    return config.evaluations - (len(config.rates) if config.strategy == "cacp" else 0)
-
-
-def make_agent(
-    config: RunConfig, base: Base, tick: Callable[[Any], object] | None
-) -> tuple[Any, PriorFirst]:
-    """The agent, and the strategy that gives it the best measured prior."""
-    from cacp_ray.agent.algorithm import CACPConfig
-
-    # Ray sets its own levels when it is imported, and greets every build with migration notices.
-    if not logger.isEnabledFor(logging.DEBUG):
-        for name in ("ray", "ray.rllib"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-    agent: Any = CACPConfig().agent(config.agent, seed=config.seed).build_algo()
-    cost_model = base.plan.cost_model
-
-    def attach(weights: Any) -> Any:
-        mdp = AllocationMDP(cost_model, base.budget, weights, config.agent.action_scale)
-        agent.attach(mdp, config.rates, config.seed, tick)
-        return agent
-
-    return agent, PriorFirst(cost_model, base.budget, config.rates, attach, name="cacp")
+    return loop, agent if agent is not None and agent.is_attached else None
 
 
 def describe_base(base: Base, config: RunConfig) -> str:

@@ -225,6 +225,29 @@ def spend(budget: Budget, desired: Floats, rates: ArrayLike) -> Ints:
     return grow(budget, counts, desired, limit)
 
 
+def scale_to_budget(budget: Budget, keep_ratios: Floats, rates: ArrayLike) -> Floats:
+    """(B, G) counts: the keep ratios times the largest common factor that fits the budget.
+
+    Args:
+        budget: The budget.
+        keep_ratios: (B, G) shares in (0, 1]; scaled ones are clipped to what is allowed.
+        rates: (B,) share of the whole cost that may be kept, each reachable.
+    """
+
+    def scaled(factor: Floats) -> Ints:
+        # Rounded down, so that no group is cut later to pay for the rounding of another.
+        return budget.floor_to_legal(factor[:, None] * keep_ratios * budget.num_channels)
+
+    limit = budget.limit(rates)
+    low: Floats = np.zeros(len(limit))
+    high: Floats = 1.001 / keep_ratios.min(axis=1)
+    for _ in range(30):
+        middle = (low + high) / 2
+        fits = budget.cost(scaled(middle)) <= limit
+        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
+    return scaled(low).astype(np.float64)
+
+
 def uniform(budget: Budget, rates: ArrayLike, weights: ArrayLike) -> Ints:
     """(B, G) the same keep ratio for all groups of weight 1, the others whole where feasible.
 

@@ -1,5 +1,7 @@
 """Channel allocation as a Markov decision process: one group a step, many candidates at once.
 
+Groups that stay whole are no steps: T steps for G groups.
+
 The prior is the uniform allocation of a rate. At every step the budget not yet spent is shared over
 the groups still to come, in proportion to it, and a zero action keeps that share: zero actions give
 the prior itself, and one bold step does not starve the groups after it. An action a in [-1, 1]
@@ -18,9 +20,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cacp_ray.pruning.cost import CostModel
-from cacp_ray.searching.budget import Budget, Floats, Ints, clamp, grow, share_out, uniform
+from cacp_ray.searching.allocation import AllocationSpace, Float32s
+from cacp_ray.searching.budget import Budget, Floats, Ints, clamp, grow, share_out
 
-Float32s = NDArray[np.float32]
 Act = Callable[[Float32s, int], NDArray[np.floating]]
 
 NUM_FEATURES = 13
@@ -32,8 +34,8 @@ class Rollout:
 
     Attributes:
         keep_counts: int (B, G), within budget and spent.
-        states: (B, G, F) seen on the way to these keep counts.
-        actions: (B, G) in [-1, 1] that lead there.
+        states: (B, T, F) seen on the way to these keep counts.
+        actions: (B, T) in [-1, 1] that lead there.
     """
 
     keep_counts: Ints
@@ -58,47 +60,43 @@ class AllocationMDP:
             action_scale: s in keep count = prior * exp(s * a).
         """
         self.budget = budget
-        self.num_steps = len(cost_model.groups)
+        self.space = AllocationSpace(budget, prior_weights, action_scale)
+        self.groups = [int(group) for group in self.space.prunable]
+        self.num_steps = len(self.groups)
         self.action_scale = action_scale
-        self._weights = np.asarray(prior_weights, dtype=bool)
-        self._static = _static_features(cost_model, budget)  # (G, 8)
-        self._priors: dict[float, Ints] = {}
+        self._static = _static_features(cost_model, budget)[self.groups]  # (T, 8)
 
     def prior(self, rates: ArrayLike) -> Ints:
         """(B, G) keep counts of the prior, which are those of zero actions."""
-        wanted = [float(rate) for rate in np.asarray(rates, dtype=np.float64)]
-        new = sorted(set(wanted) - self._priors.keys())
-        if new:
-            self._priors.update(zip(new, uniform(self.budget, new, self._weights), strict=True))
-        return np.stack([self._priors[rate] for rate in wanted])
+        return self.space.prior(rates)
 
     def start(self, rates: ArrayLike) -> Ints:
         """(B, G) counts before the first step: every group at its smallest."""
         return np.tile(self.budget.min_counts, (len(np.asarray(rates)), 1))
 
     def observe(self, rates: ArrayLike, counts: Ints, step: int) -> tuple[Float32s, Ints]:
-        """States (B, F), about within [0, 1], and counts (B,) of group `step` at zero action.
+        """States (B, F), about within [0, 1], and counts (B,) of the step's group at zero action.
 
         Args:
             rates: (B,) share of the cost kept.
-            counts: (B, G) with the groups from `step` on at their smallest counts.
-            step: The group to decide.
+            counts: (B, G) with the groups of this and later steps at their smallest counts.
+            step: From 0 to `num_steps` - 1.
         """
-        budget, total = self.budget, self.budget.total
+        budget, total, group = self.budget, self.budget.total, self.groups[step]
         rates = np.asarray(rates, dtype=np.float64)
         base, limit = self.prior(rates), budget.limit(rates)
-        prior = share_out(budget, counts, step, base, self._weights, limit)[:, step]
+        prior = share_out(budget, counts, group, base, self.space.weights, limit)[:, group]
         whole = counts.copy()
-        whole[:, step:] = budget.num_channels[step:]
+        whole[:, group:] = budget.num_channels[group:]
         most, least = budget.cost(whole), budget.cost(counts)
-        previous = counts[:, step - 1] / budget.num_channels[step - 1] if step else 1.0
+        before = self.groups[step - 1]
         states = np.empty((len(rates), NUM_FEATURES), dtype=np.float32)
         states[:, :8] = self._static[step]
         states[:, 8] = rates
         states[:, 9] = 1 - most / total  # Reduced
         states[:, 10] = (most - least) / total  # Rest: what can still go
-        states[:, 11] = previous
-        states[:, 12] = prior / budget.num_channels[step]
+        states[:, 11] = counts[:, before] / budget.num_channels[before] if step else 1.0
+        states[:, 12] = prior / budget.num_channels[group]
         return states, prior
 
     def desire(self, prior: Ints, actions: NDArray[np.floating]) -> Floats:
@@ -106,15 +104,23 @@ class AllocationMDP:
         return prior.astype(np.float64) * np.exp(self.action_scale * actions.astype(np.float64))
 
     def decide(self, rates: ArrayLike, counts: Ints, step: int, desired: Floats) -> Ints:
-        """(B, G) counts with group `step` decided: legal, and the rate still reachable."""
-        counts = counts.copy()
-        counts[:, step] = clamp(self.budget, counts, step, desired, self.budget.limit(rates))
+        """(B, G) counts with the step's group decided: legal, and the rate still reachable."""
+        counts, group = counts.copy(), self.groups[step]
+        counts[:, group] = clamp(self.budget, counts, group, desired, self.budget.limit(rates))
         return counts
 
     def finish(self, rates: ArrayLike, counts: Ints, desired: Floats) -> Ints:
-        """(B, G) counts with the rest of the budget spent in proportion to what was desired."""
-        wanted = np.clip(desired, self.budget.min_counts, self.budget.num_channels)
-        return grow(self.budget, counts, wanted, self.budget.limit(rates))
+        """(B, G) counts with the rest of the budget spent.
+
+        Args:
+            rates: (B,) share of the cost kept.
+            counts: (B, G) after the last step.
+            desired: (B, T) what every step asked for; the rest is spent in proportion to it.
+        """
+        budget, wanted = self.budget, counts.astype(np.float64)
+        wanted[:, self.groups] = desired
+        wanted = np.clip(wanted, budget.min_counts, budget.num_channels)
+        return grow(budget, counts, wanted, budget.limit(rates))
 
     def rollout(self, rates: ArrayLike, act: Act) -> Rollout:
         """Plays whole episodes, and tells how their final keep counts are reached."""
@@ -129,7 +135,7 @@ class AllocationMDP:
             act: States (B, F) and step -> actions (B,) in [-1, 1].
         """
         counts = self.start(rates)
-        desired = np.empty(counts.shape)
+        desired = np.empty((len(counts), self.num_steps))
         for step in range(self.num_steps):
             states, prior = self.observe(rates, counts, step)
             desired[:, step] = self.desire(prior, act(states, step))
@@ -139,18 +145,18 @@ class AllocationMDP:
     def replay(
         self, rates: ArrayLike, keep_counts: Ints | Sequence[Sequence[int]]
     ) -> tuple[Float32s, Float32s]:
-        """States (B, G, F) and actions (B, G) of the episodes that end at these keep counts.
+        """States (B, T, F) and actions (B, T) of the episodes that end at these keep counts.
 
         An action outside [-1, 1] is clipped: only there would a rollout end elsewhere.
         """
         keep_counts = np.asarray(keep_counts, dtype=np.int64)
         counts = self.start(rates)
-        states = np.empty((*counts.shape, NUM_FEATURES), dtype=np.float32)
-        actions = np.empty(counts.shape)
-        for step in range(self.num_steps):
+        states = np.empty((len(counts), self.num_steps, NUM_FEATURES), dtype=np.float32)
+        actions = np.empty(states.shape[:2])
+        for step, group in enumerate(self.groups):
             states[:, step], prior = self.observe(rates, counts, step)
-            actions[:, step] = np.log(keep_counts[:, step] / prior) / self.action_scale
-            counts[:, step] = keep_counts[:, step]
+            actions[:, step] = np.log(keep_counts[:, group] / prior) / self.action_scale
+            counts[:, group] = keep_counts[:, group]
         return states, np.clip(actions, -1, 1).astype(np.float32)
 
 

@@ -1,4 +1,4 @@
-"""Settings of the agent; no heavy import here, so that reading a configuration stays fast."""
+"""Settings of the agents; no heavy import here, so that reading a configuration stays fast."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -9,42 +9,76 @@ from pydantic import ConfigDict
 
 @dataclass(frozen=True)
 class AgentSettings:
-    """The conditional DDPG agent. Defaults are ours; the paper's are named where they differ.
+    """The conditional agent (agent/cacp); all defaults are ours.
 
     Attributes:
-        hidden: Widths of the hidden layers of actor and critic (published code: 300, 300).
-        actor_lr: Adam's step of the actor (paper: 1e-4).
-        critic_lr: Adam's step of the critic (paper: 1e-3).
-        batch_size: Transitions a gradient step.
-        updates_per_episode: Critic steps for each told episode.
-        actor_every: Critic steps to one actor step (delayed actor as in TD3).
-        imitation: Weight of the measured actions in the actor's loss, the better the more; 0 leaves
-            the critic alone to lead it.
+        hidden: Widths of the hidden layers of actor and critics.
+        lr: Adam's step of both.
+        batch_size: Episodes a gradient step, for each critic.
+        updates_per_episode: Critic steps for each told episode; 0 switches learning off.
+        imitation: Weight of the measured allocations in the actor's loss, the better the more;
+            0 leaves the critics alone to lead it.
         noise: Standard deviation of the action noise at a rate's first episode.
         noise_decay: Factor on the noise after every episode of the same rate.
-        noise_floor: Smallest noise.
-        action_scale: s in keep ratio = prior * exp(s * a), a in [-1, 1].
-        elite_share: Share of episodes that mutate a good earlier allocation instead of the policy.
-        elite_size: Best distinct allocations kept a rate.
-        warmup: Episodes a rate of noise around the prior before the actor is used.
+        action_scale: s in keep count = prior * exp(s * a), a in [-1, 1].
+        elite_share: Share of drafts that change a good earlier allocation instead of the policy.
+        drafts: For every proposal; the critics choose one.
+        warmup: Episodes a rate of noise around the prior before the networks are used.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     hidden: Annotated[tuple[Annotated[int, Ge(1)], ...], MinLen(1)] = (64, 64)
-    actor_lr: Annotated[float, Gt(0)] = 1e-3
-    critic_lr: Annotated[float, Gt(0)] = 1e-3
+    lr: Annotated[float, Gt(0)] = 1e-3
     batch_size: Annotated[int, Ge(1)] = 128
     updates_per_episode: Annotated[int, Ge(0)] = 16
-    actor_every: Annotated[int, Ge(1)] = 4
-    imitation: Annotated[float, Ge(0)] = 5.0
+    imitation: Annotated[float, Ge(0)] = 10.0
     noise: Annotated[float, Ge(0)] = 0.45
-    noise_decay: Annotated[float, Gt(0), Le(1)] = 0.98
-    noise_floor: Annotated[float, Ge(0)] = 0.05
+    noise_decay: Annotated[float, Gt(0), Le(1)] = 0.99
     action_scale: Annotated[float, Gt(0)] = 0.8
     elite_share: Annotated[float, Ge(0), Le(1)] = 0.6
-    elite_size: Annotated[int, Ge(1)] = 5
+    drafts: Annotated[int, Ge(1)] = 16
     warmup: Annotated[int, Ge(0)] = 5
+
+
+@dataclass(frozen=True)
+class PaperSettings:
+    """The agent of CACP (2021), and of AMC (2018) for one rate (agent/ddpg).
+
+    The form is CACP's. Numbers that its paper leaves open are those of AMC's published code, on
+    which the authors' own code builds.
+
+    Attributes:
+        hidden: Widths of the hidden layers of actor and critic; three layers are the paper's, the
+            widths AMC's code.
+        actor_lr: Adam's step of the actor (AMC's code).
+        critic_lr: Adam's step of the critic (AMC's code).
+        batch_size: Transitions a gradient step (AMC's code).
+        tau: Share of the trained networks that the target networks take on a step (AMC's code).
+        noise: Standard deviation of the action noise after the warm-up (AMC's code).
+        noise_decay: Factor on it for every episode where 500 follow the warm-up, as in the paper;
+            stretched or squeezed for more or fewer (ours).
+        warmup_share: Of the evaluations, that are random: 300 of 800 in the paper.
+        prior: Actions around the uniform allocation, and the budget spent: a control (ours).
+        targets: `bootstrap` from the next step, or `monte_carlo`: what the rest of the episode
+            really earned (ours).
+        twin: TD3 (Fujimoto et al., 2018): the smaller of two critics, smoothed target actions, and
+            an actor that moves on every other step.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    hidden: Annotated[tuple[Annotated[int, Ge(1)], ...], MinLen(1)] = (300, 300)
+    actor_lr: Annotated[float, Gt(0)] = 1e-4
+    critic_lr: Annotated[float, Gt(0)] = 1e-3
+    batch_size: Annotated[int, Ge(1)] = 64
+    tau: Annotated[float, Gt(0), Le(1)] = 0.01
+    noise: Annotated[float, Ge(0)] = 0.5
+    noise_decay: Annotated[float, Gt(0), Le(1)] = 0.95
+    warmup_share: Annotated[float, Ge(0), Le(1)] = 0.375
+    prior: bool = False
+    targets: Literal["bootstrap", "monte_carlo"] = "bootstrap"
+    twin: bool = False
 
 
 Mode = Literal["rounds", "async"]

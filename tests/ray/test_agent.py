@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import ray
 
-from cacp_ray.agent.algorithm import CACP, CACPConfig
+from cacp_ray.agent.cacp.algorithm import CACP, CACPConfig
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.searching.budget import Budget, minimum_counts, spend
 from cacp_ray.searching.mdp import AllocationMDP
@@ -28,8 +28,9 @@ def build():
     agents = []
 
     def make(mdp, settings=SMALL, seed=0, tick=None) -> CACP:
-        agent = CACPConfig().agent(settings, seed=seed).build_algo()
-        agent.attach(mdp, RATES, seed, tick)
+        config = CACPConfig().agent(settings, seed=seed, num_actions=mdp.space.num_offsets)
+        agent = config.build_algo()
+        agent.attach(mdp, RATES, seed, 300, tick)
         agents.append(agent)
         return agent
 
@@ -84,7 +85,7 @@ def test_learns_more_than_noise_around_the_prior_finds(build):
         mdp, score = make_problem(seed)
         agent = build(mdp, seed=seed)
         found += drive(agent, score, 120).values()
-        idle = AgentSettings(hidden=(48, 48), elite_share=0.0, updates_per_episode=0)
+        idle = AgentSettings(hidden=(48, 48), elite_share=0.0, updates_per_episode=0, drafts=1)
         by_noise += drive(build(mdp, idle, seed=seed), score, 120).values()
         best_of_all += [optimum(mdp, score, rate) for rate in RATES]
         greedy += map(score, map(tuple, agent.policy(RATES)))
@@ -154,7 +155,7 @@ def test_a_checkpoint_is_one_of_rllib(build, tmp_path):
     drive(agent, score, 24)
     path = agent.save_to_path(tmp_path)
     other = CACP.from_checkpoint(path)
-    other.attach(mdp, RATES, seed=5)
+    other.attach(mdp, RATES, 5, 300)
     np.testing.assert_array_equal(agent.policy(UNSEEN), other.policy(UNSEEN))
     assert agent.ask(6) == other.ask(6)
     other.stop()
@@ -194,27 +195,26 @@ def test_failures_teach_but_are_no_elites(build):
 def test_samples_around_the_policy_are_distinct_and_start_with_it(build):
     mdp, _ = make_problem(0)
     agent = build(mdp)
-    samples = agent.policy_samples(0.42, 20, 0.3, np.random.default_rng(0))
+    samples = agent.policy_samples(0.42, 20, np.random.default_rng(0))
     assert len({tuple(row) for row in samples}) == len(samples) == 20
     np.testing.assert_array_equal(samples[0], agent.policy([0.42])[0])
     assert (mdp.budget.cost(samples) <= mdp.budget.limit([0.42])).all()
-    assert len(agent.policy_samples(0.42, 20, 0.0, np.random.default_rng(0))) == 1
 
 
 def test_the_actor_moves_every_few_critic_steps(build):
     mdp, score = make_problem(0)
-    agent = build(mdp, AgentSettings(hidden=(32,), actor_every=4))
+    agent = build(mdp, AgentSettings(hidden=(32,)))
     agent.tell(measure(agent.ask(12), score))
 
     def weights(network):
-        return getattr(agent.get_module(), network)[0].weight.detach().clone()
+        return next(getattr(agent.get_module(), network).parameters()).detach().clone()
 
     moves = []
     for _ in range(8):
-        actor, critic = weights("actor"), weights("critic")
+        actor, critic = weights("actor"), weights("critics")
         last = agent.get_module().actor[-2].bias.detach().clone()
         agent.learn(1)
-        assert not (critic == weights("critic")).all()
+        assert not (critic == weights("critics")).all()
         moved = not (actor == weights("actor")).all()
         moves.append(moved or bool((last != agent.get_module().actor[-2].bias).any()))
     assert moves == [False, False, False, True] * 2
@@ -222,6 +222,6 @@ def test_the_actor_moves_every_few_critic_steps(build):
 
 def test_building_needs_no_running_ray():
     was_running = ray.is_initialized()
-    agent = CACPConfig().agent(SMALL).build_algo()
+    agent = CACPConfig().agent(SMALL, num_actions=8).build_algo()
     agent.stop()
     assert ray.is_initialized() == was_running

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.files import read_json, write_json
-from cacp_ray.searching.budget import Budget, spend
+from cacp_ray.searching.budget import Budget, scale_to_budget, spend
 from cacp_ray.searching.strategy import Proposal
 
 
@@ -54,28 +53,3 @@ class RandomStrategy:
         """Goes on where `save` stood."""
         state = read_json(folder / "state.json")
         self._seed, self._num_asked = state["seed"], state["asked"]
-
-
-def scale_to_budget(
-    budget: Budget, keep_ratios: NDArray[np.float64], rates: Sequence[float]
-) -> NDArray[np.float64]:
-    """(B, G) counts: the keep ratios times the largest common factor that fits the budget.
-
-    Args:
-        budget: The budget.
-        keep_ratios: (B, G) shares in (0, 1]; scaled ones are clipped to what is allowed.
-        rates: (B,) share of the whole cost that may be kept, each reachable.
-    """
-
-    def scaled(factor: NDArray[np.float64]) -> NDArray[np.int64]:
-        # Rounded down, so that no group is cut later to pay for the rounding of another.
-        return budget.floor_to_legal(factor[:, None] * keep_ratios * budget.num_channels)
-
-    limit = budget.limit(rates)
-    low: NDArray[np.float64] = np.zeros(len(limit))
-    high: NDArray[np.float64] = 1.001 / keep_ratios.min(axis=1)
-    for _ in range(30):
-        middle = (low + high) / 2
-        fits = budget.cost(scaled(middle)) <= limit
-        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
-    return scaled(low).astype(np.float64)

@@ -10,18 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cacp_ray.searching.mdp import Float32s
+from cacp_ray.searching.allocation import Float32s
 
 MIN_SPREAD = 0.005  # accuracy; near the noise of a few thousand images
 WORST_RETURN = -4.0  # spreads below the mean: a collapsed network tells no more than a bad one
 
 
 class Replay:
-    """Episodes of all rates; nothing is ever dropped, a few kB each."""
+    """Episodes of all rates; nothing is ever dropped, some hundred bytes each."""
 
-    def __init__(self, num_steps: int, state_size: int) -> None:
-        self.states = np.empty((0, num_steps, state_size), np.float32)
-        self.actions = np.empty((0, num_steps), np.float32)
+    def __init__(self, num_offsets: int) -> None:
+        self.offsets = np.empty((0, num_offsets), np.float32)
         self.rates = np.empty(0)
         self.rewards = np.empty(0)
         self.images = np.empty(0, np.float32)
@@ -30,24 +29,17 @@ class Replay:
         return len(self.rates)
 
     def add(
-        self,
-        states: Float32s,
-        actions: Float32s,
-        rates: ArrayLike,
-        rewards: ArrayLike,
-        images: ArrayLike,
+        self, offsets: Float32s, rates: ArrayLike, rewards: ArrayLike, images: ArrayLike
     ) -> None:
         """Adds N episodes.
 
         Args:
-            states: (N, G, F).
-            actions: (N, G).
+            offsets: (N, P) of the final keep counts.
             rates: (N,) exactly as asked: equal values are one rate.
             rewards: (N,) accuracy in [0, 1]; 0 for a failed measurement.
             images: (N,) that were scored; 0 for a failed measurement.
         """
-        self.states = np.concatenate([self.states, states])
-        self.actions = np.concatenate([self.actions, actions])
+        self.offsets = np.concatenate([self.offsets, offsets])
         self.rates = np.concatenate([self.rates, np.asarray(rates)])
         self.rewards = np.concatenate([self.rewards, np.asarray(rewards)])
         self.images = np.concatenate([self.images, np.asarray(images, np.float32)])
@@ -63,21 +55,20 @@ class Replay:
             returns[mask] = (rewards - mean) / max(spread, MIN_SPREAD)
         return np.maximum(returns, WORST_RETURN)
 
-    def sample(self, batch: int, rng: np.random.Generator) -> dict[str, NDArray[np.float32]]:
-        """Transitions drawn with replacement, every one as likely.
+    def sample(self, count: int, rng: np.random.Generator) -> dict[str, NDArray[Any]]:
+        """Episodes drawn with replacement, every one as likely.
 
         Returns:
-            `states` (N, F), `actions` (N, 1), `returns` (N,), `weights` (N,) of the squared
-            errors: the share of images scored, and 1 for failures.
+            `rates` (N, 1), `offsets` (N, P), `returns` (N,), `weights` (N,) of the squared errors:
+            the share of images scored, and 1 for failures.
         """
         weights = np.where(self.images > 0, self.images / max(1.0, self.images.max()), 1)
-        episode = rng.integers(len(self), size=batch)
-        step = rng.integers(self.actions.shape[1], size=batch)
+        rows = rng.integers(len(self), size=count)
         return {
-            "states": self.states[episode, step],
-            "actions": self.actions[episode, step, None],
-            "returns": self.returns()[episode],
-            "weights": weights[episode].astype(np.float32),
+            "rates": self.rates[rows, None].astype(np.float32),
+            "offsets": self.offsets[rows],
+            "returns": self.returns()[rows],
+            "weights": weights[rows].astype(np.float32),
         }
 
     def get_state(self) -> dict[str, Any]:

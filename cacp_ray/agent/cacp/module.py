@@ -1,4 +1,4 @@
-"""The networks of the conditional DDPG agent: one actor and one critic for every rate."""
+"""The networks of the conditional agent: one actor and a few critics for every rate."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 
 class ActorCritic(TorchRLModule):
-    """Deterministic actor a = tanh(f(s)) and critic Q(s, a); the rate is a feature of s.
+    """Actor a = tanh(f(rate)), one action a group; critics Q(rate, a) of the whole allocation.
 
+    Observation (1,): the rate. Action (P,): offsets from the prior (searching/allocation.py).
     The last layer of the actor starts at zero, so that an untrained policy is the prior.
-    `model_config`: `hidden`, widths of the hidden layers of both; `seed` of the initial weights.
+    `model_config`: `hidden`, widths of the hidden layers of all; `num_critics`; `seed`.
     """
 
     def setup(self) -> None:
@@ -26,22 +27,26 @@ class ActorCritic(TorchRLModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.model_config["seed"])
             self.actor = nn.Sequential(*_layers((num_features, *hidden, num_actions)), nn.Tanh())
-            self.critic = nn.Sequential(*_layers((num_features + num_actions, *hidden, 1)))
+            self.critics = nn.ModuleList(
+                nn.Sequential(*_layers((num_features + num_actions, *hidden, 1)))
+                for _ in range(self.model_config["num_critics"])
+            )
         last = self.actor[-2]
         nn.init.zeros_(last.weight)  # type: ignore[arg-type]
         nn.init.zeros_(last.bias)  # type: ignore[arg-type]
         # A buffer, so that it travels with the weights and a restored learner keeps its rhythm.
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
 
-    def values(self, states: Tensor, actions: Tensor) -> Tensor:
-        """(N,) Q of states (N, F) and actions (N, A)."""
-        return self.critic(torch.cat([states, actions], dim=1)).squeeze(1)
+    def values(self, rates: Tensor, actions: Tensor) -> Tensor:
+        """(E, N) Q of every critic at rates (N, 1) and actions (N, P)."""
+        joined = torch.cat([rates, actions], dim=1)
+        return torch.stack([critic(joined).squeeze(1) for critic in self.critics])
 
-    def policy_values(self, states: Tensor, actions: Tensor) -> Tensor:
-        """(N,) Q of the policy's own actions (N, A); its gradient reaches the actor only."""
-        self.critic.requires_grad_(False)
-        values = self.values(states, actions)
-        self.critic.requires_grad_(True)
+    def policy_values(self, rates: Tensor, actions: Tensor) -> Tensor:
+        """(E, N) Q of actions (N, P) of the policy; its gradient reaches the actor only."""
+        self.critics.requires_grad_(False)
+        values = self.values(rates, actions)
+        self.critics.requires_grad_(True)
         return values
 
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -54,5 +59,5 @@ class ActorCritic(TorchRLModule):
 def _layers(widths: Sequence[int]) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for num_in, num_out in pairwise(widths):
-        layers += [nn.Linear(num_in, num_out), nn.ReLU()]
+        layers += [nn.Linear(num_in, num_out), nn.SiLU()]
     return layers[:-1]

@@ -1,4 +1,4 @@
-"""The conditional agent as an RLlib algorithm (new API stack) that is also a search strategy.
+"""What every agent shares: an RLlib algorithm (new API stack) that is also a search strategy.
 
 Checkpoints, metrics and updates are RLlib's own. Its env runners are not used: episodes are
 arithmetic on the cost model and played here, whole and in batches; measuring the candidates is the
@@ -7,118 +7,134 @@ and learns only then: evaluators are busy meanwhile, as each has a second candid
 """
 
 import contextlib
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core import COMPONENT_LEARNER_GROUP, DEFAULT_MODULE_ID
-from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.learner_group import LearnerGroup
-from ray.rllib.core.rl_module.rl_module import RLModule, RLModuleSpec
+from ray.rllib.core.rl_module.rl_module import RLModule
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils.checkpoints import Checkpointable
 
-from cacp_ray.agent.behaviour import Behaviour
-from cacp_ray.agent.learner import RETURNS, WEIGHTS, CACPLearner
-from cacp_ray.agent.module import ActorCritic
-from cacp_ray.agent.replay import Replay
 from cacp_ray.evaluation.measurement import Candidate, Measurement
-from cacp_ray.searching.mdp import NUM_FEATURES, AllocationMDP, Float32s, Ints
-from cacp_ray.searching.settings import AgentSettings
+from cacp_ray.searching.budget import Ints
+from cacp_ray.searching.mdp import AllocationMDP
 from cacp_ray.searching.strategy import Proposal, Strategy
 
 AGENT_STATE = "agent"
 MAX_UPDATES_A_CALL = 64
-MAX_SAMPLE_ROUNDS = 20
 
 Tick = Callable[[Strategy], object]
 
 
-class CACPConfig(AlgorithmConfig):
-    """RLlib configuration of the agent: `CACPConfig().agent(settings, seed=0).build_algo()`."""
+class AgentConfig(AlgorithmConfig):
+    """RLlib configuration without env runners or learner processes."""
 
-    def __init__(self, algo_class: type[Algorithm] | None = None) -> None:
-        super().__init__(algo_class=algo_class or CACP)
-        self.settings = AgentSettings()
-        self.environment(
-            observation_space=gym.spaces.Box(0.0, 1.0, (NUM_FEATURES,), np.float32),
-            action_space=gym.spaces.Box(-1.0, 1.0, (1,), np.float32),
-        )
+    def __init__(self, algo_class: type[Algorithm]) -> None:
+        super().__init__(algo_class=algo_class)
         self.env_runners(num_env_runners=0, create_local_env_runner=False)
         self.learners(num_learners=0)
         # Otherwise the learner checks every gradient, and those of an idle actor are None.
         self.torch_skip_nan_gradients = True
-
-    def agent(self, settings: AgentSettings, *, seed: int = 0) -> "CACPConfig":
-        """Sets what is particular to this agent.
-
-        Args:
-            settings: Of networks, learning and behaviour.
-            seed: Of the initial weights.
-        """
-        self.settings = settings
-        return self.rl_module(model_config={"hidden": settings.hidden, "seed": seed})
 
     @property
     def is_online(self) -> bool:
         """False: RLlib samples no environment, so that it makes no env runners."""
         return False
 
-    def get_default_rl_module_spec(self) -> RLModuleSpec:
-        """The actor and the critic."""
-        return RLModuleSpec(module_class=ActorCritic)
 
-    def get_default_learner_class(self) -> type[CACPLearner]:
-        """The update rule."""
-        return CACPLearner
+class PruningAgent(Algorithm):
+    """An agent. `attach` it to a problem first; then it asks, is told, and learns."""
 
-
-class CACP(Algorithm):
-    """The agent. `attach` it to a problem first; then it asks, is told, and learns."""
-
-    name = "cacp"
-    config: CACPConfig
+    name: str
+    minibatch_size: int
+    updates_per_episode: int
     _mdp: AllocationMDP | None = None
+    _tick: Tick | None = None
     _state_to_attach: dict[str, Any] | None = None
 
-    @classmethod
-    def get_default_config(cls) -> CACPConfig:
-        """Our defaults."""
-        return CACPConfig()
-
     def attach(
-        self, mdp: AllocationMDP, rates: Sequence[float], seed: int, tick: Tick | None = None
+        self,
+        mdp: AllocationMDP,
+        rates: Sequence[float],
+        seed: int,
+        evaluations: int,
+        tick: Tick | None = None,
     ) -> None:
         """Gives the agent its problem, before or after a checkpoint is restored.
 
         Args:
-            mdp: The arithmetic of an episode.
+            mdp: Budget, prior and the arithmetic of an episode.
             rates: Rates to propose for; the policy answers others too.
             seed: Of behaviour and of replay sampling.
+            evaluations: Distinct candidates that the search will measure, over all rates.
             tick: What `training_step` calls with this strategy: one turn of the search loop.
         """
         self._mdp = mdp
         self._tick = tick
-        self._replay = Replay(mdp.num_steps, mdp.state_size)
-        self._behaviour = Behaviour(self.config.settings, rates, mdp.num_steps, seed)
         self._rng = np.random.default_rng([seed, 2])
         self._told: set[tuple[float, tuple[int, ...]]] = set()
         self.pending_updates = 0
+        self._begin(rates, seed, evaluations)
         if self._state_to_attach is not None:
             self._set_agent_state(self._state_to_attach)
+
+    # What an agent adds.
+
+    @abstractmethod
+    def _begin(self, rates: Sequence[float], seed: int, evaluations: int) -> None:
+        """Fresh memory and behaviour for the attached problem."""
+
+    @abstractmethod
+    def _propose(self, count: int) -> list[Proposal]:
+        """`count` candidates."""
+
+    @abstractmethod
+    def _store(self, results: Sequence[tuple[Candidate, Measurement]]) -> None:
+        """Remembers measurements that were not told before."""
+
+    @abstractmethod
+    def _sample(self, num_minibatches: int) -> SampleBatch:
+        """Rows for so many minibatches of `minibatch_size`."""
+
+    @abstractmethod
+    def _memory(self) -> dict[str, Any]:
+        """State of memory and behaviour."""
+
+    @abstractmethod
+    def _set_memory(self, state: dict[str, Any]) -> None:
+        """Takes what `_memory` gave."""
+
+    @property
+    @abstractmethod
+    def num_episodes(self) -> int:
+        """Episodes remembered."""
+
+    @abstractmethod
+    def noise(self, rate: float) -> float:
+        """Present standard deviation of the action noise at a rate."""
+
+    @abstractmethod
+    def _policy(self, rates: ArrayLike) -> Ints:
+        """(B, G) greedy keep counts."""
+
+    @abstractmethod
+    def _samples(self, rate: float, count: int, rng: np.random.Generator) -> list[tuple[int, ...]]:
+        """Up to `count` distinct candidates around the policy, its greedy one first."""
 
     # The strategy.
 
     def ask(self, count: int) -> list[Proposal]:
-        """`count` proposals, spread evenly over the rates."""
+        """`count` proposals."""
         with _one_thread():
-            return self._behaviour.propose(self.mdp, self._act, count)
+            return self._propose(count)
 
     def tell(self, results: Sequence[tuple[Candidate, Measurement]]) -> None:
         """Stores episodes, this agent's or others'; learning from them is left to `learn`."""
@@ -128,19 +144,9 @@ class CACP(Algorithm):
             if key not in self._told:
                 self._told.add(key)
                 fresh.append((candidate, measurement))
-        if not fresh:
-            return
-        rates = [candidate.rate for candidate, _ in fresh]
-        counts = np.array([candidate.keep_counts for candidate, _ in fresh])
-        states, actions = self.mdp.replay(rates, counts)
-        is_ok = np.array([found.status == "ok" for _, found in fresh])
-        rewards = np.where(is_ok, [found.top1 for _, found in fresh], 0)
-        images = np.where(is_ok, [found.images for _, found in fresh], 0)
-        self._replay.add(states, actions, rates, rewards, images)
-        for i, (candidate, found) in enumerate(fresh):
-            if is_ok[i] and candidate.images is None:
-                self._behaviour.adopt(candidate.rate, candidate.keep_counts, found.top1, actions[i])
-        self.pending_updates += self.config.settings.updates_per_episode * len(fresh)
+        if fresh:
+            self._store(fresh)
+            self.pending_updates += self.updates_per_episode * len(fresh)
 
     def save(self, folder: str | Path | None = None) -> Any:
         """Writes an RLlib checkpoint: weights, optimizers, replay, clocks, random states."""
@@ -160,31 +166,26 @@ class CACP(Algorithm):
 
     def learn(self, max_updates: int) -> int:
         """Takes up to `max_updates` of the pending gradient steps; returns how many."""
-        updates = min(max_updates, self.pending_updates) if len(self._replay) else 0
-        batch_size = self.config.settings.batch_size
+        updates = min(max_updates, self.pending_updates) if self.num_episodes else 0
         for first in range(0, updates, MAX_UPDATES_A_CALL):
             num = min(MAX_UPDATES_A_CALL, updates - first)
-            sample = self._replay.sample(num * batch_size, self._rng)
-            batch = SampleBatch(
-                {
-                    Columns.OBS: sample["states"],
-                    Columns.ACTIONS: sample["actions"],
-                    RETURNS: sample["returns"],
-                    WEIGHTS: sample["weights"],
-                }
+            batch = MultiAgentBatch(
+                {DEFAULT_MODULE_ID: self._sample(num)}, num * self.minibatch_size
             )
             with _one_thread():
-                results = self._learners.update(
-                    batch=MultiAgentBatch({DEFAULT_MODULE_ID: batch}, num * batch_size),
-                    minibatch_size=batch_size,
-                )
+                results = self._learners.update(batch=batch, minibatch_size=self.minibatch_size)
             self.metrics.aggregate(results, key="learners")
         self.pending_updates -= updates
-        self.metrics.log_value("episodes", len(self._replay), window=1)
+        self.metrics.log_value("episodes", self.num_episodes, window=1)
         self.metrics.log_value("updates", updates, reduce="lifetime_sum")
         return updates
 
     # The policy.
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether it has a problem."""
+        return self._mdp is not None
 
     @property
     def mdp(self) -> AllocationMDP:
@@ -195,38 +196,18 @@ class CACP(Algorithm):
     def policy(self, rates: ArrayLike) -> Ints:
         """(B, G) greedy keep counts, for any reachable rates."""
         with _one_thread():
-            return self.mdp.play(rates, self._act)
+            return self._policy(rates)
 
-    def policy_samples(
-        self, rate: float, count: int, noise: float, rng: np.random.Generator
-    ) -> Ints:
-        """(N, G) distinct candidates, N <= `count`: the greedy one first, then noisy rollouts.
+    def policy_samples(self, rate: float, count: int, rng: np.random.Generator) -> Ints:
+        """(N, G) distinct candidates, N <= `count`: the greedy one first, then others around it.
 
         Args:
             rate: Any reachable rate.
-            count: Candidates wanted; fewer where the noise finds no more.
-            noise: Standard deviation on the actions.
+            count: Candidates wanted; fewer where no more are found.
             rng: Of the noise.
         """
-
-        def act(states: Float32s, step: int) -> NDArray[np.floating]:
-            drawn = noise * rng.standard_normal(len(states))
-            return np.clip(self._act(states, step) + drawn, -1, 1)
-
-        # A dict keeps the order found.
-        found = {tuple(self.policy([rate])[0].tolist()): None}
         with _one_thread():
-            for _ in range(MAX_SAMPLE_ROUNDS):
-                if len(found) >= count:
-                    break
-                played = self.mdp.play(np.full(count, rate), act)
-                found |= {tuple(row): None for row in played.tolist()}
-        return np.array(list(found)[:count], dtype=np.int64)
-
-    def _act(self, states: Float32s, step: int) -> NDArray[np.floating]:
-        module = cast(ActorCritic, self.get_module())
-        with torch.inference_mode():
-            return module.actor(torch.from_numpy(states)).squeeze(1).numpy()
+            return np.array(self._samples(rate, count, rng), dtype=np.int64)
 
     def get_module(self, module_id: str = DEFAULT_MODULE_ID) -> RLModule | None:
         """The learner's own networks: there are no copies in env runners."""
@@ -245,8 +226,7 @@ class CACP(Algorithm):
         state = super().get_state(*args, **kwargs)
         if self._mdp is not None:
             state[AGENT_STATE] = {
-                "replay": self._replay.get_state(),
-                "behaviour": self._behaviour.get_state(),
+                "memory": self._memory(),
                 "random": self._rng.bit_generator.state,
                 "told": set(self._told),
                 "pending_updates": self.pending_updates,
@@ -272,8 +252,7 @@ class CACP(Algorithm):
         Checkpointable.restore_from_path(self, path, *args, **kwargs)
 
     def _set_agent_state(self, state: dict[str, Any]) -> None:
-        self._replay.set_state(state["replay"])
-        self._behaviour.set_state(state["behaviour"])
+        self._set_memory(state["memory"])
         self._rng.bit_generator.state = state["random"]
         self._told = set(state["told"])
         self.pending_updates = state["pending_updates"]

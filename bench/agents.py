@@ -1,0 +1,245 @@
+"""Search strategies at equal evaluations: accuracy of what each finds, before any fine-tuning.
+
+python bench/agents.py --out OUT --groups all --evaluations 300 800 --seeds 0 1 2 \
+    --train TRAIN.parquet --train-rows 0:45000 --search TRAIN.parquet --search-rows 45000:50000 \
+    --test TEST.parquet --methods cacp cacp-paper amc random uniform hill_climb
+
+All methods share the network, its order (`cap`), the recovery (compensation), the groups and the
+images; an evaluation is one distinct candidate on the whole search split. What a policy answers at
+the searched rates counts among the evaluations. Winners are chosen on the search split and measured
+once on the test split. Every run has a folder in --out: a killed benchmark goes on where it stood.
+`python bench/agents_table.py OUT...` prints the tables.
+"""
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from experiment import RATES
+from report import parse_rows
+
+from cacp_ray.config import RunConfig, load_config
+from cacp_ray.data.images import ImageSet
+from cacp_ray.evaluation.measurement import Candidate, LocalEvaluator
+from cacp_ray.evaluation.scorer import Cutter, Prepared, make_scorer
+from cacp_ray.files import describe_environment, write_json
+from cacp_ray.loading import Base, load_base, prepare_base, read_split
+from cacp_ray.searching.loop import SearchLoop
+from cacp_ray.searching.run_directory import RunDirectory
+from cacp_ray.strategies import make_run_strategy
+from cacp_ray.training.metrics import fast_dtype, predict
+
+UNSEEN = (0.4, 0.6)
+ROUND_SIZE = 6
+# What differs from the defaults. The schedules of AMC and of the paper's agent depend on the number
+# of evaluations, so that each number is a search of its own; all others go on from the smaller one.
+METHODS: dict[str, dict[str, Any]] = {
+    "cacp": {},
+    # No gradient step, so no screening either: elites and noise around the prior remain.
+    "cacp, no learning": {"agent": {"updates_per_episode": 0, "drafts": 1}},
+    "cacp, no screening": {"agent": {"drafts": 1}},
+    "cacp, no elites": {"agent": {"elite_share": 0.0}},
+    "cacp, no imitation": {"agent": {"imitation": 0.0}},
+    "cacp-paper": {"strategy": "cacp-paper"},
+    "amc": {"strategy": "amc"},
+    "amc, prior": {"strategy": "amc", "paper": {"prior": True}},
+    "sequential, prior": {"strategy": "cacp-paper", "paper": {"prior": True}},
+    "hill_climb": {"strategy": "hill_climb"},
+    "cem": {"strategy": "cem"},
+    "noise": {"strategy": "noise"},
+    "random": {"strategy": "random"},
+    "uniform": {"strategy": "uniform"},
+}
+SCHEDULED = ("cacp-paper", "amc", "amc, prior", "sequential, prior")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One search: read at every milestone."""
+
+    method: str
+    seed: int
+    milestones: tuple[int, ...]
+    folder: Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--weights", default="embedded:resnet20_cifar10")
+    for name in ("train", "search", "test"):
+        parser.add_argument(f"--{name}", default=f"embedded:{name}", help="Parquet file")
+        parser.add_argument(f"--{name}-rows", type=parse_rows, help="START:STOP")
+    parser.add_argument("--groups", choices=["all", "inner"], default="all")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--evaluations", nargs="+", type=int, default=[300])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="searches side by side, a thread each")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    common = {key: value for key, value in vars(options).items() if key not in ("out", "jobs")}
+    write_json(options.out / "environment.json", {**describe_environment(0), "options": common})
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, mp_context=spawn) as pool:
+        running = {pool.submit(run, job, options): job for job in list_jobs(options)}
+        for done in as_completed(running):
+            done.result()
+            job = running[done]
+            print(f"done: {job.method}, seed {job.seed}, {job.milestones}", flush=True)
+
+
+def list_jobs(options: argparse.Namespace) -> list[Job]:
+    """Seed by seed, so that a table of few seeds comes early."""
+    jobs: list[Job] = []
+    for seed in options.seeds:
+        for method in options.methods:
+            totals = sorted(options.evaluations)
+            parts = [(n,) for n in totals] if method in SCHEDULED else [tuple(totals)]
+            for part in parts:
+                folder = options.out / folder_name(method, seed, part[-1])
+                jobs.append(Job(method, seed, part, folder))
+    return jobs
+
+
+def folder_name(method: str, seed: int, evaluations: int) -> str:
+    """Of one search; only where the schedule depends on it does the number matter."""
+    name = method.replace(", ", "-").replace(" ", "-")
+    return f"{name}-{evaluations}-seed-{seed}" if method in SCHEDULED else f"{name}-seed-{seed}"
+
+
+def make_config(job: Job, options: argparse.Namespace) -> RunConfig:
+    """The run's configuration, all groups prunable or the inner ones alone."""
+    splits = {
+        name: {"path": getattr(options, name), "rows": getattr(options, f"{name}_rows")}
+        for name in ("train", "search", "test")
+    }
+    values: dict[str, Any] = {
+        "name": job.folder.name,
+        "model": {"name": options.model, "weights": options.weights},
+        "data": splits,
+        "rates": RATES,
+        "evaluations": job.milestones[-1],
+        "mode": "rounds",
+        "round_size": ROUND_SIZE,
+        "seed": job.seed,
+        **METHODS[job.method],
+    }
+    return load_config(RunConfig, values)
+
+
+def run(job: Job, options: argparse.Namespace) -> None:
+    """One search to its end, with what it found by every milestone."""
+    files = {n: job.folder / f"after-{n}.json" for n in job.milestones}
+    if all(file.exists() for file in files.values()):
+        return
+    logging.getLogger().setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    config = make_config(job, options)
+    base = load_base(config)
+    if options.groups == "inner":
+        streams = [g.producers[0] for g in base.plan.groups if g.is_residual]
+        values = config.model_dump() | {"pruning": config.pruning.model_dump() | {"keep": streams}}
+        config = load_config(RunConfig, values)
+        base = load_base(config)
+    prepared = prepare_base(base, config)
+    score = make_scorer(
+        prepared, base.search, recovery="compensate", batch_size=250, dtype="auto", threads=1
+    )
+    memory: dict[tuple[int, ...], Any] = {}
+
+    def top1(rate: float, counts: tuple[int, ...]) -> float:
+        if counts not in memory:
+            memory[counts] = score(Candidate(0, rate, counts))
+        return memory[counts].top1
+
+    directory = RunDirectory(job.folder)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    strategy, agent = make_run_strategy(config, base, lambda _: loop.tick(strategy))
+    reserve = len(RATES) if agent is not None else 0
+    loop = SearchLoop(
+        LocalEvaluator(score),
+        base.plan.cost_model,
+        directory,
+        rates=RATES,
+        evaluations=job.milestones[-1] - reserve,
+        mode="rounds",
+        round_size=ROUND_SIZE,
+    )
+    loop.restore(strategy)
+    waiting = [n for n in job.milestones if not files[n].exists()]
+    while waiting:
+        while not loop.done and loop.progress.evaluations < waiting[0] - reserve:
+            if agent is not None and agent.is_attached:
+                agent.train()
+            else:
+                loop.tick(strategy)
+        number = waiting.pop(0)
+        answers = {}
+        if reserve:
+            rates = [*RATES, *UNSEEN]
+            for rate, row in zip(rates, agent.policy(rates).tolist(), strict=True):
+                answers[rate] = (top1(rate, tuple(row)), tuple(row))
+        found = find_winners(directory, answers, number - reserve)
+        report(files[number], found, answers, base, prepared, read_split(config.data, "test"))
+    loop.checkpoint(strategy)
+
+
+def find_winners(
+    directory: RunDirectory, answers: dict[float, tuple[float, tuple[int, ...]]], number: int
+) -> dict[float, tuple[float, tuple[int, ...]]]:
+    """The best of the first `number` distinct candidates and of the policy, for each rate."""
+    best: dict[float, tuple[float, tuple[int, ...]]] = {}
+    known: set[tuple[int, ...]] = set()
+    for record in directory.read_records():
+        known.add(record.keep_counts)
+        if len(known) > number:
+            break
+        # A cheaper candidate serves a larger rate too.
+        for rate in RATES:
+            if record.cost_kept <= rate + 1e-9 and record.status == "ok":
+                best[rate] = max(best.get(rate, (-1.0, ())), (record.top1, record.keep_counts))
+    return {rate: max(best[rate], answers.get(rate, (-1.0, ()))) for rate in RATES}
+
+
+def report(
+    file: Path,
+    found: dict[float, tuple[float, tuple[int, ...]]],
+    answers: dict[float, tuple[float, tuple[int, ...]]],
+    base: Base,
+    prepared: Prepared,
+    test: ImageSet,
+) -> None:
+    """Writes accuracies, and image by image which the winners get right."""
+    cutter = Cutter(prepared, "compensate")
+    hits: dict[str, list[np.ndarray]] = {"search": [], "test": []}
+    rows = []
+    for rate, (top1, counts) in found.items():
+        row: dict[str, Any] = {"rate": rate, "keep_counts": counts, "top1": top1}
+        for name, split in (("search", base.search), ("test", test)):
+            images, labels = split.tensors()
+            logits = predict(cutter.load(counts), images, 250, fast_dtype())
+            is_right = (logits.argmax(1) == labels).numpy()
+            hits[name].append(is_right)
+            row[f"{name}_top1"] = float(is_right.mean())
+        rows.append(row)
+    policy = {str(rate): top1 for rate, (top1, _) in answers.items()}
+    np.savez_compressed(
+        file.with_suffix(".npz"), **{name: np.packbits(each, axis=1) for name, each in hits.items()}
+    )
+    images = {"search": len(base.search), "test": len(test)}
+    file.write_text(json.dumps({"winners": rows, "policy": policy, "images": images}))
+
+
+if __name__ == "__main__":
+    main()

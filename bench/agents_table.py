@@ -1,0 +1,124 @@
+"""Tables of `bench/agents.py`: winners, the policy alone, and differences with their intervals.
+
+python bench/agents_table.py OUT --evaluations 300
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from agents import METHODS, RATES, UNSEEN, folder_name
+from report import print_table
+
+RESAMPLES = 2000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--evaluations", type=int, default=300)
+    parser.add_argument("--reference", default="cacp")
+    options = parser.parse_args()
+    environment = json.loads((options.out / "environment.json").read_text())
+    found = {name: read(options.out, name, options.evaluations) for name in METHODS}
+    found = {name: runs for name, runs in found.items() if runs}
+    print_winners(found, options)
+    print_policies(found)
+    print_differences(found, options.reference)
+    print(
+        f"\nCommit {environment['commit']}, {environment['processor']} with "
+        f"{environment['cpus']} CPUs, one thread a search."
+    )
+
+
+def read(out: Path, method: str, evaluations: int) -> dict[int, dict[str, Any]]:
+    """Results of a method by seed, with `hits` of each split (rates, images)."""
+    runs: dict[int, dict[str, Any]] = {}
+    for seed in range(100):
+        folder = out / folder_name(method, seed, evaluations)
+        file = folder / f"after-{evaluations}.json"
+        if not file.exists():
+            continue
+        row = json.loads(file.read_text())
+        with np.load(file.with_suffix(".npz")) as packed:
+            row["hits"] = {
+                split: np.unpackbits(packed[split], axis=1, count=count)
+                for split, count in row["images"].items()
+            }
+        runs[seed] = row
+    return runs
+
+
+def print_winners(found: dict[str, dict[int, dict[str, Any]]], options: Any) -> None:
+    """Mean and, over seeds, standard deviation of the winners' accuracies."""
+    rows = []
+    for method, runs in found.items():
+        cells = [method, str(len(runs))]
+        for split in ("search", "test"):
+            top1 = np.array([[w[f"{split}_top1"] for w in run["winners"]] for run in runs.values()])
+            cells += [_cell(column) for column in top1.T] + [f"**{_cell(top1.mean(1))}**"]
+        rows.append(cells)
+    columns = [f"{split} {rate}" for split in ("search", "test") for rate in (*RATES, "mean")]
+    print_table(
+        f"Winners after {options.evaluations} evaluations, top-1 % (standard deviation over seeds)",
+        ["method", "seeds", *columns],
+        rows,
+    )
+
+
+def print_policies(found: dict[str, dict[int, dict[str, Any]]]) -> None:
+    """What the policies answer without any further evaluation."""
+    rates = [str(rate) for rate in (*RATES, *UNSEEN)]
+    rows = []
+    for method, runs in found.items():
+        if all(run["policy"] for run in runs.values()):
+            top1 = np.array([[run["policy"][rate] for rate in rates] for run in runs.values()])
+            rows.append([method, *(_cell(column) for column in top1.T)])
+    header = ["method", *rates[: len(RATES)], *(f"{rate} (unseen)" for rate in rates[len(RATES) :])]
+    print_table("The policy alone, top-1 % on the search split", header, rows)
+
+
+def print_differences(found: dict[str, dict[int, dict[str, Any]]], reference: str) -> None:
+    """Mean over rates, the reference less another: paired bootstrap over the images."""
+    rows = []
+    for method, runs in found.items():
+        seeds = sorted(runs.keys() & found[reference].keys())
+        if method == reference or not seeds:
+            continue
+        cells = [method, str(len(seeds))]
+        for split in ("search", "test"):
+            gains = np.array(
+                [
+                    found[reference][seed]["hits"][split].astype(float).mean(0)
+                    - runs[seed]["hits"][split].astype(float).mean(0)
+                    for seed in seeds
+                ]
+            )  # (seeds, images), mean over rates
+            low, high = bootstrap(gains.mean(0))
+            cells.append(f"{100 * gains.mean():+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]")
+            cells.append(" ".join(f"{100 * gain:+.2f}" for gain in gains.mean(1)))
+        rows.append(cells)
+    print_table(
+        f"{reference} less the method, mean over rates in points, 95 % interval over images",
+        ["method", "seeds", "search", "search by seed", "test", "test by seed"],
+        rows,
+    )
+
+
+def bootstrap(gains: np.ndarray) -> tuple[float, float]:
+    """2.5 and 97.5 % quantiles of the mean of resampled images."""
+    rng = np.random.default_rng(0)
+    counts = rng.multinomial(len(gains), np.full(len(gains), 1 / len(gains)), size=RESAMPLES)
+    low, high = np.quantile(counts @ gains / len(gains), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _cell(values: np.ndarray) -> str:
+    spread = f" ({100 * values.std(ddof=1):.1f})" if len(values) > 1 else ""
+    return f"{100 * values.mean():.1f}{spread}"
+
+
+if __name__ == "__main__":
+    main()

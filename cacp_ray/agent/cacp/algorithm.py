@@ -1,0 +1,158 @@
+"""The conditional agent: one actor and a few critics lead the search at every rate.
+
+A proposal: drafts around the policy and around good allocations, screened by the critics
+(behaviour.py). Learning: Monte-Carlo returns, normalised a rate (replay.py, learner.py). Offsets
+from a prior make the first candidates sound and carry over between rates (searching/allocation.py).
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.policy.sample_batch import SampleBatch
+
+from cacp_ray.agent.cacp.behaviour import NOISE_FLOOR, NOISE_GROWTH, Behaviour
+from cacp_ray.agent.cacp.learner import REPLACED, RETURNS, WEIGHTS, CACPLearner
+from cacp_ray.agent.cacp.module import ActorCritic
+from cacp_ray.agent.cacp.replay import Replay
+from cacp_ray.agent.shell import AgentConfig, PruningAgent
+from cacp_ray.evaluation.measurement import Candidate, Measurement
+from cacp_ray.searching.allocation import Float32s
+from cacp_ray.searching.budget import Ints
+from cacp_ray.searching.settings import AgentSettings
+from cacp_ray.searching.strategy import Proposal
+
+NUM_CRITICS = 3
+MAX_SAMPLE_ROUNDS = 20
+
+
+class CACPConfig(AgentConfig):
+    """RLlib configuration: `CACPConfig().agent(settings, seed=0, num_actions=P).build_algo()`."""
+
+    def __init__(self, algo_class: type[Algorithm] | None = None) -> None:
+        super().__init__(algo_class or CACP)
+        self.settings = AgentSettings()
+
+    def agent(self, settings: AgentSettings, *, seed: int = 0, num_actions: int) -> "CACPConfig":
+        """Sets what is particular to this agent.
+
+        Args:
+            settings: Of networks, learning and behaviour.
+            seed: Of the initial weights.
+            num_actions: Groups that may be cut.
+        """
+        self.settings = settings
+        self.environment(
+            observation_space=gym.spaces.Box(0.0, 1.0, (1,), np.float32),
+            action_space=gym.spaces.Box(-1.0, 1.0, (num_actions,), np.float32),
+        )
+        model = {"hidden": settings.hidden, "seed": seed, "num_critics": NUM_CRITICS}
+        return self.rl_module(model_config=model)
+
+    def get_default_rl_module_spec(self) -> RLModuleSpec:
+        """The actor and the critics."""
+        return RLModuleSpec(module_class=ActorCritic)
+
+    def get_default_learner_class(self) -> type[CACPLearner]:
+        """The update rule."""
+        return CACPLearner
+
+
+class CACP(PruningAgent):
+    """The agent. `attach` it to a problem first; then it asks, is told, and learns."""
+
+    name = "cacp"
+    config: CACPConfig
+
+    @classmethod
+    def get_default_config(cls) -> CACPConfig:
+        """Our defaults."""
+        return CACPConfig()
+
+    def _begin(self, rates: Sequence[float], seed: int, evaluations: int) -> None:
+        settings, space = self.config.settings, self.mdp.space
+        self.minibatch_size = NUM_CRITICS * settings.batch_size
+        self.updates_per_episode = settings.updates_per_episode
+        self._replay = Replay(space.num_offsets)
+        self._behaviour = Behaviour(settings, space, rates, self._act, self._value, seed)
+
+    def _propose(self, count: int) -> list[Proposal]:
+        return self._behaviour.propose(count)
+
+    def _store(self, results: Sequence[tuple[Candidate, Measurement]]) -> None:
+        rates = [candidate.rate for candidate, _ in results]
+        offsets = self.mdp.space.encode(rates, [candidate.keep_counts for candidate, _ in results])
+        is_ok = np.array([found.status == "ok" for _, found in results])
+        rewards = np.where(is_ok, [found.top1 for _, found in results], 0)
+        images = np.where(is_ok, [found.images for _, found in results], 0)
+        self._replay.add(offsets, rates, rewards, images)
+        for i, (candidate, found) in enumerate(results):
+            if is_ok[i] and candidate.images is None:
+                self._behaviour.adopt(candidate.rate, candidate.keep_counts, found.top1, offsets[i])
+
+    def _sample(self, num_minibatches: int) -> SampleBatch:
+        count = num_minibatches * self.minibatch_size
+        rows = self._replay.sample(count, self._rng)
+        return SampleBatch(
+            {
+                Columns.OBS: rows["rates"],
+                Columns.ACTIONS: rows["offsets"],
+                RETURNS: rows["returns"],
+                WEIGHTS: rows["weights"],
+                REPLACED: self._rng.integers(rows["offsets"].shape[1], size=count),
+            }
+        )
+
+    @property
+    def num_episodes(self) -> int:
+        """Episodes in the replay."""
+        return len(self._replay)
+
+    def noise(self, rate: float) -> float:
+        """Present standard deviation of the action noise at a rate."""
+        return self._behaviour.noise(rate)
+
+    def _policy(self, rates: ArrayLike) -> Ints:
+        return self.mdp.space.decode(rates, self._act(np.asarray(rates)))
+
+    def _samples(self, rate: float, count: int, rng: np.random.Generator) -> list[tuple[int, ...]]:
+        """The greedy answer first, then the most valued of drafts around it and near elites."""
+        found = {tuple(self._policy([rate])[0].tolist()): None}  # a dict keeps the order
+        noise = 2 * NOISE_FLOOR
+        for _ in range(MAX_SAMPLE_ROUNDS):
+            if len(found) >= count:
+                break
+            drafts = self._behaviour.draft(rate, noise, self.config.settings.drafts * count, rng)
+            found |= dict.fromkeys(self._behaviour.screen(rate, drafts)[:count])
+            noise *= NOISE_GROWTH
+        return list(found)[:count]
+
+    def _act(self, rates: NDArray[np.floating]) -> Float32s:
+        """(N, P) actions of the policy."""
+        module = cast(ActorCritic, self.get_module())
+        with torch.inference_mode():
+            return module.actor(torch.from_numpy(_column(rates))).numpy()
+
+    def _value(self, rates: NDArray[np.floating], offsets: Float32s) -> Float32s:
+        """(N,) mean of the critics."""
+        module = cast(ActorCritic, self.get_module())
+        with torch.inference_mode():
+            values = module.values(torch.from_numpy(_column(rates)), torch.from_numpy(offsets))
+            return values.mean(dim=0).numpy()
+
+    def _memory(self) -> dict[str, Any]:
+        return {"replay": self._replay.get_state(), "behaviour": self._behaviour.get_state()}
+
+    def _set_memory(self, state: dict[str, Any]) -> None:
+        self._replay.set_state(state["replay"])
+        self._behaviour.set_state(state["behaviour"])
+
+
+def _column(rates: NDArray[np.floating]) -> Float32s:
+    return np.asarray(rates, np.float32).reshape(-1, 1)

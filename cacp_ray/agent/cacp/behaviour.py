@@ -1,0 +1,169 @@
+"""What is proposed: drafts of the policy and of good allocations, screened by the critics.
+
+A draft is the policy's answer with noise, or a good earlier allocation, of this rate or another,
+with some groups changed: offsets from the prior carry over between rates. Of several drafts for
+every proposal the one that the critics value most is measured. So the actor proposes and the critic
+chooses among candidates around it, as in the Wolpertinger policy (Dulac-Arnold et al., 2015); the
+elites among the drafts are ours. CACP measures the policy with noise.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cacp_ray.searching.allocation import AllocationSpace, Float32s
+from cacp_ray.searching.settings import AgentSettings
+from cacp_ray.searching.strategy import Proposal
+
+OWN_RATE_SHARE = 0.75  # of elites; the others are of another rate
+NUM_ELITES = 10  # best distinct allocations kept a rate
+MAX_CHANGED = 4  # groups of an elite
+NOISE_FLOOR = 0.05
+MAX_RETRIES = 8  # for a candidate that was asked before, each with more noise
+NOISE_GROWTH = 1.4  # of a retry
+
+Counts = tuple[int, ...]
+Act = Callable[[NDArray[np.floating]], Float32s]  # rates (N,) -> actions (N, P)
+Value = Callable[[NDArray[np.floating], Float32s], Float32s]  # rates (N,), offsets -> (N,)
+
+
+@dataclass(frozen=True)
+class Elite:
+    """A good allocation."""
+
+    top1: float
+    keep_counts: Counts
+    offsets: Float32s  # (P,)
+
+
+class Behaviour:
+    """Chooses rates and candidates; remembers what was asked and which candidates were best."""
+
+    def __init__(
+        self,
+        settings: AgentSettings,
+        space: AllocationSpace,
+        rates: Sequence[float],
+        act: Act,
+        value: Value,
+        seed: int,
+    ) -> None:
+        self._settings = settings
+        self._space = space
+        self._act, self._value = act, value
+        self._rng = np.random.default_rng([seed, 1])
+        self.num_asked = dict.fromkeys(rates, 0)
+        self.asked: dict[float, set[Counts]] = {rate: set() for rate in rates}
+        self.elites: dict[float, list[Elite]] = {rate: [] for rate in rates}
+
+    def noise(self, rate: float) -> float:
+        """Standard deviation of the action noise: every rate has its own clock."""
+        decayed = self._settings.noise * self._settings.noise_decay ** self.num_asked[rate]
+        return max(NOISE_FLOOR, decayed)
+
+    def propose(self, count: int) -> list[Proposal]:
+        """`count` candidates never asked before for their rates, where such are found in time."""
+        rates: list[float] = []
+        drafts: list[Float32s] = []  # (M, P) of every proposal
+        for _ in range(count):
+            rate = min(self.num_asked, key=lambda rate: (self.num_asked[rate], rate))
+            episode, noise = self.num_asked[rate], self.noise(rate)
+            self.num_asked[rate] += 1
+            rates.append(rate)
+            shape = (1, self._space.num_offsets)
+            if episode == 0:
+                drafts.append(np.zeros(shape, np.float32))
+            elif episode <= self._settings.warmup:
+                drafts.append((noise * self._rng.standard_normal(shape)).astype(np.float32))
+            else:
+                drafts.append(self.draft(rate, noise, self._settings.drafts, self._rng))
+        return [
+            Proposal(rate, self._choose(rate, *ranked))
+            for rate, ranked in zip(rates, self._rank(rates, drafts), strict=True)
+        ]
+
+    def draft(self, rate: float, noise: float, count: int, rng: np.random.Generator) -> Float32s:
+        """(M, P) offsets: of elites with some groups changed, or of the policy with noise."""
+        num_offsets = self._space.num_offsets
+        drafts = np.tile(self._act(np.array([rate])), (count, 1))
+        drafts += noise * rng.standard_normal(drafts.shape).astype(np.float32)
+        for i in np.flatnonzero(rng.random(count) < self._settings.elite_share):
+            elite = self._choose_elite(rate, rng)
+            if elite is not None:
+                drafts[i] = elite.offsets
+                size = int(rng.integers(1, min(MAX_CHANGED, num_offsets) + 1))
+                groups = rng.choice(num_offsets, size=size, replace=False)
+                drafts[i, groups] += noise * rng.standard_normal(size)
+        return drafts
+
+    def screen(self, rate: float, drafts: Float32s) -> list[Counts]:
+        """Distinct candidates of drafts (M, P), the most valued first."""
+        (ranked,) = self._rank([rate], [drafts])
+        return list(dict.fromkeys(ranked[0]))
+
+    def adopt(self, rate: float, keep_counts: Counts, top1: float, offsets: Float32s) -> None:
+        """Offers a measured allocation to the elites of its rate."""
+        known = self.elites.setdefault(rate, [])
+        if all(elite.keep_counts != keep_counts for elite in known):
+            known.append(Elite(top1, keep_counts, offsets))
+            known.sort(key=lambda elite: -elite.top1)
+            del known[NUM_ELITES:]
+
+    def _rank(
+        self, rates: Sequence[float], drafts: Sequence[Float32s]
+    ) -> list[tuple[list[Counts], Float32s]]:
+        """For every rate its drafts' keep counts, the most valued first, and the best's offsets."""
+        sizes = [len(each) for each in drafts]
+        repeated = np.repeat(np.array(rates), sizes)
+        counts = self._space.decode(repeated, np.concatenate(drafts))
+        offsets = self._space.encode(repeated, counts)
+        values = self._value(repeated, offsets)
+        ranked: list[tuple[list[Counts], Float32s]] = []
+        for end, size in zip(np.cumsum(sizes), sizes, strict=True):
+            order = end - size + np.argsort(-values[end - size : end], kind="stable")
+            ranked.append(([tuple(row) for row in counts[order].tolist()], offsets[order[0]]))
+        return ranked
+
+    def _choose(self, rate: float, ranked: Sequence[Counts], offsets: Float32s) -> Counts:
+        """The most valued candidate that was not asked before, else one near the most valued."""
+        asked = self.asked[rate]
+        chosen = next((counts for counts in ranked if counts not in asked), None)
+        noise = self.noise(rate)
+        for _ in range(MAX_RETRIES):
+            if chosen is not None:
+                break
+            noise *= NOISE_GROWTH
+            near = offsets + noise * self._rng.standard_normal(len(offsets))
+            counts = tuple(self._space.decode([rate], near[None])[0].tolist())
+            chosen = None if counts in asked else counts
+        chosen = chosen or ranked[0]
+        asked.add(chosen)
+        return chosen
+
+    def _choose_elite(self, rate: float, rng: np.random.Generator) -> Elite | None:
+        others = [key for key, found in self.elites.items() if found and key != rate]
+        is_own = bool(self.elites.get(rate)) and (rng.random() < OWN_RATE_SHARE or not others)
+        if not is_own and not others:
+            return None
+        elites = self.elites[rate if is_own else others[int(rng.integers(len(others)))]]
+        # The better, the more often: the best of ten is drawn nearly every third time.
+        return elites[int(len(elites) * rng.random() ** 2)]
+
+    def get_state(self) -> dict[str, Any]:
+        """Clocks, memory, elites and the random state."""
+        return {
+            "num_asked": dict(self.num_asked),
+            "asked": {rate: set(asked) for rate, asked in self.asked.items()},
+            "elites": {rate: list(elites) for rate, elites in self.elites.items()},
+            "random": self._rng.bit_generator.state,
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Takes what `get_state` gave."""
+        self.num_asked = dict(state["num_asked"])
+        self.asked = {rate: set(asked) for rate, asked in state["asked"].items()}
+        self.elites = {rate: list(elites) for rate, elites in state["elites"].items()}
+        self._rng.bit_generator.state = state["random"]

@@ -1,0 +1,81 @@
+"""The update rule: deterministic policy gradient on whole allocations and Monte-Carlo returns.
+
+An episode is deterministic and rewarded once, at its end. So its return is the target of the
+critics, which needs no bootstrapping and no target networks; and since the rate alone determines
+what a policy will do, the critics judge the whole allocation and the actor gives all its actions at
+once. Ours: DDPG (Lillicrap et al., 2016) and CACP learn Q of one layer's action and bootstrap.
+
+The actor's gradient is taken where the critics have data: at recorded episodes with the action of
+one group replaced by the policy's, as MADDPG (Lowe et al., 2017) does for cooperating agents.
+The actor also imitates measured allocations, the better their return the more, as in
+advantage-weighted regression (Peng et al., 2019), beside the critics' gradient as in TD3+BC
+(Fujimoto and Gu, 2021). The delayed actor is that of TD3 (Fujimoto et al., 2018).
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.learner.torch.torch_learner import TorchLearner
+
+from cacp_ray.agent.cacp.module import ActorCritic
+
+if TYPE_CHECKING:
+    from cacp_ray.agent.cacp.algorithm import CACPConfig
+
+RETURNS = "returns"
+WEIGHTS = "weights"
+REPLACED = "replaced"
+ACTOR_EVERY = 4  # critic steps to one actor step
+IMITATION_SHARPNESS = 4.0  # of exp(sharpness * normalised return)
+MAX_RETURN = 3.0  # spreads above the mean: one lucky episode must not be all that is imitated
+
+
+class CACPLearner(TorchLearner):
+    """One optimizer for the critics, one for the actor; one backward pass serves both losses."""
+
+    def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
+        """Adam for the critics and for the actor."""
+        module = self.module[module_id]
+        for name in ("critics", "actor"):
+            params = list(getattr(module, name).parameters())
+            self.register_optimizer(
+                module_id=module_id,
+                optimizer_name=name,
+                optimizer=torch.optim.Adam(params),
+                params=params,
+                lr_or_lr_schedule=config.settings.lr,
+            )
+
+    def compute_loss_for_module(
+        self,
+        *,
+        module_id: str,
+        config: "CACPConfig",
+        batch: dict[str, Any],
+        fwd_out: dict[str, Any],
+    ) -> torch.Tensor:
+        """Weighted squared error of Q, plus, at every `ACTOR_EVERY`-th call, the actor's loss.
+
+        On the other calls the actor has no gradient, so its optimizer leaves it alone.
+        """
+        module = self.module[module_id]
+        assert isinstance(module, ActorCritic)
+        returns, recorded, rates = batch[RETURNS], batch[Columns.ACTIONS], batch[Columns.OBS]
+        errors = batch[WEIGHTS] * (fwd_out["values"] - returns) ** 2  # (E, N)
+        # Every critic learns from its own rows, so that they differ where data are few.
+        owner = torch.arange(errors.shape[1]) % errors.shape[0]
+        loss = errors.gather(0, owner[None]).mean() * errors.shape[0]
+        self.metrics.log_value((module_id, "critic_loss"), errors.mean().item(), window=1)
+        module.num_updates += 1
+        if module.num_updates % ACTOR_EVERY == 0:
+            actions = module.actor(rates)  # (N, P)
+            group = batch[REPLACED][:, None]
+            replaced = recorded.scatter(1, group, actions.gather(1, group))
+            value = module.policy_values(rates, replaced).mean()
+            self.metrics.log_value((module_id, "policy_value"), value.item(), window=1)
+            merit = (IMITATION_SHARPNESS * returns.clamp(max=MAX_RETURN)).exp()
+            distance = ((actions - recorded) ** 2).mean(dim=1)  # (N,)
+            imitation = (merit / merit.mean() * distance).mean()
+            loss = loss - actions.shape[1] * value + config.settings.imitation * imitation
+        return loss

@@ -1,0 +1,90 @@
+"""The networks of the paper's agent: an actor, its critic, and the slow copies of both."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from itertools import pairwise
+from typing import Any
+
+import torch
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
+from torch import Tensor, nn
+
+
+class SequentialActorCritic(TorchRLModule):
+    """Actor a = mu(s) and critics Q(s, a) of one step; one network for all groups and rates.
+
+    Observation (F,): a state of the MDP, the rate among its features. Action (1,): the keep ratio
+    in (0, 1) (sigmoid), or in [-1, 1] around the prior (tanh, last layer zero: 0 is the prior).
+    Three fully connected layers with ReLU in each network (CACP; widths: AMC's code).
+    The target networks are part of the state, and so of checkpoints, but nothing trains them.
+    `model_config`: `hidden`, widths of the hidden layers; `num_critics`; `prior`; `seed`.
+    """
+
+    def setup(self) -> None:
+        """Builds the networks; the global random state is left as it was."""
+        assert self.observation_space is not None
+        (num_features,) = self.observation_space.shape  # type: ignore[misc]
+        hidden, has_prior = self.model_config["hidden"], self.model_config["prior"]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.model_config["seed"])
+            squash = nn.Tanh() if has_prior else nn.Sigmoid()
+            self.actor = nn.Sequential(*_layers((num_features, *hidden, 1)), squash)
+            self.critics = nn.ModuleList(
+                nn.Sequential(*_layers((num_features + 1, *hidden, 1)))
+                for _ in range(self.model_config["num_critics"])
+            )
+        if has_prior:
+            last = self.actor[-2]
+            nn.init.zeros_(last.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+        self.target_actor = deepcopy(self.actor).requires_grad_(False)
+        self.target_critics = deepcopy(self.critics).requires_grad_(False)
+        # A buffer, so that it travels with the weights and a restored learner keeps its rhythm.
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+
+    def policy_value(self, states: Tensor) -> Tensor:
+        """(N,) Q(s, mu(s)) of the first critic; its gradient reaches the actor only."""
+        self.critics.requires_grad_(False)
+        value = _judge(self.critics[:1], states, self.actor(states))[0]
+        self.critics.requires_grad_(True)
+        return value
+
+    @torch.no_grad()
+    def next_value(self, states: Tensor, noise: Tensor) -> Tensor:
+        """(N,) least Q'(s', mu'(s') + noise) of the target critics.
+
+        Args:
+            states: (N, F) next states.
+            noise: (N, 1) on the target action, which stays in its range; 0 in plain DDPG.
+        """
+        low = -1.0 if self.model_config["prior"] else 0.0
+        actions = (self.target_actor(states) + noise).clamp(low, 1)
+        return _judge(self.target_critics, states, actions).min(dim=0).values
+
+    @torch.no_grad()
+    def follow(self, tau: float) -> None:
+        """Polyak step: target = (1 - tau) * target + tau * trained."""
+        pairs = ((self.target_actor, self.actor), (self.target_critics, self.critics))
+        for target, trained in pairs:
+            for slow, fast in zip(target.parameters(), trained.parameters(), strict=True):
+                slow.lerp_(fast, tau)
+
+    def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        return {Columns.ACTIONS: self.actor(batch[Columns.OBS])}
+
+    def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        return {"values": _judge(self.critics, batch[Columns.OBS], batch[Columns.ACTIONS])}
+
+
+def _judge(critics: nn.ModuleList, states: Tensor, actions: Tensor) -> Tensor:
+    """(E, N) Q of every critic at states (N, F) and actions (N, 1)."""
+    joined = torch.cat([states, actions], dim=1)
+    return torch.stack([critic(joined).squeeze(1) for critic in critics])
+
+
+def _layers(widths: Sequence[int]) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for num_in, num_out in pairwise(widths):
+        layers += [nn.Linear(num_in, num_out), nn.ReLU()]
+    return layers[:-1]

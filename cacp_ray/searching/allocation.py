@@ -1,0 +1,63 @@
+"""Keep counts as offsets from a sound allocation, for agents that choose all groups at once.
+
+The prior is the uniform allocation of a rate. An offset of zero keeps a group at its prior; one of
+a asks for exp(s * a) times as many channels. All wishes are then scaled together until they fit the
+budget, and what is left is spent: any offsets name a candidate that uses its budget up, at every
+rate, and offsets found at one rate are sound at another. The form is ours.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cacp_ray.searching.budget import Budget, Floats, Ints, scale_to_budget, spend, uniform
+
+Float32s = NDArray[np.float32]
+
+
+class AllocationSpace:
+    """Offsets (B, P) of the P groups that may be cut <-> keep counts (B, G) of all groups."""
+
+    def __init__(self, budget: Budget, prior_weights: ArrayLike, scale: float) -> None:
+        """Finds the groups that may be cut.
+
+        Args:
+            budget: The budget; its cost is what rates limit.
+            prior_weights: (G,) 1 for groups that share the cut in the prior, 0 for whole ones.
+            scale: s in keep count = prior * exp(s * offset).
+        """
+        self.budget = budget
+        self.scale = scale
+        self.weights = np.asarray(prior_weights, dtype=bool)
+        self.prunable = np.flatnonzero(budget.min_counts < budget.num_channels)  # (P,)
+        self._priors: dict[float, Ints] = {}
+
+    @property
+    def num_offsets(self) -> int:
+        """P."""
+        return len(self.prunable)
+
+    def prior(self, rates: ArrayLike) -> Ints:
+        """(B, G) keep counts of zero offsets."""
+        wanted = [float(rate) for rate in np.asarray(rates, dtype=np.float64)]
+        new = sorted(set(wanted) - self._priors.keys())
+        if new:
+            self._priors.update(zip(new, uniform(self.budget, new, self.weights), strict=True))
+        return np.stack([self._priors[rate] for rate in wanted])
+
+    def decode(self, rates: ArrayLike, offsets: NDArray[np.floating]) -> Ints:
+        """(B, G) keep counts within the budgets and spent.
+
+        Args:
+            rates: (B,) share of the cost kept, each reachable.
+            offsets: (B, P); 0 is the prior.
+        """
+        budget = self.budget
+        ratios: Floats = self.prior(rates) / budget.num_channels
+        ratios[:, self.prunable] *= np.exp(self.scale * np.asarray(offsets, dtype=np.float64))
+        ratios = np.maximum(ratios, budget.min_counts / budget.num_channels)
+        return spend(budget, scale_to_budget(budget, ratios, rates), rates)
+
+    def encode(self, rates: ArrayLike, keep_counts: ArrayLike) -> Float32s:
+        """(B, P) offsets of keep counts (B, G): `decode` leads back to them, or near."""
+        ratios = np.asarray(keep_counts, dtype=np.float64) / self.prior(rates)
+        return (np.log(ratios[:, self.prunable]) / self.scale).astype(np.float32)

@@ -1,0 +1,92 @@
+"""The strategy of a run, from its configuration: agents on Ray, and all others."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from cacp_ray.config import RunConfig
+from cacp_ray.loading import Base
+from cacp_ray.searching.mdp import AllocationMDP
+from cacp_ray.searching.strategies import make_strategy
+from cacp_ray.searching.strategies.prior import PriorFirst
+from cacp_ray.searching.strategy import Strategy
+
+logger = logging.getLogger(__name__)
+
+AGENTS = ("cacp", "cacp-paper")  # one policy for every rate
+FROM_A_PRIOR = ("cacp", "hill_climb", "cem", "noise")
+
+Tick = Callable[[Strategy], object]
+
+
+def make_run_strategy(
+    config: RunConfig, base: Base, tick: Tick | None = None, prior: str | None = None
+) -> tuple[Strategy, Any]:
+    """What proposes candidates in a run, and its conditional agent, if it is led by one.
+
+    Args:
+        config: Of the run.
+        base: Of the run.
+        tick: What the agent's `training_step` calls: one turn of the search loop.
+        prior: `all` or `inner`; by default the better one as measured.
+    """
+    cost_model, budget, rates = base.plan.cost_model, base.budget, config.rates
+    name, seed, agent = config.strategy, config.seed, None
+    if name in AGENTS:
+        _quieten_ray()
+        agent = _build_agent(config, base)
+
+    def make(weights: Any) -> Any:
+        if name in AGENTS or name == "amc":
+            mdp = AllocationMDP(cost_model, budget, weights, config.agent.action_scale)
+            evaluations = num_searched(config)
+            if agent is None:
+                return _build_amc(config, mdp, evaluations)
+            agent.attach(mdp, rates, seed, evaluations, tick)
+            return agent
+        return make_strategy(
+            name,
+            cost_model=cost_model,
+            budget=budget,
+            rates=rates,
+            seed=seed,
+            prior_weights=weights,
+        )
+
+    is_paper = name in ("cacp-paper", "amc")
+    if name in FROM_A_PRIOR or (is_paper and config.paper.prior):
+        return PriorFirst(cost_model, budget, rates, make, name=name, prior=prior), agent
+    return make(np.ones(len(budget.num_channels))), agent
+
+
+def _build_agent(config: RunConfig, base: Base) -> Any:
+    if config.strategy == "cacp-paper":
+        from cacp_ray.agent.ddpg.algorithm import DDPGConfig
+
+        return DDPGConfig().agent(config.paper, seed=config.seed).build_algo()
+    from cacp_ray.agent.cacp.algorithm import CACPConfig
+
+    num_actions = int(np.sum(base.budget.min_counts < base.budget.num_channels))
+    settings = CACPConfig().agent(config.agent, seed=config.seed, num_actions=num_actions)
+    return settings.build_algo()
+
+
+def _build_amc(config: RunConfig, mdp: AllocationMDP, evaluations: int) -> Strategy:
+    from cacp_ray.agent.amc import AMC
+
+    _quieten_ray()
+    return AMC(config.paper, mdp, config.rates, config.seed, evaluations)
+
+
+def _quieten_ray() -> None:
+    # Ray sets its own levels when imported, and greets every build with migration notices.
+    if not logger.isEnabledFor(logging.DEBUG):
+        for noisy in ("ray", "ray.rllib"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def num_searched(config: RunConfig) -> int:
+    """Evaluations of the loop: those of the trained policy's own answers are kept for the end."""
+    return config.evaluations - (len(config.rates) if config.strategy in AGENTS else 0)

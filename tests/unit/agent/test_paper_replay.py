@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+
+from cacp_ray.agent.ddpg.replay import CAPACITY, Replay
+
+STEPS, FEATURES = 4, 3
+
+
+@pytest.fixture
+def replay():
+    replay = Replay(STEPS, FEATURES)
+    states = np.arange(2 * STEPS * FEATURES, dtype=np.float32).reshape(2, STEPS, FEATURES)
+    replay.add(states, states[..., 0] / 100, [0.8, 0.0])
+    return replay
+
+
+def test_rewards_on_each_step_sum_to_the_accuracy(replay):
+    rewards = replay.transitions("bootstrap")["rewards"].reshape(2, STEPS)
+    np.testing.assert_allclose(rewards.sum(axis=1), [0.8, 0.0])
+    assert (rewards == rewards[:, :1]).all()
+
+
+def test_transitions_lead_to_the_next_state_and_end_once_an_episode(replay):
+    rows = replay.transitions("bootstrap")
+    is_last = rows["is_last"].astype(bool)
+    np.testing.assert_array_equal(np.flatnonzero(is_last), [3, 7])
+    np.testing.assert_array_equal(
+        rows["next_states"][~is_last], rows["states"][np.flatnonzero(~is_last) + 1]
+    )
+    np.testing.assert_array_equal(rows["actions"][:, 0], rows["states"][:, 0] / np.float32(100))
+
+
+def test_monte_carlo_targets_are_what_the_rest_of_the_episode_earns(replay):
+    bootstrap, monte_carlo = (replay.transitions(kind) for kind in ("bootstrap", "monte_carlo"))
+    rest = np.cumsum(bootstrap["rewards"].reshape(2, STEPS)[:, ::-1], axis=1)[:, ::-1]
+    np.testing.assert_allclose(monte_carlo["rewards"], rest.ravel(), rtol=1e-6)
+    assert monte_carlo["is_last"].all()
+
+
+def test_only_the_last_episodes_are_kept(replay):
+    for i in range(CAPACITY):
+        replay.add(np.full((1, STEPS, FEATURES), i, np.float32), np.zeros((1, STEPS)), [0.5])
+    assert len(replay) == CAPACITY
+    assert replay.num_added == CAPACITY + 2
+    np.testing.assert_array_equal(replay.states[:, 0, 0], np.arange(CAPACITY))
+    assert (replay.accuracies == 0.5).all()
+
+
+def test_samples_are_transitions_drawn_evenly(replay):
+    rows = replay.sample(8000, "bootstrap", np.random.default_rng(0))
+    states, counts = np.unique(rows["states"], axis=0, return_counts=True)
+    assert len(states) == 2 * STEPS
+    assert counts.min() > 850
+    np.testing.assert_allclose(rows["actions"][:, 0], rows["states"][:, 0] / 100)
