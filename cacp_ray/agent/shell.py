@@ -30,6 +30,7 @@ from cacp_ray.searching.strategy import Proposal, Strategy
 
 AGENT_STATE = "agent"
 MAX_UPDATES_A_CALL = 64
+MAX_UPDATES_A_STEP = 256  # under a second, which the evaluators' second candidates bridge
 
 Tick = Callable[[Strategy], object]
 
@@ -159,9 +160,13 @@ class PruningAgent(Algorithm):
     # Learning.
 
     def training_step(self) -> None:
-        """One turn of the search loop, then the gradient steps that its results have earned."""
+        """One turn of the search loop, then the gradient steps that its results have earned.
+
+        Where many results come at once, learning thins out, so that no evaluator waits for it.
+        """
         if self._tick is not None:
             self._tick(self)
+        self.pending_updates = min(self.pending_updates, MAX_UPDATES_A_STEP)
         self.learn(self.pending_updates)
 
     def learn(self, max_updates: int) -> int:

@@ -59,6 +59,8 @@ class PaperSettings:
         noise_decay: Factor on it for every episode where 500 follow the warm-up, as in the paper;
             stretched or squeezed for more or fewer (ours).
         warmup_share: Of the evaluations, that are random: 300 of 800 in the paper.
+        baseline: Subtracts the mean accuracy of the memory, of all rates alike, from the rewards
+            (AMC's code, and CACP's).
         prior: Actions around the uniform allocation, and the budget spent: a control (ours).
         targets: `bootstrap` from the next step, or `monte_carlo`: what the rest of the episode
             really earned (ours).
@@ -76,6 +78,7 @@ class PaperSettings:
     noise: Annotated[float, Ge(0)] = 0.5
     noise_decay: Annotated[float, Gt(0), Le(1)] = 0.95
     warmup_share: Annotated[float, Ge(0), Le(1)] = 0.375
+    baseline: bool = True
     prior: bool = False
     targets: Literal["bootstrap", "monte_carlo"] = "bootstrap"
     twin: bool = False

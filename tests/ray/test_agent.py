@@ -3,6 +3,7 @@ import pytest
 import ray
 
 from cacp_ray.agent.cacp.algorithm import CACP, CACPConfig
+from cacp_ray.agent.shell import MAX_UPDATES_A_STEP
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.searching.budget import Budget, minimum_counts, spend
 from cacp_ray.searching.mdp import AllocationMDP
@@ -75,6 +76,28 @@ def optimum(mdp, score, rate) -> float:
             if score(tuple(found)) > best:
                 best, counts = score(tuple(found)), found
     return best
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_policy_reaches_99_percent_of_the_optimum_within_150_episodes(build, seed):
+    """Five groups of at most nine legal counts: the optimum is known from trying them all."""
+    cost_model = toy_cost_model(5, seed)
+    score, channels = toy_score(cost_model, seed), cost_model.num_channels
+    budget = Budget(cost_model.macs, channels, minimum_counts(channels, 0.1, 4), round_to=4)
+    mdp = AllocationMDP(cost_model, budget, np.ones(5), 0.8)
+    levels = [np.arange(4, number + 1, 4) for number in channels]
+    tried = np.stack(np.meshgrid(*levels, indexing="ij"), axis=-1).reshape(-1, 5)
+    accuracies, costs = np.array([score(tuple(row)) for row in tried]), budget.cost(tried)
+    optima = np.array([accuracies[costs <= limit].max() for limit in budget.limit(RATES)])
+
+    agent = build(mdp, seed=seed)
+    found = np.array(list(drive(agent, score, 150).values()))
+    policy = np.array([score(tuple(row)) for row in agent.policy(RATES)])
+    prior = np.array([score(tuple(row)) for row in mdp.prior(RATES)])
+    assert (found >= 0.999 * optima).all()
+    assert (policy >= 0.99 * optima).all()
+    assert (prior < 0.997 * optima).all()
+    assert prior.mean() < 0.97 * optima.mean()  # so that there was something to learn
 
 
 def test_learns_more_than_noise_around_the_prior_finds(build):
@@ -175,6 +198,18 @@ def test_training_steps_tick_first_and_report(build):
     assert ticks == [0, 0]
     assert result["episodes"] == 6
     assert result["learners"]["default_policy"]["critic_loss"] >= 0
+    assert agent.pending_updates == 0
+
+
+def test_learning_thins_out_when_many_results_come_at_once(build):
+    mdp, score = make_problem(0)
+
+    def tick(strategy):
+        strategy.tell(measure(strategy.ask(40), score))
+
+    agent = build(mdp, AgentSettings(hidden=(8,), batch_size=8), tick=tick)
+    result = agent.train()
+    assert result["updates"] == MAX_UPDATES_A_STEP < 40 * 16
     assert agent.pending_updates == 0
 
 

@@ -183,7 +183,7 @@ class DDPG(PruningAgent):
     def _sample(self, num_minibatches: int) -> SampleBatch:
         settings = self.config.settings
         count = num_minibatches * self.minibatch_size
-        rows = self._replay.sample(count, settings.targets, self._rng)
+        rows = self._replay.sample(count, settings.targets, settings.baseline, self._rng)
         smoothing = np.zeros((count, 1), np.float32)
         if settings.twin:
             noise = SMOOTHING_NOISE * self._rng.standard_normal((count, 1))

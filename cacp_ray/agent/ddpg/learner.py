@@ -3,9 +3,8 @@
     y = r_T / T + Q'(s', mu'(s')),   and y = r_T / T at the last step (discount 1)
     critic: mean of (Q(s, a) - y)^2;   actor: -mean of Q(s, mu(s));   targets: Polyak step
 
-Both losses are of the networks before the step; the published code moves the critic first.
-It also subtracts a running mean of the rewards, shared by all rates, from y; the paper does not,
-and neither is it done here.
+Both losses are of the networks before the step; the published code moves the critic first. From
+r_T a baseline may be subtracted (replay.py).
 """
 
 from typing import TYPE_CHECKING, Any

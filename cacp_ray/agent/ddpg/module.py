@@ -11,6 +11,23 @@ from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from torch import Tensor, nn
 
 
+class Critic(nn.Module):
+    """Q(s, a); the action has a first layer of its own, added to that of the state (AMC's code).
+
+    As one input of a joint layer, its weights would start several times smaller.
+    """
+
+    def __init__(self, num_features: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.state = nn.Linear(num_features, hidden[0])
+        self.action = nn.Linear(1, hidden[0])
+        self.rest = nn.Sequential(nn.ReLU(), *_layers((*hidden, 1)))
+
+    def forward(self, states: Tensor, actions: Tensor) -> Tensor:
+        """(N,) values of states (N, F) and actions (N, 1)."""
+        return self.rest(self.state(states) + self.action(actions)).squeeze(1)
+
+
 class SequentialActorCritic(TorchRLModule):
     """Actor a = mu(s) and critics Q(s, a) of one step; one network for all groups and rates.
 
@@ -31,8 +48,7 @@ class SequentialActorCritic(TorchRLModule):
             squash = nn.Tanh() if has_prior else nn.Sigmoid()
             self.actor = nn.Sequential(*_layers((num_features, *hidden, 1)), squash)
             self.critics = nn.ModuleList(
-                nn.Sequential(*_layers((num_features + 1, *hidden, 1)))
-                for _ in range(self.model_config["num_critics"])
+                Critic(num_features, hidden) for _ in range(self.model_config["num_critics"])
             )
         if has_prior:
             last = self.actor[-2]
@@ -79,8 +95,7 @@ class SequentialActorCritic(TorchRLModule):
 
 def _judge(critics: nn.ModuleList, states: Tensor, actions: Tensor) -> Tensor:
     """(E, N) Q of every critic at states (N, F) and actions (N, 1)."""
-    joined = torch.cat([states, actions], dim=1)
-    return torch.stack([critic(joined).squeeze(1) for critic in critics])
+    return torch.stack([critic(states, actions) for critic in critics])
 
 
 def _layers(widths: Sequence[int]) -> list[nn.Module]:

@@ -1,8 +1,11 @@
-"""The memory of the paper's agent: transitions of the last episodes, rewards as they are.
+"""The memory of the paper's agent: transitions of the last episodes, one memory for all rates.
 
-Every step of an episode is rewarded r_T / T, its accuracy over its length (CACP), so
-that the rewards of an episode add up to its accuracy. No normalisation, and one memory for all
-rates. Capacity: 100 transitions a step of an episode, so the last 100 episodes (AMC's code).
+Every step of an episode is rewarded r_T / T, its accuracy over its length (CACP), so that the
+rewards of an episode add up to its accuracy. The published code, and AMC's, subtracts a moving
+average of the sampled rewards; here the mean of those in memory, which that average follows. It is
+one number for all rates and all steps: no order of policies changes, but the critic need not first
+learn what every action earns. Capacity: 100 transitions a step of an episode, so the last 100
+episodes (AMC's code).
 """
 
 from typing import Any, Literal
@@ -43,10 +46,11 @@ class Replay:
         self.accuracies = np.concatenate([self.accuracies, accuracies])[-CAPACITY:]
         self.num_added += len(accuracies)
 
-    def transitions(self, targets: Targets) -> dict[str, NDArray[Any]]:
+    def transitions(self, targets: Targets, has_baseline: bool) -> dict[str, NDArray[Any]]:
         """All E * T transitions, episode by episode.
 
         Args:
+            has_baseline: Subtracts the mean accuracy of the memory before it is shared out.
             targets: With `monte_carlo` every step is the last one and earns the rest of its
                 episode: nothing is bootstrapped (ours).
 
@@ -56,7 +60,8 @@ class Replay:
         """
         num_steps, num_features = self.states.shape[1:]
         steps = np.tile(np.arange(num_steps), len(self))
-        rewards = np.repeat(self.accuracies / num_steps, num_steps)
+        baseline = self.accuracies.mean() if has_baseline else 0.0
+        rewards = np.repeat((self.accuracies - baseline) / num_steps, num_steps)
         is_last = steps == num_steps - 1
         if targets == "monte_carlo":
             rewards, is_last = rewards * (num_steps - steps), np.ones_like(is_last)
@@ -70,11 +75,12 @@ class Replay:
         }
 
     def sample(
-        self, count: int, targets: Targets, rng: np.random.Generator
+        self, count: int, targets: Targets, has_baseline: bool, rng: np.random.Generator
     ) -> dict[str, NDArray[Any]]:
         """Transitions drawn with replacement, every one as likely."""
         rows = rng.integers(len(self) * self.states.shape[1], size=count)
-        return {name: column[rows] for name, column in self.transitions(targets).items()}
+        columns = self.transitions(targets, has_baseline)
+        return {name: column[rows] for name, column in columns.items()}
 
     def get_state(self) -> dict[str, Any]:
         """All arrays, and the count."""

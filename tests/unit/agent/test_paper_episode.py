@@ -54,7 +54,7 @@ def test_an_action_keeps_the_ceiling_of_its_share_unless_clamped(mdp):
     np.testing.assert_array_equal(counts[0], np.ceil(0.37 * channels))
     greedy = play(mdp, [0.5], lambda states, step: np.array([1.0]))[0]
     assert greedy[0] == channels[0]  # the first groups take what they want,
-    assert greedy[-1] < 0.3 * channels[-1]  # the last ones pay
+    assert greedy[-1] < 0.5 * channels[-1]  # the last ones pay
     smallest = play(mdp, [0.5], lambda states, step: np.array([0.0]))
     np.testing.assert_array_equal(smallest[0], mdp.budget.min_counts)
 

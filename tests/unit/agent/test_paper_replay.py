@@ -15,13 +15,19 @@ def replay():
 
 
 def test_rewards_on_each_step_sum_to_the_accuracy(replay):
-    rewards = replay.transitions("bootstrap")["rewards"].reshape(2, STEPS)
+    rewards = replay.transitions("bootstrap", False)["rewards"].reshape(2, STEPS)
     np.testing.assert_allclose(rewards.sum(axis=1), [0.8, 0.0])
     assert (rewards == rewards[:, :1]).all()
 
 
+def test_the_baseline_is_one_number_for_all_steps(replay):
+    plain, less = (replay.transitions("bootstrap", each)["rewards"] for each in (False, True))
+    np.testing.assert_allclose(plain - less, 0.4 / STEPS, rtol=1e-6)
+    assert abs(less.sum()) < 1e-6
+
+
 def test_transitions_lead_to_the_next_state_and_end_once_an_episode(replay):
-    rows = replay.transitions("bootstrap")
+    rows = replay.transitions("bootstrap", False)
     is_last = rows["is_last"].astype(bool)
     np.testing.assert_array_equal(np.flatnonzero(is_last), [3, 7])
     np.testing.assert_array_equal(
@@ -31,7 +37,9 @@ def test_transitions_lead_to_the_next_state_and_end_once_an_episode(replay):
 
 
 def test_monte_carlo_targets_are_what_the_rest_of_the_episode_earns(replay):
-    bootstrap, monte_carlo = (replay.transitions(kind) for kind in ("bootstrap", "monte_carlo"))
+    bootstrap, monte_carlo = (
+        replay.transitions(kind, False) for kind in ("bootstrap", "monte_carlo")
+    )
     rest = np.cumsum(bootstrap["rewards"].reshape(2, STEPS)[:, ::-1], axis=1)[:, ::-1]
     np.testing.assert_allclose(monte_carlo["rewards"], rest.ravel(), rtol=1e-6)
     assert monte_carlo["is_last"].all()
@@ -47,7 +55,7 @@ def test_only_the_last_episodes_are_kept(replay):
 
 
 def test_samples_are_transitions_drawn_evenly(replay):
-    rows = replay.sample(8000, "bootstrap", np.random.default_rng(0))
+    rows = replay.sample(8000, "bootstrap", True, np.random.default_rng(0))
     states, counts = np.unique(rows["states"], axis=0, return_counts=True)
     assert len(states) == 2 * STEPS
     assert counts.min() > 850

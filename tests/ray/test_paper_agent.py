@@ -1,0 +1,320 @@
+import numpy as np
+import pytest
+import torch
+
+from cacp_ray.agent.amc import AMC
+from cacp_ray.agent.ddpg.algorithm import DDPG, DDPGConfig
+from cacp_ray.errors import ConfigError
+from cacp_ray.evaluation.measurement import Candidate, Measurement
+from cacp_ray.searching.budget import Budget, minimum_counts
+from cacp_ray.searching.mdp import AllocationMDP
+from cacp_ray.searching.settings import PaperSettings
+from tests.toy import toy_cost_model, toy_score
+
+pytestmark = pytest.mark.ray
+
+RATES = (0.3, 0.5, 0.7)
+SMALL = {"hidden": (48, 48)}
+FORMS = [{}, {"prior": True}, {"twin": True}, {"targets": "monte_carlo"}]
+
+
+def make_problem(seed, num_groups=8):
+    cost_model = toy_cost_model(num_groups, seed)
+    channels = cost_model.num_channels
+    budget = Budget(cost_model.macs, channels, minimum_counts(channels, 0.1, 1))
+    return AllocationMDP(cost_model, budget, np.ones(num_groups), 0.8), toy_score(cost_model, seed)
+
+
+@pytest.fixture
+def build():
+    agents = []
+
+    def make(mdp, seed=0, evaluations=80, rates=RATES, **settings) -> DDPG:
+        agent = DDPGConfig().agent(PaperSettings(**SMALL | settings), seed=seed).build_algo()
+        agent.attach(mdp, rates, seed, evaluations)
+        agents.append(agent)
+        return agent
+
+    yield make
+    for agent in agents:
+        agent.stop()
+
+
+def measure(proposals, score, first=0, status="ok"):
+    return [
+        (
+            Candidate(first + i, proposal.rate, proposal.keep_counts),
+            Measurement(first + i, score(proposal.keep_counts), 0.0, 0.0, 1000, 0.0, status=status),
+        )
+        for i, proposal in enumerate(proposals)
+    ]
+
+
+def drive(agent, score, episodes, batch=6) -> np.ndarray:
+    """Asks, tells, learns; (episodes, 2) rates and scores in the order asked."""
+    found = []
+    for first in range(0, episodes, batch):
+        results = measure(agent.ask(min(batch, episodes - first)), score, first)
+        found += [(candidate.rate, measurement.top1) for candidate, measurement in results]
+        agent.tell(results)
+        agent.learn(agent.pending_updates)
+    return np.array(found)
+
+
+def test_gradient_steps_start_after_the_warm_up(build):
+    mdp, score = make_problem(0)
+    agent = build(mdp, evaluations=80)
+    before = {name: value.clone() for name, value in agent.get_module().state_dict().items()}
+    results = measure(agent.ask(40), score)
+    agent.tell(results[:28])
+    assert agent.pending_updates == 0
+    agent.tell(results[28:33])  # 30 of 80 are warm-up
+    assert agent.pending_updates == 3 * mdp.num_steps
+    for name, value in agent.get_module().state_dict().items():
+        assert torch.equal(value, before[name])
+    agent.learn(agent.pending_updates)
+    assert int(agent.get_module().num_updates) == 3 * mdp.num_steps
+
+
+def test_rates_are_drawn_evenly_and_noise_fades_for_all_at_once(build):
+    mdp, _ = make_problem(0)
+    agent = build(mdp, evaluations=800)
+    rates = [proposal.rate for proposal in agent.ask(300)]
+    assert set(rates) == set(RATES)
+    assert min(map(rates.count, RATES)) > 70
+    assert agent.noise(0.3) == agent.noise(0.7) == 0.5
+    agent.ask(20)
+    assert agent.noise(0.3) == pytest.approx(0.5 * 0.95**20)
+
+
+def test_every_proposal_is_within_budget_and_some_leave_money_unspent(build):
+    mdp, score = make_problem(1)
+    agent = build(mdp)
+    proposals = agent.ask(30)
+    agent.tell(measure(proposals, score))
+    proposals += agent.ask(30)
+    counts = np.array([proposal.keep_counts for proposal in proposals])
+    limit = mdp.budget.limit([proposal.rate for proposal in proposals])
+    cost = mdp.budget.cost(counts)
+    assert (cost <= limit).all()
+    assert (cost < 0.9 * limit).any()
+
+
+def linear(weights, name, values):
+    return values @ weights[f"{name}.weight"].numpy().T + weights[f"{name}.bias"].numpy()
+
+
+def relu(values):
+    return np.maximum(values, 0)
+
+
+def mu(weights, states, actor="actor"):
+    hidden = relu(linear(weights, f"{actor}.0", states))
+    hidden = relu(linear(weights, f"{actor}.2", hidden))
+    return 1 / (1 + np.exp(-linear(weights, f"{actor}.4", hidden)))
+
+
+def q(weights, states, actions, critic="critics.0"):
+    hidden = relu(
+        linear(weights, f"{critic}.state", states) + linear(weights, f"{critic}.action", actions)
+    )
+    hidden = relu(linear(weights, f"{critic}.rest.1", hidden))
+    return linear(weights, f"{critic}.rest.3", hidden)[:, 0]
+
+
+def test_one_update_is_the_bootstrapped_target_adam_and_a_polyak_step(build, monkeypatch):
+    mdp, score = make_problem(0)
+    agent = build(mdp, batch_size=16, tau=0.25, warmup_share=0.0)
+    agent.tell(measure(agent.ask(12), score))
+    agent.learn(5)  # so that targets and networks differ
+    old = {name: value.clone() for name, value in agent.get_module().state_dict().items()}
+    random = agent._rng.bit_generator.state
+    rows = agent._replay.sample(16, "bootstrap", True, agent._rng)
+    agent._rng.bit_generator.state = random
+    assert 0 < rows["is_last"].sum() < 16
+
+    states, following = rows["states"], rows["next_states"]
+    later = q(old, following, mu(old, following, "target_actor"), "target_critics.0")
+    errors = q(old, states, rows["actions"]) - rows["rewards"] - (1 - rows["is_last"]) * later
+    loss = np.mean(errors**2) - np.mean(q(old, states, mu(old, states)))
+
+    learner = agent._learners._learner
+    losses, gradients = [], {}
+    compute, postprocess = learner.compute_loss_for_module, learner.postprocess_gradients
+
+    def seen_loss(**arguments):
+        losses.append(compute(**arguments))
+        return losses[-1]
+
+    def seen_gradients(found):
+        gradients.update(found)
+        return postprocess(found)
+
+    monkeypatch.setattr(learner, "compute_loss_for_module", seen_loss)
+    monkeypatch.setattr(learner, "postprocess_gradients", seen_gradients)
+    agent.learn(1)
+    assert losses[0].item() == pytest.approx(loss, rel=1e-4)
+    # That of the critic's last bias is known without backpropagation.
+    bias = agent.get_module().critics[0].rest[-1].bias
+    np.testing.assert_allclose(gradients[bias].numpy(), [np.mean(2 * errors)], rtol=1e-3)
+
+    new = agent.get_module().state_dict()
+    targets = [name for name in new if name.startswith("target_")]
+    assert len(targets) == 14
+    for name in targets:
+        moved = 0.75 * old[name] + 0.25 * new[name.removeprefix("target_")]
+        torch.testing.assert_close(new[name], moved)
+    for name, lr in (("actor.0.weight", 1e-4), ("critics.0.state.weight", 1e-3)):
+        assert 0.3 * lr < (new[name] - old[name]).abs().max() < 3 * lr  # as Adam steps
+
+
+def test_twin_critics_bootstrap_from_the_smaller_and_delay_actor_and_targets(build):
+    mdp, score = make_problem(0)
+    agent = build(mdp, twin=True, warmup_share=0.0)
+    agent.tell(measure(agent.ask(6), score))
+    module = agent.get_module()
+    states = torch.rand(20, 12)
+    with torch.no_grad():
+        actions = module.target_actor(states)
+        both = [critic(states, actions) for critic in module.target_critics]
+    assert len(both) == 2
+    value = module.next_value(states, torch.zeros(20, 1))
+    torch.testing.assert_close(value, torch.minimum(*both))
+    smoothing = agent._sample(4)["smoothing"]
+    assert 0 < np.abs(smoothing).max() <= 0.25  # half of TD3's: actions span [0, 1]
+
+    moves = []
+    for _ in range(4):
+        old = {name: value.clone() for name, value in module.state_dict().items()}
+        agent.learn(1)
+        new = module.state_dict()
+        assert not torch.equal(old["critics.1.state.weight"], new["critics.1.state.weight"])
+        names = ("actor.4.weight", "target_actor.4.weight", "target_critics.0.rest.3.weight")
+        moves.append([not torch.equal(old[name], new[name]) for name in names])
+    assert moves == [[False] * 3, [True] * 3] * 2
+
+
+def test_a_prior_makes_the_untrained_policy_the_prior_and_spends_the_budget(build):
+    mdp, score = make_problem(0)
+    agent = build(mdp, prior=True)
+    rates = np.linspace(0.2, 0.9, 8)
+    np.testing.assert_array_equal(agent.policy(rates), mdp.prior(rates))
+    agent.tell(measure(agent.ask(40), score))
+    agent.learn(agent.pending_updates)
+    proposals = agent.ask(12)
+    counts = np.array([proposal.keep_counts for proposal in proposals])
+    limit = mdp.budget.limit([proposal.rate for proposal in proposals])
+    assert (mdp.budget.cost(counts) <= limit).all()
+    for group in range(8):
+        more = counts + np.eye(8, dtype=np.int64)[group]
+        is_whole = counts[:, group] == mdp.budget.num_channels[group]
+        assert (is_whole | (mdp.budget.cost(more) > limit)).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_restored_agent_continues_bit_for_bit(build, tmp_path, form):
+    mdp, score = make_problem(2)
+    agent = build(mdp, **form)
+    drive(agent, score, 36)
+    agent.tell(measure(agent.ask(6), score, 36))  # updates are pending when it is saved
+    agent.save(tmp_path / "checkpoint")
+
+    other = build(mdp, seed=9, **form)
+    other.restore(tmp_path / "checkpoint")
+    assert other.pending_updates == agent.pending_updates > 0
+    for twin in (agent, other):
+        twin.learn(40)
+        drive(twin, score, 12)
+    assert agent.ask(12) == other.ask(12)
+    ours, theirs = agent.get_module().state_dict(), other.get_module().state_dict()
+    assert any(name.startswith("target_") for name in ours)
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def test_failures_are_stored_as_no_reward_and_repeats_once(build):
+    mdp, score = make_problem(0)
+    agent = build(mdp)
+    failed = measure(agent.ask(6), score, status="failed")
+    agent.tell(failed)
+    agent.tell(failed)
+    assert len(agent._replay) == 6
+    assert (agent._replay.accuracies == 0).all()
+
+
+def test_a_policy_without_noise_still_proposes_something_new(build):
+    mdp, _ = make_problem(0)
+    agent = build(mdp, noise=0.0, warmup_share=0.0, rates=(0.5,))
+    asked = [proposal.keep_counts for proposal in agent.ask(8) + agent.ask(8)]
+    assert asked[0] == tuple(agent.policy([0.5])[0])
+    assert len(set(asked)) > 12
+
+
+def test_samples_around_the_policy_are_distinct_and_start_with_it(build):
+    mdp, _ = make_problem(0)
+    agent = build(mdp)
+    samples = agent.policy_samples(0.42, 20, np.random.default_rng(0))
+    assert len({tuple(row) for row in samples}) == len(samples) == 20
+    np.testing.assert_array_equal(samples[0], agent.policy([0.42])[0])
+    assert (mdp.budget.cost(samples) <= mdp.budget.limit([0.42])).all()
+
+
+@pytest.mark.parametrize(("form", "problems"), [({}, 3), ({"prior": True}, 1)])
+def test_learning_beats_the_warm_up(build, form, problems):
+    rises = []
+    for seed in range(problems):
+        mdp, score = make_problem(seed)
+        found = drive(build(mdp, evaluations=300, **form), score, 300)[:, 1]
+        rises.append(found[200:].mean() - found[:112].mean())
+    # Of twelve runs of the paper's form none rose less than 0.008, on average 0.095.
+    assert np.mean(rises) > 0.03
+
+
+@pytest.fixture
+def amc():
+    mdp, score = make_problem(0)
+    amc = AMC(PaperSettings(**SMALL), mdp, RATES, 0, 80)
+    yield amc, mdp, score
+    amc.stop()
+
+
+def test_amc_splits_evaluations_evenly(amc):
+    amc, _, _ = amc
+    asked = [proposal.rate for _ in range(16) for proposal in amc.ask(5)]
+    assert sorted(map(asked.count, RATES)) == [26, 27, 27]
+    assert [agent.schedule.warmup for agent in amc.agents.values()] == [10, 10, 10]
+
+
+def test_amc_keeps_its_agents_apart(amc):
+    amc, _, score = amc
+    results = measure(amc.ask(60), score)
+    first, *others = amc.agents.values()
+    before = [agent.get_module().actor[0].weight.clone() for agent in amc.agents.values()]
+    amc.tell([result for result in results if result[0].rate == RATES[0]])
+    after = [agent.get_module().actor[0].weight for agent in amc.agents.values()]
+    changed = [not torch.equal(old, new) for old, new in zip(before, after, strict=True)]
+    assert changed == [True, False, False]
+    assert first.num_episodes == 20
+    assert all(agent.num_episodes == 0 for agent in others)
+
+
+def test_amc_answers_only_rates_that_were_searched(amc):
+    amc, mdp, _ = amc
+    answers = amc.policy([0.7, 0.3])
+    assert (mdp.budget.cost(answers) <= mdp.budget.limit([0.7, 0.3])).all()
+    np.testing.assert_array_equal(answers[1], amc.agents[0.3].policy([0.3])[0])
+    with pytest.raises(ConfigError, match=r"0\.4"):
+        amc.policy([0.3, 0.4])
+
+
+def test_amc_continues_bit_for_bit(amc, tmp_path):
+    amc, mdp, score = amc
+    amc.tell(measure(amc.ask(60), score))
+    amc.save(tmp_path)
+    other = AMC(PaperSettings(**SMALL), mdp, RATES, 5, 80)
+    other.restore(tmp_path)
+    for each in (amc, other):
+        each.tell(measure(each.ask(6), score, 60))
+    assert amc.ask(7) == other.ask(7)
+    np.testing.assert_array_equal(amc.policy(RATES), other.policy(RATES))
+    other.stop()
