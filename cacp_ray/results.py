@@ -1,6 +1,7 @@
 """What a finished search is good for: fine-tuning, other rates, re-scoring, the report."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,12 @@ import pyarrow as pa
 
 from cacp_ray.config import RunConfig
 from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError
-from cacp_ray.evaluation.measurement import Candidate, LocalEvaluator
+from cacp_ray.evaluation.measurement import (
+    Candidate,
+    Evaluator,
+    LocalEvaluator,
+    Measurement,
+)
 from cacp_ray.evaluation.scorer import make_scorer
 from cacp_ray.files import read_json, write_json
 from cacp_ray.loading import (
@@ -30,6 +36,8 @@ from cacp_ray.searching.run_directory import EpisodeRecord, RunDirectory
 from cacp_ray.strategies import AGENTS, make_run_strategy
 from cacp_ray.training.metrics import Accuracy, measure
 from cacp_ray.winners import as_record, build_winners, measure_candidates
+
+BEAM_WIDTH = 4  # best candidates so far, near which the next are sought
 
 
 def read_result(run_dir: Path) -> dict[str, Any]:
@@ -144,7 +152,7 @@ def answer_rates(
         run_dir: Of a search by the `cacp` strategy.
         rates: Share of the cost kept.
         evaluations: 0 takes the policy's greedy answer; otherwise so many candidates a rate, the
-            greedy one and noisy rollouts around it, and the best on the search split.
+            greedy one and a beam around it, and the best on the search split.
         save: Whether to write a subnet folder a rate.
 
     Raises:
@@ -182,12 +190,8 @@ def answer_rates(
     answers = []
     for rate in rates:
         rng = np.random.default_rng([config.seed, round(1e4 * rate)])
-        wanted = max(1, evaluations)
-        counts = agent.policy_samples(rate, wanted, rng).tolist()
-        candidates = [Candidate(i, rate, tuple(row)) for i, row in enumerate(counts)]
-        found = measure_candidates(evaluator, candidates)
-        chosen = max(candidates, key=lambda candidate: found[candidate.index].top1)
-        measured = found[chosen.index]
+        found = _measure_around_policy(agent, evaluator, rate, max(1, evaluations), rng)
+        chosen, measured = max(found, key=lambda result: (result[1].top1, -result[1].loss))
         record = as_record(base, chosen, measured)
         answers.append(
             {
@@ -196,7 +200,7 @@ def answer_rates(
                 "macs": record.macs,
                 "params": record.params,
                 "keep_counts": list(record.keep_counts),
-                "policy_top1": found[0].top1,
+                "policy_top1": found[0][1].top1,
                 "top1": measured.top1,
             }
         )
@@ -208,6 +212,28 @@ def answer_rates(
         ):
             answer |= {"path": row["path"], "top1": row["top1"]}
     return answers
+
+
+def _measure_around_policy(
+    agent: Any, evaluator: Evaluator, rate: float, evaluations: int, rng: np.random.Generator
+) -> list[tuple[Candidate, Measurement]]:
+    """The greedy answer, then in three rounds what lies around it and around the best so far."""
+    results: list[tuple[Candidate, Measurement]] = []
+    stops = sorted({1, *(math.ceil(evaluations * share) for share in (0.5, 0.75, 1))})
+    for stop in stops:
+        best = sorted(results, key=lambda result: -result[1].top1)[:BEAM_WIDTH]
+        known = {candidate.keep_counts for candidate, _ in results}
+        drawn = agent.policy_samples(
+            rate,
+            stop - len(results),
+            rng,
+            beam=[candidate.keep_counts for candidate, _ in best],
+            known=known,
+        )
+        candidates = [Candidate(len(results) + i, rate, row) for i, row in enumerate(drawn)]
+        found = measure_candidates(evaluator, candidates)
+        results += [(candidate, found[candidate.index]) for candidate in candidates]
+    return results
 
 
 def rescore_candidate(

@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cacp_ray.config import RunConfig, resolved
+from cacp_ray.diagnostics import NUM_IMAGES, LearningLog, measure_answers, unseen_rates
 from cacp_ray.evaluation.measurement import Evaluator
 from cacp_ray.evaluation.scorer import Prepared, make_scorer
 from cacp_ray.files import describe_environment, read_json, write_json
@@ -27,7 +29,12 @@ from cacp_ray.searching.loop import SearchLoop, SearchProgress
 from cacp_ray.searching.run_directory import RunDirectory
 from cacp_ray.strategies import make_run_strategy, num_searched
 from cacp_ray.training.metrics import measure
-from cacp_ray.winners import add_latencies, build_winners, choose_winner, measure_policy
+from cacp_ray.winners import (
+    add_latencies,
+    build_winners,
+    measure_candidates,
+    measure_policy,
+)
 
 
 @dataclass
@@ -112,25 +119,24 @@ def run_search(
                 saved = describe_model(base, prepared, config)
                 run.write_model(saved)
         with clock.phase("search"):
-            loop, agent = _search(config, base, run, evaluator, on_progress)
+            loop, agent, log = _search(config, base, run, evaluator, on_progress)
         with clock.phase("frontier"):
             answers = measure_policy(agent.policy, base, config, evaluator) if agent else []
             if agent:
                 agent.stop()
+            learning = _measure_learning(config, base, log, evaluator) if log else None
     finally:
         evaluator.close()
     with clock.phase("build"):
-        winners = {
-            rate: choose_winner(loop.archive.best(rate), answers, rate) for rate in config.rates
-        }
-        rows = build_winners(config, base, prepared, winners, run_dir)
-    policy_top1 = {answer["rate"]: answer["top1"] for answer in answers}
+        searched = {rate: loop.archive.best(rate) for rate in config.rates}
+        rows = build_winners(config, base, prepared, searched, run_dir, answers)
+    answered = {answer["rate"] for answer in answers}
     result = {
         "name": config.name,
         "strategy": config.strategy,
         "cost": config.cost,
         "base": saved["base"],
-        "rates": [row | {"policy_top1": policy_top1.get(row["rate"])} for row in rows],
+        "rates": rows,
         "frontier": [
             {key: value for key, value in answer.items() if key != "record"} for answer in answers
         ],
@@ -138,7 +144,8 @@ def run_search(
             {"name": g.name, "num_channels": g.num_channels, "is_residual": g.is_residual}
             for g in base.plan.groups
         ],
-        "evaluations": loop.progress.evaluations + len(policy_top1.keys() & set(config.rates)),
+        "learning": learning,
+        "evaluations": loop.progress.evaluations + len(answered & set(config.rates)),
         "seconds": clock.seconds,
     }
     add_latencies(result, base, run_dir)
@@ -159,8 +166,8 @@ def _search(
     run: RunDirectory,
     evaluator: Evaluator,
     on_progress: Callable[[SearchProgress], object] | None,
-) -> tuple[SearchLoop, Any]:
-    """The finished loop, and the agent, None where there is no policy."""
+) -> tuple[SearchLoop, Any, LearningLog | None]:
+    """The finished loop, the agent and its log; None where there is no policy, or no agent."""
     cost_model = base.plan.cost_model
     loop = SearchLoop(
         evaluator,
@@ -175,13 +182,32 @@ def _search(
     )
     strategy, agent = make_run_strategy(config, base, lambda _: loop.tick(strategy))
     loop.restore(strategy)
+    log = None
+    if agent is not None:
+        unseen = unseen_rates(config.rates, base.budget)
+        log = LearningLog(run, agent, config.rates, unseen, num_searched(config))
     while not loop.done:
+        turn: dict[str, Any] = {}
         if agent is not None and agent.is_attached:
-            agent.train()
+            turn = agent.train()
         else:
             loop.tick(strategy)
+        if log is not None:
+            log.watch(loop.progress.evaluations, turn, is_last=loop.done)
     loop.checkpoint(strategy)
-    return loop, agent if agent is not None and agent.is_attached else None
+    return loop, agent if agent is not None and agent.is_attached else None, log
+
+
+def _measure_learning(
+    config: RunConfig, base: Base, log: LearningLog, evaluator: Evaluator
+) -> dict[str, Any]:
+    """What result.json says of the agent's learning, beside the lines of learning.jsonl."""
+    images = min(config.evaluation.images or len(base.search), len(base.search))
+    points = measure_answers(
+        log.lines, config.rates, min(NUM_IMAGES, images), partial(measure_candidates, evaluator)
+    )
+    log.close(points)
+    return {"images": images, "policy_top1": points}
 
 
 def describe_base(base: Base, config: RunConfig) -> str:

@@ -1,7 +1,8 @@
 """What a search leaves: the policy's answers, and the winner of every rate, built and measured."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +85,6 @@ def as_record(base: Base, candidate: Candidate, found: Measurement) -> EpisodeRe
     )
 
 
-def choose_winner(
-    best: EpisodeRecord | None, answers: Sequence[dict[str, Any]], rate: float
-) -> EpisodeRecord | None:
-    """The better of the search's best and the policy's own answer for a rate."""
-    records = [answer["record"] for answer in answers if answer["rate"] == rate]
-    found = [record for record in (best, *records) if record is not None]
-    return max(found, key=lambda record: (record.top1, -record.loss), default=None)
-
-
 class Builder:
     """Keep counts -> the repaired network to save, with its accuracy in float32."""
 
@@ -129,23 +121,59 @@ class Builder:
         return build_subnet(base.model, ordered | tensors), accuracy, is_sequential
 
 
+@dataclass(frozen=True)
+class Built:
+    """A candidate as it would be saved."""
+
+    record: EpisodeRecord
+    net: nn.Module
+    accuracy: Accuracy
+    is_sequential: bool
+
+
 def build_winners(
     config: RunConfig,
     base: Base,
     prepared: Prepared,
-    winners: dict[float, EpisodeRecord | None],
+    searched: Mapping[float, EpisodeRecord | None],
     run_dir: Path,
+    answers: Sequence[dict[str, Any]] = (),
 ) -> list[dict[str, Any]]:
-    """Builds, measures in float32 on the search split, and saves the best subnet of every rate."""
+    """Builds, measures in float32 on the search split, and saves the best subnet of every rate.
+
+    Where a policy has answered a rate, its subnet and that of the search's best are both built, and
+    the better one is saved: repair can turn the order of two good candidates.
+
+    Args:
+        config: Of the run.
+        base: Of the run.
+        prepared: Of the base network.
+        searched: By rate, the best that the search has measured within its budget.
+        run_dir: Where the subnets are saved.
+        answers: Of `measure_policy`.
+
+    Returns:
+        What result.json says of each rate: `top1` of the saved subnet, `search_top1` and
+        `policy_top1` as candidates are scored, `policy_recovered_top1` of the policy's own.
+
+    Raises:
+        EvaluationError: A rate has no candidate.
+    """
+    own: dict[float, EpisodeRecord] = {answer["rate"]: answer["record"] for answer in answers}
     build = Builder(config, base, prepared)
     bare = Cutter(prepared, "none")
     split = base.search.tensors()
     rows = []
-    for rate, winner in winners.items():
-        if winner is None:
+    for rate, best in searched.items():
+        records = [record for record in (best, own.get(rate)) if record is not None]
+        if not records:
             raise EvaluationError(f"no candidate of rate {rate:.2f} was measured: see the journal")
+        built = {
+            record.keep_counts: Built(record, *build(record.keep_counts)) for record in records
+        }
+        won = max(built.values(), key=lambda each: (each.accuracy.top1, -each.accuracy.loss))
+        winner, net, accuracy, is_sequential = won.record, won.net, won.accuracy, won.is_sequential
         counts = winner.keep_counts
-        net, accuracy, is_sequential = build(counts)
         folder = Path("subnets") / f"rate-{rate:.2f}"
         row = {
             "rate": rate,
@@ -182,6 +210,11 @@ def build_winners(
             "search": dict(vars(accuracy)),
         }
         save_subnet(run_dir / folder, net, description)
+        row["search_top1"] = None if best is None else best.top1
+        row["search_images"] = None if best is None else best.images
+        if rate in own:
+            row["policy_top1"] = own[rate].top1
+            row["policy_recovered_top1"] = built[own[rate].keep_counts].accuracy.top1
         rows.append(row)
     return rows
 

@@ -90,14 +90,6 @@ class AMC:
         """
         return np.concatenate([self._agent(rate).policy([rate]) for rate in np.asarray(rates)])
 
-    def policy_samples(self, rate: float, count: int, rng: np.random.Generator) -> Ints:
-        """(N, G) distinct candidates around the policy, as `PruningAgent.policy_samples`.
-
-        Raises:
-            ConfigError: A rate that was not searched: no agent knows it.
-        """
-        return self._agent(rate).policy_samples(rate, count, rng)
-
     def stop(self) -> None:
         """Frees all agents."""
         for agent in self.agents.values():

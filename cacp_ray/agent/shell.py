@@ -8,7 +8,7 @@ and learns only then: evaluators are busy meanwhile, as each has a second candid
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,14 @@ from cacp_ray.searching.mdp import AllocationMDP
 from cacp_ray.searching.strategy import Proposal, Strategy
 
 AGENT_STATE = "agent"
+SAMPLE_NOISE = 0.05
+SAMPLE_NOISE_GROWTH = 1.4  # of every round that finds too few
+MAX_SAMPLE_ROUNDS = 20
 MAX_UPDATES_A_CALL = 64
 MAX_UPDATES_A_STEP = 256  # under a second, which the evaluators' second candidates bridge
 
 Tick = Callable[[Strategy], object]
+Counts = tuple[int, ...]
 
 
 class AgentConfig(AlgorithmConfig):
@@ -127,8 +131,21 @@ class PruningAgent(Algorithm):
         """(B, G) greedy keep counts."""
 
     @abstractmethod
-    def _samples(self, rate: float, count: int, rng: np.random.Generator) -> list[tuple[int, ...]]:
-        """Up to `count` distinct candidates around the policy, its greedy one first."""
+    def _near_policy(
+        self, rate: float, noise: float, count: int, rng: np.random.Generator
+    ) -> list[Counts]:
+        """About `count` candidates of the policy with noise."""
+
+    @abstractmethod
+    def _near_beam(
+        self,
+        rate: float,
+        beam: Sequence[Counts],
+        noise: float,
+        count: int,
+        rng: np.random.Generator,
+    ) -> list[Counts]:
+        """About `count` candidates near those of a beam, which is not empty."""
 
     # The strategy.
 
@@ -203,16 +220,42 @@ class PruningAgent(Algorithm):
         with _one_thread():
             return self._policy(rates)
 
-    def policy_samples(self, rate: float, count: int, rng: np.random.Generator) -> Ints:
-        """(N, G) distinct candidates, N <= `count`: the greedy one first, then others around it.
+    def policy_samples(
+        self,
+        rate: float,
+        count: int,
+        rng: np.random.Generator,
+        *,
+        beam: Sequence[Counts] = (),
+        known: Collection[Counts] = (),
+    ) -> list[Counts]:
+        """Distinct candidates, at most `count`: the greedy one first, then others around it.
+
+        After the paper's inference: small noise on the policy, and a beam around the best.
 
         Args:
             rate: Any reachable rate.
             count: Candidates wanted; fewer where no more are found.
             rng: Of the noise.
+            beam: The best measured at this rate so far: half of the candidates start from them.
+            known: Candidates not to be given again.
         """
+        noise = SAMPLE_NOISE
         with _one_thread():
-            return np.array(self._samples(rate, count, rng), dtype=np.int64)
+            found = dict.fromkeys(map(tuple, self._policy([rate]).tolist()))  # it keeps the order
+            found = {counts: None for counts in found if counts not in known}
+            for _ in range(MAX_SAMPLE_ROUNDS):
+                missing = count - len(found)
+                if missing <= 0:
+                    break
+                drawn: list[Counts] = []
+                if beam:
+                    drawn = self._near_beam(rate, beam, noise, (missing + 1) // 2, rng)
+                if missing > len(drawn):
+                    drawn += self._near_policy(rate, noise, missing - len(drawn), rng)
+                found |= {counts: None for counts in drawn if counts not in known}
+                noise *= SAMPLE_NOISE_GROWTH
+        return list(found)[:count]
 
     def get_module(self, module_id: str = DEFAULT_MODULE_ID) -> RLModule | None:
         """The learner's own networks: there are no copies in env runners."""

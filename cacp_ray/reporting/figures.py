@@ -1,6 +1,6 @@
 """The figures of a run as PNG, drawn without pyplot: no window, no global state."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b7280"  # Okabe 
 MAX_LEGEND_RATES = 6
 MAX_CELLS_WITH_TEXT = 16
 MAX_GROUP_LABELS = 30
+
+Plot = Callable[[Axes], str]  # draws, and returns the caption
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,27 @@ def draw_figures(result: dict[str, Any], table: pa.Table, folder: Path) -> list[
         folder: Where the files are written.
     """
     episodes = read_episodes(table)
-    figures: list[tuple[str, str, Callable[[Axes], str]]] = [
+    plots: list[tuple[str, str, Plot]] = [
         ("accuracy", "Accuracy against cost", lambda axes: plot_accuracy(axes, result, episodes)),
         ("learning", "Progress of the search", lambda axes: plot_learning(axes, result, episodes)),
         ("keep-ratios", "Where channels were cut", lambda axes: plot_keep_ratios(axes, result)),
     ]
+    return save_plots(plots, folder)
+
+
+def save_plots(
+    plots: Sequence[tuple[str, str, Plot]], folder: Path, height: float = 4.0
+) -> list[Drawing]:
+    """Writes one PNG file a plot.
+
+    Args:
+        plots: File name without its ending, title, and what draws it.
+        folder: Where the files are written.
+        height: Of a figure, in inches.
+    """
     drawings = []
-    for name, title, plot in figures:
-        figure = Figure(figsize=(WIDTH, 4.0), dpi=DPI, layout="constrained")
+    for name, title, plot in plots:
+        figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
         canvas = FigureCanvasAgg(figure)
         caption = plot(figure.add_subplot())
         path = folder / f"{name}.png"
@@ -107,8 +122,8 @@ def plot_accuracy(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str
     draw(frontier, "top1", color=GREEN, linewidth=1.5, linestyle="--", label="policy alone")
     draw(rates, "top1", color=BLUE, marker="o", label="before fine-tuning")
     draw(rates, "finetuned_top1", color=ORANGE, marker="s", label="after fine-tuning")
-    num_hidden = _limit_y(axes, np.array(shown), 100 * episodes.top1)
-    _style(axes, f"cost kept (% of {_cost_name(result)})", "top-1, search split (%)")
+    num_hidden = limit_y(axes, np.array(shown), 100 * episodes.top1)
+    style(axes, f"cost kept (% of {_cost_name(result)})", "top-1, search split (%)")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=10, frameon=False, loc="lower right")
     below = f" {num_hidden:,} of them lie below the axis." if num_hidden else ""
@@ -123,9 +138,8 @@ def plot_learning(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str
         axes.text(0.5, 0.5, "no candidate was measured", ha="center", transform=axes.transAxes)
         return "No candidate was measured."
     window = max(5, len(episodes.top1) // (10 * max(1, len(rates))))
-    colours = mpl.colormaps["viridis"](np.linspace(0.0, 0.85, len(rates)))
     shown: list[float] = []
-    for rate, colour in zip(rates, colours, strict=True):
+    for rate, colour in zip(rates, rate_colours(len(rates)), strict=True):
         # A cheaper candidate serves this rate too, whichever rate it was proposed for.
         fits = np.flatnonzero(episodes.cost_kept <= rate + 1e-9)
         own = np.flatnonzero(np.isclose(episodes.rate, rate))
@@ -135,22 +149,14 @@ def plot_learning(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str
         steps = np.append(fits + 1, end) if len(fits) else fits
         values = np.append(best, best[-1:])
         marker = "o" if end == 1 else None
-        style = {"color": colour, "marker": marker, "label": f"{rate:.2f}"}
-        axes.plot(steps, values, drawstyle="steps-post", **style)
+        look = {"color": colour, "marker": marker, "label": f"{rate:.2f}"}
+        axes.plot(steps, values, drawstyle="steps-post", **look)
         axes.plot(own + 1, mean, color=colour, linewidth=1.1, linestyle="--")
         shown.extend(np.concatenate([best[len(best) // 20 :], mean[len(mean) // 20 :]]))
-    _limit_y(axes, np.array(shown), np.empty(0))
-    _style(axes, "measured candidates", "top-1, search split (%)")
+    limit_y(axes, np.array(shown), np.empty(0))
+    style(axes, "measured candidates", "top-1, search split (%)")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
-    figure = axes.get_figure()
-    assert figure is not None
-    figure.legend(  # type: ignore[union-attr]
-        title="rate (kept)",
-        loc="outside upper center",
-        ncols=min(len(rates), MAX_LEGEND_RATES),
-        fontsize=10,
-        frameon=False,
-    )
+    rate_legend(axes)
     return (
         "Solid: best so far within the budget of the rate. Dashed: mean of the last "
         f"{window} candidates proposed for it."
@@ -187,7 +193,26 @@ def plot_keep_ratios(axes: Axes, result: dict[str, Any]) -> str:
     return f"A column is a channel group, in forward order; bold: residual streams.{left_out}"
 
 
-def _style(axes: Axes, x_label: str, y_label: str) -> None:
+def rate_colours(count: int) -> NDArray[np.float64]:
+    """(N, 4) colours of rates, the smallest first."""
+    return mpl.colormaps["viridis"](np.linspace(0.0, 0.85, count))
+
+
+def rate_legend(axes: Axes) -> None:
+    """Names the labelled lines, one a rate, above the axes."""
+    figure = axes.get_figure()
+    assert figure is not None
+    figure.legend(  # type: ignore[union-attr]
+        title="rate (kept)",
+        loc="outside upper center",
+        ncols=min(len(axes.get_legend_handles_labels()[0]), MAX_LEGEND_RATES),
+        fontsize=10,
+        frameon=False,
+    )
+
+
+def style(axes: Axes, x_label: str, y_label: str) -> None:
+    """Labels, letters and a light grid, alike in all figures."""
     axes.set_xlabel(x_label, fontsize=11)
     axes.set_ylabel(y_label, fontsize=11)
     axes.tick_params(labelsize=10)
@@ -195,7 +220,7 @@ def _style(axes: Axes, x_label: str, y_label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _limit_y(axes: Axes, shown: NDArray[np.float64], dots: NDArray[np.float64]) -> int:
+def limit_y(axes: Axes, shown: NDArray[np.float64], dots: NDArray[np.float64]) -> int:
     """Sets the y axis for `shown` and all but the worst tenth of `dots`; returns dots left out."""
     shown = shown[~np.isnan(shown)]
     lows = [*shown, *np.quantile(dots, [0.1])] if len(dots) else [*shown]

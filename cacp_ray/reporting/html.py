@@ -12,6 +12,7 @@ import pyarrow as pa
 from cacp_ray.errors import ArtifactError
 from cacp_ray.files import read_json, write_file
 from cacp_ray.reporting.figures import Drawing, draw_figures
+from cacp_ray.reporting.learning import LEARNING_FILE, draw_learning, read_learning
 from cacp_ray.reporting.summary import (
     Column,
     Row,
@@ -19,17 +20,17 @@ from cacp_ray.reporting.summary import (
     format_macs,
     format_seconds,
     frontier_columns,
-    recovery_note,
     size_columns,
     standard_errors,
     summary_rows,
+    words,
 )
 
 PHASES = {
     "start": "cluster and statistics",
     "prepare": "data and channel groups",
     "search": "search",
-    "frontier": "policy's frontier",
+    "frontier": "policy's answers",
     "build": "winners",
     "finetune": "fine-tuning",
 }
@@ -37,6 +38,8 @@ PHASES = {
 
 def write_report(run_dir: Path, episodes: pa.Table) -> Path:
     """Draws the figures and writes `report.html` from result.json, environment.json, config.yaml.
+
+    Also from learning.jsonl, where an agent left one.
 
     Args:
         run_dir: Of the run; its path is written into the report as given.
@@ -59,7 +62,8 @@ def write_report(run_dir: Path, episodes: pa.Table) -> Path:
     except OSError as error:
         raise ArtifactError(f"{run_dir / 'config.yaml'}: {error.strerror}") from error
     drawings = draw_figures(result, episodes, run_dir / "figures")
-    page = render_page(run_dir, result, environment, config, episodes, drawings)
+    learning = draw_learning(result, read_learning(run_dir / LEARNING_FILE), run_dir / "figures")
+    page = render_page(run_dir, result, environment, config, episodes, drawings, learning)
     path = run_dir / "report.html"
     write_file(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     return path
@@ -72,8 +76,19 @@ def render_page(
     config: str,
     episodes: pa.Table,
     drawings: list[Drawing],
+    learning: list[Drawing],
 ) -> str:
-    """The HTML of a report; every value is escaped."""
+    """The HTML of a report; every value is escaped.
+
+    Args:
+        run_dir: Of the run.
+        result: Content of result.json.
+        environment: Content of environment.json.
+        config: Text of config.yaml.
+        episodes: All measurements of the run.
+        drawings: Figures of any run.
+        learning: Figures of an agent's learning; without them there is no such section.
+    """
     # The name ends in .jinja, so jinja2 would not know it for HTML: escaping is switched on here.
     environment_of_jinja = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -87,8 +102,9 @@ def render_page(
         accuracy=_cells(accuracy_columns(result), rows),
         frontier=_cells(frontier_columns(result), result["frontier"]),
         errors=standard_errors(result),
-        recovery=recovery_note(result),
+        words=words(result),
         figures=[_figure(drawing) for drawing in drawings],
+        learning=[_figure(drawing) for drawing in learning],
         loading=_loading(run_dir, rows[1:]),
         has_finetuned=any(row.get("finetuned_top1") is not None for row in rows[1:]),
         phases=_phases(result["seconds"]),

@@ -12,6 +12,14 @@ DASH = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 
+ON_SEARCH = (  # accuracies of a rate on the whole search split
+    "top1_none",
+    "policy_top1",
+    "policy_recovered_top1",
+    "top1",
+    "finetuned_top1",
+)
+
 Row = dict[str, Any]
 
 
@@ -100,20 +108,49 @@ def size_columns(result: dict[str, Any]) -> list[Column]:
 
 
 def accuracy_columns(result: dict[str, Any]) -> list[Column]:
-    """How good it is: top-1 in percent, on the search split but for the last two."""
-    columns = [
-        _accuracy_column("cut", "on search", "top1_none"),
-        _accuracy_column("recovered", "on search", "top1"),
-    ]
-    if any(not is_missing(row.get("policy_top1")) for row in result["rates"]):
-        columns.append(_accuracy_column("policy alone", "on search", "policy_top1"))
+    """How good it is: top-1 in percent, on the search split but for the last two.
+
+    `words` says what the heads mean. What no rate has, such as a policy, has no column.
+    """
     base_top1 = _top1(result["base"], "test")
+    measured = [
+        _accuracy_column("policy", "scored", "policy_top1"),
+        _accuracy_column("search", "scored", "search_top1"),
+        _accuracy_column("policy", "final", "policy_recovered_top1"),
+    ]
+    keys = ("policy_top1", "search_top1", "policy_recovered_top1")
     return [
-        *columns,
+        _accuracy_column("cut", "only", "top1_none"),
+        *(column for column, key in zip(measured, keys, strict=True) if _has(result, key)),
+        _accuracy_column("winner", "final", "top1"),
         _accuracy_column("fine-tuned", "on search", "finetuned_top1"),
         _accuracy_column("fine-tuned", "on test", "test_top1"),
-        Column("against base", "points, test", lambda row: _format_change(row, base_top1)),
+        Column("change", "on test", lambda row: _format_change(row, base_top1)),
     ]
+
+
+def words(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the heads of `accuracy_columns` mean, as this run has them; a sentence each."""
+    has_policy, has_search = _has(result, "policy_top1"), _has(result, "search_top1")
+    layers = any(row.get("sequential") for row in result["rates"])
+    repaired = "repaired layer by layer where that is better" if layers else "repaired alike"
+    images = _search_images(result)
+    part = f", on {images:,} images" if images else ""
+    known = [
+        ("cut", "channels removed, nothing else.", True),
+        ("policy", "what the trained policy itself answers.", has_policy),
+        ("search", f"the best candidate of the search{part}.", has_search),
+        ("winner", "the better scored of the two, which is saved.", has_policy),
+        ("winner", "the network that is saved.", not has_policy),
+        (
+            "scored",
+            "repaired without training, as the search scores candidates.",
+            has_policy or has_search,
+        ),
+        ("final", f"as it is saved, {repaired}, and measured in float32.", True),
+        ("change", "points against the base network.", True),
+    ]
+    return [(word, meaning) for word, meaning, is_used in known if is_used]
 
 
 def frontier_columns(result: dict[str, Any]) -> list[Column]:
@@ -121,29 +158,21 @@ def frontier_columns(result: dict[str, Any]) -> list[Column]:
     return [
         Column("rate", "kept", lambda row: f"{row['rate']:.2f}"),
         *_cost_columns(result),
-        _accuracy_column("recovered", "on search", "top1"),
+        _accuracy_column("policy", "scored", "top1"),
     ]
 
 
 def standard_errors(result: dict[str, Any]) -> list[str]:
     """One sentence a split: the binomial standard errors of its accuracies in the tables."""
     base, rates = result["base"], result["rates"]
-    search = [row.get(key) for row in rates for key in ("top1_none", "top1", "finetuned_top1")]
+    search = [row.get(key) for row in rates for key in ON_SEARCH]
+    if not _search_images(result):
+        search += [row.get("search_top1") for row in rates]
     test = [row.get("test_top1") for row in rates]
     return [
         *_standard_error("search", [_top1(base, "search"), *search], _images(base, "search")),
         *_standard_error("test", [_top1(base, "test"), *test], _images(base, "test")),
     ]
-
-
-def recovery_note(result: dict[str, Any]) -> str | None:
-    """What `recovered` means where final subnets were repaired in another way than candidates."""
-    if not any(row.get("sequential") for row in result["rates"]):
-        return None
-    return (
-        "Recovered: final subnets layer by layer where that is better; candidates of the search "
-        "and the policy's answers at once."
-    )
 
 
 def _standard_error(split: str, shares: Iterable[float | None], images: int | None) -> list[str]:
@@ -184,6 +213,17 @@ def _params_unit(params: float) -> tuple[str, float, int]:
 
 def _digits(largest: float) -> int:
     return 1 if largest >= 100 else 2 if largest >= 10 else 3
+
+
+def _search_images(result: dict[str, Any]) -> int | None:
+    """Images that scored the candidates of the search, None where that is the whole split."""
+    images = max((row.get("search_images") or 0 for row in result["rates"]), default=0)
+    return images if 0 < images < (_images(result["base"], "search") or 0) else None
+
+
+def _has(result: dict[str, Any], key: str) -> bool:
+    """Whether any rate has the figure."""
+    return any(not is_missing(row.get(key)) for row in result["rates"])
 
 
 def _top1(base: dict[str, Any], split: str) -> float | None:

@@ -18,10 +18,10 @@ from cacp_ray.reporting.summary import (
     Row,
     accuracy_columns,
     frontier_columns,
-    recovery_note,
     size_columns,
     standard_errors,
     summary_rows,
+    words,
 )
 
 PLAIN_WIDTH = 110
@@ -37,13 +37,12 @@ def make_console(file: TextIO | None = None) -> Console:
 
 
 def final_table(result: dict[str, Any]) -> RenderableType:
-    """Size and accuracy of every rate, one table below the other: each fits 100 columns."""
+    """Size and accuracy of every rate, one table below the other: 100 and 80 columns at most."""
     parts: list[RenderableType] = [size_table(result), accuracy_table(result)]
+    parts.append(Text(" ".join(f"{word.capitalize()}: {text}" for word, text in words(result))))
     errors = standard_errors(result)
     if errors:
         parts.append(Text(f"Standard error (binomial) on the {', on the '.join(errors)}."))
-    if note := recovery_note(result):
-        parts.append(Text(note))
     return Group(*parts)
 
 
@@ -55,10 +54,10 @@ def size_table(result: dict[str, Any]) -> Table:
 
 
 def accuracy_table(result: dict[str, Any]) -> Table:
-    """How good it is: cut, recovered, fine-tuned, test."""
+    """How good it is: cut, repaired, fine-tuned, test."""
     columns = [size_columns(result)[0], *accuracy_columns(result)]
     return _table(
-        "How good it is: top-1 accuracy in %, on the search or test split",
+        "How good it is: top-1 accuracy in %, on the search split if not on test",
         columns,
         summary_rows(result),
     )
@@ -215,7 +214,13 @@ def _braces(numbers: Sequence[str]) -> str:
 
 
 def _table(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> Table:
-    table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=Text(title),
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     for column in columns:
         is_text = column.head == "subnet"
         table.add_column(

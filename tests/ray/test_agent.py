@@ -227,13 +227,21 @@ def test_failures_teach_but_are_no_elites(build):
     assert np.abs(agent._replay.returns()[:6]).max() < 3
 
 
-def test_samples_around_the_policy_are_distinct_and_start_with_it(build):
+def test_samples_start_with_the_policy_and_go_on_around_a_beam(build):
     mdp, _ = make_problem(0)
     agent = build(mdp)
     samples = agent.policy_samples(0.42, 20, np.random.default_rng(0))
-    assert len({tuple(row) for row in samples}) == len(samples) == 20
-    np.testing.assert_array_equal(samples[0], agent.policy([0.42])[0])
+    assert len(set(samples)) == len(samples) == 20
+    assert samples[0] == tuple(agent.policy([0.42])[0])
     assert (mdp.budget.cost(samples) <= mdp.budget.limit([0.42])).all()
+
+    far = tuple(mdp.space.decode([0.42], np.linspace([-1.2], [1.2], 8).T)[0])
+    rng = np.random.default_rng(0)
+    near = agent.policy_samples(0.42, 20, rng, beam=[far], known=samples)
+    assert not set(near) & set(samples)
+    distances = np.abs(np.log(np.array(near) / far)).mean(axis=1)
+    assert (distances > 0.2).sum() >= 3
+    assert (distances < 0.2).sum() >= 3  # these lie around the policy
 
 
 def test_the_actor_moves_every_few_critic_steps(build):

@@ -250,13 +250,24 @@ def test_a_policy_without_noise_still_proposes_something_new(build):
     assert len(set(asked)) > 12
 
 
-def test_samples_around_the_policy_are_distinct_and_start_with_it(build):
+def test_samples_start_with_the_policy_and_go_on_around_a_beam(build):
     mdp, _ = make_problem(0)
     agent = build(mdp)
     samples = agent.policy_samples(0.42, 20, np.random.default_rng(0))
-    assert len({tuple(row) for row in samples}) == len(samples) == 20
-    np.testing.assert_array_equal(samples[0], agent.policy([0.42])[0])
-    assert (mdp.budget.cost(samples) <= mdp.budget.limit([0.42])).all()
+    assert len(set(samples)) == len(samples) == 20
+    assert samples[0] == tuple(agent.policy([0.42])[0])
+    beam = [tuple(mdp.space.prior([0.42])[0])]
+    near = agent.policy_samples(0.42, 10, np.random.default_rng(0), beam=beam, known=samples)
+    assert not set(near) & set(samples)
+    assert sum(np.abs(np.subtract(row, beam[0])).max() <= 6 for row in near) >= 3
+    assert (mdp.budget.cost(samples + near) <= mdp.budget.limit([0.42])).all()
+
+
+def test_asking_the_policy_leaves_the_search_as_it_was(build):
+    mdp, _ = make_problem(0)
+    agent, twin = build(mdp), build(mdp)
+    agent.policy(RATES)
+    assert agent.ask(4) == twin.ask(4)
 
 
 @pytest.mark.parametrize(("form", "problems"), [({}, 3), ({"prior": True}, 1)])

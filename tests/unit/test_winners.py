@@ -11,7 +11,7 @@ from cacp_ray.pruning.subnet import load_subnet, read_description
 from cacp_ray.searching.budget import uniform
 from cacp_ray.searching.run_directory import EpisodeRecord
 from cacp_ray.training.metrics import measure
-from cacp_ray.winners import build_winners
+from cacp_ray.winners import Builder, build_winners
 
 RATE = 0.3
 
@@ -27,23 +27,28 @@ def record(base, counts):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """Base, counts, and the folder and row of the subnet, one-shot and sequential."""
+    """Base; folder and row of the subnet, one-shot and sequential; accuracy of another answer."""
     base = load_base(load_config(RunConfig, {}, ["pruning.calibration_images=300"]))
     base = dataclasses.replace(base, search=base.search.take(300))
     counts = uniform(base.budget, [RATE], np.ones(len(base.plan.groups)))[0].tolist()
     prepared = prepare_base(base, load_config(RunConfig, {}))
+    winners = {RATE: record(base, counts)}
+    # Of the policy: the winner's own counts, and others.
+    answers = {False: record(base, counts), True: record(base, [count - 1 for count in counts])}
     found = {}
     for sequential in (False, True):
         config = load_config(RunConfig, {}, [f"pruning.sequential={sequential}"])
         folder = tmp_path_factory.mktemp("run")
-        (row,) = build_winners(config, base, prepared, {RATE: record(base, counts)}, folder)
+        answer = {"rate": RATE, "record": answers[sequential]}
+        (row,) = build_winners(config, base, prepared, winners, folder, [answer])
         found[sequential] = folder / row["path"], row
-    return base, found
+    again = Builder(config, base, prepared)(answers[True].keep_counts)[1]
+    return base, found, again
 
 
 @pytest.mark.parametrize("sequential", [False, True])
 def test_the_stored_accuracy_is_that_of_the_saved_subnet(built, sequential):
-    base, found = built
+    base, found, _ = built
     folder, row = found[sequential]
     accuracy = measure(load_subnet(folder), *base.search.tensors())
     description = read_description(folder)
@@ -52,8 +57,16 @@ def test_the_stored_accuracy_is_that_of_the_saved_subnet(built, sequential):
 
 
 def test_sequential_recovery_is_kept_where_it_is_better(built):
-    _, found = built
+    _, found, _ = built
     assert not read_description(found[False][0])["sequential"]
     is_better = found[True][1]["top1"] > found[False][1]["top1"]
     assert is_better  # at this rate, on this network: by several points
     assert read_description(found[True][0])["sequential"]
+
+
+def test_the_policys_answer_is_repaired_and_measured_as_the_winner_is(built):
+    _, found, again = built
+    assert found[False][1]["policy_recovered_top1"] == found[False][1]["top1"]  # it is the winner
+    row = found[True][1]
+    assert row["policy_recovered_top1"] == pytest.approx(again.top1, abs=0.004)
+    assert row["policy_recovered_top1"] != row["top1"]

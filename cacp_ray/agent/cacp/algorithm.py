@@ -17,11 +17,11 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.policy.sample_batch import SampleBatch
 
-from cacp_ray.agent.cacp.behaviour import NOISE_FLOOR, NOISE_GROWTH, Behaviour
+from cacp_ray.agent.cacp.behaviour import Behaviour
 from cacp_ray.agent.cacp.learner import REPLACED, RETURNS, WEIGHTS, CACPLearner
 from cacp_ray.agent.cacp.module import ActorCritic
 from cacp_ray.agent.cacp.replay import Replay
-from cacp_ray.agent.shell import AgentConfig, PruningAgent
+from cacp_ray.agent.shell import AgentConfig, Counts, PruningAgent
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.searching.allocation import Float32s
 from cacp_ray.searching.budget import Ints
@@ -29,7 +29,6 @@ from cacp_ray.searching.settings import AgentSettings
 from cacp_ray.searching.strategy import Proposal
 
 NUM_CRITICS = 3
-MAX_SAMPLE_ROUNDS = 20
 
 
 class CACPConfig(AgentConfig):
@@ -121,17 +120,26 @@ class CACP(PruningAgent):
     def _policy(self, rates: ArrayLike) -> Ints:
         return self.mdp.space.decode(rates, self._act(np.asarray(rates)))
 
-    def _samples(self, rate: float, count: int, rng: np.random.Generator) -> list[tuple[int, ...]]:
-        """The greedy answer first, then the most valued of drafts around it and near elites."""
-        found = {tuple(self._policy([rate])[0].tolist()): None}  # a dict keeps the order
-        noise = 2 * NOISE_FLOOR
-        for _ in range(MAX_SAMPLE_ROUNDS):
-            if len(found) >= count:
-                break
-            drafts = self._behaviour.draft(rate, noise, self.config.settings.drafts * count, rng)
-            found |= dict.fromkeys(self._behaviour.screen(rate, drafts)[:count])
-            noise *= NOISE_GROWTH
-        return list(found)[:count]
+    def _near_policy(
+        self, rate: float, noise: float, count: int, rng: np.random.Generator
+    ) -> list[Counts]:
+        """The most valued of drafts around the policy and near elites."""
+        drafts = self._behaviour.draft(rate, noise, self.config.settings.drafts * count, rng)
+        return self._behaviour.screen(rate, drafts)[:count]
+
+    def _near_beam(
+        self,
+        rate: float,
+        beam: Sequence[Counts],
+        noise: float,
+        count: int,
+        rng: np.random.Generator,
+    ) -> list[Counts]:
+        """The most valued of drafts around the beam."""
+        offsets = self.mdp.space.encode(np.full(len(beam), rate), beam)
+        drafts = np.resize(offsets, (self.config.settings.drafts * count, offsets.shape[1]))
+        drafts += noise * rng.standard_normal(drafts.shape).astype(np.float32)
+        return self._behaviour.screen(rate, drafts)[:count]
 
     def _act(self, rates: NDArray[np.floating]) -> Float32s:
         """(N, P) actions of the policy."""

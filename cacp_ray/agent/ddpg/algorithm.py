@@ -10,6 +10,7 @@ agent of agent/cacp has, and the budget spent. docs/agent.md lists all differenc
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import gymnasium as gym
@@ -25,7 +26,7 @@ from cacp_ray.agent.ddpg import episode
 from cacp_ray.agent.ddpg.learner import SMOOTHING, DDPGLearner
 from cacp_ray.agent.ddpg.module import SequentialActorCritic
 from cacp_ray.agent.ddpg.replay import Replay
-from cacp_ray.agent.shell import AgentConfig, PruningAgent
+from cacp_ray.agent.shell import AgentConfig, Counts, PruningAgent
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.searching.budget import Floats, Ints
 from cacp_ray.searching.mdp import NUM_FEATURES, Float32s
@@ -34,9 +35,6 @@ from cacp_ray.searching.strategy import Proposal
 
 PRIOR_WARMUP_NOISE = 0.45
 REPEAT_NOISE = 0.1  # of an episode that ended where an earlier one did
-SAMPLE_NOISE = 0.05
-SAMPLE_NOISE_GROWTH = 1.4
-MAX_SAMPLE_ROUNDS = 20
 SMOOTHING_NOISE = 0.2  # of TD3's target actions in [-1, 1], cut off at 0.5
 SMOOTHING_CLIP = 0.5
 
@@ -211,24 +209,36 @@ class DDPG(PruningAgent):
 
     def _policy(self, rates: ArrayLike) -> Ints:
         rates = np.asarray(rates, dtype=np.float64)
-        return self._play(rates, np.zeros(len(rates)), self._rng)
+        # Without noise nothing is random, but drawing would move the agent's own random state.
+        return self._play(rates, np.zeros(len(rates)), np.random.default_rng(0))
 
-    def _samples(self, rate: float, count: int, rng: np.random.Generator) -> list[tuple[int, ...]]:
-        """The greedy answer first, then the policy with noise.
+    def _near_policy(
+        self, rate: float, noise: float, count: int, rng: np.random.Generator
+    ) -> list[Counts]:
+        rows = self._play(np.full(count, rate), np.full(count, noise), rng)
+        return [tuple(row) for row in rows.tolist()]
 
-        After the paper's inference, which adds small noise to the policy and searches a beam
-        around it by measured accuracy. Accuracies are not known here: so there is no beam, and the
-        noise grows in rounds until there are enough distinct candidates (ours).
-        """
-        found = dict.fromkeys(map(tuple, self._policy([rate]).tolist()))  # it keeps the order
-        noise = SAMPLE_NOISE
-        for _ in range(MAX_SAMPLE_ROUNDS):
-            if len(found) >= count:
-                break
-            rows = self._play(np.full(count, rate), np.full(count, noise), rng)
-            found |= dict.fromkeys(map(tuple, rows.tolist()))
-            noise *= SAMPLE_NOISE_GROWTH
-        return list(found)[:count]
+    def _near_beam(
+        self,
+        rate: float,
+        beam: Sequence[Counts],
+        noise: float,
+        count: int,
+        rng: np.random.Generator,
+    ) -> list[Counts]:
+        """The beam's own actions with noise."""
+        has_prior, rates = self.config.settings.prior, np.full(len(beam), rate)
+        _, actions = (
+            self.mdp.replay(rates, beam) if has_prior else episode.trace(self.mdp, rates, beam)
+        )
+        actions = np.resize(actions, (count, actions.shape[1])).astype(np.float64)
+        sigma = np.full(count, noise)
+
+        def act(states: Float32s, step: int) -> Floats:
+            return episode.truncated_normal(actions[:, step], sigma, self._low, rng)
+
+        play = self.mdp.play if has_prior else partial(episode.play, self.mdp)
+        return [tuple(row) for row in play(np.full(count, rate), act).tolist()]
 
     def _act(self, states: Float32s) -> Float32s:
         """(B,) actions of the policy at states (B, 13)."""

@@ -1,5 +1,6 @@
 """A made-up run: round numbers that no network produced."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,9 @@ def _make_rate(rate: float, groups: list[dict[str, Any]], *, is_finetuned: bool)
         "path": f"subnets/rate-{rate:.2f}",
         "top1_none": 0.6 * rate,
         "top1": _top1(rate),
-        "policy_top1": _top1(rate) - 0.01,
+        "policy_top1": _top1(rate) - 0.03,
+        "search_top1": _top1(rate) - 0.02,
+        "policy_recovered_top1": _top1(rate) - 0.01,
         "finetuned_top1": _top1(rate) + 0.7 * (0.92 - _top1(rate)) if is_finetuned else None,
         "test_top1": _top1(rate) + 0.6 * (0.92 - _top1(rate)) if is_finetuned else None,
         "test_images": 10000,
@@ -110,8 +113,48 @@ def make_episodes(count: int, rates: tuple[float, ...] = RATES) -> pa.Table:
     )
 
 
-def make_run(folder: Path, result: dict[str, Any]) -> Path:
+def make_lines(count: int, rates: tuple[float, ...] = RATES) -> list[dict[str, Any]]:
+    """Lines of `learning.jsonl`; the agent has no problem yet at the first."""
+    unseen = [round(rate - 0.1, 2) for rate in rates]
+    return [
+        {
+            "evaluations": 7 * (i + 1),
+            "critic_loss": 1 / i if i else None,
+            "policy_value": 0.1 * i if i else None,
+            "updates": 16 * i if i else None,
+            "noise": {f"{rate:.2f}": 0.5 * 0.9**i if i else None for rate in rates},
+            "cached_share": 0.1 / (i + 1),
+            "reward": {f"{rate:.2f}": _top1(rate) - 0.1 / (i + 1) for rate in rates},
+            "policy": {f"{rate:.2f}": [1, 2] if i else None for rate in (*rates, *unseen)},
+        }
+        for i in range(count)
+    ]
+
+
+def make_learning(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """What result.json says of learning: the answers of the first rate and of one not searched."""
+    points = [
+        {
+            "evaluations": line["evaluations"],
+            "rate": rate,
+            "seen": is_seen,
+            "top1": 0.7 + 0.001 * line["evaluations"],
+            "images": 1000,
+        }
+        for line in lines[1:]
+        for rate, is_seen in ((RATES[0] - 0.1, False), (RATES[0], True))
+    ]
+    return {"images": 1500, "policy_top1": points}
+
+
+def make_run(
+    folder: Path, result: dict[str, Any], lines: list[dict[str, Any]] | None = None
+) -> Path:
     """A run directory with the files that a report reads."""
+    if lines is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "learning.jsonl").write_text(text)
     write_json(folder / "result.json", result)
     environment = {"python": "3.11.0", "packages": {"torch": "2.9"}, "commit": None, "seed": 0}
     write_json(folder / "environment.json", environment)

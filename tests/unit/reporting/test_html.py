@@ -5,7 +5,14 @@ import pytest
 
 from cacp_ray.errors import ArtifactError
 from cacp_ray.reporting.html import write_report
-from tests.unit.reporting.synthetic import RATES, make_episodes, make_result, make_run
+from tests.unit.reporting.synthetic import (
+    RATES,
+    make_episodes,
+    make_learning,
+    make_lines,
+    make_result,
+    make_run,
+)
 
 MANY_RATES = tuple(round(0.08 * i, 2) for i in range(1, 13))
 VOID = {"meta", "img", "br", "link", "input"}
@@ -34,8 +41,8 @@ class Page(HTMLParser):
         self.text += data
 
 
-def report(folder, result, count=60, rates=RATES) -> str:
-    path = write_report(make_run(folder, result), make_episodes(count, rates))
+def report(folder, result, count=60, rates=RATES, lines=None) -> str:
+    path = write_report(make_run(folder, result, lines), make_episodes(count, rates))
     assert path == folder / "report.html"
     return path.read_text("utf-8")
 
@@ -56,6 +63,31 @@ def test_the_file_loads_nothing_from_elsewhere(tmp_path):
     assert all(value.startswith("data:image/png;base64,") for value in loaded)
     assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
     assert not re.search(r"https?://|@import|url\(", html)
+
+
+def headings(html: str) -> list[str]:
+    return re.findall(r"<h[23]>(.*?)</h[23]>", html)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 40])
+def test_the_learning_of_an_agent_is_a_section_iff_there_is_some(tmp_path, count):
+    lines = make_lines(count)
+    result = make_result() | {"learning": make_learning(lines)}
+    page = report(tmp_path, result, lines=lines)
+    assert ("Learning" in headings(page)) == (count > 0)
+    assert ("The policy alone, without search" in headings(page)) == (count > 1)
+    plain = report(tmp_path / "plain", make_result())
+    assert "Learning" not in headings(plain)
+    assert page.count("<img") - plain.count("<img") == (0 if count == 0 else 3 if count == 1 else 4)
+
+
+def test_the_captions_of_learning_say_what_is_measured_on_how_many_images(tmp_path):
+    lines = make_lines(9)
+    result = make_result() | {"learning": make_learning(lines)}
+    text = " ".join(Page(report(tmp_path, result, lines=lines)).text.split())
+    assert "Mean top-1 on 1,500 images of the search split" in text
+    assert "on the first 1,000 images of the search split" in text
+    assert "Dashed: rates that are not searched." in text
 
 
 def test_values_are_escaped(tmp_path):

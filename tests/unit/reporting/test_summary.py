@@ -8,10 +8,10 @@ from cacp_ray.reporting.summary import (
     format_macs,
     format_number,
     format_seconds,
-    recovery_note,
     size_columns,
     standard_errors,
     summary_rows,
+    words,
 )
 from tests.unit.reporting.synthetic import make_result
 
@@ -48,9 +48,18 @@ def test_cost_kept_names_the_cost_that_the_rate_limits():
 def test_accuracies_are_percent_and_changes_are_points():
     table = cells(make_result(), accuracy_columns(make_result()))
     result = make_result()["rates"][0]
-    assert table["0.30"][("recovered", "on search")] == f"{100 * result['top1']:.2f}"
+    for column, key in (
+        (("cut", "only"), "top1_none"),
+        (("policy", "scored"), "policy_top1"),
+        (("search", "scored"), "search_top1"),
+        (("policy", "final"), "policy_recovered_top1"),
+        (("winner", "final"), "top1"),
+        (("fine-tuned", "on search"), "finetuned_top1"),
+        (("fine-tuned", "on test"), "test_top1"),
+    ):
+        assert table["0.30"][column] == f"{100 * result[key]:.2f}"
     change = 100 * (result["test_top1"] - 0.91)
-    assert table["0.30"][("against base", "points, test")] == f"\N{MINUS SIGN}{-change:.2f}"
+    assert table["0.30"][("change", "on test")] == f"\N{MINUS SIGN}{-change:.2f}"
 
 
 def test_missing_values_are_dashes():
@@ -63,24 +72,43 @@ def test_missing_values_are_dashes():
         ("speed-up", "1 image"),
         ("fine-tuned", "on search"),
         ("fine-tuned", "on test"),
-        ("against base", "points, test"),
+        ("change", "on test"),
     ):
         assert table[head] == DASH
     assert format_number(math.nan, 2) == DASH
 
 
-def test_a_policy_that_was_never_asked_has_no_column():
+def test_what_no_rate_has_has_no_column_and_no_word():
     result = make_result()
-    assert "policy alone" in [column.head for column in accuracy_columns(result)]
     for row in result["rates"]:
         row["policy_top1"] = None
-    assert "policy alone" not in [column.head for column in accuracy_columns(result)]
+        del row["policy_recovered_top1"]
+    heads = [(column.head, column.unit) for column in accuracy_columns(result)]
+    assert heads[:3] == [("cut", "only"), ("search", "scored"), ("winner", "final")]
+    assert "policy" not in " ".join(map(str, words(result)))
+    for row in result["rates"]:
+        del row["search_top1"]  # as runs of earlier versions
+    heads = [(column.head, column.unit) for column in accuracy_columns(result)]
+    assert heads[:2] == [("cut", "only"), ("winner", "final")]
+
+
+@pytest.mark.parametrize("has_policy", [True, False])
+def test_every_word_in_the_heads_is_explained_once(has_policy):
+    result = make_result()
+    if not has_policy:
+        for row in result["rates"]:
+            row["policy_top1"] = row["policy_recovered_top1"] = None
+    explained = [word for word, _ in words(result)]
+    plain = {"only", "fine-tuned", "on search", "on test"}
+    used = {text for c in accuracy_columns(result) for text in (c.head, c.unit)} - plain
+    assert sorted(explained) == sorted(used)
 
 
 def test_standard_errors_are_binomial():
     result = make_result((0.5,))
     result["base"]["search"] = {"top1": 0.5, "images": 2500}
-    result["rates"][0] |= {"top1_none": 0.5, "top1": 0.9, "finetuned_top1": None}
+    recovered = dict.fromkeys(("policy_top1", "search_top1", "policy_recovered_top1", "top1"), 0.9)
+    result["rates"][0] |= recovered | {"top1_none": 0.5, "finetuned_top1": None}
     result["base"]["test"] = {"top1": 0.5, "images": 10_000}
     result["rates"][0]["test_top1"] = 0.5
     assert standard_errors(result) == [
@@ -116,10 +144,18 @@ def test_macs_carry_their_unit():
     assert format_macs(4_089_184_256) == "4.089 G"
 
 
-def test_a_note_says_when_final_subnets_were_repaired_in_another_way():
+def test_the_words_say_when_final_subnets_were_repaired_in_another_way():
     result = make_result((0.5,))
-    assert recovery_note(result) is None
+    assert "layer by layer" not in dict(words(result))["final"]
     result["rates"][0]["sequential"] = True
-    note = recovery_note(result)
-    assert note is not None
-    assert "layer by layer" in note
+    assert "layer by layer" in dict(words(result))["final"]
+
+
+def test_a_search_on_part_of_the_split_is_said_and_has_no_standard_error_of_the_whole():
+    result = make_result()
+    result["rates"][0] |= {"search_top1": 0.5, "search_images": 5000}
+    whole = standard_errors(result)
+    assert "images" not in dict(words(result))["search"]
+    result["rates"][0]["search_images"] = 300
+    assert "on 300 images" in dict(words(result))["search"]
+    assert standard_errors(result) != whole

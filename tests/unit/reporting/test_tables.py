@@ -11,6 +11,7 @@ from rich.console import Console
 
 from cacp_ray.reporting.tables import (
     MANY_GROUPS,
+    accuracy_table,
     final_table,
     frontier_table,
     groups_table,
@@ -43,6 +44,15 @@ def test_no_figure_is_cut_at_100_columns():
     assert max(map(len, text.splitlines())) <= 100
     table = text.split("What you got")[1].split("How good")[0]
     assert len([line for line in table.splitlines() if "subnets/rate-" in line]) == len(rates)
+
+
+def test_accuracies_fit_80_columns_with_every_figure_whole():
+    text = render(accuracy_table(make_result()), width=80)
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    row = next(line for line in text.splitlines() if line.startswith(" 0.30"))
+    assert len(row.split()) == 9
+    assert all(re.fullmatch(r"\N{MINUS SIGN}?\d+\.\d\d", cell) for cell in row.split())
 
 
 def test_a_value_in_square_brackets_is_no_markup():

@@ -1,0 +1,175 @@
+"""How the agent learned: the lines of `learning.jsonl`, and the small figures made of them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from cacp_ray.errors import ArtifactError
+from cacp_ray.reporting.figures import (
+    BLUE,
+    ORANGE,
+    Drawing,
+    Plot,
+    limit_y,
+    rate_colours,
+    rate_legend,
+    save_plots,
+    style,
+)
+
+LEARNING_FILE = "learning.jsonl"
+REWARD_WINDOW = 10  # last candidates of a rate, whose mean is its reward
+HEIGHT = 3.3
+
+Line = dict[str, Any]
+
+
+def read_learning(path: Path) -> list[Line]:
+    """The lines of a `learning.jsonl`; none where there is no such file.
+
+    Raises:
+        ArtifactError: A line before the last is not JSON.
+    """
+    if not path.exists():
+        return []
+    texts = path.read_bytes().splitlines()
+    lines: list[Line] = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:
+            if number == len(texts):
+                break  # cut short by a kill
+            raise ArtifactError(f"{path}: line {number} is not JSON; remove the line") from error
+    return lines
+
+
+def draw_learning(result: dict[str, Any], lines: Sequence[Line], folder: Path) -> list[Drawing]:
+    """Writes the PNG files of the agent's learning; none where it left no lines.
+
+    Args:
+        result: Content of result.json; its `learning` is read, where it has one.
+        lines: Of `learning.jsonl`.
+        folder: Where the files are written.
+    """
+    if not lines:
+        return []
+    learning = result.get("learning") or {}
+    points, images = learning.get("policy_top1") or [], learning.get("images")
+    plots: list[tuple[str, str, Plot]] = [
+        ("learning-reward", "Reward", lambda axes: plot_reward(axes, lines, images)),
+        ("learning-critic", "Loss of the critics", lambda axes: plot_critic(axes, lines)),
+        ("learning-noise", "Exploration", lambda axes: plot_noise(axes, lines)),
+    ]
+    if points:
+        title = "The policy alone, without search"
+        plots.insert(1, ("learning-policy", title, lambda axes: plot_policy(axes, lines, points)))
+    return save_plots(plots, folder, HEIGHT)
+
+
+def plot_reward(axes: Axes, lines: Sequence[Line], images: int | None) -> str:
+    """Running mean of the reward of every rate; returns the caption."""
+    shown = []
+    for rate, colour in _colours(lines).items():
+        if rate in lines[-1]["reward"]:
+            steps, values = _series(lines, "reward", rate)
+            axes.plot(steps, 100 * values, color=colour, label=rate, **_marker(steps))
+            shown.append(100 * values)
+    limit_y(axes, np.concatenate(shown), np.empty(0))
+    _finish(axes, "top-1, search split (%)", lines)
+    rate_legend(axes)
+    where = "the search split" if images is None else f"{images:,} images of the search split"
+    return (
+        f"Mean top-1 on {where} of the last {REWARD_WINDOW} candidates that were proposed for the "
+        "rate."
+    )
+
+
+def plot_policy(axes: Axes, lines: Sequence[Line], points: Sequence[dict[str, Any]]) -> str:
+    """What the policy's own answers score, as it learns; returns the caption."""
+    shown = []
+    for rate, colour in _colours(lines).items():
+        own = [point for point in points if f"{point['rate']:.2f}" == rate]
+        if own:
+            steps = [point["evaluations"] for point in own]
+            values = 100 * np.array([point["top1"] for point in own])
+            look = {"linestyle": "-" if own[0]["seen"] else "--", "color": colour, "label": rate}
+            axes.plot(steps, values, marker="o", markersize=3, **look)
+            shown.append(values)
+    limit_y(axes, np.concatenate(shown), np.empty(0))
+    _finish(axes, "top-1, search split (%)", lines)
+    rate_legend(axes)
+    images = max(point["images"] for point in points)
+    unseen = " Dashed: rates that are not searched." if not all(p["seen"] for p in points) else ""
+    return (
+        "Top-1 of what the policy answered at that moment, measured after the search on the first "
+        f"{images:,} images of the search split; nothing is chosen by it.{unseen}"
+    )
+
+
+def plot_critic(axes: Axes, lines: Sequence[Line]) -> str:
+    """Loss of the critics; returns the caption."""
+    steps, values = _series(lines, "critic_loss")
+    axes.plot(steps, values, color=BLUE, **_marker(steps))
+    if len(values):
+        axes.set_ylim(0, 1.08 * values.max() or 1)
+    _finish(axes, "squared error", lines)
+    return (
+        "Squared error of the critics on episodes that they learn from, mean since the point "
+        "before; as the agent scales returns. No images are scored for it."
+    )
+
+
+def plot_noise(axes: Axes, lines: Sequence[Line]) -> str:
+    """Noise of all rates, and the share of proposals answered from memory; returns the caption."""
+    for rate in sorted(lines[-1]["noise"]):
+        steps, values = _series(lines, "noise", rate)
+        axes.plot(steps, values, color=BLUE, linewidth=1.2, **_marker(steps))
+    axes.set_ylim(bottom=0)
+    _finish(axes, "noise of actions", lines)
+    axes.yaxis.label.set_color(BLUE)
+    right = axes.twinx()
+    steps, values = _series(lines, "cached_share")
+    right.plot(steps, 100 * values, color=ORANGE, linestyle="-.", **_marker(steps))
+    right.set_ylim(0, max(5.0, 110 * values.max(initial=0)))
+    right.set_ylabel("answered from memory (%)", fontsize=11, color=ORANGE)
+    right.tick_params(labelsize=10)
+    right.spines["top"].set_visible(False)
+    return (
+        "Solid: standard deviation of the noise on actions, a line a rate. Dash-dotted: share of "
+        "all proposals so far that were measured before, and so cost nothing."
+    )
+
+
+def _series(
+    lines: Sequence[Line], name: str, rate: str | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Evaluations and values (N,) of the lines that have the value."""
+    values = [line[name] if rate is None else line[name][rate] for line in lines]
+    known = [
+        (line["evaluations"], v) for line, v in zip(lines, values, strict=True) if v is not None
+    ]
+    return np.array([n for n, _ in known], np.int64), np.array([v for _, v in known], np.float64)
+
+
+def _marker(steps: NDArray[np.int64]) -> dict[str, Any]:
+    """A point that has no neighbour is no line."""
+    return {"marker": "o"} if len(steps) == 1 else {}
+
+
+def _colours(lines: Sequence[Line]) -> dict[str, NDArray[np.float64]]:
+    """A colour for each rate that is searched or asked for, alike in all of these figures."""
+    rates = sorted({*lines[-1]["reward"], *lines[-1]["policy"]})
+    return dict(zip(rates, rate_colours(len(rates)), strict=True))
+
+
+def _finish(axes: Axes, y_label: str, lines: Sequence[Line]) -> None:
+    style(axes, "measured candidates", y_label)
+    axes.set_xlim(0, 1.02 * lines[-1]["evaluations"])
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
