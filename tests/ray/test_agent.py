@@ -190,13 +190,13 @@ def test_training_steps_tick_first_and_report(build):
 
     def tick(strategy):
         ticks.append(strategy.pending_updates)
-        strategy.tell(measure(strategy.ask(3), score))
+        strategy.tell(measure(strategy.ask(30), score))
 
     agent = build(mdp, AgentSettings(hidden=(32,), updates_per_episode=2), tick=tick)
     agent.train()
     result = agent.train()
     assert ticks == [0, 0]
-    assert result["episodes"] == 6
+    assert result["episodes"] == 60
     assert result["learners"]["default_policy"]["critic_loss"] >= 0
     assert agent.pending_updates == 0
 
@@ -211,6 +211,15 @@ def test_learning_thins_out_when_many_results_come_at_once(build):
     result = agent.train()
     assert result["updates"] == MAX_UPDATES_A_STEP < 40 * 16
     assert agent.pending_updates == 0
+
+
+def test_the_first_episodes_leave_the_policy_at_the_prior(build):
+    mdp, score = make_problem(0)
+    agent = build(mdp)
+    drive(agent, score, 24)
+    np.testing.assert_array_equal(agent.policy(UNSEEN), mdp.prior(UNSEEN))
+    drive(agent, score, 12)
+    assert (agent.policy(UNSEEN) != mdp.prior(UNSEEN)).any()
 
 
 def test_failures_teach_but_are_no_elites(build):
@@ -247,7 +256,7 @@ def test_samples_start_with_the_policy_and_go_on_around_a_beam(build):
 def test_the_actor_moves_every_few_critic_steps(build):
     mdp, score = make_problem(0)
     agent = build(mdp, AgentSettings(hidden=(32,)))
-    agent.tell(measure(agent.ask(12), score))
+    agent.tell(measure(agent.ask(30), score))
 
     def weights(network):
         return next(getattr(agent.get_module(), network).parameters()).detach().clone()

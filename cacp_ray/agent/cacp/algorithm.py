@@ -29,6 +29,7 @@ from cacp_ray.searching.settings import AgentSettings
 from cacp_ray.searching.strategy import Proposal
 
 NUM_CRITICS = 3
+LEARNED_FROM = 10  # episodes a rate
 
 
 class CACPConfig(AgentConfig):
@@ -94,6 +95,11 @@ class CACP(PruningAgent):
         for i, (candidate, found) in enumerate(results):
             if is_ok[i] and candidate.images is None:
                 self._behaviour.adopt(candidate.rate, candidate.keep_counts, found.top1, offsets[i])
+
+    def learn(self, max_updates: int) -> int:
+        """As every agent, but not from the first few episodes: they lead below the prior."""
+        is_early = self.num_episodes < LEARNED_FROM * len(self._behaviour.num_asked)
+        return 0 if is_early else super().learn(max_updates)
 
     def _sample(self, num_minibatches: int) -> SampleBatch:
         count = num_minibatches * self.minibatch_size
