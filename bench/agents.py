@@ -16,6 +16,7 @@ import json
 import logging
 import multiprocessing
 import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "noise": {"strategy": "noise"},
     "random": {"strategy": "random"},
     "uniform": {"strategy": "uniform"},
+    "cacp, own search": {"rates": UNSEEN},
 }
+OWN = "cacp, own search"  # at the rates that all others leave out, as many evaluations a rate
 SCHEDULED = ("cacp-paper", "amc", "amc, prior", "sequential, prior")
 
 
@@ -129,13 +132,18 @@ def make_config(job: Job, options: argparse.Namespace) -> RunConfig:
         "model": {"name": options.model, "weights": options.weights},
         "data": splits,
         "rates": RATES,
-        "evaluations": job.milestones[-1],
+        "evaluations": to_ask(job.method, job.milestones[-1]),
         "mode": "rounds",
         "round_size": ROUND_SIZE,
         "seed": job.seed,
         **METHODS[job.method],
     }
     return load_config(RunConfig, values)
+
+
+def to_ask(method: str, evaluations: int) -> int:
+    """Evaluations of a method: as many a rate for all."""
+    return evaluations * len(METHODS[method].get("rates", RATES)) // len(RATES)
 
 
 def run(job: Job, options: argparse.Namespace) -> None:
@@ -166,37 +174,42 @@ def run(job: Job, options: argparse.Namespace) -> None:
     directory = RunDirectory(job.folder)
     job.folder.mkdir(parents=True, exist_ok=True)
     strategy, agent = make_run_strategy(config, base, lambda _: loop.tick(strategy))
-    reserve = len(RATES) if agent is not None else 0
+    reserve = len(config.rates) if agent is not None else 0
     loop = SearchLoop(
         LocalEvaluator(score),
         base.plan.cost_model,
         directory,
-        rates=RATES,
-        evaluations=job.milestones[-1] - reserve,
+        rates=config.rates,
+        evaluations=config.evaluations - reserve,
         mode="rounds",
         round_size=ROUND_SIZE,
     )
     loop.restore(strategy)
     waiting = [n for n in job.milestones if not files[n].exists()]
     while waiting:
-        while not loop.done and loop.progress.evaluations < waiting[0] - reserve:
+        number = to_ask(job.method, waiting[0]) - reserve
+        while not loop.done and loop.progress.evaluations < number:
             if agent is not None and agent.is_attached:
                 agent.train()
             else:
                 loop.tick(strategy)
-        number = waiting.pop(0)
         answers = {}
         if reserve:
-            rates = [*RATES, *UNSEEN]
+            rates = sorted({*RATES, *UNSEEN})
             for rate, row in zip(rates, agent.policy(rates).tolist(), strict=True):
                 answers[rate] = (top1(rate, tuple(row)), tuple(row))
-        found = find_winners(directory, answers, number - reserve)
-        report(files[number], found, answers, base, prepared, read_split(config.data, "test"))
+        found = find_winners(directory, answers, number, config.rates)
+        report(
+            files[waiting.pop(0)], found, answers, base, prepared, read_split(config.data, "test")
+        )
     loop.checkpoint(strategy)
 
 
 def find_winners(
-    directory: RunDirectory, answers: dict[float, tuple[float, tuple[int, ...]]], number: int
+    directory: RunDirectory,
+    answers: dict[float, tuple[float, tuple[int, ...]]],
+    number: int,
+    rates: Sequence[float],
 ) -> dict[float, tuple[float, tuple[int, ...]]]:
     """The best of the first `number` distinct candidates and of the policy, for each rate."""
     best: dict[float, tuple[float, tuple[int, ...]]] = {}
@@ -206,10 +219,10 @@ def find_winners(
         if len(known) > number:
             break
         # A cheaper candidate serves a larger rate too.
-        for rate in RATES:
+        for rate in rates:
             if record.cost_kept <= rate + 1e-9 and record.status == "ok":
                 best[rate] = max(best.get(rate, (-1.0, ())), (record.top1, record.keep_counts))
-    return {rate: max(best[rate], answers.get(rate, (-1.0, ()))) for rate in RATES}
+    return {rate: max(best[rate], answers.get(rate, (-1.0, ()))) for rate in rates}
 
 
 def report(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from agents import METHODS, RATES, UNSEEN, folder_name
+from agents import METHODS, OWN, RATES, UNSEEN, folder_name
 from report import print_table
 
 RESAMPLES = 2000
@@ -23,9 +23,10 @@ def main() -> None:
     options = parser.parse_args()
     environment = json.loads((options.out / "environment.json").read_text())
     found = {name: read(options.out, name, options.evaluations) for name in METHODS}
+    own = found.pop(OWN)
     found = {name: runs for name, runs in found.items() if runs}
     print_winners(found, options)
-    print_policies(found)
+    print_policies(found, own)
     print_differences(found, options.reference)
     print(
         f"\nCommit {environment['commit']}, {environment['processor']} with "
@@ -68,14 +69,19 @@ def print_winners(found: dict[str, dict[int, dict[str, Any]]], options: Any) -> 
     )
 
 
-def print_policies(found: dict[str, dict[int, dict[str, Any]]]) -> None:
-    """What the policies answer without any further evaluation."""
+def print_policies(
+    found: dict[str, dict[int, dict[str, Any]]], own: dict[int, dict[str, Any]]
+) -> None:
+    """What the policies answer without any further evaluation, and what a search there finds."""
     rates = [str(rate) for rate in (*RATES, *UNSEEN)]
     rows = []
     for method, runs in found.items():
         if all(run["policy"] for run in runs.values()):
             top1 = np.array([[run["policy"][rate] for rate in rates] for run in runs.values()])
             rows.append([method, *(_cell(column) for column in top1.T)])
+    if own:
+        top1 = np.array([[w["search_top1"] for w in run["winners"]] for run in own.values()])
+        rows.append([OWN, *[""] * len(RATES), *(_cell(column) for column in top1.T)])
     header = ["method", *rates[: len(RATES)], *(f"{rate} (unseen)" for rate in rates[len(RATES) :])]
     print_table("The policy alone, top-1 % on the search split", header, rows)
 

@@ -140,7 +140,7 @@ def words(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("cut", "channels removed, nothing else.", True),
         ("policy", "what the trained policy itself answers.", has_policy),
         ("search", f"the best candidate of the search{part}.", has_search),
-        ("winner", "the better scored of the two, which is saved.", has_policy),
+        ("winner", "the better of the two when repaired, which is saved.", has_policy),
         ("winner", "the network that is saved.", not has_policy),
         (
             "scored",
