@@ -222,6 +222,20 @@ def test_the_first_episodes_leave_the_policy_at_the_prior(build):
     assert (agent.policy(UNSEEN) != mdp.prior(UNSEEN)).any()
 
 
+def test_good_allocations_are_interpolated_between_rates(build):
+    mdp, score = make_problem(0)
+    agent = build(mdp)
+    drive(agent, score, 30)
+    known = agent._behaviour.between(RATES)
+    for rate, offsets in zip(RATES, known, strict=True):
+        best = [elite.offsets for elite in agent._behaviour.elites[rate][:5]]
+        np.testing.assert_allclose(offsets, np.mean(best, axis=0), atol=1e-6)
+    found = agent._behaviour.between([0.2, 0.35, 0.9])
+    np.testing.assert_allclose(found[0], known[0])
+    np.testing.assert_allclose(found[1], 0.75 * known[0] + 0.25 * known[1], atol=1e-6)
+    np.testing.assert_allclose(found[2], known[2])
+
+
 def test_failures_teach_but_are_no_elites(build):
     mdp, score = make_problem(0)
     agent = build(mdp)

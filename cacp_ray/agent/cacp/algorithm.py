@@ -98,8 +98,11 @@ class CACP(PruningAgent):
 
     def learn(self, max_updates: int) -> int:
         """As every agent, but not from the first few episodes: they lead below the prior."""
-        is_early = self.num_episodes < LEARNED_FROM * len(self._behaviour.num_asked)
-        return 0 if is_early else super().learn(max_updates)
+        return 0 if self._is_early else super().learn(max_updates)
+
+    @property
+    def _is_early(self) -> bool:
+        return self.num_episodes < LEARNED_FROM * len(self._behaviour.num_asked)
 
     def _sample(self, num_minibatches: int) -> SampleBatch:
         count = num_minibatches * self.minibatch_size
@@ -124,7 +127,19 @@ class CACP(PruningAgent):
         return self._behaviour.noise(rate)
 
     def _policy(self, rates: ArrayLike) -> Ints:
-        return self.mdp.space.decode(rates, self._act(np.asarray(rates)))
+        """The actor's answers, or the mean of good allocations where the critics value it more.
+
+        The actor imitates good allocations, and lags behind them. Their mean is interpolated
+        between rates; the best one itself is not among the answers.
+        """
+        rates = np.asarray(rates, dtype=np.float64)
+        answers = [self._act(rates)]
+        if not self._is_early:
+            answers.append(self._behaviour.between(rates))
+        space = self.mdp.space
+        counts = np.stack([space.decode(rates, each) for each in answers])  # (2, N, G)
+        values = np.stack([self._value(rates, space.encode(rates, each)) for each in counts])
+        return counts[values.argmax(axis=0), np.arange(len(rates))]
 
     def _near_policy(
         self, rate: float, noise: float, count: int, rng: np.random.Generator

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from cacp_ray.searching.allocation import AllocationSpace, Float32s
 from cacp_ray.searching.settings import AgentSettings
@@ -20,6 +20,7 @@ from cacp_ray.searching.strategy import Proposal
 
 OWN_RATE_SHARE = 0.75  # of elites; the others are of another rate
 NUM_ELITES = 10  # best distinct allocations kept a rate
+NUM_AVERAGED = 5  # of them, in an answer without evaluations
 MAX_CHANGED = 4  # groups of an elite
 NOISE_FLOOR = 0.05
 MAX_RETRIES = 8  # for a candidate that was asked before, each with more noise
@@ -103,6 +104,18 @@ class Behaviour:
         """Distinct candidates of drafts (M, P), the most valued first."""
         (ranked,) = self._rank([rate], [drafts])
         return list(dict.fromkeys(ranked[0]))
+
+    def between(self, rates: ArrayLike) -> Float32s:
+        """(N, P) mean offsets of the best elites of the nearest rates, interpolated in between.
+
+        Below the smallest rate that has elites, and above the largest, those of that rate.
+        """
+        known = sorted(rate for rate, elites in self.elites.items() if elites)
+        means = np.array(
+            [np.mean([e.offsets for e in self.elites[r][:NUM_AVERAGED]], axis=0) for r in known]
+        )
+        columns = [np.interp(np.asarray(rates), known, column) for column in means.T]
+        return np.stack(columns, axis=1).astype(np.float32)
 
     def adopt(self, rate: float, keep_counts: Counts, top1: float, offsets: Float32s) -> None:
         """Offers a measured allocation to the elites of its rate."""
