@@ -22,7 +22,7 @@ Tick = Callable[[Strategy], object]
 
 
 def make_run_strategy(
-    config: RunConfig, base: Base, tick: Tick | None = None, prior: str | None = None
+    config: RunConfig, base: Base, tick: Tick | None = None
 ) -> tuple[Strategy, Any]:
     """What proposes candidates in a run, and its conditional agent, if it is led by one.
 
@@ -30,12 +30,10 @@ def make_run_strategy(
         config: Of the run.
         base: Of the run.
         tick: What the agent's `training_step` calls: one turn of the search loop.
-        prior: `all` or `inner`; by default the better one as measured.
     """
     cost_model, budget, rates = base.plan.cost_model, base.budget, config.rates
     name, seed, agent = config.strategy, config.seed, None
     if name in AGENTS:
-        _quieten_ray()
         agent = _build_agent(config, base)
 
     def make(weights: Any) -> Any:
@@ -57,7 +55,7 @@ def make_run_strategy(
 
     is_paper = name in ("cacp-paper", "amc")
     if name in FROM_A_PRIOR or (is_paper and config.paper.prior):
-        return PriorFirst(cost_model, budget, rates, make, name=name, prior=prior), agent
+        return PriorFirst(cost_model, budget, rates, make, name=name), agent
     return make(np.ones(len(budget.num_channels))), agent
 
 
@@ -65,9 +63,11 @@ def _build_agent(config: RunConfig, base: Base) -> Any:
     if config.strategy == "cacp-paper":
         from cacp_ray.agent.ddpg.algorithm import DDPGConfig
 
+        _quieten_ray()
         return DDPGConfig().agent(config.paper, seed=config.seed).build_algo()
     from cacp_ray.agent.cacp.algorithm import CACPConfig
 
+    _quieten_ray()
     num_actions = int(np.sum(base.budget.min_counts < base.budget.num_channels))
     settings = CACPConfig().agent(config.agent, seed=config.seed, num_actions=num_actions)
     return settings.build_algo()
@@ -81,7 +81,7 @@ def _build_amc(config: RunConfig, mdp: AllocationMDP, evaluations: int) -> Strat
 
 
 def _quieten_ray() -> None:
-    # Ray sets its own levels when imported, and greets every build with migration notices.
+    # After the import, which sets Ray's own levels: it greets every build with migration notices.
     if not logger.isEnabledFor(logging.DEBUG):
         for noisy in ("ray", "ray.rllib"):
             logging.getLogger(noisy).setLevel(logging.ERROR)

@@ -39,7 +39,6 @@ class PriorFirst:
         rates: Sequence[float],
         make: Callable[[Weights], Strategy],
         name: str,
-        prior: str | None = None,
     ) -> None:
         """Works the uniform candidates out; every rate must be reachable.
 
@@ -49,7 +48,6 @@ class PriorFirst:
             rates: That are searched.
             make: Prior weights (G,) -> the strategy that goes on; its state is kept with ours.
             name: Of that strategy.
-            prior: The name of the prior to go on with, unmeasured.
         """
         self.name = name
         self.prior: str | None = None
@@ -65,9 +63,6 @@ class PriorFirst:
         self._queue = list(dict.fromkeys(p for group in self._proposals.values() for p in group))
         self._results: list[Result] = []
         self._strategy: Strategy | None = None
-        if prior is not None:
-            self._queue = []
-            self._go_on(prior)
 
     def ask(self, count: int) -> list[Proposal]:
         """Uniform candidates first; nothing while their measurements are awaited."""
