@@ -192,7 +192,7 @@ def answer_rates(
         rng = np.random.default_rng([config.seed, round(1e4 * rate)])
         found = _measure_around_policy(agent, evaluator, rate, max(1, evaluations), rng)
         chosen, measured = max(found, key=lambda result: (result[1].top1, -result[1].loss))
-        record = as_record(base, chosen, measured)
+        record = as_record(base, config, chosen, measured)
         answers.append(
             {
                 "rate": rate,

@@ -64,17 +64,19 @@ def measure_policy(
             "cost_kept": int(budget.cost(np.array(candidate.keep_counts))) / budget.total,
             "macs": int(base.plan.macs(candidate.keep_counts)),
             "top1": found[candidate.index].top1,
-            "record": as_record(base, candidate, found[candidate.index]),
+            "record": as_record(base, config, candidate, found[candidate.index]),
         }
         for candidate in candidates
     ]
 
 
-def as_record(base: Base, candidate: Candidate, found: Measurement) -> EpisodeRecord:
+def as_record(
+    base: Base, config: RunConfig, candidate: Candidate, found: Measurement
+) -> EpisodeRecord:
     """A measurement of the policy's answer, as the search records its own."""
     return EpisodeRecord(
         **dataclasses.asdict(found),
-        strategy="cacp",
+        strategy=config.strategy,
         rate=candidate.rate,
         keep_counts=candidate.keep_counts,
         macs=int(base.plan.macs(candidate.keep_counts)),

@@ -1,10 +1,15 @@
 """A toy problem for tests: the cost model of a small chain CNN, and accuracy as a formula."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 
+from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.pruning.cost import BilinearCost, ChannelGroup, CostModel
+from cacp_ray.searching.budget import Budget, minimum_counts
+from cacp_ray.searching.mdp import AllocationMDP
+from cacp_ray.searching.strategy import Proposal
 
 NUM_CLASSES = 10
 
@@ -69,3 +74,29 @@ def toy_score(cost_model: CostModel, seed: int = 0) -> Callable[[tuple[int, ...]
         return float(1 - sensitivities @ dropped**2)
 
     return score
+
+
+def toy_problem(
+    seed: int, num_groups: int = 8
+) -> tuple[AllocationMDP, Callable[[tuple[int, ...]], float]]:
+    """The MDP of a toy network, all groups alike in its prior, and its accuracy."""
+    cost_model = toy_cost_model(num_groups, seed)
+    channels = cost_model.num_channels
+    budget = Budget(cost_model.macs, channels, minimum_counts(channels, 0.1, 1))
+    return AllocationMDP(cost_model, budget, np.ones(num_groups), 0.8), toy_score(cost_model, seed)
+
+
+def measure_by_formula(
+    proposals: Sequence[Proposal],
+    score: Callable[[tuple[int, ...]], float],
+    first: int = 0,
+    status: Literal["ok", "failed"] = "ok",
+) -> list[tuple[Candidate, Measurement]]:
+    """What a strategy is told of its proposals, which are numbered from `first` on."""
+    return [
+        (
+            Candidate(first + i, proposal.rate, proposal.keep_counts),
+            Measurement(first + i, score(proposal.keep_counts), 0.0, 0.0, 1000, 0.0, status=status),
+        )
+        for i, proposal in enumerate(proposals)
+    ]

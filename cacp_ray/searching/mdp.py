@@ -7,14 +7,13 @@ the groups still to come, in proportion to it, and a zero action keeps that shar
 the prior itself, and one bold step does not starve the groups after it. An action a in [-1, 1]
 keeps exp(s * a) times as many channels, the budget clamps it, and what is left after the last group
 is spent. So no episode ends above its budget and none below it needlessly.
-`rollout`, `replay` and the Gymnasium environment (env.py) share the same steps.
+`play`, `replay` and the Gymnasium environment (env.py) share the same steps.
 
 The first 12 state features are those of CACP (2021, Table D); the prior keep ratio, its re-solving
 at every step and the final spending are ours.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,21 +25,6 @@ from cacp_ray.searching.budget import Budget, Floats, Ints, clamp, grow, share_o
 Act = Callable[[Float32s, int], NDArray[np.floating]]
 
 NUM_FEATURES = 13
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """Whole episodes.
-
-    Attributes:
-        keep_counts: int (B, G), within budget and spent.
-        states: (B, T, F) seen on the way to these keep counts.
-        actions: (B, T) in [-1, 1] that lead there.
-    """
-
-    keep_counts: Ints
-    states: Float32s
-    actions: Float32s
 
 
 class AllocationMDP:
@@ -122,11 +106,6 @@ class AllocationMDP:
         wanted = np.clip(wanted, budget.min_counts, budget.num_channels)
         return grow(budget, counts, wanted, budget.limit(rates))
 
-    def rollout(self, rates: ArrayLike, act: Act) -> Rollout:
-        """Plays whole episodes, and tells how their final keep counts are reached."""
-        counts = self.play(rates, act)
-        return Rollout(counts, *self.replay(rates, counts))
-
     def play(self, rates: ArrayLike, act: Act) -> Ints:
         """(B, G) keep counts of whole episodes.
 
@@ -147,7 +126,7 @@ class AllocationMDP:
     ) -> tuple[Float32s, Float32s]:
         """States (B, T, F) and actions (B, T) of the episodes that end at these keep counts.
 
-        An action outside [-1, 1] is clipped: only there would a rollout end elsewhere.
+        An action outside [-1, 1] is clipped: only there would `play` end elsewhere.
         """
         keep_counts = np.asarray(keep_counts, dtype=np.int64)
         counts = self.start(rates)

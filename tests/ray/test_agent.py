@@ -4,24 +4,17 @@ import ray
 
 from cacp_ray.agent.cacp.algorithm import CACP, CACPConfig
 from cacp_ray.agent.shell import MAX_UPDATES_A_STEP
-from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.searching.budget import Budget, minimum_counts, spend
 from cacp_ray.searching.mdp import AllocationMDP
 from cacp_ray.searching.settings import AgentSettings
-from tests.toy import toy_cost_model, toy_score
+from tests.toy import measure_by_formula as measure
+from tests.toy import toy_cost_model, toy_problem, toy_score
 
 pytestmark = pytest.mark.ray
 
 RATES = (0.3, 0.5, 0.7)
 UNSEEN = (0.4, 0.6)
 SMALL = AgentSettings(hidden=(48, 48), batch_size=64)
-
-
-def make_problem(seed, num_groups=8):
-    cost_model = toy_cost_model(num_groups, seed)
-    channels = cost_model.num_channels
-    budget = Budget(cost_model.macs, channels, minimum_counts(channels, 0.1, 1))
-    return AllocationMDP(cost_model, budget, np.ones(num_groups), 0.8), toy_score(cost_model, seed)
 
 
 @pytest.fixture
@@ -38,16 +31,6 @@ def build():
     yield make
     for agent in agents:
         agent.stop()
-
-
-def measure(proposals, score, first=0, status="ok"):
-    return [
-        (
-            Candidate(first + i, proposal.rate, proposal.keep_counts),
-            Measurement(first + i, score(proposal.keep_counts), 0.0, 0.0, 1000, 0.0, status=status),
-        )
-        for i, proposal in enumerate(proposals)
-    ]
 
 
 def drive(agent, score, episodes, batch=6) -> dict[float, float]:
@@ -105,7 +88,7 @@ def test_learns_more_than_noise_around_the_prior_finds(build):
         [] for _ in range(7)
     )
     for seed in range(2):
-        mdp, score = make_problem(seed)
+        mdp, score = toy_problem(seed)
         agent = build(mdp, seed=seed)
         found += drive(agent, score, 120).values()
         idle = AgentSettings(hidden=(48, 48), elite_share=0.0, updates_per_episode=0, drafts=1)
@@ -126,7 +109,7 @@ def test_learns_more_than_noise_around_the_prior_finds(build):
 
 
 def test_an_untrained_policy_is_the_prior_and_asked_first(build):
-    mdp, _ = make_problem(0)
+    mdp, _ = toy_problem(0)
     agent = build(mdp)
     rates = np.linspace(0.2, 0.9, 8)
     np.testing.assert_array_equal(agent.policy(rates), mdp.prior(rates))
@@ -137,7 +120,7 @@ def test_an_untrained_policy_is_the_prior_and_asked_first(build):
 
 
 def test_proposals_are_distinct_and_within_budget(build):
-    mdp, score = make_problem(1)
+    mdp, score = toy_problem(1)
     agent = build(mdp, AgentSettings(hidden=(32,), updates_per_episode=1))
     asked = []
     for _ in range(12):
@@ -152,7 +135,7 @@ def test_proposals_are_distinct_and_within_budget(build):
 
 
 def test_a_restored_agent_continues_bit_for_bit(build, tmp_path):
-    mdp, score = make_problem(2)
+    mdp, score = toy_problem(2)
     agent = build(mdp)
     drive(agent, score, 36)
     agent.tell(measure(agent.ask(6), score, 36))  # updates are pending when it is saved
@@ -173,7 +156,7 @@ def test_a_restored_agent_continues_bit_for_bit(build, tmp_path):
 
 
 def test_a_checkpoint_is_one_of_rllib(build, tmp_path):
-    mdp, score = make_problem(2)
+    mdp, score = toy_problem(2)
     agent = build(mdp)
     drive(agent, score, 24)
     path = agent.save_to_path(tmp_path)
@@ -185,7 +168,7 @@ def test_a_checkpoint_is_one_of_rllib(build, tmp_path):
 
 
 def test_training_steps_tick_first_and_report(build):
-    mdp, score = make_problem(0)
+    mdp, score = toy_problem(0)
     ticks = []
 
     def tick(strategy):
@@ -202,7 +185,7 @@ def test_training_steps_tick_first_and_report(build):
 
 
 def test_learning_thins_out_when_many_results_come_at_once(build):
-    mdp, score = make_problem(0)
+    mdp, score = toy_problem(0)
 
     def tick(strategy):
         strategy.tell(measure(strategy.ask(40), score))
@@ -214,7 +197,7 @@ def test_learning_thins_out_when_many_results_come_at_once(build):
 
 
 def test_the_first_episodes_leave_the_policy_at_the_prior(build):
-    mdp, score = make_problem(0)
+    mdp, score = toy_problem(0)
     agent = build(mdp)
     drive(agent, score, 24)
     np.testing.assert_array_equal(agent.policy(UNSEEN), mdp.prior(UNSEEN))
@@ -223,7 +206,7 @@ def test_the_first_episodes_leave_the_policy_at_the_prior(build):
 
 
 def test_good_allocations_are_interpolated_between_rates(build):
-    mdp, score = make_problem(0)
+    mdp, score = toy_problem(0)
     agent = build(mdp)
     drive(agent, score, 30)
     known = agent._behaviour.between(RATES)
@@ -237,7 +220,7 @@ def test_good_allocations_are_interpolated_between_rates(build):
 
 
 def test_failures_teach_but_are_no_elites(build):
-    mdp, score = make_problem(0)
+    mdp, score = toy_problem(0)
     agent = build(mdp)
     agent.tell(measure(agent.ask(6), score))
     before = dict(agent._behaviour.elites)
@@ -250,8 +233,15 @@ def test_failures_teach_but_are_no_elites(build):
     assert np.abs(agent._replay.returns()[:6]).max() < 3
 
 
+def test_failures_alone_leave_the_policy_at_the_prior(build):
+    mdp, score = toy_problem(0)
+    agent = build(mdp, AgentSettings(hidden=(8,), updates_per_episode=0))
+    agent.tell(measure(agent.ask(40), score, status="failed"))
+    np.testing.assert_array_equal(agent.policy(UNSEEN), mdp.prior(UNSEEN))
+
+
 def test_samples_start_with_the_policy_and_go_on_around_a_beam(build):
-    mdp, _ = make_problem(0)
+    mdp, _ = toy_problem(0)
     agent = build(mdp)
     samples = agent.policy_samples(0.42, 20, np.random.default_rng(0))
     assert len(set(samples)) == len(samples) == 20
@@ -268,7 +258,7 @@ def test_samples_start_with_the_policy_and_go_on_around_a_beam(build):
 
 
 def test_the_actor_moves_every_few_critic_steps(build):
-    mdp, score = make_problem(0)
+    mdp, score = toy_problem(0)
     agent = build(mdp, AgentSettings(hidden=(32,)))
     agent.tell(measure(agent.ask(30), score))
 

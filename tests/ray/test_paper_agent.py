@@ -5,24 +5,15 @@ import torch
 from cacp_ray.agent.amc import AMC
 from cacp_ray.agent.ddpg.algorithm import DDPG, DDPGConfig
 from cacp_ray.errors import ConfigError
-from cacp_ray.evaluation.measurement import Candidate, Measurement
-from cacp_ray.searching.budget import Budget, minimum_counts
-from cacp_ray.searching.mdp import AllocationMDP
 from cacp_ray.searching.settings import PaperSettings
-from tests.toy import toy_cost_model, toy_score
+from tests.toy import measure_by_formula as measure
+from tests.toy import toy_problem
 
 pytestmark = pytest.mark.ray
 
 RATES = (0.3, 0.5, 0.7)
 SMALL = {"hidden": (48, 48)}
 FORMS = [{}, {"prior": True}, {"twin": True}, {"targets": "monte_carlo"}]
-
-
-def make_problem(seed, num_groups=8):
-    cost_model = toy_cost_model(num_groups, seed)
-    channels = cost_model.num_channels
-    budget = Budget(cost_model.macs, channels, minimum_counts(channels, 0.1, 1))
-    return AllocationMDP(cost_model, budget, np.ones(num_groups), 0.8), toy_score(cost_model, seed)
 
 
 @pytest.fixture
@@ -40,16 +31,6 @@ def build():
         agent.stop()
 
 
-def measure(proposals, score, first=0, status="ok"):
-    return [
-        (
-            Candidate(first + i, proposal.rate, proposal.keep_counts),
-            Measurement(first + i, score(proposal.keep_counts), 0.0, 0.0, 1000, 0.0, status=status),
-        )
-        for i, proposal in enumerate(proposals)
-    ]
-
-
 def drive(agent, score, episodes, batch=6) -> np.ndarray:
     """Asks, tells, learns; (episodes, 2) rates and scores in the order asked."""
     found = []
@@ -62,7 +43,7 @@ def drive(agent, score, episodes, batch=6) -> np.ndarray:
 
 
 def test_gradient_steps_start_after_the_warm_up(build):
-    mdp, score = make_problem(0)
+    mdp, score = toy_problem(0)
     agent = build(mdp, evaluations=80)
     before = {name: value.clone() for name, value in agent.get_module().state_dict().items()}
     results = measure(agent.ask(40), score)
@@ -77,7 +58,7 @@ def test_gradient_steps_start_after_the_warm_up(build):
 
 
 def test_rates_are_drawn_evenly_and_noise_fades_for_all_at_once(build):
-    mdp, _ = make_problem(0)
+    mdp, _ = toy_problem(0)
     agent = build(mdp, evaluations=800)
     rates = [proposal.rate for proposal in agent.ask(300)]
     assert set(rates) == set(RATES)
@@ -88,7 +69,7 @@ def test_rates_are_drawn_evenly_and_noise_fades_for_all_at_once(build):
 
 
 def test_every_proposal_is_within_budget_and_some_leave_money_unspent(build):
-    mdp, score = make_problem(1)
+    mdp, score = toy_problem(1)
     agent = build(mdp)
     proposals = agent.ask(30)
     agent.tell(measure(proposals, score))
@@ -123,7 +104,7 @@ def q(weights, states, actions, critic="critics.0"):
 
 
 def test_one_update_is_the_bootstrapped_target_adam_and_a_polyak_step(build, monkeypatch):
-    mdp, score = make_problem(0)
+    mdp, score = toy_problem(0)
     agent = build(mdp, batch_size=16, tau=0.25, warmup_share=0.0)
     agent.tell(measure(agent.ask(12), score))
     agent.learn(5)  # so that targets and networks differ
@@ -169,7 +150,7 @@ def test_one_update_is_the_bootstrapped_target_adam_and_a_polyak_step(build, mon
 
 
 def test_twin_critics_bootstrap_from_the_smaller_and_delay_actor_and_targets(build):
-    mdp, score = make_problem(0)
+    mdp, score = toy_problem(0)
     agent = build(mdp, twin=True, warmup_share=0.0)
     agent.tell(measure(agent.ask(6), score))
     module = agent.get_module()
@@ -195,7 +176,7 @@ def test_twin_critics_bootstrap_from_the_smaller_and_delay_actor_and_targets(bui
 
 
 def test_a_prior_makes_the_untrained_policy_the_prior_and_spends_the_budget(build):
-    mdp, score = make_problem(0)
+    mdp, score = toy_problem(0)
     agent = build(mdp, prior=True)
     rates = np.linspace(0.2, 0.9, 8)
     np.testing.assert_array_equal(agent.policy(rates), mdp.prior(rates))
@@ -213,7 +194,7 @@ def test_a_prior_makes_the_untrained_policy_the_prior_and_spends_the_budget(buil
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_restored_agent_continues_bit_for_bit(build, tmp_path, form):
-    mdp, score = make_problem(2)
+    mdp, score = toy_problem(2)
     agent = build(mdp, **form)
     drive(agent, score, 36)
     agent.tell(measure(agent.ask(6), score, 36))  # updates are pending when it is saved
@@ -233,7 +214,7 @@ def test_a_restored_agent_continues_bit_for_bit(build, tmp_path, form):
 
 
 def test_failures_are_stored_as_no_reward_and_repeats_once(build):
-    mdp, score = make_problem(0)
+    mdp, score = toy_problem(0)
     agent = build(mdp)
     failed = measure(agent.ask(6), score, status="failed")
     agent.tell(failed)
@@ -243,7 +224,7 @@ def test_failures_are_stored_as_no_reward_and_repeats_once(build):
 
 
 def test_a_policy_without_noise_still_proposes_something_new(build):
-    mdp, _ = make_problem(0)
+    mdp, _ = toy_problem(0)
     agent = build(mdp, noise=0.0, warmup_share=0.0, rates=(0.5,))
     asked = [proposal.keep_counts for proposal in agent.ask(8) + agent.ask(8)]
     assert asked[0] == tuple(agent.policy([0.5])[0])
@@ -251,7 +232,7 @@ def test_a_policy_without_noise_still_proposes_something_new(build):
 
 
 def test_samples_start_with_the_policy_and_go_on_around_a_beam(build):
-    mdp, _ = make_problem(0)
+    mdp, _ = toy_problem(0)
     agent = build(mdp)
     samples = agent.policy_samples(0.42, 20, np.random.default_rng(0))
     assert len(set(samples)) == len(samples) == 20
@@ -264,7 +245,7 @@ def test_samples_start_with_the_policy_and_go_on_around_a_beam(build):
 
 
 def test_asking_the_policy_leaves_the_search_as_it_was(build):
-    mdp, _ = make_problem(0)
+    mdp, _ = toy_problem(0)
     agent, twin = build(mdp), build(mdp)
     agent.policy(RATES)
     assert agent.ask(4) == twin.ask(4)
@@ -274,7 +255,7 @@ def test_asking_the_policy_leaves_the_search_as_it_was(build):
 def test_learning_beats_the_warm_up(build, form, problems):
     rises = []
     for seed in range(problems):
-        mdp, score = make_problem(seed)
+        mdp, score = toy_problem(seed)
         found = drive(build(mdp, evaluations=300, **form), score, 300)[:, 1]
         rises.append(found[200:].mean() - found[:112].mean())
     # Of twelve runs of the paper's form none rose less than 0.008, on average 0.095.
@@ -283,7 +264,7 @@ def test_learning_beats_the_warm_up(build, form, problems):
 
 @pytest.fixture
 def amc():
-    mdp, score = make_problem(0)
+    mdp, score = toy_problem(0)
     amc = AMC(PaperSettings(**SMALL), mdp, RATES, 0, 80)
     yield amc, mdp, score
     amc.stop()

@@ -129,8 +129,8 @@ class CACP(PruningAgent):
     def _policy(self, rates: ArrayLike) -> Ints:
         """The actor's answers, or the mean of good allocations where the critics value it more.
 
-        The actor imitates good allocations, and lags behind them. Their mean is interpolated
-        between rates; the best one itself is not among the answers.
+        The actor imitates good allocations, and lags behind them; their mean is interpolated
+        between rates.
         """
         rates = np.asarray(rates, dtype=np.float64)
         answers = [self._act(rates)]

@@ -108,9 +108,12 @@ class Behaviour:
     def between(self, rates: ArrayLike) -> Float32s:
         """(N, P) mean offsets of the best elites of the nearest rates, interpolated in between.
 
-        Below the smallest rate that has elites, and above the largest, those of that rate.
+        Below the smallest rate that has elites, and above the largest, those of that rate. Zero,
+        the prior, while no measurement has succeeded.
         """
         known = sorted(rate for rate, elites in self.elites.items() if elites)
+        if not known:
+            return np.zeros((np.size(rates), self._space.num_offsets), np.float32)
         means = np.array(
             [np.mean([e.offsets for e in self.elites[r][:NUM_AVERAGED]], axis=0) for r in known]
         )

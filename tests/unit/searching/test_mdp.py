@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,6 +29,12 @@ mdps = st.builds(
 rate_lists = st.lists(st.floats(0.15, 1.0), min_size=1, max_size=4)
 
 
+def rollout(mdp, rates, act):
+    keep_counts = mdp.play(rates, act)
+    states, actions = mdp.replay(rates, keep_counts)
+    return SimpleNamespace(keep_counts=keep_counts, states=states, actions=actions)
+
+
 def play(actions):
     return lambda states, step: actions[:, step]
 
@@ -35,25 +43,25 @@ def play(actions):
 @given(mdps, rate_lists, st.integers(0, 1000))
 def test_rollouts_spend_the_budget_and_replay_to_themselves(mdp, rates, seed):
     actions = np.random.default_rng(seed).uniform(-1, 1, (len(rates), NUM_GROUPS))
-    rollout = mdp.rollout(rates, play(actions))
-    assert (mdp.budget.cost(rollout.keep_counts) <= mdp.budget.limit(rates)).all()
-    assert (np.abs(rollout.actions) <= 1).all()
-    assert (rollout.states >= -1e-6).all()
-    assert (rollout.states <= 1 + 1e-6).all()
+    played = rollout(mdp, rates, play(actions))
+    assert (mdp.budget.cost(played.keep_counts) <= mdp.budget.limit(rates)).all()
+    assert (np.abs(played.actions) <= 1).all()
+    assert (played.states >= -1e-6).all()
+    assert (played.states <= 1 + 1e-6).all()
 
-    again = mdp.rollout(rates, play(rollout.actions))
-    is_inside = (np.abs(rollout.actions) < 1).all(axis=1)
-    np.testing.assert_array_equal(again.keep_counts[is_inside], rollout.keep_counts[is_inside])
-    np.testing.assert_array_equal(again.actions[is_inside], rollout.actions[is_inside])
-    np.testing.assert_array_equal(again.states[is_inside], rollout.states[is_inside])
+    again = rollout(mdp, rates, play(played.actions))
+    is_inside = (np.abs(played.actions) < 1).all(axis=1)
+    np.testing.assert_array_equal(again.keep_counts[is_inside], played.keep_counts[is_inside])
+    np.testing.assert_array_equal(again.actions[is_inside], played.actions[is_inside])
+    np.testing.assert_array_equal(again.states[is_inside], played.states[is_inside])
 
 
 @settings(max_examples=30, deadline=None)
 @given(mdps, rate_lists)
 def test_zero_actions_are_the_prior_at_every_rate(mdp, rates):
-    rollout = mdp.rollout(rates, lambda states, step: np.zeros(len(states)))
-    np.testing.assert_array_equal(rollout.keep_counts, mdp.prior(rates))
-    np.testing.assert_array_equal(rollout.actions, 0)
+    played = rollout(mdp, rates, lambda states, step: np.zeros(len(states)))
+    np.testing.assert_array_equal(played.keep_counts, mdp.prior(rates))
+    np.testing.assert_array_equal(played.actions, 0)
 
 
 def test_the_prior_is_uniform():
@@ -66,9 +74,9 @@ def test_candidates_of_a_batch_do_not_touch_each_other():
     mdp = make_mdp()
     actions = np.random.default_rng(0).uniform(-1, 1, (5, NUM_GROUPS))
     rates = np.linspace(0.2, 0.9, 5)
-    together = mdp.rollout(rates, play(actions)).keep_counts
+    together = rollout(mdp, rates, play(actions)).keep_counts
     for i in range(5):
-        alone = mdp.rollout(rates[i : i + 1], play(actions[i : i + 1])).keep_counts[0]
+        alone = rollout(mdp, rates[i : i + 1], play(actions[i : i + 1])).keep_counts[0]
         np.testing.assert_array_equal(alone, together[i])
 
 
@@ -76,7 +84,7 @@ def test_a_bold_first_step_is_paid_for_by_all_later_groups():
     mdp = make_mdp()
     actions = np.zeros((1, NUM_GROUPS))
     actions[0, 0] = 1
-    bold = mdp.rollout([0.5], play(actions)).keep_counts[0] / mdp.budget.num_channels
+    bold = rollout(mdp, [0.5], play(actions)).keep_counts[0] / mdp.budget.num_channels
     prior = mdp.prior([0.5])[0] / mdp.budget.num_channels
     assert bold[0] > prior[0]
     lost = 1 - bold[1:] / prior[1:]
@@ -86,8 +94,8 @@ def test_a_bold_first_step_is_paid_for_by_all_later_groups():
 
 def test_states_tell_rates_and_what_was_spent_apart():
     mdp = make_mdp()
-    low = mdp.rollout([0.3], lambda states, step: np.zeros(1)).states[0]
-    high = mdp.rollout([0.7], lambda states, step: np.zeros(1)).states[0]
+    low = rollout(mdp, [0.3], lambda states, step: np.zeros(1)).states[0]
+    high = rollout(mdp, [0.7], lambda states, step: np.zeros(1)).states[0]
     assert low.shape == (NUM_GROUPS, mdp.state_size)
     np.testing.assert_allclose(low[:, 8], 0.3)
     assert (np.diff(low[:, 9]) > 0).all()  # Reduced grows with every cut
