@@ -31,8 +31,8 @@ from report import parse_rows
 
 from cacp_ray.config import RunConfig, load_config
 from cacp_ray.data.images import ImageSet
-from cacp_ray.evaluation.measurement import Candidate, LocalEvaluator
-from cacp_ray.evaluation.scorer import Cutter, Prepared, make_scorer
+from cacp_ray.evaluation.measurement import Candidate, LocalEvaluator, Subnet
+from cacp_ray.evaluation.scorer import Cutters, Prepared, make_scorer
 from cacp_ray.files import describe_environment, write_json
 from cacp_ray.loading import Base, load_base, prepare_base, read_split
 from cacp_ray.searching.loop import SearchLoop
@@ -42,8 +42,8 @@ from cacp_ray.training.metrics import fast_dtype, predict
 
 UNSEEN = (0.4, 0.6)
 ROUND_SIZE = 6
-# What differs from the defaults. The schedules of AMC and of the paper's agent depend on the number
-# of evaluations, so that each number is a search of its own; all others go on from the smaller one.
+# What differs from the defaults. Where the schedule depends on the number of evaluations, each
+# number is a search of its own; all others go on from the smaller one.
 METHODS: dict[str, dict[str, Any]] = {
     "cacp": {},
     # No gradient step, so no screening either: elites and noise around the prior remain.
@@ -58,12 +58,23 @@ METHODS: dict[str, dict[str, Any]] = {
     "hill_climb": {"strategy": "hill_climb"},
     "cem": {"strategy": "cem"},
     "noise": {"strategy": "noise"},
+    "evolution": {"strategy": "evolution"},
+    "optuna": {"strategy": "optuna"},
+    "pcp": {"strategy": "pcp"},
+    "greedy": {"strategy": "greedy"},
+    "cap": {"strategy": "cap"},
+    "sensitivity": {"strategy": "sensitivity"},
+    "global": {"strategy": "global"},
+    "cpmc": {"strategy": "cpmc"},
+    "adapruner": {"strategy": "adapruner"},
     "random": {"strategy": "random"},
     "uniform": {"strategy": "uniform"},
     "cacp, own search": {"rates": UNSEEN},
 }
 OWN = "cacp, own search"  # at the rates that all others leave out, as many evaluations a rate
-SCHEDULED = ("cacp-paper", "amc", "amc, prior", "sequential, prior")
+SCHEDULED = ("cacp-paper", "amc", "amc, prior", "sequential, prior", "pcp", "greedy", "sensitivity")
+Winner = tuple[float, Subnet]  # top1
+NONE: Winner = (-1.0, ((), ""))
 
 
 @dataclass(frozen=True)
@@ -197,51 +208,58 @@ def run(job: Job, options: argparse.Namespace) -> None:
         if reserve:
             rates = sorted({*RATES, *UNSEEN})
             for rate, row in zip(rates, agent.policy(rates).tolist(), strict=True):
-                answers[rate] = (top1(rate, tuple(row)), tuple(row))
+                answers[rate] = (top1(rate, tuple(row)), (tuple(row), ""))
         found = find_winners(directory, answers, number, config.rates)
         report(
-            files[waiting.pop(0)], found, answers, base, prepared, read_split(config.data, "test")
+            files[waiting.pop(0)],
+            found,
+            answers,
+            base,
+            prepared,
+            read_split(config.data, "test"),
+            loop.progress.evaluations + reserve,
         )
     loop.checkpoint(strategy)
 
 
 def find_winners(
     directory: RunDirectory,
-    answers: dict[float, tuple[float, tuple[int, ...]]],
+    answers: dict[float, Winner],
     number: int,
     rates: Sequence[float],
-) -> dict[float, tuple[float, tuple[int, ...]]]:
+) -> dict[float, Winner]:
     """The best of the first `number` distinct candidates and of the policy, for each rate."""
-    best: dict[float, tuple[float, tuple[int, ...]]] = {}
-    known: set[tuple[int, ...]] = set()
+    best: dict[float, Winner] = {}
+    known: set[Subnet] = set()
     for record in directory.read_records():
-        known.add(record.keep_counts)
+        known.add(record.subnet)
         if len(known) > number:
             break
         # A cheaper candidate serves a larger rate too.
         for rate in rates:
             if record.cost_kept <= rate + 1e-9 and record.status == "ok":
-                best[rate] = max(best.get(rate, (-1.0, ())), (record.top1, record.keep_counts))
-    return {rate: max(best[rate], answers.get(rate, (-1.0, ()))) for rate in rates}
+                best[rate] = max(best.get(rate, NONE), (record.top1, record.subnet))
+    return {rate: max(best[rate], answers.get(rate, NONE)) for rate in rates}
 
 
 def report(
     file: Path,
-    found: dict[float, tuple[float, tuple[int, ...]]],
-    answers: dict[float, tuple[float, tuple[int, ...]]],
+    found: dict[float, Winner],
+    answers: dict[float, Winner],
     base: Base,
     prepared: Prepared,
     test: ImageSet,
+    evaluations: int,
 ) -> None:
     """Writes accuracies, and image by image which the winners get right."""
-    cutter = Cutter(prepared, "compensate")
+    cutters = Cutters(prepared, "compensate")
     hits: dict[str, list[np.ndarray]] = {"search": [], "test": []}
     rows = []
-    for rate, (top1, counts) in found.items():
-        row: dict[str, Any] = {"rate": rate, "keep_counts": counts, "top1": top1}
+    for rate, (top1, (counts, order)) in found.items():
+        row: dict[str, Any] = {"rate": rate, "keep_counts": counts, "order": order, "top1": top1}
         for name, split in (("search", base.search), ("test", test)):
             images, labels = split.tensors()
-            logits = predict(cutter.load(counts), images, 250, fast_dtype())
+            logits = predict(cutters[order].load(counts), images, 250, fast_dtype())
             is_right = (logits.argmax(1) == labels).numpy()
             hits[name].append(is_right)
             row[f"{name}_top1"] = float(is_right.mean())
@@ -251,7 +269,8 @@ def report(
         file.with_suffix(".npz"), **{name: np.packbits(each, axis=1) for name, each in hits.items()}
     )
     images = {"search": len(base.search), "test": len(test)}
-    file.write_text(json.dumps({"winners": rows, "policy": policy, "images": images}))
+    spent = {"evaluations": evaluations, "images": images}
+    file.write_text(json.dumps({"winners": rows, "policy": policy, **spent}))
 
 
 if __name__ == "__main__":

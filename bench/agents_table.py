@@ -27,7 +27,8 @@ def main() -> None:
     found = {name: runs for name, runs in found.items() if runs}
     print_winners(found, options)
     print_policies(found, own)
-    print_differences(found, options.reference)
+    if options.reference in found:
+        print_differences(found, options.reference)
     print(
         f"\nCommit {environment['commit']}, {environment['processor']} with "
         f"{environment['cpus']} CPUs, one thread a search."

@@ -28,6 +28,7 @@ Address = Annotated[
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 state = {"quiet": False}
 INTERRUPTED = 130  # exit code
+logger = logging.getLogger("cacp_ray.cli")  # also where the module is run as __main__
 
 
 class _PrintHandler(logging.Handler):
@@ -138,7 +139,12 @@ def search(
     config: Annotated[Path, typer.Argument(help="YAML file, such as tune_configs/quickstart.yaml")],
     run_dir: RunDir = None,
     strategy: Annotated[
-        str | None, typer.Option(help="cacp, cacp-paper, amc, hill_climb, cem, random ...")
+        str | None,
+        typer.Option(
+            metavar="NAME[,NAME...]",
+            help="cacp, cacp-paper, amc, hill_climb, cem, random ...; several: a run directory "
+            "each in --run-dir, and their comparison.",
+        ),
     ] = None,
     overrides: Overrides = None,
     address: Address = None,
@@ -150,6 +156,10 @@ def search(
     """Search a smaller network for every rate at once."""
     from cacp_ray.config import RunConfig, load_config
 
+    if strategy and "," in strategy:
+        settings, names = load_config(RunConfig, config, overrides or []), strategy.split(",")
+        _search_each(settings, names, run_dir, resume=resume, address=address, dry_run=dry_run)
+        return
     changes = [*(overrides or []), *([f"strategy={strategy}"] if strategy else [])]
     settings = load_config(RunConfig, config, changes)
     folder = run_dir or Path("runs") / settings.name
@@ -230,6 +240,22 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Run directories, or folders of them.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="For comparison.png, .svg and .json; an earlier one is replaced.")
+    ] = Path("comparison"),
+) -> None:
+    """Put runs on the same network and data side by side: accuracy, evaluations, time."""
+    from cacp_ray.api import check_out
+
+    check_out(out)
+    _compare(runs, out)
+
+
+@app.command()
 def export(
     subnet: Annotated[
         Path, typer.Argument(metavar="SUBNET", help="Such as runs/NAME/subnets/rate-0.50.")
@@ -274,6 +300,43 @@ def _search(settings: Any, folder: Path, **options: Any) -> None:
 
     with SearchDisplay(quiet=state["quiet"]) as display:
         api.search(settings, folder, on_progress=display.update, **options)
+
+
+def _search_each(
+    settings: Any,
+    names: list[str],
+    run_dir: Path | None,
+    *,
+    resume: bool,
+    address: str | None,
+    dry_run: bool,
+) -> None:
+    from cacp_ray import api
+    from cacp_ray.reporting.progress import SearchDisplay
+
+    folder = run_dir or Path("runs") / settings.name
+    series = api.plan_series(settings, names, folder, resume=resume)
+    about = api.check_series(series)
+    if dry_run:
+        typer.echo(f"{about}: {', '.join(map(str, series.configs))}")
+        return
+    for number, (path, config) in enumerate(series.configs.items(), start=1):
+        logger.info("strategy %s, %d of %d: %s", config.strategy, number, len(names), path)
+        with SearchDisplay(quiet=state["quiet"]) as display:
+            run = series.search(path, address=address, on_progress=display.update)
+        logger.info("report: %s", run.report())
+    _compare(list(series.configs), folder / "comparison")
+
+
+def _compare(runs: list[Path], out: Path) -> None:
+    from cacp_ray.api import compare, write_comparison
+    from cacp_ray.reporting.comparison import comparison_table
+    from cacp_ray.reporting.tables import make_console
+
+    comparison = compare(runs)
+    console = make_console()
+    console.print(comparison_table(comparison, console.width))
+    typer.echo(f"written: {', '.join(map(str, write_comparison(comparison, out)))}")
 
 
 def _finetune(folder: Path, **options: Any) -> None:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from cacp_ray.data import cifar10
 from cacp_ray.errors import ConfigError, nearest_names
 from cacp_ray.searching.settings import AgentSettings, Mode, PaperSettings
+from cacp_ray.searching.strategies import AGENTS, STRATEGIES
 from cacp_ray.training.recipe import Recipe
 
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -122,9 +123,10 @@ class RunConfig(Section):
         default=(0.3, 0.5, 0.7), min_length=1, description="share of cost KEPT"
     )
     cost: Literal["macs", "params"] = "macs"
-    strategy: Literal[
-        "cacp", "cacp-paper", "amc", "hill_climb", "cem", "noise", "random", "uniform"
-    ] = "cacp"
+    strategy: str = Field(
+        default="cacp",
+        description="one of docs/strategies.md, or package.module:function, which makes one",
+    )
     evaluations: int = Field(default=240, ge=1, description="distinct candidates, over all rates")
     mode: Mode = Field(default="async", description="rounds repeats bit for bit; async never waits")
     round_size: int = Field(default=6, ge=1, description="candidates asked together")
@@ -146,6 +148,13 @@ class RunConfig(Section):
         if any(rate != round(rate, 2) for rate in rates):
             raise ValueError("rates have at most two decimals, as subnets/rate-0.50 has")
         return tuple(sorted(rates))
+
+    @field_validator("strategy")
+    @classmethod
+    def _known_strategy(cls, name: str) -> str:
+        if ":" not in name and name not in (*AGENTS, *STRATEGIES):
+            raise ValueError(nearest_names(name, (*AGENTS, *STRATEGIES)))
+        return name
 
     @model_validator(mode="after")
     def _enough_evaluations(self) -> "RunConfig":

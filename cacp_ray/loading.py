@@ -1,8 +1,10 @@
 """From a configuration to objects: the base network, its data, the slicing plan, the budget."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -18,6 +20,7 @@ from cacp_ray.pruning.plan import Plan, make_plan
 from cacp_ray.pruning.statistics import Statistics, collect_statistics
 from cacp_ray.pruning.statistics_file import load_statistics, save_statistics, statistics_key
 from cacp_ray.searching.budget import Budget, minimum_counts
+from cacp_ray.searching.strategies import OTHER_ORDERS
 
 STATISTICS_FILE = "statistics.safetensors"
 
@@ -162,27 +165,37 @@ def find_statistics(base: Base, config: RunConfig, run_dir: Path | None) -> Stat
 def prepare_base(
     base: Base,
     config: RunConfig,
-    orders: list[list[int]] | None = None,
+    orders: Mapping[str, list[list[int]]] | None = None,
     statistics: Statistics | None = None,
 ) -> Prepared:
-    """Importance order and compensation factors.
+    """Importance orders, the run's and those its strategy compares, and compensation factors.
 
     Args:
         base: Of the run.
         config: Of the run.
-        orders: Those of the run, to repeat them.
+        orders: Those of the run, to repeat them; see `read_orders`.
         statistics: Of `find_statistics`; collected when None.
     """
-    return prepare(
-        base.model,
-        base.plan,
-        base.calibration,
-        statistics if statistics is not None else find_statistics(base, config, None),
-        criterion=config.pruning.criterion,
-        recovery=config.pruning.recovery,
-        seed=config.seed,
-        orders=None if orders is None else [np.array(order) for order in orders],
-    )
+    collected = statistics if statistics is not None else find_statistics(base, config, None)
+    found = {
+        name: prepare(
+            base.model,
+            base.plan,
+            base.calibration,
+            collected,
+            criterion=name or config.pruning.criterion,
+            recovery=config.pruning.recovery,
+            seed=config.seed,
+            orders=None if orders is None else [np.array(order) for order in orders[name]],
+        )
+        for name in ("", *OTHER_ORDERS.get(config.strategy, ()))
+    }
+    return dataclasses.replace(found.pop(""), others=found)
+
+
+def read_orders(model: dict[str, Any]) -> dict[str, list[list[int]]]:
+    """Importance orders in the content of model.json, by criterion; the run's own under ""."""
+    return {"": [group["order"] for group in model["groups"]], **model.get("orders", {})}
 
 
 def make_budget(plan: Plan, cost: str, pruning: PruningConfig) -> Budget:

@@ -27,13 +27,14 @@ from cacp_ray.loading import (
     load_base,
     load_model,
     prepare_base,
+    read_orders,
     read_split,
 )
 from cacp_ray.pruning.subnet import load_subnet, read_description
 from cacp_ray.reporting.html import write_report
 from cacp_ray.run import Clock
 from cacp_ray.searching.run_directory import EpisodeRecord, RunDirectory
-from cacp_ray.strategies import AGENTS, make_run_strategy
+from cacp_ray.strategies import CONDITIONAL, make_run_strategy
 from cacp_ray.training.metrics import Accuracy, measure
 from cacp_ray.winners import as_record, build_winners, measure_candidates
 
@@ -161,7 +162,7 @@ def answer_rates(
     """
     run = RunDirectory(run_dir)
     checkpoint = run.find_checkpoint()
-    if config.strategy not in AGENTS or checkpoint is None:
+    if config.strategy not in CONDITIONAL or checkpoint is None:
         raise ArtifactError(f"{run_dir} has no trained policy: search with strategy cacp first")
     for rate in rates:
         folder = run_dir / "subnets" / f"rate-{rate:.2f}"
@@ -171,7 +172,7 @@ def answer_rates(
     check_weights(base, run_dir)
     for rate in rates:
         base.budget.check(rate)
-    orders = [group["order"] for group in read_json(run_dir / "model.json")["groups"]]
+    orders = read_orders(read_json(run_dir / "model.json"))
     prepared = prepare_base(base, config, orders, find_statistics(base, config, run_dir))
     strategy, agent = make_run_strategy(config, base)
     strategy.restore(checkpoint[0] / "strategy")
@@ -250,7 +251,7 @@ def rescore_candidate(
     record = records[index]
     base = load_base(config)
     check_weights(base, run_dir)
-    orders = [group["order"] for group in read_json(run_dir / "model.json")["groups"]]
+    orders = read_orders(read_json(run_dir / "model.json"))
     score = make_scorer(
         prepare_base(base, config, orders, find_statistics(base, config, run_dir)),
         base.search,
@@ -259,7 +260,7 @@ def rescore_candidate(
         dtype=config.evaluation.dtype,
         images=config.evaluation.images,
     )
-    found = score(Candidate(index, record.rate, record.keep_counts))
+    found = score(Candidate(index, record.rate, record.keep_counts, order=record.order))
     if found.status != "ok":
         raise EvaluationError(f"candidate {index}: {found.error}")
     return record, Accuracy(found.top1, found.top5, found.loss, found.images)

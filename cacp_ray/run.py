@@ -1,7 +1,7 @@
 """A search, from a configuration to a filled run directory."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from typing import Any
 
 from cacp_ray.config import RunConfig, resolved
 from cacp_ray.diagnostics import NUM_IMAGES, LearningLog, measure_answers, unseen_rates
-from cacp_ray.evaluation.measurement import Evaluator
+from cacp_ray.evaluation.measurement import Evaluator, Measurement, Subnet
 from cacp_ray.evaluation.scorer import Prepared, make_scorer
 from cacp_ray.files import describe_environment, read_json, write_json
 from cacp_ray.loading import (
@@ -22,12 +22,13 @@ from cacp_ray.loading import (
     key_of_statistics,
     load_base,
     prepare_base,
+    read_orders,
 )
 from cacp_ray.pruning.statistics import Statistics
 from cacp_ray.pruning.statistics_file import save_statistics
 from cacp_ray.searching.loop import SearchLoop, SearchProgress
 from cacp_ray.searching.run_directory import RunDirectory
-from cacp_ray.strategies import make_run_strategy, num_searched
+from cacp_ray.strategies import check_strategy, make_run_strategy, num_searched
 from cacp_ray.training.metrics import measure
 from cacp_ray.winners import (
     add_latencies,
@@ -61,6 +62,7 @@ def run_search(
     address: str | None,
     on_progress: Callable[[SearchProgress], object] | None,
     say: Callable[[str], object],
+    known: Mapping[Subnet, Measurement] | None = None,
 ) -> dict[str, Any]:
     """Searches all rates at once and fills `run_dir`, up to result.json.
 
@@ -70,6 +72,7 @@ def run_search(
         address: Of a Ray cluster; None starts a local Ray unless RAY_ADDRESS is set.
         on_progress: Called while the search goes on.
         say: Takes a line about each phase.
+        known: Measurements of other runs, alike in all that a measurement depends on.
 
     Raises:
         CacpError: Bad input, before anything is written, or a failed run.
@@ -80,13 +83,14 @@ def run_search(
     clock = Clock()
     with clock.phase("prepare"):
         base = load_base(config)
+        check_strategy(config, base)
     run = RunDirectory(run_dir)
     saved = read_json(run_dir / "model.json") if (run_dir / "model.json").exists() else None
     if saved is not None:
         check_weights(base, run_dir)
     say(describe_base(base, config))
     with clock.phase("start"), ThreadPoolExecutor(1) as executor:
-        orders = None if saved is None else [group["order"] for group in saved["groups"]]
+        orders = None if saved is None else read_orders(saved)
         preparing = executor.submit(_prepare, base, config, orders, run_dir)
         connect(address)
         check_cpus(config.cluster.cpus_per_evaluator, address)
@@ -119,7 +123,8 @@ def run_search(
                 saved = describe_model(base, prepared, config)
                 run.write_model(saved)
         with clock.phase("search"):
-            loop, agent, log = _search(config, base, run, evaluator, on_progress)
+            loop, agent, log = _search(config, base, run, evaluator, on_progress, known)
+        clock.seconds["search"] = round(loop.seconds, 2)
         with clock.phase("frontier"):
             answers = measure_policy(agent.policy, base, config, evaluator) if agent else []
             if agent:
@@ -154,7 +159,7 @@ def run_search(
 
 
 def _prepare(
-    base: Base, config: RunConfig, orders: list[list[int]] | None, run_dir: Path
+    base: Base, config: RunConfig, orders: Mapping[str, list[list[int]]] | None, run_dir: Path
 ) -> tuple[Prepared, Statistics]:
     statistics = find_statistics(base, config, run_dir)
     return prepare_base(base, config, orders, statistics), statistics
@@ -166,6 +171,7 @@ def _search(
     run: RunDirectory,
     evaluator: Evaluator,
     on_progress: Callable[[SearchProgress], object] | None,
+    known: Mapping[Subnet, Measurement] | None,
 ) -> tuple[SearchLoop, Any, LearningLog | None]:
     """The finished loop, the agent and its log; None where there is no policy, or no agent."""
     cost_model = base.plan.cost_model
@@ -178,9 +184,10 @@ def _search(
         cost=config.cost,
         mode=config.mode,
         round_size=config.round_size,
+        known=known,
         on_progress=on_progress,
     )
-    strategy, agent = make_run_strategy(config, base, lambda _: loop.tick(strategy))
+    strategy, agent = make_run_strategy(config, base, lambda _: loop.tick(strategy), run.path)
     loop.restore(strategy)
     log = None
     if agent is not None:
@@ -241,6 +248,10 @@ def describe_model(base: Base, prepared: Prepared, config: RunConfig) -> dict[st
             }
             for group, order in zip(base.plan.groups, prepared.orders, strict=True)
         ],
+        "orders": {
+            name: [order.tolist() for order in other.orders]
+            for name, other in prepared.others.items()
+        },
         "base": {
             "model": config.model.name,
             "macs": int(base.plan.macs(counts)),

@@ -2,27 +2,30 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cacp_ray.config import RunConfig
-from cacp_ray.loading import Base
+from cacp_ray.loading import Base, find_statistics
+from cacp_ray.pruning.criteria import needs, score_channels
+from cacp_ray.pruning.statistics import Statistics
 from cacp_ray.searching.mdp import AllocationMDP
-from cacp_ray.searching.strategies import make_strategy
+from cacp_ray.searching.strategies import AGENTS, FROM_A_PRIOR, make_strategy
 from cacp_ray.searching.strategies.prior import PriorFirst
+from cacp_ray.searching.strategies.problem import Problem, Scores
 from cacp_ray.searching.strategy import Strategy
 
 logger = logging.getLogger(__name__)
 
-AGENTS = ("cacp", "cacp-paper")  # one policy for every rate
-FROM_A_PRIOR = ("cacp", "hill_climb", "cem", "noise")
+CONDITIONAL = ("cacp", "cacp-paper")  # one policy for every rate
 
 Tick = Callable[[Strategy], object]
 
 
 def make_run_strategy(
-    config: RunConfig, base: Base, tick: Tick | None = None
+    config: RunConfig, base: Base, tick: Tick | None = None, run_dir: Path | None = None
 ) -> tuple[Strategy, Any]:
     """What proposes candidates in a run, and its conditional agent, if it is led by one.
 
@@ -30,33 +33,59 @@ def make_run_strategy(
         config: Of the run.
         base: Of the run.
         tick: What the agent's `training_step` calls: one turn of the search loop.
+        run_dir: Where statistics of the calibration images may be found.
+
+    Raises:
+        ConfigError: The strategy needs more evaluations.
     """
     cost_model, budget, rates = base.plan.cost_model, base.budget, config.rates
     name, seed, agent = config.strategy, config.seed, None
-    if name in AGENTS:
+    if name in CONDITIONAL:
         agent = _build_agent(config, base)
 
     def make(weights: Any) -> Any:
-        if name in AGENTS or name == "amc":
+        if name in CONDITIONAL or name == "amc":
             mdp = AllocationMDP(cost_model, budget, weights, config.agent.action_scale)
             evaluations = num_searched(config)
             if agent is None:
                 return _build_amc(config, mdp, evaluations)
             agent.attach(mdp, rates, seed, evaluations, tick)
             return agent
-        return make_strategy(
-            name,
-            cost_model=cost_model,
-            budget=budget,
-            rates=rates,
-            seed=seed,
-            prior_weights=weights,
-        )
+        return make_strategy(name, _make_problem(config, base, weights, run_dir))
 
     is_paper = name in ("cacp-paper", "amc")
-    if name in FROM_A_PRIOR or (is_paper and config.paper.prior):
+    if name == "cacp" or name in FROM_A_PRIOR or (is_paper and config.paper.prior):
         return PriorFirst(cost_model, budget, rates, make, name=name), agent
     return make(np.ones(len(budget.num_channels))), agent
+
+
+def check_strategy(config: RunConfig, base: Base) -> None:
+    """Refuses a strategy that cannot be made, before anything is written.
+
+    Raises:
+        ConfigError: It needs more evaluations, or something that is not installed.
+    """
+    if config.strategy not in AGENTS:
+        weights = np.ones(len(base.budget.num_channels))
+        make_strategy(config.strategy, _make_problem(config, base, weights, None))
+
+
+def _make_problem(config: RunConfig, base: Base, weights: Any, run_dir: Path | None) -> Problem:
+    def scores(criterion: str) -> Scores:
+        chosen = criterion or config.pruning.criterion
+        statistics = find_statistics(base, config, run_dir) if needs(chosen) else Statistics()
+        tensors = base.model.state_dict()
+        return score_channels(chosen, base.plan, tensors, statistics, config.seed)
+
+    return Problem(
+        cost_model=base.plan.cost_model,
+        budget=base.budget,
+        rates=config.rates,
+        seed=config.seed,
+        evaluations=config.evaluations,
+        prior=weights,
+        scores=scores,
+    )
 
 
 def _build_agent(config: RunConfig, base: Base) -> Any:
@@ -89,4 +118,4 @@ def _quieten_ray() -> None:
 
 def num_searched(config: RunConfig) -> int:
     """Evaluations of the loop: those of the trained policy's own answers are kept for the end."""
-    return config.evaluations - (len(config.rates) if config.strategy in AGENTS else 0)
+    return config.evaluations - (len(config.rates) if config.strategy in CONDITIONAL else 0)

@@ -14,7 +14,7 @@ from cacp_ray.data.transforms import from_shared
 from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.latency import measure_latency, speedup
 from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement
-from cacp_ray.evaluation.scorer import Cutter, Prepared
+from cacp_ray.evaluation.scorer import Cutters, Prepared
 from cacp_ray.loading import Base
 from cacp_ray.pruning.sequential import recover_sequentially
 from cacp_ray.pruning.subnet import describe_kept, load_subnet, save_subnet
@@ -92,17 +92,20 @@ class Builder:
 
     def __init__(self, config: RunConfig, base: Base, prepared: Prepared) -> None:
         self._config, self._base, self._prepared = config, base, prepared
-        self._cutter = Cutter(prepared, config.pruning.recovery)
+        self._cutters = Cutters(prepared, config.pruning.recovery)
         self._split = base.search.tensors()
 
-    def __call__(self, keep_counts: Sequence[int]) -> tuple[nn.Module, Accuracy, bool]:
+    def __call__(
+        self, keep_counts: Sequence[int], order: str = ""
+    ) -> tuple[nn.Module, Accuracy, bool]:
         """The network, its accuracy on the search split, and whether sequential recovery made it.
 
         Sequential recovery is tried where the run asks for it, and kept where it is better.
         """
-        base, prepared = self._base, self._prepared
-        tensors = self._cutter.cut(keep_counts)
-        accuracy = measure(self._cutter.skeleton.load(tensors), *self._split)
+        base, prepared = self._base, self._prepared.with_order(order)
+        cutter = self._cutters[order]
+        tensors = cutter.cut(keep_counts)
+        accuracy = measure(cutter.skeleton.load(tensors), *self._split)
         is_sequential = False
         pruning = self._config.pruning
         if pruning.sequential and pruning.recovery == "compensate":
@@ -115,7 +118,7 @@ class Builder:
                 base.calibration.tensors()[0],
                 seed=self._config.seed,
             )
-            found = measure(self._cutter.skeleton.load(repaired), *self._split)
+            found = measure(cutter.skeleton.load(repaired), *self._split)
             is_sequential = (found.top1, -found.loss) > (accuracy.top1, -accuracy.loss)
             if is_sequential:
                 tensors, accuracy = repaired, found
@@ -163,7 +166,7 @@ def build_winners(
     """
     own: dict[float, EpisodeRecord] = {answer["rate"]: answer["record"] for answer in answers}
     build = Builder(config, base, prepared)
-    bare = Cutter(prepared, "none")
+    bare = Cutters(prepared, "none")
     split = base.search.tensors()
     rows = []
     for rate, best in searched.items():
@@ -171,7 +174,8 @@ def build_winners(
         if not records:
             raise EvaluationError(f"no candidate of rate {rate:.2f} was measured: see the journal")
         built = {
-            record.keep_counts: Built(record, *build(record.keep_counts)) for record in records
+            record.subnet: Built(record, *build(record.keep_counts, record.order))
+            for record in records
         }
         won = max(built.values(), key=lambda each: (each.accuracy.top1, -each.accuracy.loss))
         winner, net, accuracy, is_sequential = won.record, won.net, won.accuracy, won.is_sequential
@@ -184,7 +188,7 @@ def build_winners(
             "params": winner.params,
             "keep_counts": list(counts),
             "path": str(folder),
-            "top1_none": measure(bare.load(counts), *split).top1,
+            "top1_none": measure(bare[winner.order].load(counts), *split).top1,
             "top1": accuracy.top1,
             "sequential": is_sequential,
             "finetuned_top1": None,
@@ -204,11 +208,11 @@ def build_winners(
             "cost_kept": winner.cost_kept,
             "macs": winner.macs,
             "params": winner.params,
-            "criterion": config.pruning.criterion,
+            "criterion": winner.order or config.pruning.criterion,
             "recovery": config.pruning.recovery,
             "sequential": is_sequential,
             "keep_counts": list(counts),
-            "groups": describe_kept(base.plan, prepared.orders, counts),
+            "groups": describe_kept(base.plan, prepared.with_order(winner.order).orders, counts),
             "search": dict(vars(accuracy)),
         }
         save_subnet(run_dir / folder, net, description)
@@ -216,7 +220,7 @@ def build_winners(
         row["search_images"] = None if best is None else best.images
         if rate in own:
             row["policy_top1"] = own[rate].top1
-            row["policy_recovered_top1"] = built[own[rate].keep_counts].accuracy.top1
+            row["policy_recovered_top1"] = built[own[rate].subnet].accuracy.top1
         rows.append(row)
     return rows
 

@@ -9,6 +9,7 @@ from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.pruning.cost import BilinearCost, ChannelGroup, CostModel
 from cacp_ray.searching.budget import Budget, minimum_counts
 from cacp_ray.searching.mdp import AllocationMDP
+from cacp_ray.searching.strategies.problem import Scores
 from cacp_ray.searching.strategy import Proposal
 
 NUM_CLASSES = 10
@@ -76,6 +77,19 @@ def toy_score(cost_model: CostModel, seed: int = 0) -> Callable[[tuple[int, ...]
     return score
 
 
+def toy_scores(cost_model: CostModel) -> Callable[[str], Scores]:
+    """Criterion -> falling scores of every group, a criterion's own; the groups differ in scale."""
+
+    def scores(criterion: str) -> Scores:
+        rng = np.random.default_rng(list(criterion.encode()))
+        return [
+            rng.uniform(0.7, 1.3) * np.sort(rng.random(group.num_channels))[::-1]
+            for group in cost_model.groups
+        ]
+
+    return scores
+
+
 def toy_problem(
     seed: int, num_groups: int = 8
 ) -> tuple[AllocationMDP, Callable[[tuple[int, ...]], float]]:
@@ -93,10 +107,9 @@ def measure_by_formula(
     status: Literal["ok", "failed"] = "ok",
 ) -> list[tuple[Candidate, Measurement]]:
     """What a strategy is told of its proposals, which are numbered from `first` on."""
-    return [
-        (
-            Candidate(first + i, proposal.rate, proposal.keep_counts),
-            Measurement(first + i, score(proposal.keep_counts), 0.0, 0.0, 1000, 0.0, status=status),
-        )
-        for i, proposal in enumerate(proposals)
-    ]
+    results: list[tuple[Candidate, Measurement]] = []
+    for i, proposal in enumerate(proposals, start=first):
+        top1 = score(proposal.keep_counts)
+        candidate = Candidate(i, proposal.rate, proposal.keep_counts, order=proposal.order)
+        results.append((candidate, Measurement(i, top1, 0.0, 1 - top1, 1000, 0.0, status=status)))
+    return results

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+Subnet = tuple[tuple[int, ...], str]  # keep counts and importance order
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -14,12 +16,19 @@ class Candidate:
         rate: The compression rate it was proposed for, in (0, 1].
         keep_counts: Channels kept, one entry a group.
         images: Length of the search-split prefix to score; None for the whole split.
+        order: Criterion whose importance order says which channels are kept; empty for the run's.
     """
 
     index: int
     rate: float
     keep_counts: tuple[int, ...]
     images: int | None = None
+    order: str = ""
+
+    @property
+    def subnet(self) -> "Subnet":
+        """What tells candidates apart."""
+        return self.keep_counts, self.order
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ the small network.
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ class Prepared:
         tensors: Its state dict in importance order, as arrays.
         factors: Compensation factors by weight name; empty for other recoveries.
         calibration: Training images.
+        others: The same with other importance orders, by criterion, for candidates that name one.
     """
 
     model: nn.Module
@@ -49,6 +50,11 @@ class Prepared:
     tensors: dict[str, NDArray[Any]]
     factors: dict[str, LayerFactors]
     calibration: ImageSet
+    others: Mapping[str, "Prepared"] = field(default_factory=dict)
+
+    def with_order(self, order: str) -> "Prepared":
+        """For a candidate's importance order; empty means the run's own."""
+        return self.others[order] if order else self
 
 
 def needed_kinds(criterion: str, recovery: str) -> frozenset[str]:
@@ -135,6 +141,18 @@ class Cutter:
         return self.skeleton.load(self.cut(keep_counts))
 
 
+class Cutters(dict[str, Cutter]):
+    """A cutter an importance order, made when it is first asked for."""
+
+    def __init__(self, prepared: Prepared, recovery: str) -> None:
+        super().__init__({"": Cutter(prepared, recovery)})
+        self._prepared, self._recovery = prepared, recovery
+
+    def __missing__(self, order: str) -> Cutter:
+        self[order] = Cutter(self._prepared.with_order(order), self._recovery)
+        return self[order]
+
+
 def make_scorer(
     prepared: Prepared,
     split: ImageSet,
@@ -158,13 +176,13 @@ def make_scorer(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    cutter = Cutter(prepared, recovery)
+    cutters = Cutters(prepared, recovery)
     x, y = split.tensors()
     precision = fast_dtype() if dtype == "auto" else DTYPES[dtype]
 
     def score(candidate: Candidate) -> Measurement:
         started = time.perf_counter()
-        model = cutter.load(candidate.keep_counts)
+        model = cutters[candidate.order].load(candidate.keep_counts)
         stop = candidate.images or images
         accuracy = measure(model, x[:stop], y[:stop], batch_size=batch_size, dtype=precision)
         return Measurement(

@@ -4,6 +4,7 @@ A convolution of C_out filters over C_in channels costs c * C_out * C_in, and af
 affine in the keep counts K of the channel groups: cost(K) = sum_t c_t (L_t K + l_t) (R_t K + r_t).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,3 +82,11 @@ class CostModel:
     def kind(self, cost: str) -> BilinearCost:
         """The cost that a rate limits: `macs` or `params`."""
         return {"macs": self.macs, "params": self.params}[cost]
+
+
+def freed_by_one_channel(
+    cost: Callable[[NDArray[np.int64]], NDArray[np.int64]], num_channels: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """(G,) cost that the whole network loses with one channel of each group, at least 1."""
+    without = num_channels - np.eye(len(num_channels), dtype=np.int64)  # (G, G)
+    return np.maximum(cost(num_channels) - cost(without), 1)

@@ -4,8 +4,9 @@ In rounds, a strategy is asked for a batch, waits for all of it and is told in t
 run repeats bit for bit, whatever order results come in and wherever it is killed and resumed. In
 async mode the evaluators never wait: freed places are filled before the strategy is told.
 
-Candidates are told apart by their keep counts. One that was asked before is answered from memory,
-recorded as cached, and does not count as an evaluation.
+Candidates are told apart by their keep counts and importance order. One that was asked before is
+answered from memory, recorded as cached, and does not count as an evaluation. One that another run
+has measured is answered from there, recorded as cached, and counts.
 """
 
 import dataclasses
@@ -13,12 +14,12 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cacp_ray.errors import EvaluationError
-from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement
+from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement, Subnet
 from cacp_ray.files import read_json, write_json
 from cacp_ray.pruning.cost import CostModel
 from cacp_ray.searching.archive import Archive
@@ -74,6 +75,7 @@ class SearchLoop:
         round_size: int = 6,
         checkpoint_seconds: float = 30.0,
         checkpoint_ticks: int | None = None,
+        known: Mapping[Subnet, Measurement] | None = None,
         on_progress: Callable[[SearchProgress], object] | None = None,
     ) -> None:
         """Only stores its arguments: `restore` reads the directory.
@@ -90,6 +92,7 @@ class SearchLoop:
             checkpoint_seconds: Time between checkpoints.
             checkpoint_ticks: Calls of `tick` between checkpoints, if they should not wait for the
                 time.
+            known: Measurements of other runs, alike in all that a measurement depends on.
             on_progress: Called after every tick, and while a round is waited for.
         """
         self._evaluator = evaluator
@@ -103,26 +106,28 @@ class SearchLoop:
         self._round_size = round_size
         self._checkpoint_seconds = checkpoint_seconds
         self._checkpoint_ticks = checkpoint_ticks
+        self._known = known or {}
         self._on_progress = on_progress
 
         self.archive = Archive(self._total)
-        self._memory: dict[tuple[int, ...], Measurement] = {}
+        self._memory: dict[Subnet, Measurement] = {}
         self._strategy_name = ""
         self._is_restored = False
         self._next_index = 0
         self._num_told = 0
-        self._asked: set[tuple[int, ...]] = set()
+        self._asked: set[Subnet] = set()
         self._repeats = 0  # consecutive proposals that brought nothing new
         self._is_exhausted = False
         self._submitted: dict[int, Candidate] = {}
-        # By keep counts: the submitted candidate, and those that repeat it while it is in flight.
-        self._waiting: dict[tuple[int, ...], list[Candidate]] = {}
+        # The submitted candidate, and those that repeat it while it is in flight.
+        self._waiting: dict[Subnet, list[Candidate]] = {}
         # Rounds: recorded but not told yet; replayed when the strategy asks for them again.
         self._ahead: dict[int, EpisodeRecord] = {}
         # Told without being asked in this session; asking for one is no sign of a stuck strategy.
-        self._adopted: set[tuple[int, ...]] = set()
+        self._adopted: set[Subnet] = set()
 
         self._started = time.monotonic()
+        self._seconds_before = 0.0  # of earlier sessions, to their last checkpoint
         self._finish_times: deque[float] = deque()
         self._last_checkpoint = time.monotonic()
         self._ticks = 0
@@ -149,6 +154,11 @@ class SearchLoop:
             num_alive=self._evaluator.num_alive,
             seconds_left=left / per_second if per_second > 0 else None,
         )
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the search, earlier sessions included up to their last checkpoints."""
+        return self._seconds_before + time.monotonic() - self._started
 
     def run(self, strategy: Strategy) -> None:
         """Searches to the end, from where the directory stands."""
@@ -179,18 +189,19 @@ class SearchLoop:
             state = read_json(folder / "loop.json")
             self._next_index = state["next_index"]
             self._repeats = state["repeats"]
+            self._seconds_before = state.get("seconds", 0.0)
             self._num_told = min(num_told, len(rows))
-            for index, rate, keep_counts in state["in_flight"]:
-                in_flight.append(Candidate(index, rate, tuple(keep_counts)))
+            for index, rate, keep_counts, order in state["in_flight"]:
+                in_flight.append(Candidate(index, rate, tuple(keep_counts), order=order))
         ahead = rows[self._num_told :]
-        self._asked.update(row.keep_counts for row in rows[: self._num_told])
+        self._asked.update(row.subnet for row in rows[: self._num_told])
         if self._mode == "rounds":
             self._ahead = {row.index: row for row in ahead}
         else:
             self._adopt(strategy, ahead)
         indices = {row.index for row in rows}
         lost = [candidate for candidate in in_flight if candidate.index not in indices]
-        self._asked.update(candidate.keep_counts for candidate in lost)
+        self._asked.update(candidate.subnet for candidate in lost)
         self._tell(strategy, [result for each in lost for result in self._place(each)])
         self._started = time.monotonic()
 
@@ -217,7 +228,8 @@ class SearchLoop:
         state = {
             "next_index": self._next_index,
             "repeats": self._repeats,
-            "in_flight": [(c.index, c.rate, c.keep_counts) for c in waiting],
+            "seconds": self.seconds,
+            "in_flight": [(c.index, c.rate, c.keep_counts, c.order) for c in waiting],
         }
 
         def write(folder: Path) -> None:
@@ -278,22 +290,24 @@ class SearchLoop:
         results: list[Result] = []
         for proposal in strategy.ask(count):
             self._check_budget(proposal)
-            keep_counts = proposal.keep_counts
+            subnet = proposal.keep_counts, proposal.order
             row = self._ahead.get(self._next_index)
-            if row is not None and (row.rate, row.keep_counts) != (proposal.rate, keep_counts):
+            if row is not None and (row.rate, row.subnet) != (proposal.rate, subnet):
                 logger.warning(
                     "%s: the strategy does not repeat its earlier proposals (other hardware or "
                     "versions?); their measurements are kept, the search goes on differently",
                     self._run.path,
                 )
                 self._adopt(strategy, list(self._ahead.values()))
-            if keep_counts not in self._asked and self._room == 0:
+            if subnet not in self._asked and self._room == 0:
                 break
-            candidate = Candidate(self._next_index, proposal.rate, keep_counts)
+            candidate = Candidate(
+                self._next_index, proposal.rate, proposal.keep_counts, order=proposal.order
+            )
             self._next_index += 1
-            is_new = keep_counts not in self._asked or keep_counts in self._adopted
-            self._adopted.discard(keep_counts)
-            self._asked.add(keep_counts)
+            is_new = subnet not in self._asked or subnet in self._adopted
+            self._adopted.discard(subnet)
+            self._asked.add(subnet)
             self._repeats = 0 if is_new else self._repeats + 1
             results += self._place(candidate)
         if self._repeats >= MAX_REPEATS:
@@ -311,12 +325,14 @@ class SearchLoop:
 
     def _place(self, candidate: Candidate) -> list[Result]:
         """Answers a candidate from what is known, or has it measured."""
-        key = candidate.keep_counts
+        key = candidate.subnet
         row = self._ahead.pop(candidate.index, None)
         if row is not None:
             return [_as_result(row)]
         if key in self._memory:
             return [self._record(candidate, self._memory[key], is_cached=True)]
+        if key in self._known:
+            return [self._record(candidate, self._known[key], is_cached=True)]
         if key in self._waiting:
             self._waiting[key].append(candidate)
             return []
@@ -333,7 +349,7 @@ class SearchLoop:
             if candidate is None:
                 continue  # a second answer: it had been given up for lost and submitted again
             self._finish_times.append(time.monotonic())
-            for each in self._waiting.pop(candidate.keep_counts):
+            for each in self._waiting.pop(candidate.subnet):
                 results.append(self._record(each, measurement, is_cached=each is not candidate))
         return results
 
@@ -348,6 +364,7 @@ class SearchLoop:
             strategy=self._strategy_name,
             rate=candidate.rate,
             keep_counts=candidate.keep_counts,
+            order=candidate.order,
             macs=int(self._cost_model.macs(candidate.keep_counts)),
             params=int(self._cost_model.params(candidate.keep_counts)),
             cost_kept=int(self._cost(candidate.keep_counts)) / self._total,
@@ -360,12 +377,12 @@ class SearchLoop:
 
     def _remember(self, row: EpisodeRecord) -> None:
         self.archive.add(row)
-        self._memory.setdefault(row.keep_counts, _as_result(row)[1])
+        self._memory.setdefault(row.subnet, _as_result(row)[1])
 
     def _adopt(self, strategy: Strategy, rows: Sequence[EpisodeRecord]) -> None:
         """Tells recorded measurements that the strategy will not ask for under their index."""
         self._ahead = {}
-        keys = {row.keep_counts for row in rows}
+        keys = {row.subnet for row in rows}
         self._adopted |= keys - self._asked
         self._asked |= keys
         self._next_index = max([self._next_index, *(row.index + 1 for row in rows)])
@@ -383,4 +400,5 @@ class SearchLoop:
 
 def _as_result(row: EpisodeRecord) -> Result:
     values = {name: getattr(row, name) for name in MEASUREMENT_FIELDS}
-    return Candidate(row.index, row.rate, row.keep_counts), Measurement(**values)
+    candidate = Candidate(row.index, row.rate, row.keep_counts, order=row.order)
+    return candidate, Measurement(**values)

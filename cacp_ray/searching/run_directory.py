@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cacp_ray.errors import ArtifactError
+from cacp_ray.evaluation.measurement import Subnet
 from cacp_ray.files import read_json, write_file, write_json, write_yaml
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ SCHEMA = pa.schema(
         ("attempt", pa.int64()),
         ("finished_at", pa.float64()),
         ("error", pa.string()),
+        ("order", pa.string()),
     ]
 )
 
@@ -78,6 +80,7 @@ class EpisodeRecord:
         attempt: 1 for the first try.
         finished_at: Unix time.
         error: Reason of a failure, one line.
+        order: Criterion of its importance order; empty for the run's.
     """
 
     index: int
@@ -100,6 +103,12 @@ class EpisodeRecord:
     attempt: int
     finished_at: float
     error: str
+    order: str = ""
+
+    @property
+    def subnet(self) -> Subnet:
+        """What tells candidates apart."""
+        return self.keep_counts, self.order
 
 
 class RunDirectory:

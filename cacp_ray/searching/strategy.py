@@ -10,10 +10,17 @@ from cacp_ray.evaluation.measurement import Candidate, Measurement
 
 @dataclass(frozen=True)
 class Proposal:
-    """Keep counts for a rate, each within the rate's budget."""
+    """A subnet to measure.
+
+    Attributes:
+        rate: Whose budget it meets; 1 for a probe that serves no rate of its own.
+        keep_counts: Channels kept, one entry a group.
+        order: Criterion whose importance order says which channels are kept; empty for the run's.
+    """
 
     rate: float
     keep_counts: tuple[int, ...]
+    order: str = ""
 
 
 class Strategy(Protocol):

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from cacp_ray.config import RunConfig, load_config
-from cacp_ray.loading import load_base, prepare_base
+from cacp_ray.evaluation.measurement import Candidate
+from cacp_ray.evaluation.scorer import make_scorer
+from cacp_ray.loading import load_base, prepare_base, read_orders
 from cacp_ray.pruning.subnet import load_subnet, read_description
+from cacp_ray.run import describe_model
 from cacp_ray.searching.budget import uniform
 from cacp_ray.searching.run_directory import EpisodeRecord
 from cacp_ray.training.metrics import measure
@@ -70,3 +73,41 @@ def test_the_policys_answer_is_repaired_and_measured_as_the_winner_is(built):
     row = found[True][1]
     assert row["policy_recovered_top1"] == pytest.approx(again.top1, abs=0.004)
     assert row["policy_recovered_top1"] != row["top1"]
+
+
+def test_a_winner_in_another_order_is_built_in_it(tmp_path):
+    config = load_config(RunConfig, {}, ["strategy=adapruner", "pruning.sequential=false"])
+    base = load_base(load_config(RunConfig, {}, ["pruning.calibration_images=300"]))
+    base = dataclasses.replace(base, search=base.search.take(300))
+    prepared = prepare_base(base, config)
+    assert set(prepared.others) == {"l1", "l2", "fpgm", "bn_scale"}
+    score = make_scorer(
+        prepared, base.search, recovery="compensate", batch_size=100, dtype="float32"
+    )
+    counts = uniform(base.budget, [0.5], np.ones(len(base.plan.groups)))[0].tolist()
+    top1 = {}
+    for order in ("", "l1", "bn_scale"):
+        winner = dataclasses.replace(record(base, counts), order=order)
+        (row,) = build_winners(config, base, prepared, {0.5: winner}, tmp_path / f"run{order}")
+        description = read_description(tmp_path / f"run{order}" / row["path"])
+        assert description["criterion"] == (order or "cap")
+        kept = [group["kept"] for group in description["groups"]]
+        orders = prepared.with_order(order).orders
+        assert kept == [sorted(o[:k].tolist()) for o, k in zip(orders, counts, strict=True)]
+        measured = score(Candidate(0, 0.5, tuple(counts), order=order))
+        assert row["top1"] == pytest.approx(measured.top1, abs=0.004)
+        top1[order] = row["top1"]
+    assert len(set(top1.values())) == 3
+
+
+def test_orders_of_a_run_are_repeated_from_its_description():
+    config = load_config(RunConfig, {}, ["strategy=cpmc", "pruning.calibration_images=300"])
+    base = load_base(config)
+    prepared = prepare_base(base, config)
+    described = read_orders(describe_model(base, prepared, config))
+    again = prepare_base(base, config, described)
+    for order in ("", "cpmc"):
+        for one, other in zip(
+            prepared.with_order(order).orders, again.with_order(order).orders, strict=True
+        ):
+            assert (one == other).all()

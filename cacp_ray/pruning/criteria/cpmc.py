@@ -1,7 +1,7 @@
 """CPMC: weight, computation and parameters of all that vanishes with a channel."""
 
+from cacp_ray.pruning.cost import freed_by_one_channel
 from cacp_ray.pruning.criteria.common import Scores, Tensors, add, slices, zeros
-from cacp_ray.pruning.criteria.gradient import freed_by_one_channel
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.statistics import Statistics
 
@@ -26,6 +26,7 @@ def score_cpmc(plan: Plan, tensors: Tensors, statistics: Statistics, seed: int) 
     for rows, axis, _ in slices(plan, tensors):
         add(weight, axis, rows.abs().sum(1).numpy())
     largest = max(score.max() for score in weight) or 1.0
-    macs, params = freed_by_one_channel(plan, "macs"), freed_by_one_channel(plan, "params")
+    whole = plan.cost_model.num_channels
+    macs, params = (freed_by_one_channel(cost, whole) for cost in (plan.macs, plan.params))
     cost = (macs / macs.max()) ** COMPUTATION * (params / params.max()) ** PARAMETERS
     return [score / largest / share for score, share in zip(weight, cost, strict=True)]

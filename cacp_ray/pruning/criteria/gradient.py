@@ -1,8 +1,8 @@
 """Criteria that read the loss's derivatives by a gate on each channel (`Statistics.gates`)."""
 
 import numpy as np
-from numpy.typing import NDArray
 
+from cacp_ray.pruning.cost import freed_by_one_channel
 from cacp_ray.pruning.criteria.common import Scores, Tensors, fill
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.statistics import Statistics
@@ -35,14 +35,6 @@ def score_group_fisher(plan: Plan, tensors: Tensors, statistics: Statistics, see
     knows the MACs exactly, but not the memory of every layer. Ours: the MACs are those of the whole
     network, where the paper follows them while it cuts.
     """
-    freed = freed_by_one_channel(plan, "macs")
+    freed = freed_by_one_channel(plan.macs, plan.cost_model.num_channels)
     scores = [gate.square / cost for gate, cost in zip(statistics.gates, freed, strict=True)]
     return fill(scores, plan, tensors)
-
-
-def freed_by_one_channel(plan: Plan, cost: str) -> NDArray[np.int64]:
-    """(G,) MACs or parameters that the whole network loses with one channel of each group."""
-    whole = plan.cost_model.num_channels
-    model = plan.cost_model.kind(cost)
-    without = whole - np.eye(len(whole), dtype=np.int64)  # (G, G)
-    return np.maximum(model(whole) - model(without), 1)

@@ -1,58 +1,64 @@
 """Strategies that need no Ray, by name."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Callable
 
 from cacp_ray.errors import ConfigError, nearest_names
-from cacp_ray.pruning.cost import CostModel
-from cacp_ray.searching.budget import Budget
+from cacp_ray.models.factory import import_function
+from cacp_ray.searching.strategies import adapruner, cpmc
+from cacp_ray.searching.strategies.adapruner import make_adapruner
+from cacp_ray.searching.strategies.cap import make_cap
 from cacp_ray.searching.strategies.cem import CEM
+from cacp_ray.searching.strategies.cpmc import make_cpmc
+from cacp_ray.searching.strategies.evolution import Evolution
+from cacp_ray.searching.strategies.global_ranking import make_global
+from cacp_ray.searching.strategies.greedy import make_greedy
 from cacp_ray.searching.strategies.hill_climb import HillClimb
+from cacp_ray.searching.strategies.optuna_tpe import OptunaTPE
+from cacp_ray.searching.strategies.pcp import make_pcp
+from cacp_ray.searching.strategies.problem import Problem
 from cacp_ray.searching.strategies.random import RandomStrategy
+from cacp_ray.searching.strategies.sensitivity import make_sensitivity
 from cacp_ray.searching.strategies.uniform import UniformStrategy
 from cacp_ray.searching.strategy import Strategy
 
-# Cost model, budget, rates, prior weights (G,), seed.
-Factory = Callable[[CostModel, Budget, Sequence[float], NDArray[Any], int], Strategy]
-
-STRATEGIES: dict[str, Factory] = {
-    "random": lambda cost, budget, rates, prior, seed: RandomStrategy(budget, rates, seed),
-    "uniform": lambda cost, budget, rates, prior, seed: UniformStrategy(cost, budget, rates),
-    "hill_climb": lambda cost, budget, rates, prior, seed: HillClimb(budget, rates, prior, seed),
-    "cem": lambda cost, budget, rates, prior, seed: CEM(budget, rates, prior, seed),
-    "noise": lambda cost, budget, rates, prior, seed: CEM(budget, rates, prior, seed, learn=False),
+# What starts from a prior, and what has none.
+STRATEGIES: dict[str, Callable[[Problem], Strategy]] = {
+    "hill_climb": lambda p: HillClimb(p.budget, p.rates, p.prior, p.seed),
+    "cem": lambda p: CEM(p.budget, p.rates, p.prior, p.seed),
+    "noise": lambda p: CEM(p.budget, p.rates, p.prior, p.seed, learn=False),
+    "evolution": lambda p: Evolution(p.budget, p.rates, p.prior, p.seed),
+    "optuna": lambda p: OptunaTPE(p.budget, p.rates, p.prior, p.seed),
+    "random": lambda p: RandomStrategy(p.budget, p.rates, p.seed),
+    "uniform": lambda p: UniformStrategy(p.cost_model, p.budget, p.rates),
+    "pcp": make_pcp,
+    "greedy": make_greedy,
+    "cap": make_cap,
+    "cpmc": make_cpmc,
+    "adapruner": make_adapruner,
+    "global": make_global,
+    "sensitivity": make_sensitivity,
 }
+AGENTS = ("cacp", "cacp-paper", "amc")  # of Ray: `cacp_ray.strategies` makes them
+FROM_A_PRIOR = frozenset({"hill_climb", "cem", "noise", "evolution", "optuna"})
+# Each rate is searched on its own, with its share of the evaluations.
+SEPARATE = FROM_A_PRIOR | {"random", "amc", "cap"}
+# Criteria whose orders a strategy's candidates name, beside the run's own.
+OTHER_ORDERS: dict[str, tuple[str, ...]] = {"cpmc": cpmc.ORDERS, "adapruner": adapruner.ORDERS}
 
 
-def make_strategy(
-    name: str,
-    *,
-    cost_model: CostModel,
-    budget: Budget,
-    rates: Sequence[float],
-    seed: int,
-    prior_weights: NDArray[Any] | None = None,
-) -> Strategy:
+def make_strategy(name: str, problem: Problem) -> Strategy:
     """A fresh strategy.
 
     Args:
-        name: `random`, `uniform`, `hill_climb`, `cem`, or `noise`, a control: noise around the
-            prior without learning.
-        cost_model: Of the whole network.
-        budget: Which keep counts a rate allows.
-        rates: Share of the cost that is kept, each reachable.
-        seed: Of all that is random in it.
-        prior_weights: (G,) 1 for groups that share the cut in the prior, 0 for groups that stay
-            whole; all share it by default. `random` and `uniform` have no prior.
+        name: A key of STRATEGIES, or `package.module:function`, called with the problem; `noise` is
+            a control: noise around the prior without learning.
+        problem: The search; `random`, `uniform` and all that are procedures have no prior.
 
     Raises:
-        ConfigError: There is no such strategy.
+        ConfigError: There is no such strategy, or it needs more evaluations.
     """
+    if ":" in name:
+        return import_function("strategy", name)(problem)
     if name not in STRATEGIES:
         raise ConfigError(f"strategy {name}: {nearest_names(name, STRATEGIES)}")
-    if prior_weights is None:
-        prior_weights = np.ones(len(budget.num_channels))
-    return STRATEGIES[name](cost_model, budget, rates, prior_weights, seed)
+    return STRATEGIES[name](problem)

@@ -6,7 +6,8 @@ import pytest
 from cacp_ray.files import read_json
 from cacp_ray.searching.allocation import AllocationSpace
 from cacp_ray.searching.strategies.cem import ELITE, POPULATION, SCALE, Gaussian, refit
-from tests.unit.searching.test_strategies import make, measure
+from tests.toy import measure_by_formula
+from tests.unit.searching.test_strategies import SCORE, make
 
 RATE = 0.5
 
@@ -33,7 +34,7 @@ def test_an_update_worked_out_by_hand():
 
 def test_the_elite_of_a_full_generation_moves_the_mean(tmp_path):
     strategy, budget = make("cem", rates=(RATE,))
-    results = measure(strategy.ask(POPULATION), first_channels)
+    results = measure_by_formula(strategy.ask(POPULATION), first_channels)
     strategy.tell(results[:-1])
     mean, variance, num_open = state_of(strategy, tmp_path)
     assert (mean == 0).all()
@@ -52,14 +53,14 @@ def test_the_elite_of_a_full_generation_moves_the_mean(tmp_path):
 
 def test_late_measurements_count_for_the_next_generation(tmp_path):
     strategy, _ = make("cem", rates=(RATE,))
-    results = measure(strategy.ask(2 * POPULATION + 3), first_channels)
+    results = measure_by_formula(strategy.ask(2 * POPULATION + 3), first_channels)
     strategy.tell(results)
     assert state_of(strategy, tmp_path)[2] == 3
 
 
 def test_no_group_freezes(tmp_path):
     strategy, _ = make("cem", rates=(RATE,))
-    best = measure(strategy.ask(1))
+    best = measure_by_formula(strategy.ask(1), SCORE)
     for _ in range(30 * POPULATION):
         strategy.tell(best)
     mean, variance, _ = state_of(strategy, tmp_path)
@@ -70,7 +71,7 @@ def test_no_group_freezes(tmp_path):
 @pytest.mark.parametrize(("name", "is_learning"), [("cem", True), ("noise", False)])
 def test_only_noise_never_updates(name, is_learning):
     told, untold = make(name)[0], make(name)[0]
-    told.tell(measure(told.ask(60), first_channels))
+    told.tell(measure_by_formula(told.ask(60), first_channels))
     untold.ask(60)
     assert (told.ask(9) != untold.ask(9)) == is_learning
     assert told.name == name

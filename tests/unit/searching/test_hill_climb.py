@@ -5,7 +5,8 @@ import numpy as np
 from cacp_ray.searching.allocation import AllocationSpace
 from cacp_ray.searching.strategies import hill_climb
 from cacp_ray.searching.strategies.hill_climb import MAX_MUTATED, SCALE, SPREAD
-from tests.unit.searching.test_strategies import make, measure
+from tests.toy import measure_by_formula
+from tests.unit.searching.test_strategies import make
 
 RATE = 0.5
 
@@ -13,7 +14,7 @@ RATE = 0.5
 def wishes(num_proposals, told, score, monkeypatch):
     """(N, P) offsets asked for after `told` proposals were told, and the space."""
     strategy, budget = make("hill_climb", rates=(RATE,))
-    strategy.tell(measure(strategy.ask(told), score))
+    strategy.tell(measure_by_formula(strategy.ask(told), score))
     asked = []
     decode = AllocationSpace.decode
 
@@ -57,8 +58,12 @@ def test_rates_climb_apart():
     def proposals_at_half(score_elsewhere):
         strategy, _ = make("hill_climb", rates=(RATE, 0.7))
         asked = strategy.ask(20)
-        results = measure([p for p in asked if p.rate == RATE], lambda counts: counts[0] / 100)
-        strategy.tell(results + measure([p for p in asked if p.rate != RATE], score_elsewhere))
+        results = measure_by_formula(
+            [p for p in asked if p.rate == RATE], lambda counts: counts[0] / 100
+        )
+        strategy.tell(
+            results + measure_by_formula([p for p in asked if p.rate != RATE], score_elsewhere)
+        )
         return [p for p in strategy.ask(1) if p.rate == RATE]
 
     up, down = (proposals_at_half(lambda counts, sign=sign: sign * counts[1]) for sign in (1, -1))

@@ -20,6 +20,8 @@ from cacp_ray.searching.budget import Budget, minimum_counts, spend
 from cacp_ray.searching.loop import MAX_REPEATS, SearchLoop
 from cacp_ray.searching.run_directory import RunDirectory
 from cacp_ray.searching.strategies import make_strategy
+from cacp_ray.searching.strategies.problem import Problem
+from cacp_ray.searching.strategies.procedure import Procedure
 from cacp_ray.searching.strategy import Proposal
 from tests.toy import toy_cost_model, toy_score
 
@@ -29,6 +31,7 @@ BUDGET = Budget(
     COST_MODEL.macs, COST_MODEL.num_channels, minimum_counts(COST_MODEL.num_channels, 0.1, 1)
 )
 SCORE = toy_score(COST_MODEL)
+PROBLEM = Problem(COST_MODEL, BUDGET, RATES, 0, 30, np.ones(4))
 LAWFUL = "index strategy rate keep_counts macs params cost_kept top1 top5 images reward cached"
 
 # Files are written in dozens of places here; a slow disk is no failure.
@@ -147,6 +150,10 @@ class ScriptedStrategy:
         pass
 
 
+def iter_once(proposals):
+    yield proposals
+
+
 def make_loop(folder, evaluator=None, **changes):
     arguments = {
         "rates": RATES,
@@ -187,10 +194,7 @@ def distinct(folder):
 @pytest.mark.parametrize("mode", ["rounds", "async"])
 @pytest.mark.parametrize("name", ["random", "uniform", "climbing"])
 def test_no_more_distinct_candidates_than_asked_and_all_within_budget(tmp_path, mode, name):
-    if name == "climbing":
-        strategy = ClimbingStrategy()
-    else:
-        strategy = make_strategy(name, cost_model=COST_MODEL, budget=BUDGET, rates=RATES, seed=0)
+    strategy = ClimbingStrategy() if name == "climbing" else make_strategy(name, PROBLEM)
     evaluator = ShuffledEvaluator()
     loop = make_loop(tmp_path, evaluator, mode=mode)
     loop.run(strategy)
@@ -202,6 +206,33 @@ def test_no_more_distinct_candidates_than_asked_and_all_within_budget(tmp_path, 
         assert record.macs <= BUDGET.limit(record.rate)
         assert record.cost_kept == record.macs / BUDGET.total
         assert record.reward == record.top1
+
+
+@pytest.mark.parametrize("mode", ["rounds", "async"])
+def test_what_another_run_has_measured_counts_but_is_not_measured_again(tmp_path, mode):
+    script = [(1, 1, 1, 1), (2, 2, 2, 1), (3, 3, 3, 1), (5, 5, 5, 1), (6, 6, 6, 1)]
+    there = Measurement(99, 0.25, 0.5, 1.5, 100, 3.0)
+    known = {((2, 2, 2, 1), ""): there, ((3, 3, 3, 1), "l1"): there}
+    evaluator = ShuffledEvaluator()
+    loop = make_loop(tmp_path, evaluator, mode=mode, evaluations=4, known=known)
+    loop.run(ScriptedStrategy(script))
+    assert [c.keep_counts for c in evaluator.submitted] == [script[i] for i in (0, 2, 3)]
+    (record,) = [r for r in RunDirectory(tmp_path).read_records() if r.cached]
+    assert (record.index, record.keep_counts, record.top1) == (1, (2, 2, 2, 1), 0.25)
+    assert record.seconds == 0
+    assert loop.progress.evaluations == 4
+
+
+@pytest.mark.parametrize("mode", ["rounds", "async"])
+def test_the_same_keep_counts_in_another_order_are_another_candidate(tmp_path, mode):
+    proposals = [Proposal(0.6, (1, 1, 1, 1), order) for order in ("", "l1", "", "l1")]
+    evaluator = ShuffledEvaluator()
+    make_loop(tmp_path, evaluator, mode=mode).run(Procedure("orders", lambda: iter_once(proposals)))
+    assert sorted(c.order for c in evaluator.submitted) == ["", "l1"]
+    assert {r.subnet for r in RunDirectory(tmp_path).read_records()} == {
+        ((1, 1, 1, 1), ""),
+        ((1, 1, 1, 1), "l1"),
+    }
 
 
 def test_it_works_with_the_local_evaluator(tmp_path, uninterrupted):
@@ -504,7 +535,7 @@ def test_progress_counts_all_sessions_but_measures_the_speed_of_this_one(tmp_pat
 
 
 def test_overhead_of_an_evaluation_is_small(tmp_path):
-    strategy = make_strategy("random", cost_model=COST_MODEL, budget=BUDGET, rates=RATES, seed=0)
+    strategy = make_strategy("random", PROBLEM)
     loop = make_loop(
         tmp_path, LocalEvaluator(measure), evaluations=300, round_size=20, checkpoint_ticks=None
     )

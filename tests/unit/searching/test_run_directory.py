@@ -16,7 +16,7 @@ from tests.unit.searching.test_archive import record
 COLUMNS = [
     *("index", "strategy", "rate", "keep_counts", "macs", "params", "cost_kept"),
     *("top1", "top5", "loss", "images", "reward", "seconds", "cached"),
-    *("status", "evaluator", "node", "attempt", "finished_at", "error"),
+    *("status", "evaluator", "node", "attempt", "finished_at", "error", "order"),
 ]
 
 
@@ -56,6 +56,15 @@ def test_records_read_back_equal_from_journal_and_parts(run):
     assert run.read_records() == records
     assert len(list((run.path / "episodes").iterdir())) == 2
     assert RunDirectory(run.path).read_records() == records
+
+
+def test_parts_of_before_there_were_orders_are_read_as_the_run_s_own(run):
+    fill(run, rows(3))
+    run.compact()
+    part = run.path / "episodes" / "part-00000.parquet"
+    pq.write_table(pq.read_table(part).drop_columns(["order"]), part)
+    run.append(dataclasses.replace(record(3, 5, 0.5), order="l1"))
+    assert [each.order for each in run.read_records()] == ["", "", "", "l1"]
 
 
 def test_the_order_recorded_is_kept(run):

@@ -1,0 +1,106 @@
+"""CaP's structural search: group by group, the strongest cut whose accuracy is tolerated.
+
+One pass goes through the groups in forward order. The accuracy that must be left falls linearly
+from that of the whole network to a final one, and in every group bisection finds the smallest keep
+count, all earlier cuts in place, that still reaches it. A pass ends at whatever cost it ends at, so
+that an outer search moves the final accuracy of each rate until the cost is the rate's. The widths
+of every pass are scaled to the rates' budgets and spent exactly: these candidates are delivered.
+
+Source: after "Pruning with Compensation" (arXiv 2108.13728, as in its authors' code): forward
+order, bisection, linear tolerance; its criterion and its compensation are `cap` and `compensate`,
+the defaults of a run. Ours: channel groups instead of layers, the outer search, which shares what
+every pass has shown among all rates, and exact budgets.
+"""
+
+from collections.abc import Generator
+
+import numpy as np
+
+from cacp_ray.evaluation.measurement import Measurement
+from cacp_ray.searching.budget import Ints, scale_to_budget, spend
+from cacp_ray.searching.strategies.problem import Problem
+from cacp_ray.searching.strategies.procedure import Procedure, Steps, together
+from cacp_ray.searching.strategy import Proposal
+
+BISECTIONS = 4  # of one group: a sixteenth of its channels
+TOLERANCE = 0.01  # of the cost: a pass that ends so near to its rate is the last
+MOST_PASSES = 12  # a rate
+CLOSEST = 0.001  # final accuracies nearer than this lead to the same pass
+BEND = 0.25  # accuracy as a power of the cost kept, as a first guess between distant passes
+
+Pass = tuple[float, float]  # final accuracy and share of the cost kept
+
+
+def make_cap(problem: Problem) -> Procedure:
+    """The strategy: passes until every rate is met, or the evaluations are used up."""
+    return Procedure("cap", lambda: _search(problem))
+
+
+def _search(problem: Problem) -> Steps:
+    whole = problem.budget.num_channels
+    (found,) = yield [Proposal(1.0, tuple(whole.tolist()))]
+    passes: list[Pass] = [(found.top1, 1.0)]
+    open_rates = list(problem.rates)
+    for _ in range(MOST_PASSES):
+        new: list[Pass] = []
+        yield from together(
+            [_serve(problem, rate, found.top1, _guess(passes, rate), new) for rate in open_rates]
+        )
+        tried = {final for final, _ in passes}
+        passes += new
+        open_rates = [
+            rate
+            for rate in open_rates
+            if min(abs(kept - rate) for _, kept in passes) > TOLERANCE
+            and min(abs(_guess(passes, rate) - final) for final in tried) > CLOSEST
+        ]
+
+
+def _guess(passes: list[Pass], rate: float) -> float:
+    """Final accuracy that should end at a rate, between the passes around it.
+
+    A pass that ends below the rate bounds it from below; without one, an accuracy of 0 and a cost
+    of 0 do.
+    """
+    finals, kept = (np.array(values) for values in zip(*sorted([(0.0, 0.0), *passes]), strict=True))
+    # A lower tolerance should never cost more.
+    bent = np.maximum.accumulate(kept) ** BEND
+    above = int(np.argmax(bent >= rate**BEND))
+    low, high = max(above - 1, 0), above
+    share = (rate**BEND - bent[low]) / max(bent[high] - bent[low], 1e-9)
+    # Not too near to either end: the curve may be far off between distant passes.
+    return float(finals[low] + np.clip(share, 0.1, 0.9) * (finals[high] - finals[low]))
+
+
+def _serve(problem: Problem, rate: float, first: float, final: float, passes: list[Pass]) -> Steps:
+    """One pass for a rate, and what becomes of its widths at the rate's budget."""
+    budget = problem.budget
+    counts = yield from one_pass(problem, first, final)
+    passes.append((final, int(budget.cost(counts)) / budget.total))
+    ratios = (counts / budget.num_channels)[None]
+    exact = spend(budget, scale_to_budget(budget, ratios, [rate]), [rate])[0]
+    yield [Proposal(rate, tuple(exact.tolist()))]
+
+
+def one_pass(
+    problem: Problem, first: float, final: float
+) -> Generator[list[Proposal], list[Measurement], Ints]:
+    """Keep counts (G,) of one pass from accuracy `first` to `final`."""
+    budget, counts = problem.budget, problem.budget.num_channels.copy()
+    for number, group in enumerate(problem.prunable, start=1):
+        least = first - number * (first - final) / len(problem.prunable)
+        levels = np.arange(int(counts[group]) // budget.round_to + 2)
+        legal = np.unique(np.maximum(budget.count(levels, group), budget.min_counts[group]))
+        too_few, enough = -1, len(legal) - 1
+        for _ in range(BISECTIONS):
+            if enough - too_few <= 1:
+                break
+            middle = (too_few + enough) // 2
+            counts[group] = legal[middle]
+            (found,) = yield [Proposal(1.0, tuple(counts.tolist()))]
+            if found.status == "ok" and found.top1 >= least:
+                enough = middle
+            else:
+                too_few = middle
+        counts[group] = legal[enough]
+    return counts

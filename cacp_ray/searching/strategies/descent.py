@@ -1,0 +1,131 @@
+"""What methods share that cut the whole network down step by step, through every rate.
+
+One descent serves all rates: the network gets smaller until it meets the largest rate, whose budget
+is then spent exactly, and goes on from there to the next one. How far a round goes follows from the
+number of evaluations, so that the smallest rate is reached with all of them used.
+"""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+import numpy as np
+
+from cacp_ray.errors import ConfigError
+from cacp_ray.evaluation.measurement import Measurement
+from cacp_ray.searching.budget import Budget, Floats, Ints, grow
+from cacp_ray.searching.strategies.problem import Problem
+from cacp_ray.searching.strategies.procedure import Procedure, Steps
+from cacp_ray.searching.strategy import Proposal
+
+# Cuts the network to a share of the cost: yields candidates, returns the keep counts (G,) chosen.
+Round = Generator[list[Proposal], list[Measurement], Ints]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a round of a descent ends.
+
+    Attributes:
+        cost_kept: Share of the whole cost.
+        rate: The rate that is delivered there; 1 between rates.
+    """
+
+    cost_kept: float
+    rate: float
+
+    @property
+    def is_rate(self) -> bool:
+        """Whether a rate is delivered here, its budget to be spent."""
+        return self.rate == self.cost_kept
+
+    def propose(self, budget: Budget, counts: Ints) -> Proposal:
+        """The keep counts (G,), at a rate with its budget spent."""
+        if self.is_rate:
+            row = counts[None]
+            counts = grow(budget, row, row.astype(np.float64), budget.limit([self.rate]))[0]
+        return Proposal(self.rate, tuple(counts.tolist()))
+
+
+def plan_targets(rates: Floats, num_rounds: int) -> list[Target]:
+    """Targets from 1 down through all rates, every round about the same share of what is left.
+
+    Args:
+        rates: Share of the cost that is kept.
+        num_rounds: At least as many as rates.
+    """
+    rates = np.sort(rates)[::-1]
+    starts = np.concatenate([[1.0], rates[:-1]])
+    lengths = np.maximum(np.log(starts / rates), 1e-9)
+    # Every rate takes one round; the others go where a round's cut is the largest.
+    rounds = np.ones(len(rates), dtype=np.int64)
+    for _ in range(num_rounds - len(rates)):
+        rounds[np.argmax(lengths / rounds)] += 1
+    targets: list[Target] = []
+    for start, rate, number in zip(starts, rates, rounds, strict=True):
+        between = start * (rate / start) ** (np.arange(1, number) / number)
+        targets += [Target(float(kept), 1.0) for kept in between]
+        targets.append(Target(float(rate), float(rate)))
+    return targets
+
+
+def make_descent(
+    problem: Problem,
+    name: str,
+    per_round: int,
+    cut: Callable[[Ints, Target], Round],
+    before: int = 0,
+) -> Procedure:
+    """A strategy that cuts from the whole network through all rates.
+
+    Args:
+        problem: The search.
+        name: Of the strategy.
+        per_round: Most candidates of a round.
+        cut: Keep counts (G,) and the next target -> a round.
+        before: Candidates that only the first round has.
+
+    Raises:
+        ConfigError: Too few evaluations for one round a rate.
+    """
+    num_rounds = (problem.evaluations - before) // max(1, per_round)
+    if num_rounds < len(problem.rates):
+        raise ConfigError(
+            f"strategy {name} takes {per_round} evaluations a step and at least one step a rate: "
+            f"raise evaluations to {per_round * len(problem.rates) + before}, or choose another"
+        )
+
+    def steps() -> Steps:
+        counts = problem.budget.num_channels
+        for target in plan_targets(np.array(problem.rates), num_rounds):
+            counts = yield from cut(counts, target)
+
+    return Procedure(name, steps)
+
+
+def shrink(budget: Budget, counts: Ints, steps: Floats, kept: float) -> Ints:
+    """(G,) counts less the smallest common multiple of `steps` that fits a share of the cost.
+
+    Args:
+        budget: The budget.
+        counts: (G,) keep counts.
+        steps: (G,) channels that a multiple of 1 takes away.
+        kept: Share of the whole cost.
+
+    Returns:
+        Keep counts; they still cost too much where even the smallest legal ones do.
+    """
+    limit = budget.limit(kept)
+
+    def less(multiple: float) -> Ints:
+        return np.minimum(counts, budget.floor_to_legal(counts - multiple * steps))
+
+    low, high = 0.0, float((counts / np.where(steps > 0, steps, np.inf)).max())
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if budget.cost(less(middle)) <= limit else (middle, high)
+    return less(high)
+
+
+def rank(measured: Measurement) -> tuple[float, float]:
+    """Higher is better: accuracy, then the lower loss; failed measurements come last."""
+    return (measured.top1, -measured.loss) if measured.status == "ok" else (-1.0, 0.0)

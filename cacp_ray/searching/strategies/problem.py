@@ -1,0 +1,47 @@
+"""What a strategy is told of the search."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cacp_ray.pruning.cost import CostModel
+from cacp_ray.searching.budget import Budget, Ints
+
+Scores = list[NDArray[np.float64]]
+
+
+def _no_scores(criterion: str) -> Scores:
+    raise ValueError(f"no scores of {criterion} here")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One search.
+
+    Attributes:
+        cost_model: Of the whole network.
+        budget: Which keep counts a rate allows.
+        rates: Share of the cost that is kept, rising, each reachable.
+        seed: Of all that is random in a strategy.
+        evaluations: Distinct candidates that may be measured, over all rates.
+        prior: (G,) 1 for groups that share the cut in the prior, 0 for groups that stay whole.
+        scores: Criterion -> importance, one (C,) array a group, higher is more important; an empty
+            name is the run's own criterion.
+    """
+
+    cost_model: CostModel
+    budget: Budget
+    rates: Sequence[float]
+    seed: int
+    evaluations: int
+    prior: NDArray[Any]
+    scores: Callable[[str], Scores] = _no_scores
+
+    @cached_property
+    def prunable(self) -> Ints:
+        """(P,) groups that may be cut, in forward order."""
+        return np.flatnonzero(self.budget.min_counts < self.budget.num_channels)
