@@ -20,6 +20,7 @@ from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.loading import make_budget
 from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.plan import make_plan
+from cacp_ray.searching.allocation import uniform_prior
 from cacp_ray.searching.mdp import AllocationMDP
 from cacp_ray.searching.settings import AgentSettings
 
@@ -40,7 +41,8 @@ def main() -> None:
     agent = config.build_algo()
     budget = make_budget(plan, "macs", PruningConfig())
     rates = (0.3, 0.5, 0.7)
-    mdp = AllocationMDP(plan.cost_model, budget, np.ones(len(channels)), settings.action_scale)
+    prior = uniform_prior(len(channels))
+    mdp = AllocationMDP(plan.cost_model, budget, prior, settings.action_scale)
     agent.attach(mdp, rates, 0, 10_000)
     asking, learning, updates = [], [], 0
     for turn in range(options.rounds):

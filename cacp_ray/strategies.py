@@ -11,6 +11,7 @@ from cacp_ray.config import RunConfig
 from cacp_ray.loading import Base, find_statistics
 from cacp_ray.pruning.criteria import needs, score_channels
 from cacp_ray.pruning.statistics import Statistics
+from cacp_ray.searching.allocation import Prior, uniform_prior
 from cacp_ray.searching.mdp import AllocationMDP
 from cacp_ray.searching.strategies import AGENTS, FROM_A_PRIOR, make_strategy
 from cacp_ray.searching.strategies.prior import PriorFirst
@@ -43,20 +44,22 @@ def make_run_strategy(
     if name in CONDITIONAL:
         agent = _build_agent(config, base)
 
-    def make(weights: Any) -> Any:
+    def make(prior: Prior) -> Any:
         if name in CONDITIONAL or name == "amc":
-            mdp = AllocationMDP(cost_model, budget, weights, config.agent.action_scale)
+            mdp = AllocationMDP(cost_model, budget, prior, config.agent.action_scale)
             evaluations = num_searched(config)
             if agent is None:
                 return _build_amc(config, mdp, evaluations)
             agent.attach(mdp, rates, seed, evaluations, tick)
             return agent
-        return make_strategy(name, _make_problem(config, base, weights, run_dir))
+        return make_strategy(name, _make_problem(config, base, prior, run_dir))
 
+    uniform = uniform_prior(len(budget.num_channels))
     is_paper = name in ("cacp-paper", "amc")
     if name == "cacp" or name in FROM_A_PRIOR or (is_paper and config.paper.prior):
-        return PriorFirst(cost_model, budget, rates, make, name=name), agent
-    return make(np.ones(len(budget.num_channels))), agent
+        problem = _make_problem(config, base, uniform, run_dir)
+        return PriorFirst(problem, make, name=name), agent
+    return make(uniform), agent
 
 
 def check_strategy(config: RunConfig, base: Base) -> None:
@@ -66,11 +69,11 @@ def check_strategy(config: RunConfig, base: Base) -> None:
         ConfigError: It needs more evaluations, or something that is not installed.
     """
     if config.strategy not in AGENTS:
-        weights = np.ones(len(base.budget.num_channels))
-        make_strategy(config.strategy, _make_problem(config, base, weights, None))
+        prior = uniform_prior(len(base.budget.num_channels))
+        make_strategy(config.strategy, _make_problem(config, base, prior, None))
 
 
-def _make_problem(config: RunConfig, base: Base, weights: Any, run_dir: Path | None) -> Problem:
+def _make_problem(config: RunConfig, base: Base, prior: Prior, run_dir: Path | None) -> Problem:
     def scores(criterion: str) -> Scores:
         chosen = criterion or config.pruning.criterion
         statistics = find_statistics(base, config, run_dir) if needs(chosen) else Statistics()
@@ -83,7 +86,7 @@ def _make_problem(config: RunConfig, base: Base, weights: Any, run_dir: Path | N
         rates=config.rates,
         seed=config.seed,
         evaluations=config.evaluations,
-        prior=weights,
+        prior=prior,
         scores=scores,
     )
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.pruning.cost import BilinearCost, ChannelGroup, CostModel
+from cacp_ray.searching.allocation import uniform_prior
 from cacp_ray.searching.budget import Budget, minimum_counts
 from cacp_ray.searching.mdp import AllocationMDP
 from cacp_ray.searching.strategies.problem import Scores
@@ -97,7 +98,9 @@ def toy_problem(
     cost_model = toy_cost_model(num_groups, seed)
     channels = cost_model.num_channels
     budget = Budget(cost_model.macs, channels, minimum_counts(channels, 0.1, 1))
-    return AllocationMDP(cost_model, budget, np.ones(num_groups), 0.8), toy_score(cost_model, seed)
+    return AllocationMDP(cost_model, budget, uniform_prior(num_groups), 0.8), toy_score(
+        cost_model, seed
+    )
 
 
 def measure_by_formula(

@@ -1,33 +1,64 @@
 """Keep counts as offsets from a sound allocation, for agents that choose all groups at once.
 
-The prior is the uniform allocation of a rate. An offset of zero keeps a group at its prior; one of
+The prior is an allocation for every rate: uniform, or from a map of what each group can lose. An
+offset of zero keeps a group at its prior; one of
 a asks for exp(s * a) times as many channels. All wishes are then scaled together until they fit the
 budget, and what is left is spent: any offsets name a candidate that uses its budget up, at every
 rate, and offsets found at one rate are sound at another. The form is ours.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cacp_ray.searching.budget import Budget, Floats, Ints, scale_to_budget, spend, uniform
+from cacp_ray.searching.ranking import cut_at_threshold
 
 Float32s = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Prior:
+    """A sound allocation for every rate, from which offsets start.
+
+    Attributes:
+        weights: (G,) whether a group shares the cut; the others stay whole where that is feasible.
+        damage: Per group (C,) what the network loses without channel c and all after it, never
+            rising with c; all groups then lose the same. None cuts all groups alike.
+    """
+
+    weights: NDArray[np.bool_]
+    damage: Sequence[Floats] | None = None
+
+    def allocate(self, budget: Budget, rates: ArrayLike) -> Ints:
+        """(B, G) keep counts that use the budgets up."""
+        if self.damage is None:
+            return uniform(budget, rates, self.weights)
+        return cut_at_threshold(budget, self.damage, rates)
+
+
+def uniform_prior(num_groups: int) -> Prior:
+    """All groups cut alike."""
+    return Prior(np.ones(num_groups, dtype=bool))
 
 
 class AllocationSpace:
     """Offsets (B, P) of the P groups that may be cut <-> keep counts (B, G) of all groups."""
 
-    def __init__(self, budget: Budget, prior_weights: ArrayLike, scale: float) -> None:
+    def __init__(self, budget: Budget, prior: Prior, scale: float) -> None:
         """Finds the groups that may be cut.
 
         Args:
             budget: The budget; its cost is what rates limit.
-            prior_weights: (G,) 1 for groups that share the cut in the prior, 0 for whole ones.
+            prior: Keep counts of zero offsets.
             scale: s in keep count = prior * exp(s * offset).
         """
         self.budget = budget
         self.scale = scale
-        self.weights = np.asarray(prior_weights, dtype=bool)
+        self.weights = prior.weights
+        self._prior = prior
         self.prunable = np.flatnonzero(budget.min_counts < budget.num_channels)  # (P,)
         self._priors: dict[float, Ints] = {}
 
@@ -41,7 +72,7 @@ class AllocationSpace:
         wanted = [float(rate) for rate in np.asarray(rates, dtype=np.float64)]
         new = sorted(set(wanted) - self._priors.keys())
         if new:
-            self._priors.update(zip(new, uniform(self.budget, new, self.weights), strict=True))
+            self._priors.update(zip(new, self._prior.allocate(self.budget, new), strict=True))
         return np.stack([self._priors[rate] for rate in wanted])
 
     def decode(self, rates: ArrayLike, offsets: NDArray[np.floating]) -> Ints:

@@ -2,11 +2,11 @@
 
 Groups that stay whole are no steps: T steps for G groups.
 
-The prior is the uniform allocation of a rate. At every step the budget not yet spent is shared over
-the groups still to come, in proportion to it, and a zero action keeps that share: zero actions give
-the prior itself, and one bold step does not starve the groups after it. An action a in [-1, 1]
-keeps exp(s * a) times as many channels, the budget clamps it, and what is left after the last group
-is spent. So no episode ends above its budget and none below it needlessly.
+The prior is an allocation for every rate (searching/allocation.py). At every step the budget not
+yet spent is shared over the groups still to come, in proportion to it, and a zero action keeps that
+share: zero actions give the prior itself, and one bold step starves no group after it. An action a
+in [-1, 1] keeps exp(s * a) times as many channels, the budget clamps it, and what is left after the
+last group is spent. So no episode ends above its budget and none below it needlessly.
 `play`, `replay` and the Gymnasium environment (env.py) share the same steps.
 
 The first 12 state features are those of CACP (2021, Table D); the prior keep ratio, its re-solving
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cacp_ray.pruning.cost import CostModel
-from cacp_ray.searching.allocation import AllocationSpace, Float32s
+from cacp_ray.searching.allocation import AllocationSpace, Float32s, Prior
 from cacp_ray.searching.budget import Budget, Floats, Ints, clamp, grow, share_out
 
 Act = Callable[[Float32s, int], NDArray[np.floating]]
@@ -33,18 +33,18 @@ class AllocationMDP:
     state_size = NUM_FEATURES
 
     def __init__(
-        self, cost_model: CostModel, budget: Budget, prior_weights: ArrayLike, action_scale: float
+        self, cost_model: CostModel, budget: Budget, prior: Prior, action_scale: float
     ) -> None:
         """Prepares the static features.
 
         Args:
             cost_model: Shapes of the groups.
             budget: The budget; its cost is what rates limit.
-            prior_weights: (G,) 1 for groups that share the cut in the prior, 0 for whole ones.
+            prior: Keep counts of zero actions.
             action_scale: s in keep count = prior * exp(s * a).
         """
         self.budget = budget
-        self.space = AllocationSpace(budget, prior_weights, action_scale)
+        self.space = AllocationSpace(budget, prior, action_scale)
         self.groups = [int(group) for group in self.space.prunable]
         self.num_steps = len(self.groups)
         self.action_scale = action_scale

@@ -4,6 +4,7 @@ import ray
 
 from cacp_ray.agent.cacp.algorithm import CACP, CACPConfig
 from cacp_ray.agent.shell import MAX_UPDATES_A_STEP
+from cacp_ray.searching.allocation import uniform_prior
 from cacp_ray.searching.budget import Budget, minimum_counts, spend
 from cacp_ray.searching.mdp import AllocationMDP
 from cacp_ray.searching.settings import AgentSettings
@@ -67,7 +68,7 @@ def test_the_policy_reaches_99_percent_of_the_optimum_within_150_episodes(build,
     cost_model = toy_cost_model(5, seed)
     score, channels = toy_score(cost_model, seed), cost_model.num_channels
     budget = Budget(cost_model.macs, channels, minimum_counts(channels, 0.1, 4), round_to=4)
-    mdp = AllocationMDP(cost_model, budget, np.ones(5), 0.8)
+    mdp = AllocationMDP(cost_model, budget, uniform_prior(5), 0.8)
     levels = [np.arange(4, number + 1, 4) for number in channels]
     tried = np.stack(np.meshgrid(*levels, indexing="ij"), axis=-1).reshape(-1, 5)
     accuracies, costs = np.array([score(tuple(row)) for row in tried]), budget.cost(tried)

@@ -9,6 +9,7 @@ import torch
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 
+from cacp_ray.searching.allocation import uniform_prior
 from cacp_ray.searching.budget import Budget, minimum_counts
 from cacp_ray.searching.env import ENV_ID
 from cacp_ray.searching.mdp import AllocationMDP
@@ -26,7 +27,7 @@ def test_ppo_learns_better_allocations_than_the_prior_within_budget(ray_cluster)
     channels = cost_model.num_channels
     least = minimum_counts(channels, 0.1, 1)
     least[WHOLE] = channels[WHOLE]
-    mdp = AllocationMDP(cost_model, Budget(cost_model.macs, channels, least), np.ones(8), 0.8)
+    mdp = AllocationMDP(cost_model, Budget(cost_model.macs, channels, least), uniform_prior(8), 0.8)
     formula, scores = toy_score(cost_model, seed=2), []
 
     def score(keep_counts):

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.files import read_json, write_json
-from cacp_ray.searching.allocation import AllocationSpace
+from cacp_ray.searching.allocation import AllocationSpace, Prior
 from cacp_ray.searching.budget import Budget, Floats
 from cacp_ray.searching.strategies.hill_climb import SCALE, Counts, Offsets, Proposer
 from cacp_ray.searching.strategy import Proposal
@@ -65,7 +64,7 @@ class CEM:
         self,
         budget: Budget,
         rates: Sequence[float],
-        prior_weights: ArrayLike,
+        prior: Prior,
         seed: int,
         *,
         learn: bool = True,
@@ -75,13 +74,13 @@ class CEM:
         Args:
             budget: Which keep counts a rate allows.
             rates: Share of the cost that is kept, each reachable.
-            prior_weights: (G,) 1 for groups that share the cut in the prior, 0 for whole ones.
+            prior: Where it starts.
             seed: Of all samples.
             learn: False never updates: noise around the prior, a control.
         """
         self.name = "cem" if learn else "noise"
         self._learn = learn
-        self._proposer = Proposer(AllocationSpace(budget, prior_weights, SCALE), rates, seed)
+        self._proposer = Proposer(AllocationSpace(budget, prior, SCALE), rates, seed)
         shape = self._proposer.space.num_offsets
         first = Gaussian(np.zeros(shape), np.full(shape, (SPREAD / SCALE) ** 2))
         self._gaussians = dict.fromkeys(rates, first)

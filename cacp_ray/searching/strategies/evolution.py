@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.files import read_json, write_json
-from cacp_ray.searching.allocation import AllocationSpace
+from cacp_ray.searching.allocation import AllocationSpace, Prior
 from cacp_ray.searching.budget import Budget
 from cacp_ray.searching.strategies.hill_climb import SCALE, SPREAD, Counts, Offsets, Proposer
 from cacp_ray.searching.strategy import Proposal
@@ -31,18 +30,16 @@ class Evolution:
 
     name = "evolution"
 
-    def __init__(
-        self, budget: Budget, rates: Sequence[float], prior_weights: ArrayLike, seed: int
-    ) -> None:
+    def __init__(self, budget: Budget, rates: Sequence[float], prior: Prior, seed: int) -> None:
         """Starts from noise around the prior at every rate.
 
         Args:
             budget: Which keep counts a rate allows.
             rates: Share of the cost that is kept, each reachable.
-            prior_weights: (G,) 1 for groups that share the cut in the prior, 0 for whole ones.
+            prior: Where it starts.
             seed: Of all draws.
         """
-        self._proposer = Proposer(AllocationSpace(budget, prior_weights, SCALE), rates, seed)
+        self._proposer = Proposer(AllocationSpace(budget, prior, SCALE), rates, seed)
         # Top1 and keep counts, best first.
         self._population: dict[float, list[tuple[float, Counts]]] = {rate: [] for rate in rates}
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.files import read_json, write_json
-from cacp_ray.searching.allocation import AllocationSpace
+from cacp_ray.searching.allocation import AllocationSpace, Prior
 from cacp_ray.searching.budget import Budget
 from cacp_ray.searching.strategy import Proposal
 
@@ -38,18 +38,16 @@ class HillClimb:
 
     name = "hill_climb"
 
-    def __init__(
-        self, budget: Budget, rates: Sequence[float], prior_weights: ArrayLike, seed: int
-    ) -> None:
+    def __init__(self, budget: Budget, rates: Sequence[float], prior: Prior, seed: int) -> None:
         """Starts from the prior at every rate.
 
         Args:
             budget: Which keep counts a rate allows.
             rates: Share of the cost that is kept, each reachable.
-            prior_weights: (G,) 1 for groups that share the cut in the prior, 0 for whole ones.
+            prior: Where it starts.
             seed: Of all mutations.
         """
-        self._proposer = Proposer(AllocationSpace(budget, prior_weights, SCALE), rates, seed)
+        self._proposer = Proposer(AllocationSpace(budget, prior, SCALE), rates, seed)
         self._best: dict[float, tuple[float, Counts]] = {}  # top1 and keep counts, once measured
 
     def ask(self, count: int) -> list[Proposal]:

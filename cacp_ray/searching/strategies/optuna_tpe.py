@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from cacp_ray.errors import ConfigError
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.files import read_json, write_json
-from cacp_ray.searching.allocation import AllocationSpace
+from cacp_ray.searching.allocation import AllocationSpace, Prior
 from cacp_ray.searching.budget import Budget
 from cacp_ray.searching.strategies.hill_climb import SCALE, Counts, Offsets, Proposer
 from cacp_ray.searching.strategy import Proposal
@@ -31,15 +30,13 @@ class OptunaTPE:
 
     name = "optuna"
 
-    def __init__(
-        self, budget: Budget, rates: Sequence[float], prior_weights: ArrayLike, seed: int
-    ) -> None:
+    def __init__(self, budget: Budget, rates: Sequence[float], prior: Prior, seed: int) -> None:
         """Starts from the prior at every rate.
 
         Args:
             budget: Which keep counts a rate allows.
             rates: Share of the cost that is kept, each reachable.
-            prior_weights: (G,) 1 for groups that share the cut in the prior, 0 for whole ones.
+            prior: Where it starts.
             seed: Of all draws.
 
         Raises:
@@ -53,7 +50,7 @@ class OptunaTPE:
             ) from error
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._optuna: Any = optuna
-        self._proposer = Proposer(AllocationSpace(budget, prior_weights, SCALE), rates, seed)
+        self._proposer = Proposer(AllocationSpace(budget, prior, SCALE), rates, seed)
         groups = range(self._proposer.space.num_offsets)
         self._ranges = {
             f"{group:04d}": optuna.distributions.FloatDistribution(-WIDEST, WIDEST)

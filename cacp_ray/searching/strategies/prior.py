@@ -1,105 +1,106 @@
-"""Chooses the agent's prior by measuring it: uniform over all groups, or over inner groups alone.
+"""Chooses the prior by measuring it, then hands over to the strategy that starts from it.
 
-The uniform candidates are evaluations like any other: they count, are recorded, and are told to the
-strategy that goes on from the better prior.
+The candidates are uniform allocations over all groups, or over inner groups alone, and those of a
+sensitivity map: every group cut alone to a few widths (see sensitivity.py). All of them are
+evaluations like any other: they count, are recorded, and those at the run's rates are told to the
+strategy that goes on from the best prior.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cacp_ray.evaluation.measurement import Candidate, Measurement
-from cacp_ray.files import read_json, write_json
 from cacp_ray.pruning.cost import CostModel
-from cacp_ray.searching.budget import Budget, uniform
+from cacp_ray.searching.allocation import Prior
+from cacp_ray.searching.strategies.problem import Problem
+from cacp_ray.searching.strategies.procedure import Procedure, Steps
+from cacp_ray.searching.strategies.sensitivity import plan_map, propose, read_maps
 from cacp_ray.searching.strategy import Proposal, Strategy
 
-Weights = NDArray[np.int64]
+MAP_SHARE = 0.2  # of the evaluations that a sensitivity map may take
+MOST_WIDTHS = 4  # of a group in it
+
 Result = tuple[Candidate, Measurement]
 
 
-def prior_weights(cost_model: CostModel) -> dict[str, Weights]:
-    """(G,) per prior: 1 for groups that share the cut, 0 for groups that stay whole."""
-    is_inner = np.array([not group.is_residual for group in cost_model.groups], dtype=np.int64)
-    priors = {"all": np.ones_like(is_inner), "inner": is_inner}
+def uniform_priors(cost_model: CostModel) -> dict[str, Prior]:
+    """Over all groups, and where that is something else over the inner ones."""
+    is_inner = np.array([not group.is_residual for group in cost_model.groups])
+    priors = {"all": Prior(np.ones_like(is_inner)), "inner": Prior(is_inner)}
     return {"all": priors["all"]} if is_inner.all() or not is_inner.any() else priors
 
 
 class PriorFirst:
     """Measures every prior at every rate, then hands over to the strategy made for the best."""
 
-    def __init__(
-        self,
-        cost_model: CostModel,
-        budget: Budget,
-        rates: Sequence[float],
-        make: Callable[[Weights], Strategy],
-        name: str,
-    ) -> None:
-        """Works the uniform candidates out; every rate must be reachable.
+    def __init__(self, problem: Problem, make: Callable[[Prior], Strategy], name: str) -> None:
+        """Starts nothing yet.
 
         Args:
-            cost_model: Of the whole network.
-            budget: Which keep counts a rate allows.
-            rates: That are searched.
-            make: Prior weights (G,) -> the strategy that goes on; its state is kept with ours.
+            problem: The search.
+            make: Prior -> the strategy that goes on; its state is kept with ours.
             name: Of that strategy.
         """
         self.name = name
         self.prior: str | None = None
+        self._problem = problem
         self._make = make
-        self._weights = prior_weights(cost_model)
-        self._proposals = {
-            prior: [
-                Proposal(rate, tuple(row))
-                for rate, row in zip(rates, uniform(budget, rates, weights).tolist(), strict=True)
-            ]
-            for prior, weights in self._weights.items()
-        }
-        self._queue = list(dict.fromkeys(p for group in self._proposals.values() for p in group))
-        self._results: list[Result] = []
+        self._chosen: Prior | None = None
+        self._results: list[Result] = []  # at the run's rates
+        self._first = Procedure(name, self._choose)
         self._strategy: Strategy | None = None
 
+    def _choose(self) -> Steps:
+        problem = self._problem
+        priors = uniform_priors(problem.cost_model)
+        num_widths = int(MAP_SHARE * problem.evaluations) // max(1, len(problem.prunable))
+        trials = plan_map(problem, min(num_widths, MOST_WIDTHS)) if num_widths else []
+        answers = [self._propose(prior) for prior in priors.values()]
+        found = yield [*itertools.chain(*answers), *(propose(problem, each) for each in trials)]
+        if trials:
+            damages = read_maps(problem, trials, found[-len(trials) :])
+            for name, damage in zip(("accuracy", "loss"), damages, strict=True):
+                priors[f"map of {name}"] = Prior(priors["all"].weights, damage)
+            answers += [self._propose(prior) for prior in list(priors.values())[-2:]]
+            found = [*found[: -len(trials)], *(yield [*itertools.chain(*answers[-2:])])]
+        proposals = [*itertools.chain(*answers)]
+        self._results = [
+            (Candidate(each.index, proposal.rate, proposal.keep_counts), each)
+            for proposal, each in zip(proposals, found, strict=True)
+        ]
+        means = np.array([each.top1 for each in found]).reshape(len(priors), -1).mean(axis=1)
+        self.prior = list(priors)[int(np.argmax(means))]
+        self._chosen = priors[self.prior]
+
+    def _propose(self, prior: Prior) -> list[Proposal]:
+        counts = prior.allocate(self._problem.budget, self._problem.rates)
+        return [
+            Proposal(rate, tuple(row))
+            for rate, row in zip(self._problem.rates, counts.tolist(), strict=True)
+        ]
+
     def ask(self, count: int) -> list[Proposal]:
-        """Uniform candidates first; nothing while their measurements are awaited."""
-        if self._strategy is not None:
-            return self._strategy.ask(count)
-        asked, self._queue = self._queue[:count], self._queue[count:]
-        return asked
+        """Candidates of the priors first; nothing while their measurements are awaited."""
+        return (self._strategy or self._first).ask(count)
 
     def tell(self, results: Sequence[Result]) -> None:
-        """Chooses the prior as soon as every uniform candidate is measured."""
-        if self._strategy is not None:
-            self._strategy.tell(results)
+        """Chooses the prior as soon as all is measured, and tells the strategy what served it."""
+        if self._strategy is None:
+            self._first.tell(results)
+            strategy = self._go_on()
+            if strategy is not None:
+                strategy.tell(self._results)
             return
-        self._results += results
-        top1 = {(c.rate, c.keep_counts): m.top1 for c, m in self._results}
-        keys = {
-            prior: [(proposal.rate, proposal.keep_counts) for proposal in proposals]
-            for prior, proposals in self._proposals.items()
-        }
-        if all(key in top1 for group in keys.values() for key in group):
-            means = {prior: np.mean([top1[key] for key in group]) for prior, group in keys.items()}
-            self._go_on(max(means, key=lambda prior: means[prior]))
-            assert self._strategy is not None
-            self._strategy.tell(self._results)
-
-    def _go_on(self, prior: str) -> None:
-        self.prior = prior
-        self._strategy = self._make(self._weights[prior])
+        # Probes serve no rate of the run.
+        mine = [each for each in results if each[0].rate in self._problem.rates]
+        self._strategy.tell(mine)
 
     def save(self, folder: Path) -> None:
-        """Writes the choice, or what is measured so far, and the state of the strategy."""
-        results = [] if self._strategy is not None else self._results
-        state: dict[str, Any] = {
-            "prior": self.prior,
-            "results": [[asdict(candidate), asdict(found)] for candidate, found in results],
-        }
-        write_json(folder / "prior.json", state)
+        """Writes what was measured, and the state of the strategy."""
+        self._first.save(folder)
         if self._strategy is not None:
             inner = folder / self.name
             inner.mkdir()
@@ -107,17 +108,14 @@ class PriorFirst:
 
     def restore(self, folder: Path) -> None:
         """Goes on where `save` stood."""
-        state = read_json(folder / "prior.json")
-        if state["prior"] is not None:
-            self._queue = []
-            self._go_on(state["prior"])
-            assert self._strategy is not None
-            self._strategy.restore(folder / self.name)
-            return
-        results: list[Result] = []
-        for candidate, found in state["results"]:
-            candidate["keep_counts"] = tuple(candidate["keep_counts"])
-            results.append((Candidate(**candidate), Measurement(**found)))
-        told = {(candidate.rate, candidate.keep_counts) for candidate, _ in results}
-        self._queue = [p for p in self._queue if (p.rate, p.keep_counts) not in told]
-        self.tell(results)
+        self._first.restore(folder)
+        strategy = self._go_on()
+        if strategy is not None:
+            strategy.restore(folder / self.name)
+
+    def _go_on(self) -> Strategy | None:
+        """The strategy, once the prior is chosen."""
+        self._first.advance()
+        if self._chosen is not None and self._strategy is None:
+            self._strategy = self._make(self._chosen)
+        return self._strategy

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cacp_ray.pruning.cost import CostModel
+from cacp_ray.searching.allocation import Prior
 from cacp_ray.searching.budget import Budget, Ints
 
 Scores = list[NDArray[np.float64]]
@@ -28,7 +28,7 @@ class Problem:
         rates: Share of the cost that is kept, rising, each reachable.
         seed: Of all that is random in a strategy.
         evaluations: Distinct candidates that may be measured, over all rates.
-        prior: (G,) 1 for groups that share the cut in the prior, 0 for groups that stay whole.
+        prior: From which strategies of offsets start.
         scores: Criterion -> importance, one (C,) array a group, higher is more important; an empty
             name is the run's own criterion.
     """
@@ -38,7 +38,7 @@ class Problem:
     rates: Sequence[float]
     seed: int
     evaluations: int
-    prior: NDArray[Any]
+    prior: Prior
     scores: Callable[[str], Scores] = _no_scores
 
     @cached_property

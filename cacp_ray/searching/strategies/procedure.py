@@ -36,7 +36,7 @@ class Procedure:
 
     def ask(self, count: int) -> list[Proposal]:
         """Up to `count` candidates of the present step; none while it is awaited, or at the end."""
-        self._go_on()
+        self.advance()
         asked: list[Proposal] = []
         for proposal in self._step or []:
             subnet = proposal.keep_counts, proposal.order
@@ -45,7 +45,7 @@ class Procedure:
                 asked.append(proposal)
         return asked
 
-    def _go_on(self) -> None:
+    def advance(self) -> None:
         """Runs through every step whose candidates are all measured."""
         if self._steps is None:
             self._steps = self._start()
@@ -76,7 +76,7 @@ class Procedure:
         for counts, order, measured in state["found"]:
             self._found[tuple(counts), order] = Measurement(**measured)
         self._asked = {(tuple(counts), order) for counts, order in state["awaited"]}
-        self._go_on()
+        self.advance()
 
 
 def together(parts: Sequence[Steps]) -> Steps:

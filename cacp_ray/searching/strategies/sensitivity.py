@@ -12,9 +12,9 @@ kinds of damage, and exact budgets.
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cacp_ray.errors import ConfigError
+from cacp_ray.evaluation.measurement import Measurement
 from cacp_ray.searching.budget import Floats, Ints
 from cacp_ray.searching.ranking import cut_at_threshold
 from cacp_ray.searching.strategies.problem import Problem
@@ -22,6 +22,9 @@ from cacp_ray.searching.strategies.procedure import Procedure, Steps
 from cacp_ray.searching.strategy import Proposal
 
 MOST_WIDTHS = 7  # measured of a group
+
+Trial = tuple[int, int]  # group and keep count
+Damage = list[Floats]  # per group (C,): of losing channel c and all after it
 
 
 def make_sensitivity(problem: Problem) -> Procedure:
@@ -37,47 +40,61 @@ def make_sensitivity(problem: Problem) -> Procedure:
             f"strategy sensitivity measures every group alone: raise evaluations to at least "
             f"{answers + len(problem.prunable)}"
         )
-    return Procedure("sensitivity", lambda: _steps(problem, min(num_widths, MOST_WIDTHS)))
 
-
-def _steps(problem: Problem, num_widths: int) -> Steps:
-    budget, whole = problem.budget, problem.budget.num_channels
-    trials: list[tuple[int, int]] = []  # group and keep count
-    for group in problem.prunable:
-        least = int(budget.min_counts[group])
-        wanted = np.linspace(least, whole[group], num_widths, endpoint=False)
-        one = slice(group, group + 1)
-        trials += [
-            (int(group), int(count)) for count in np.unique(budget.nearest_legal(wanted, one))
+    def steps() -> Steps:
+        trials = plan_map(problem, min(num_widths, MOST_WIDTHS))
+        found = yield [propose(problem, trial) for trial in trials]
+        yield [
+            Proposal(rate, tuple(row))
+            for damage in read_maps(problem, trials, found)
+            for rate, row in zip(
+                problem.rates,
+                cut_at_threshold(problem.budget, damage, problem.rates).tolist(),
+                strict=True,
+            )
         ]
-    proposals = [Proposal(1.0, tuple(whole.tolist()))]
-    for group, count in trials:
-        counts = np.where(np.arange(len(whole)) == group, count, whole)
-        proposals.append(Proposal(1.0, tuple(counts.tolist())))
-    found = yield proposals
-    results = [(*trial, each) for trial, each in zip(trials, found[1:], strict=True)]
-    results = [result for result in results if result[2].status == "ok"]
-    drops = [(group, count, found[0].top1 - each.top1) for group, count, each in results]
-    rises = [(group, count, each.loss - found[0].loss) for group, count, each in results]
-    yield [
-        Proposal(rate, tuple(row))
-        for damages in (drops, rises)
-        for rate, row in zip(
-            problem.rates,
-            cut_at_threshold(budget, _scores(whole, damages), problem.rates).tolist(),
-            strict=True,
-        )
-    ]
+
+    return Procedure("sensitivity", steps)
 
 
-def _scores(whole: Ints, damages: Sequence[tuple[int, int, float]]) -> list[NDArray[np.float64]]:
+def plan_map(problem: Problem, num_widths: int) -> list[Trial]:
+    """The whole network, then every group alone at `num_widths` counts from its smallest up."""
+    budget, whole = problem.budget, problem.budget.num_channels
+    trials: list[Trial] = [(0, int(whole[0]))]
+    for group in problem.prunable:
+        wanted = np.linspace(budget.min_counts[group], whole[group], num_widths, endpoint=False)
+        counts = np.unique(budget.nearest_legal(wanted, slice(group, group + 1)))
+        trials += [(int(group), int(count)) for count in counts if count < whole[group]]
+    return trials
+
+
+def propose(problem: Problem, trial: Trial) -> Proposal:
+    """A probe of one group's width."""
+    counts = problem.budget.num_channels.copy()
+    counts[trial[0]] = trial[1]
+    return Proposal(1.0, tuple(counts.tolist()))
+
+
+def read_maps(
+    problem: Problem, trials: Sequence[Trial], found: Sequence[Measurement]
+) -> tuple[Damage, Damage]:
+    """The drop of accuracy and the rise of the loss, from the measurements of `plan_map`."""
+    whole, before = problem.budget.num_channels, found[0]
+    pairs = zip(trials[1:], found[1:], strict=True)
+    results = [(trial, each) for trial, each in pairs if each.status == "ok"]
+    drops = [(*trial, before.top1 - each.top1) for trial, each in results]
+    rises = [(*trial, each.loss - before.loss) for trial, each in results]
+    return _interpolate(whole, drops), _interpolate(whole, rises)
+
+
+def _interpolate(whole: Ints, damages: Sequence[tuple[int, int, float]]) -> Damage:
     """Per group (C,): the damage of losing channel c and all after it, never rising with c.
 
     Args:
         whole: (G,) channels of the whole network.
         damages: Group, keep count and damage of every measurement.
     """
-    scores: list[NDArray[np.float64]] = []
+    scores: Damage = []
     for group in range(len(whole)):
         channels = int(whole[group])
         points = sorted((count, damage) for g, count, damage in damages if g == group)

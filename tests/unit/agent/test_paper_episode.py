@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from cacp_ray.agent.ddpg.episode import make_schedule, play, trace, truncated_normal
+from cacp_ray.searching.allocation import uniform_prior
 from cacp_ray.searching.budget import Budget, minimum_counts
 from cacp_ray.searching.mdp import AllocationMDP
 from cacp_ray.searching.settings import PaperSettings
@@ -15,7 +16,7 @@ def mdp():
     cost_model = toy_cost_model(8)
     channels = cost_model.num_channels
     budget = Budget(cost_model.macs, channels, minimum_counts(channels, 0.1, 1))
-    return AllocationMDP(cost_model, budget, np.ones(8), 0.8)
+    return AllocationMDP(cost_model, budget, uniform_prior(8), 0.8)
 
 
 def play_randomly(mdp, seed=0):

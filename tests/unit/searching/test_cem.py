@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cacp_ray.files import read_json
-from cacp_ray.searching.allocation import AllocationSpace
+from cacp_ray.searching.allocation import AllocationSpace, uniform_prior
 from cacp_ray.searching.strategies.cem import ELITE, POPULATION, SCALE, Gaussian, refit
 from tests.toy import measure_by_formula
 from tests.unit.searching.test_strategies import SCORE, make
@@ -46,7 +46,7 @@ def test_the_elite_of_a_full_generation_moves_the_mean(tmp_path):
     assert num_open == 0
     results.sort(key=lambda result: -result[1].top1)
     elite = [candidate.keep_counts for candidate, _ in results[:ELITE]]
-    offsets = AllocationSpace(budget, np.ones(8), SCALE).encode([RATE] * ELITE, elite)
+    offsets = AllocationSpace(budget, uniform_prior(8), SCALE).encode([RATE] * ELITE, elite)
     np.testing.assert_allclose(mean, 0.8 * offsets.mean(axis=0), rtol=1e-5)
     assert mean[0] > 0
 

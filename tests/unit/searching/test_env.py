@@ -4,6 +4,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from cacp_ray.errors import ConfigError, InfeasibleRateError
+from cacp_ray.searching.allocation import uniform_prior
 from cacp_ray.searching.budget import Budget, minimum_counts
 from cacp_ray.searching.env import ENV_ID, ChannelAllocationEnv
 from cacp_ray.searching.mdp import AllocationMDP
@@ -22,7 +23,7 @@ def make_mdp(*whole) -> AllocationMDP:
     least = minimum_counts(channels, 0.1, 1)
     least[list(whole)] = channels[list(whole)]
     return AllocationMDP(
-        COST_MODEL, Budget(COST_MODEL.macs, channels, least), np.ones(len(channels)), 0.8
+        COST_MODEL, Budget(COST_MODEL.macs, channels, least), uniform_prior(len(channels)), 0.8
     )
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cacp_ray.searching.allocation import AllocationSpace
+from cacp_ray.searching.allocation import AllocationSpace, uniform_prior
 from cacp_ray.searching.strategies import hill_climb
 from cacp_ray.searching.strategies.hill_climb import MAX_MUTATED, SCALE, SPREAD
 from tests.toy import measure_by_formula
@@ -24,7 +24,7 @@ def wishes(num_proposals, told, score, monkeypatch):
 
     monkeypatch.setattr(AllocationSpace, "decode", record)
     strategy.ask(num_proposals)
-    return np.array(asked), AllocationSpace(budget, np.ones(8), SCALE)
+    return np.array(asked), AllocationSpace(budget, uniform_prior(8), SCALE)
 
 
 def test_few_groups_of_the_parent_are_mutated(monkeypatch):

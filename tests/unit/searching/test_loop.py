@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.measurement import LocalEvaluator, Measurement
+from cacp_ray.searching.allocation import uniform_prior
 from cacp_ray.searching.budget import Budget, minimum_counts, spend
 from cacp_ray.searching.loop import MAX_REPEATS, SearchLoop
 from cacp_ray.searching.run_directory import RunDirectory
@@ -31,7 +32,7 @@ BUDGET = Budget(
     COST_MODEL.macs, COST_MODEL.num_channels, minimum_counts(COST_MODEL.num_channels, 0.1, 1)
 )
 SCORE = toy_score(COST_MODEL)
-PROBLEM = Problem(COST_MODEL, BUDGET, RATES, 0, 30, np.ones(4))
+PROBLEM = Problem(COST_MODEL, BUDGET, RATES, 0, 30, uniform_prior(4))
 LAWFUL = "index strategy rate keep_counts macs params cost_kept top1 top5 images reward cached"
 
 # Files are written in dozens of places here; a slow disk is no failure.

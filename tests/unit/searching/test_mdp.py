@@ -4,6 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cacp_ray.searching.allocation import Prior
 from cacp_ray.searching.budget import Budget, minimum_counts, uniform
 from cacp_ray.searching.mdp import AllocationMDP
 from tests.toy import toy_cost_model
@@ -16,7 +17,7 @@ def make_mdp(seed=0, round_to=1, inner_only=False, action_scale=0.8) -> Allocati
     channels = cost_model.num_channels
     budget = Budget(cost_model.macs, channels, minimum_counts(channels, 0.1, round_to), round_to)
     weights = [not (inner_only and group.is_residual) for group in cost_model.groups]
-    return AllocationMDP(cost_model, budget, weights, action_scale)
+    return AllocationMDP(cost_model, budget, Prior(np.array(weights)), action_scale)
 
 
 mdps = st.builds(

@@ -3,86 +3,125 @@
 import numpy as np
 import pytest
 
-from cacp_ray.evaluation.measurement import Candidate, Measurement
+from cacp_ray.searching.allocation import Prior, uniform_prior
 from cacp_ray.searching.budget import Budget, minimum_counts, uniform
-from cacp_ray.searching.strategies.prior import PriorFirst, prior_weights
+from cacp_ray.searching.strategies.prior import MOST_WIDTHS, PriorFirst, uniform_priors
+from cacp_ray.searching.strategies.problem import Problem
 from cacp_ray.searching.strategies.random import RandomStrategy
-from tests.toy import toy_cost_model
+from tests.toy import measure_by_formula, toy_cost_model, toy_score
 
 RATES = (0.5, 0.8)
+COST_MODEL = toy_cost_model(6, 0)
+CHANNELS = COST_MODEL.num_channels
 
 
-@pytest.fixture
-def problem():
-    cost_model = toy_cost_model(6, 0)
-    channels = cost_model.num_channels
-    return cost_model, Budget(cost_model.macs, channels, minimum_counts(channels, 0.1, 1))
+class Listening(RandomStrategy):
+    """Keeps what it is told."""
+
+    told = ()
+
+    def tell(self, results):
+        self.told = [*self.told, *results]
 
 
-def make(problem, chosen):
-    cost_model, budget = problem
+def make(chosen, evaluations=20):
+    """20 evaluations are too few for a sensitivity map."""
+    budget = Budget(COST_MODEL.macs, CHANNELS, minimum_counts(CHANNELS, 0.1, 1))
+    problem = Problem(COST_MODEL, budget, RATES, 0, evaluations, uniform_prior(6))
 
-    def go_on(weights):
-        chosen.append(weights.tolist())
-        return RandomStrategy(budget, RATES, 0)
+    def go_on(prior):
+        strategy = Listening(budget, RATES, 0)
+        chosen.append((prior, strategy))
+        return strategy
 
-    return PriorFirst(cost_model, budget, RATES, go_on, name="random")
+    return PriorFirst(problem, go_on, name="random"), budget
 
 
-def measure(proposals, favourite, first=0):
-    return [
-        (
-            Candidate(first + i, p.rate, p.keep_counts),
-            Measurement(first + i, 0.9 if p.keep_counts in favourite else 0.1, 0, 0, 10, 0.0),
-        )
-        for i, p in enumerate(proposals)
-    ]
+def favour(favourite):
+    return lambda counts: 0.9 if counts in favourite else 0.1
 
 
 @pytest.mark.parametrize("prior", ["all", "inner"])
-def test_the_better_prior_is_chosen_and_its_strategy_goes_on(problem, prior):
-    cost_model, budget = problem
-    priors = prior_weights(cost_model)
-    if prior not in priors:
-        pytest.fail("the toy problem needs residual and inner groups")
-    favourite = {tuple(row) for row in uniform(budget, RATES, priors[prior]).tolist()}
+def test_the_better_prior_is_chosen_and_its_strategy_goes_on(prior):
+    priors = uniform_priors(COST_MODEL)
+    assert set(priors) == {"all", "inner"}
     chosen = []
-    strategy = make(problem, chosen)
+    strategy, budget = make(chosen)
+    favourite = {tuple(row) for row in uniform(budget, RATES, priors[prior].weights).tolist()}
     asked = strategy.ask(100)
     assert len(asked) == 4
     assert strategy.ask(100) == []
-    strategy.tell(measure(asked[:3], favourite))
+    strategy.tell(measure_by_formula(asked[:3], favour(favourite)))
     assert strategy.prior is None
-    strategy.tell(measure(asked[3:], favourite, 3))
+    strategy.tell(measure_by_formula(asked[3:], favour(favourite), 3))
     assert strategy.prior == prior
-    assert chosen == [priors[prior].tolist()]
+    ((found, inner),) = chosen
+    assert (found.weights == priors[prior].weights).all()
+    assert found.damage is None
+    assert sorted(c.index for c, _ in inner.told) == [0, 1, 2, 3]
     assert len(strategy.ask(5)) == 5
 
 
-def test_restored_before_and_after_the_choice(problem, tmp_path):
-    strategy = make(problem, [])
-    asked = strategy.ask(2)
-    strategy.tell(measure(asked, set()))
-    (tmp_path / "a").mkdir()
-    strategy.save(tmp_path / "a")
-    again = make(problem, [])
-    again.restore(tmp_path / "a")
-    rest = again.ask(10)
-    assert rest == strategy.ask(10)
-    assert not set(rest) & set(asked)
-    again.tell(measure(rest, set(), 2))
-    assert again.prior is not None
-    (tmp_path / "b").mkdir()
-    again.ask(3)
-    again.save(tmp_path / "b")
-    third = make(problem, [])
-    third.restore(tmp_path / "b")
-    assert third.prior == again.prior
-    assert third.ask(4) == again.ask(4)
+def test_restored_at_any_point_it_goes_on_the_same(tmp_path):
+    def run(stops):
+        strategy, number, path = make([], 200)[0], 0, []
+        for step in range(40):
+            if step in stops:
+                folder = tmp_path / f"{len(stops)}-{step}"
+                folder.mkdir()
+                strategy.save(folder)
+                strategy = make([], 200)[0]
+                strategy.restore(folder)
+            asked = strategy.ask(3)
+            path += asked
+            strategy.tell(measure_by_formula(asked, toy_score(COST_MODEL), number))
+            number += len(asked)
+        return strategy.prior, path
+
+    assert run({1, 5, 11, 12, 13, 20, 39}) == run(set()) == run(set(range(1, 40)))
 
 
-def test_without_residual_streams_there_is_one_prior():
+def test_where_groups_differ_the_sensitivity_map_is_chosen():
+    # One group decides all: only the map can know to leave it whole.
+    chosen = []
+    strategy, budget = make(chosen, 300)
+    results = []
+    while strategy.prior is None:
+        asked = strategy.ask(7)
+        new = measure_by_formula(asked, lambda counts: counts[2] / CHANNELS[2], len(results))
+        results += new
+        strategy.tell(new)
+    assert strategy.prior.startswith("map of")
+    ((prior, inner),) = chosen
+    counts = prior.allocate(budget, RATES)
+    assert (counts[:, 2] == CHANNELS[2]).all()
+    assert (budget.cost(counts) <= budget.limit(RATES)).all()
+    probes = [candidate for candidate, _ in results if candidate.rate == 1]
+    assert 6 < len(probes) <= 1 + 6 * MOST_WIDTHS
+    assert {candidate.rate for candidate, _ in inner.told} == set(RATES)
+
+
+def test_probes_that_are_told_late_do_not_reach_the_strategy():
+    chosen = []
+    strategy, _ = make(chosen)
+    asked = strategy.ask(10)
+    strategy.tell(measure_by_formula(asked, toy_score(COST_MODEL)))
+    probe = [(c, m) for c, m in measure_by_formula(asked[:1], toy_score(COST_MODEL), 9)]
+    probe = [(type(c)(9, 1.0, c.keep_counts), m) for c, m in probe]
+    strategy.tell(probe)
+    assert 9 not in {candidate.index for candidate, _ in chosen[0][1].told}
+
+
+def test_without_residual_streams_there_is_one_uniform_prior():
     cost_model = toy_cost_model(3, 0)
     is_residual = np.array([group.is_residual for group in cost_model.groups])
     expected = {"all"} if not is_residual.any() or is_residual.all() else {"all", "inner"}
-    assert set(prior_weights(cost_model)) == expected
+    assert set(uniform_priors(cost_model)) == expected
+
+
+def test_a_damage_map_cuts_most_where_least_is_lost():
+    budget = make([])[1]
+    damage = [np.full(n, 1.0 + (g == 4)) - np.arange(n) / (2 * n) for g, n in enumerate(CHANNELS)]
+    counts = Prior(np.ones(6, bool), damage).allocate(budget, [0.5])[0]
+    assert (counts / CHANNELS).argmax() == 4
+    assert counts[4] == CHANNELS[4]

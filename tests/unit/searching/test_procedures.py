@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from cacp_ray.errors import ConfigError
 from cacp_ray.evaluation.measurement import LocalEvaluator, Measurement
+from cacp_ray.searching.allocation import uniform_prior
 from cacp_ray.searching.budget import Budget, minimum_counts
 from cacp_ray.searching.loop import SearchLoop
 from cacp_ray.searching.ranking import cut_at_threshold
@@ -31,7 +32,7 @@ BY_STEPS = ("pcp", "greedy", "cap", "sensitivity", "global", "cpmc", "adapruner"
 def problem(evaluations=300, rates=RATES, round_to=1, floor=0.1):
     budget = Budget(COST_MODEL.macs, CHANNELS, minimum_counts(CHANNELS, floor, round_to), round_to)
     scores = toy_scores(COST_MODEL)
-    return Problem(COST_MODEL, budget, rates, 0, evaluations, np.ones(8), scores=scores)
+    return Problem(COST_MODEL, budget, rates, 0, evaluations, uniform_prior(8), scores=scores)
 
 
 def search(name, score=SCORE, size=1000, **changes):

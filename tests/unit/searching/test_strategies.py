@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cacp_ray.errors import ConfigError
+from cacp_ray.searching.allocation import Prior, uniform_prior
 from cacp_ray.searching.budget import Budget, minimum_counts, uniform
 from cacp_ray.searching.strategies import STRATEGIES, make_strategy
 from cacp_ray.searching.strategies.problem import Problem
@@ -26,7 +27,7 @@ def toy_budget(cost_model, round_to=1):
 
 def problem(cost_model, seed=0, round_to=1, rates=RATES, prior=None):
     budget = toy_budget(cost_model, round_to)
-    prior = np.ones(len(budget.num_channels)) if prior is None else prior
+    prior = uniform_prior(len(budget.num_channels)) if prior is None else prior
     return Problem(cost_model, budget, rates, seed, 300, prior, scores=toy_scores(cost_model))
 
 
@@ -127,7 +128,7 @@ def test_a_restored_strategy_goes_on_where_it_was(name, steps, tmp_path):
 @pytest.mark.parametrize("inner", [False, True])
 def test_the_prior_comes_first_at_every_rate(name, inner):
     weights = np.array([not (inner and group.is_residual) for group in toy_cost_model().groups])
-    strategy, budget = make(name, rates=(0.7, 0.4), prior=weights)
+    strategy, budget = make(name, rates=(0.7, 0.4), prior=Prior(weights))
     proposals = strategy.ask(5)
     assert [p.rate for p in proposals] == [0.4, 0.7, 0.4, 0.7, 0.4]
     assert [list(p.keep_counts) for p in proposals[:2]] == uniform(
