@@ -21,13 +21,12 @@ from cacp_ray.searching.strategies.sensitivity import make_sensitivity
 from cacp_ray.searching.strategies.uniform import UniformStrategy
 from cacp_ray.searching.strategy import Strategy
 
-# What starts from a prior, and what has none.
 STRATEGIES: dict[str, Callable[[Problem], Strategy]] = {
-    "hill_climb": lambda p: HillClimb(p.budget, p.rates, p.prior, p.seed),
-    "cem": lambda p: CEM(p.budget, p.rates, p.prior, p.seed),
-    "noise": lambda p: CEM(p.budget, p.rates, p.prior, p.seed, learn=False),
-    "evolution": lambda p: Evolution(p.budget, p.rates, p.prior, p.seed),
-    "optuna": lambda p: OptunaTPE(p.budget, p.rates, p.prior, p.seed),
+    "hill_climb": HillClimb,
+    "cem": CEM,
+    "noise": lambda p: CEM(p, learn=False),
+    "evolution": Evolution,
+    "optuna": OptunaTPE,
     "random": lambda p: RandomStrategy(p.budget, p.rates, p.seed),
     "uniform": lambda p: UniformStrategy(p.cost_model, p.budget, p.rates),
     "pcp": make_pcp,

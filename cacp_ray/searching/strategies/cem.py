@@ -17,9 +17,9 @@ import numpy as np
 
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.files import read_json, write_json
-from cacp_ray.searching.allocation import AllocationSpace, Prior
-from cacp_ray.searching.budget import Budget, Floats
+from cacp_ray.searching.budget import Floats
 from cacp_ray.searching.strategies.hill_climb import SCALE, Counts, Offsets, Proposer
+from cacp_ray.searching.strategies.problem import Problem
 from cacp_ray.searching.strategy import Proposal
 
 POPULATION = 15  # measurements of a rate to an update
@@ -60,32 +60,23 @@ class CEM:
     drawn. Both found more in a simulation (8 and 20 groups, 300 evaluations, 0 to 32 out at once).
     """
 
-    def __init__(
-        self,
-        budget: Budget,
-        rates: Sequence[float],
-        prior: Prior,
-        seed: int,
-        *,
-        learn: bool = True,
-    ) -> None:
+    def __init__(self, problem: Problem, *, learn: bool = True) -> None:
         """Starts around the prior at every rate.
 
         Args:
-            budget: Which keep counts a rate allows.
-            rates: Share of the cost that is kept, each reachable.
-            prior: Where it starts.
-            seed: Of all samples.
+            problem: The search.
             learn: False never updates: noise around the prior, a control.
         """
         self.name = "cem" if learn else "noise"
         self._learn = learn
-        self._proposer = Proposer(AllocationSpace(budget, prior, SCALE), rates, seed)
+        self._proposer = Proposer(problem)
         shape = self._proposer.space.num_offsets
         first = Gaussian(np.zeros(shape), np.full(shape, (SPREAD / SCALE) ** 2))
-        self._gaussians = dict.fromkeys(rates, first)
+        self._gaussians = dict.fromkeys(problem.rates, first)
         # Top1 and keep counts told since the last update.
-        self._generations: dict[float, list[tuple[float, Counts]]] = {rate: [] for rate in rates}
+        self._generations: dict[float, list[tuple[float, Counts]]] = {
+            rate: [] for rate in problem.rates
+        }
 
     def ask(self, count: int) -> list[Proposal]:
         """The next `count` proposals."""

@@ -13,9 +13,8 @@ import numpy as np
 
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.files import read_json, write_json
-from cacp_ray.searching.allocation import AllocationSpace, Prior
-from cacp_ray.searching.budget import Budget
 from cacp_ray.searching.strategies.hill_climb import SCALE, SPREAD, Counts, Offsets, Proposer
+from cacp_ray.searching.strategies.problem import Problem
 from cacp_ray.searching.strategy import Proposal
 
 POPULATION = 20  # best of a rate that may have children
@@ -30,18 +29,13 @@ class Evolution:
 
     name = "evolution"
 
-    def __init__(self, budget: Budget, rates: Sequence[float], prior: Prior, seed: int) -> None:
-        """Starts from noise around the prior at every rate.
-
-        Args:
-            budget: Which keep counts a rate allows.
-            rates: Share of the cost that is kept, each reachable.
-            prior: Where it starts.
-            seed: Of all draws.
-        """
-        self._proposer = Proposer(AllocationSpace(budget, prior, SCALE), rates, seed)
+    def __init__(self, problem: Problem) -> None:
+        """Starts from noise around the prior at every rate."""
+        self._proposer = Proposer(problem)
         # Top1 and keep counts, best first.
-        self._population: dict[float, list[tuple[float, Counts]]] = {rate: [] for rate in rates}
+        self._population: dict[float, list[tuple[float, Counts]]] = {
+            rate: [] for rate in problem.rates
+        }
 
     def ask(self, count: int) -> list[Proposal]:
         """The next `count` proposals."""

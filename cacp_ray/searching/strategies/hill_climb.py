@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.files import read_json, write_json
-from cacp_ray.searching.allocation import AllocationSpace, Prior
-from cacp_ray.searching.budget import Budget
+from cacp_ray.searching.allocation import AllocationSpace
+from cacp_ray.searching.strategies.problem import Problem
 from cacp_ray.searching.strategy import Proposal
 
 SCALE = 0.8  # offset = log(keep ratio / prior) / SCALE
@@ -38,16 +38,9 @@ class HillClimb:
 
     name = "hill_climb"
 
-    def __init__(self, budget: Budget, rates: Sequence[float], prior: Prior, seed: int) -> None:
-        """Starts from the prior at every rate.
-
-        Args:
-            budget: Which keep counts a rate allows.
-            rates: Share of the cost that is kept, each reachable.
-            prior: Where it starts.
-            seed: Of all mutations.
-        """
-        self._proposer = Proposer(AllocationSpace(budget, prior, SCALE), rates, seed)
+    def __init__(self, problem: Problem) -> None:
+        """Starts from the prior at every rate."""
+        self._proposer = Proposer(problem)
         self._best: dict[float, tuple[float, Counts]] = {}  # top1 and keep counts, once measured
 
     def ask(self, count: int) -> list[Proposal]:
@@ -90,16 +83,11 @@ class Proposer:
     What it proposes does not depend on how many are asked for at once.
     """
 
-    def __init__(self, space: AllocationSpace, rates: Sequence[float], seed: int) -> None:
-        """Knows no keep counts yet.
-
-        Args:
-            space: Offsets <-> keep counts.
-            rates: Share of the cost that is kept, each reachable.
-            seed: Of `rng`, which whoever draws offsets draws from.
-        """
-        self.space = space
-        self.rng = np.random.default_rng(seed)
+    def __init__(self, problem: Problem) -> None:
+        """Knows no keep counts yet."""
+        rates = problem.rates
+        self.space = AllocationSpace(problem.budget, problem.prior, SCALE)
+        self.rng = np.random.default_rng(problem.seed)  # of whoever draws offsets
         self._num_asked = dict.fromkeys(rates, 0)
         self._known: dict[float, set[Counts]] = {rate: set() for rate in rates}
 

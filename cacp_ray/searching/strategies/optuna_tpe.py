@@ -14,9 +14,8 @@ import numpy as np
 from cacp_ray.errors import ConfigError
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.files import read_json, write_json
-from cacp_ray.searching.allocation import AllocationSpace, Prior
-from cacp_ray.searching.budget import Budget
-from cacp_ray.searching.strategies.hill_climb import SCALE, Counts, Offsets, Proposer
+from cacp_ray.searching.strategies.hill_climb import Counts, Offsets, Proposer
+from cacp_ray.searching.strategies.problem import Problem
 from cacp_ray.searching.strategy import Proposal
 
 WIDEST = 1.5  # largest offset: keep ratios from a third to three times the prior's
@@ -30,14 +29,8 @@ class OptunaTPE:
 
     name = "optuna"
 
-    def __init__(self, budget: Budget, rates: Sequence[float], prior: Prior, seed: int) -> None:
+    def __init__(self, problem: Problem) -> None:
         """Starts from the prior at every rate.
-
-        Args:
-            budget: Which keep counts a rate allows.
-            rates: Share of the cost that is kept, each reachable.
-            prior: Where it starts.
-            seed: Of all draws.
 
         Raises:
             ConfigError: Optuna is not installed.
@@ -50,14 +43,14 @@ class OptunaTPE:
             ) from error
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._optuna: Any = optuna
-        self._proposer = Proposer(AllocationSpace(budget, prior, SCALE), rates, seed)
+        self._proposer = Proposer(problem)
         groups = range(self._proposer.space.num_offsets)
         self._ranges = {
             f"{group:04d}": optuna.distributions.FloatDistribution(-WIDEST, WIDEST)
             for group in groups
         }
         self._studies: dict[float, Any] = {
-            rate: optuna.create_study(direction="maximize") for rate in rates
+            rate: optuna.create_study(direction="maximize") for rate in problem.rates
         }
         self._told: list[tuple[float, float, Counts]] = []  # rate, top1, keep counts
 
