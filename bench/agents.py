@@ -37,6 +37,7 @@ from cacp_ray.files import describe_environment, write_json
 from cacp_ray.loading import Base, load_base, prepare_base, read_split
 from cacp_ray.searching.loop import SearchLoop
 from cacp_ray.searching.run_directory import RunDirectory
+from cacp_ray.searching.strategies import prior
 from cacp_ray.strategies import make_run_strategy
 from cacp_ray.training.metrics import fast_dtype, predict
 
@@ -48,6 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "cacp": {},
     # No gradient step, so no screening either: elites and noise around the prior remain.
     "cacp, no learning": {"agent": {"updates_per_episode": 0, "drafts": 1}},
+    "cacp, uniform prior": {},
     "cacp, no screening": {"agent": {"drafts": 1}},
     "cacp, no elites": {"agent": {"elite_share": 0.0}},
     "cacp, no imitation": {"agent": {"imitation": 0.0}},
@@ -71,6 +73,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "uniform": {"strategy": "uniform"},
     "cacp, own search": {"rates": UNSEEN},
 }
+MAP_SHARE = prior.MAP_SHARE
 OWN = "cacp, own search"  # at the rates that all others leave out, as many evaluations a rate
 SCHEDULED = ("cacp-paper", "amc", "amc, prior", "sequential, prior", "pcp", "greedy", "sensitivity")
 Winner = tuple[float, Subnet]  # top1
@@ -163,6 +166,8 @@ def run(job: Job, options: argparse.Namespace) -> None:
     if all(file.exists() for file in files.values()):
         return
     logging.getLogger().setLevel(logging.ERROR)
+    # An ablation, no setting: the process may run several jobs.
+    prior.MAP_SHARE = 0.0 if job.method.endswith("uniform prior") else MAP_SHARE
     torch.set_num_threads(1)
     config = make_config(job, options)
     base = load_base(config)
