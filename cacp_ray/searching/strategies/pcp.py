@@ -1,14 +1,14 @@
 """Progressive Channel Pruning: attempt a few channels of every group, select groups, prune.
 
 Attempt: every group alone loses a few channels, all measured side by side with the recovery of the
-run. Select: groups are sorted by the accuracy they lost for the cost they save, and the first half,
-three quarters or all of them are cut together to the next target; the set that is measured best is
-taken. Prune: the descent goes on from there, and delivers every rate as it passes.
+run. Select: groups are sorted by how much the loss rose for the cost that they save, and the first
+quarter, half or three quarters of them are cut together to the next target; the set that is
+measured best is taken. Prune: the descent goes on from there, and delivers each rate as it passes.
 
 Source: after Progressive Channel Pruning (Guo et al., TCSVT 2021, arXiv 2507.04792), of which only
 the abstract was to be had: attempt, select, prune in rounds, several layers a round. Ours: the size
-of an attempt, sorting by cost, the sets that are compared, one descent through all rates, and exact
-budgets.
+of an attempt, the loss where the paper has accuracy, sorting by cost, the sets that are compared,
+one descent through all rates, and exact budgets.
 """
 
 import math
@@ -52,7 +52,7 @@ def _round(problem: Problem, counts: Ints, target: Target) -> Round:
         return counts
     attempts = [np.where(np.arange(len(counts)) == group, smaller, counts) for group in groups]
     found = yield [Proposal(1.0, tuple(row.tolist())) for row in [counts, *attempts]]
-    saved = budget.cost(counts) - budget.cost(np.array(attempts))  # (A,)
+    saved = np.maximum(budget.cost(counts) - budget.cost(np.array(attempts)), 1)  # (A,)
     damage = np.array([_damage(each, found[0]) for each in found[1:]])
     ranked = np.array(groups)[np.argsort(damage / saved, kind="stable")]
 
