@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 from cacp_ray.errors import ConfigError, nearest_names
-from cacp_ray.models.factory import import_function
 from cacp_ray.searching.strategies import adapruner, cpmc
 from cacp_ray.searching.strategies.adapruner import make_adapruner
 from cacp_ray.searching.strategies.cap import make_cap
@@ -57,6 +56,8 @@ def make_strategy(name: str, problem: Problem) -> Strategy:
         ConfigError: There is no such strategy, or it needs more evaluations.
     """
     if ":" in name:
+        from cacp_ray.models.factory import import_function  # imports torch
+
         return import_function("strategy", name)(problem)
     if name not in STRATEGIES:
         raise ConfigError(f"strategy {name}: {nearest_names(name, STRATEGIES)}")
