@@ -57,7 +57,7 @@ def backward(model, x):
 def test_every_parameter_learns_and_the_loss_falls(name):
     small, x = cut(name)
     small.train()
-    optimizer = torch.optim.SGD(small.parameters(), lr=0.005)  # larger steps diverge on EfficientNet
+    optimizer = torch.optim.SGD(small.parameters(), lr=0.005)  # more diverges on EfficientNet
     losses = [backward(small, x)]
     # Stochastic depth skips a block for single images; in no block of this draw for all of them.
     silent = [n for n, p in small.named_parameters() if p.grad is None or not p.grad.any()]
