@@ -13,7 +13,7 @@ from cacp_ray.loading import load_model, read_split
 from cacp_ray.reporting.comparison import JSON_FILE, ComparedRun, Comparison, Point
 from cacp_ray.results import read_result
 from cacp_ray.searching.archive import Archive
-from cacp_ray.searching.loop import MEASUREMENT_FIELDS
+from cacp_ray.searching.records import as_result
 from cacp_ray.searching.run_directory import EpisodeRecord, RunDirectory
 from cacp_ray.searching.strategies import SEPARATE
 
@@ -102,8 +102,7 @@ def find_known(config: RunConfig, sha256: str, run_dirs: Mapping[Path, RunConfig
             continue
         for row in RunDirectory(path).read_records():
             if row.status == "ok" and not row.cached:
-                values = {name: getattr(row, name) for name in MEASUREMENT_FIELDS}
-                known.setdefault(row.subnet, Measurement(**values))
+                known.setdefault(row.subnet, as_result(row)[1])
     return known
 
 

@@ -1,6 +1,5 @@
 """What a search leaves: the policy's answers, and the winner of every rate, built and measured."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from cacp_ray.loading import Base
 from cacp_ray.pruning.sequential import recover_sequentially
 from cacp_ray.pruning.subnet import describe_kept, load_subnet, save_subnet
 from cacp_ray.pruning.surgery import build_subnet
+from cacp_ray.searching.records import make_record
 from cacp_ray.searching.run_directory import EpisodeRecord
 from cacp_ray.training.metrics import Accuracy, measure
 
@@ -74,16 +74,8 @@ def as_record(
     base: Base, config: RunConfig, candidate: Candidate, found: Measurement
 ) -> EpisodeRecord:
     """A measurement of the policy's answer, as the search records its own."""
-    return EpisodeRecord(
-        **dataclasses.asdict(found),
-        strategy=config.strategy,
-        rate=candidate.rate,
-        keep_counts=candidate.keep_counts,
-        macs=int(base.plan.macs(candidate.keep_counts)),
-        params=int(base.plan.params(candidate.keep_counts)),
-        cost_kept=int(base.budget.cost(np.array(candidate.keep_counts))) / base.budget.total,
-        reward=found.top1,
-        cached=False,
+    return make_record(
+        candidate, found, base.plan.cost_model, cost=config.cost, strategy=config.strategy
     )
 
 

@@ -23,6 +23,7 @@ from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement, S
 from cacp_ray.files import read_json, write_json
 from cacp_ray.pruning.cost import CostModel
 from cacp_ray.searching.archive import Archive
+from cacp_ray.searching.records import as_result, make_record
 from cacp_ray.searching.run_directory import EpisodeRecord, RunDirectory
 from cacp_ray.searching.settings import Mode
 from cacp_ray.searching.strategy import Proposal, Strategy
@@ -32,8 +33,6 @@ logger = logging.getLogger(__name__)
 WAIT_SECONDS = 2.0
 WINDOW_SECONDS = 60.0
 MAX_REPEATS = 200
-
-MEASUREMENT_FIELDS = tuple(field.name for field in dataclasses.fields(Measurement))
 
 Result = tuple[Candidate, Measurement]
 
@@ -97,6 +96,7 @@ class SearchLoop:
         """
         self._evaluator = evaluator
         self._cost_model = cost_model
+        self._cost_name = cost
         self._cost = cost_model.kind(cost)
         self._total = int(self._cost(cost_model.num_channels))
         self._run = run
@@ -328,7 +328,7 @@ class SearchLoop:
         key = candidate.subnet
         row = self._ahead.pop(candidate.index, None)
         if row is not None:
-            return [_as_result(row)]
+            return [as_result(row)]
         if key in self._memory:
             return [self._record(candidate, self._memory[key], is_cached=True)]
         if key in self._known:
@@ -359,16 +359,12 @@ class SearchLoop:
             index=candidate.index,
             seconds=0.0 if is_cached else measurement.seconds,
         )
-        row = EpisodeRecord(
-            **dataclasses.asdict(measurement),
+        row = make_record(
+            candidate,
+            measurement,
+            self._cost_model,
+            cost=self._cost_name,
             strategy=self._strategy_name,
-            rate=candidate.rate,
-            keep_counts=candidate.keep_counts,
-            order=candidate.order,
-            macs=int(self._cost_model.macs(candidate.keep_counts)),
-            params=int(self._cost_model.params(candidate.keep_counts)),
-            cost_kept=int(self._cost(candidate.keep_counts)) / self._total,
-            reward=measurement.top1,
             cached=is_cached,
         )
         self._run.append(row)
@@ -377,7 +373,7 @@ class SearchLoop:
 
     def _remember(self, row: EpisodeRecord) -> None:
         self.archive.add(row)
-        self._memory.setdefault(row.subnet, _as_result(row)[1])
+        self._memory.setdefault(row.subnet, as_result(row)[1])
 
     def _adopt(self, strategy: Strategy, rows: Sequence[EpisodeRecord]) -> None:
         """Tells recorded measurements that the strategy will not ask for under their index."""
@@ -386,7 +382,7 @@ class SearchLoop:
         self._adopted |= keys - self._asked
         self._asked |= keys
         self._next_index = max([self._next_index, *(row.index + 1 for row in rows)])
-        self._tell(strategy, [_as_result(row) for row in rows])
+        self._tell(strategy, [as_result(row) for row in rows])
 
     def _tell(self, strategy: Strategy, results: Sequence[Result]) -> None:
         if results:
@@ -396,9 +392,3 @@ class SearchLoop:
     def _report(self) -> None:
         if self._on_progress is not None:
             self._on_progress(self.progress)
-
-
-def _as_result(row: EpisodeRecord) -> Result:
-    values = {name: getattr(row, name) for name in MEASUREMENT_FIELDS}
-    candidate = Candidate(row.index, row.rate, row.keep_counts, order=row.order)
-    return candidate, Measurement(**values)

@@ -11,23 +11,8 @@ import pytest
 import yaml
 from safetensors.torch import save_file
 
-from cacp_ray.cli import main
 from cacp_ray.models.factory import build_model
 from tests.unit.exporting.folders import make_folder
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the command line in this process: (exit code, standard output, standard error)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["cacp-ray", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return caught.value.code, *capsys.readouterr()
-
-    return call
-
 
 MODEL = {"name": "resnet20", "weights": "embedded:resnet20_cifar10"}
 

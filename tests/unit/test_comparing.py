@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cacp_ray import api
-from cacp_ray.cli import app, main
+from cacp_ray.cli import app
 from cacp_ray.comparing import find_known, trace_frontier
 from cacp_ray.config import RunConfig, load_config, resolved
 from cacp_ray.files import write_json
@@ -92,19 +91,6 @@ def make_result(rates=(0.3, 0.5, 0.7), *, policy: float | None = None, shift: fl
         "evaluations": 29,
         "seconds": {"search": 61.5},
     }
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the command line in this process: (exit code, standard output, standard error)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["cacp-ray", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return caught.value.code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture
