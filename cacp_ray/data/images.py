@@ -51,7 +51,12 @@ class ImageSet:
 
     def take(self, count: int | None) -> "ImageSet":
         """The first `count` images; all of them when there are fewer, or for None."""
-        return dataclasses.replace(self, images=self.images[:count], labels=self.labels[:count])
+        return self.slice(0, count)
+
+    def slice(self, start: int, stop: int | None) -> "ImageSet":
+        """Images [start, stop), without a copy."""
+        rows = slice(start, stop)
+        return dataclasses.replace(self, images=self.images[rows], labels=self.labels[rows])
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Normalised images float32 (N, C, H, W), channels_last, and labels (N,)."""

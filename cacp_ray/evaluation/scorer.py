@@ -8,6 +8,7 @@ the small network.
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,15 +19,17 @@ from torch import Tensor, nn
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.transforms import from_shared
+from cacp_ray.evaluation.fusion import FusedNetwork, fuse
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
 from cacp_ray.pruning.compensation import LayerFactors, make_factors
 from cacp_ray.pruning.criteria import needs, rank_channels
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.recovery import make_cut
 from cacp_ray.pruning.statistics import Statistics
-from cacp_ray.pruning.surgery import Skeleton, all_tensors, reorder_weights
-from cacp_ray.training.metrics import fast_dtype, measure
+from cacp_ray.pruning.surgery import Skeleton, Slicer, all_tensors, reorder_weights
+from cacp_ray.training.metrics import fast_dtype, score_logits
 
+CHECKED_IMAGES = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -115,6 +118,7 @@ class Cutter:
     def __init__(self, prepared: Prepared, recovery: str) -> None:
         self.plan = prepared.plan
         self.skeleton = Skeleton(prepared.model)
+        self.calibration = prepared.calibration
         tensors = {name: from_shared(value) for name, value in prepared.tensors.items()}
         # What is not exchanged with every candidate is copied: a forward pass may write to it, as
         # BN layers in training mode do to their batch counters, and shared memory is read-only.
@@ -126,6 +130,7 @@ class Cutter:
             name: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
             for name, t in tensors.items()
         }
+        self.tensors: Mapping[str, Tensor] = tensors
         calibration = prepared.calibration.tensors()[0] if recovery == "bn" else None
         self.cut = make_cut(
             recovery,
@@ -153,6 +158,51 @@ class Cutters(dict[str, Cutter]):
         return self[order]
 
 
+class FastNetwork:
+    """Keep counts -> logits, as fast as this CPU allows: fused where that gives the same logits."""
+
+    def __init__(self, cutter: Cutter, dtype: torch.dtype) -> None:
+        self._cutter, self._dtype = cutter, dtype
+        fused = fuse(cutter.skeleton.model)
+        self._fused = fused if fused is not None and _agrees(fused, cutter, dtype) else None
+
+    def logits(self, keep_counts: Sequence[int], split: ImageSet, batch_size: int) -> Tensor:
+        """(N, classes) float32 on a split."""
+        tensors = self._cutter.cut(keep_counts)
+        if self._fused is None:
+            model, dtype = self._cutter.skeleton.load(tensors), torch.float32
+            autocast = torch.autocast("cpu", dtype=self._dtype, enabled=self._dtype != dtype)
+        else:
+            model, dtype = self._fused.load({**self._cutter.tensors, **tensors}), self._dtype
+            autocast = nullcontext()
+        with torch.inference_mode(), autocast:
+            batches = (split.slice(i, i + batch_size) for i in range(0, len(split), batch_size))
+            return torch.cat([model(each.tensors()[0].to(dtype)).float() for each in batches])
+
+
+def _agrees(fused: FusedNetwork, cutter: Cutter, dtype: torch.dtype) -> bool:
+    """Whether whole and cut networks compute the same when fused; sets its dtype."""
+    images = cutter.calibration.take(CHECKED_IMAGES).tensors()[0]
+    whole = cutter.plan.cost_model.num_channels
+    slicer = Slicer(cutter.plan)
+    for counts in (whole, np.maximum(cutter.plan.least_counts, whole // 2)):
+        tensors = {**cutter.tensors, **slicer(cutter.tensors, counts.tolist())}
+        try:
+            with torch.inference_mode():
+                expected = cutter.skeleton.load(tensors)(images)
+                found = fused.load(tensors)(images)
+                fused.dtype = dtype
+                fused.load(tensors)(images.to(dtype))
+        except Exception:  # sizes or dtypes that the traced graph holds as constants
+            return False
+        tolerance = 1e-3 * float(expected.abs().max())
+        if not torch.allclose(found, expected, rtol=1e-3, atol=tolerance, equal_nan=True):
+            return False
+        fused.dtype = torch.float32
+    fused.dtype = dtype
+    return True
+
+
 def make_scorer(
     prepared: Prepared,
     split: ImageSet,
@@ -177,14 +227,16 @@ def make_scorer(
     if threads is not None:
         torch.set_num_threads(threads)
     cutters = Cutters(prepared, recovery)
-    x, y = split.tensors()
     precision = fast_dtype() if dtype == "auto" else DTYPES[dtype]
+    networks: dict[str, FastNetwork] = {}  # by importance order
 
     def score(candidate: Candidate) -> Measurement:
         started = time.perf_counter()
-        model = cutters[candidate.order].load(candidate.keep_counts)
-        stop = candidate.images or images
-        accuracy = measure(model, x[:stop], y[:stop], batch_size=batch_size, dtype=precision)
+        if candidate.order not in networks:
+            networks[candidate.order] = FastNetwork(cutters[candidate.order], precision)
+        scored = split.take(candidate.images or images)
+        logits = networks[candidate.order].logits(candidate.keep_counts, scored, batch_size)
+        accuracy = score_logits(logits, from_shared(scored.labels))
         return Measurement(
             index=candidate.index,
             top1=accuracy.top1,
