@@ -2,7 +2,7 @@
 
 OMP_NUM_THREADS=1 python bench/proposals.py
 
-ResNet-56, all groups, batches of 16, after the warm-up: every proposal is the best of 16 drafts by
+ResNet-56, all groups, batches of 16, after the warm-up: every proposal is the best of 32 drafts by
 the critics. Accuracies are a formula, so that nothing but the agent is timed.
 """
 

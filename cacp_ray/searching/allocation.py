@@ -82,13 +82,30 @@ class AllocationSpace:
             rates: (B,) share of the cost kept, each reachable.
             offsets: (B, P); 0 is the prior.
         """
+        return spend(self.budget, self.scaled(rates, offsets), rates)
+
+    def scaled(self, rates: ArrayLike, offsets: NDArray[np.floating]) -> Floats:
+        """(B, G) the same before what rounding leaves of the budget is spent: much cheaper."""
         budget = self.budget
         ratios: Floats = self.prior(rates) / budget.num_channels
         ratios[:, self.prunable] *= np.exp(self.scale * np.asarray(offsets, dtype=np.float64))
         ratios = np.maximum(ratios, budget.min_counts / budget.num_channels)
-        return spend(budget, scale_to_budget(budget, ratios, rates), rates)
+        return scale_to_budget(budget, ratios, rates)
 
     def encode(self, rates: ArrayLike, keep_counts: ArrayLike) -> Float32s:
         """(B, P) offsets of keep counts (B, G): `decode` leads back to them, or near."""
         ratios = np.asarray(keep_counts, dtype=np.float64) / self.prior(rates)
         return (np.log(ratios[:, self.prunable]) / self.scale).astype(np.float32)
+
+    def log_ratios(self, keep_counts: ArrayLike) -> Float32s:
+        """(B, P) log keep ratios of keep counts (B, G)."""
+        ratios = np.asarray(keep_counts, dtype=np.float64) / self.budget.num_channels
+        return np.log(ratios[:, self.prunable]).astype(np.float32)
+
+    def cost_shares(self, keep_counts: ArrayLike) -> Float32s:
+        """(B, P) cost that a wider group adds, by log keep ratio, as a share of all groups'."""
+        counts = np.asarray(keep_counts, dtype=np.int64)
+        without = counts[:, None] - np.eye(counts.shape[1], dtype=np.int64)[self.prunable]
+        gains = self.budget.cost(counts)[:, None] - self.budget.cost(without)  # (B, P)
+        gains = np.maximum(gains, 1) * counts[:, self.prunable]
+        return (gains / gains.sum(axis=1, keepdims=True)).astype(np.float32)

@@ -37,7 +37,7 @@ class AgentSettings:
     noise_decay: Annotated[float, Gt(0), Le(1)] = 0.99
     action_scale: Annotated[float, Gt(0)] = 0.8
     elite_share: Annotated[float, Ge(0), Le(1)] = 0.6
-    drafts: Annotated[int, Ge(1)] = 16
+    drafts: Annotated[int, Ge(1)] = 32
     warmup: Annotated[int, Ge(0)] = 5
 
 

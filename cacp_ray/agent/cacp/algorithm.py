@@ -13,18 +13,17 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from ray.rllib.algorithms.algorithm import Algorithm
-from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.policy.sample_batch import SampleBatch
 
 from cacp_ray.agent.cacp.behaviour import Behaviour
-from cacp_ray.agent.cacp.learner import REPLACED, RETURNS, WEIGHTS, CACPLearner
+from cacp_ray.agent.cacp.learner import REPLACED, CACPLearner
 from cacp_ray.agent.cacp.module import ActorCritic
 from cacp_ray.agent.cacp.replay import Replay
 from cacp_ray.agent.shell import AgentConfig, Counts, PruningAgent
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.searching.allocation import Float32s
-from cacp_ray.searching.budget import Ints
+from cacp_ray.searching.budget import Floats, Ints
 from cacp_ray.searching.settings import AgentSettings
 from cacp_ray.searching.strategy import Proposal
 
@@ -87,11 +86,19 @@ class CACP(PruningAgent):
 
     def _store(self, results: Sequence[tuple[Candidate, Measurement]]) -> None:
         rates = [candidate.rate for candidate, _ in results]
-        offsets = self.mdp.space.encode(rates, [candidate.keep_counts for candidate, _ in results])
+        space = self.mdp.space
+        counts = np.array([candidate.keep_counts for candidate, _ in results])
+        offsets = space.encode(rates, counts)
         is_ok = np.array([found.status == "ok" for _, found in results])
-        rewards = np.where(is_ok, [found.top1 for _, found in results], 0)
-        images = np.where(is_ok, [found.images for _, found in results], 0)
-        self._replay.add(offsets, rates, rewards, images)
+        self._replay.add(
+            rates=rates,
+            offsets=offsets,
+            log_ratios=space.log_ratios(counts),
+            shares=space.cost_shares(counts),
+            top1=[found.top1 for _, found in results],
+            loss=[found.loss for _, found in results],
+            images=np.where(is_ok, [found.images for _, found in results], 0),
+        )
         for i, (candidate, found) in enumerate(results):
             if is_ok[i] and candidate.images is None:
                 self._behaviour.adopt(candidate.rate, candidate.keep_counts, found.top1, offsets[i])
@@ -107,15 +114,8 @@ class CACP(PruningAgent):
     def _sample(self, num_minibatches: int) -> SampleBatch:
         count = num_minibatches * self.minibatch_size
         rows = self._replay.sample(count, self._rng)
-        return SampleBatch(
-            {
-                Columns.OBS: rows["rates"],
-                Columns.ACTIONS: rows["offsets"],
-                RETURNS: rows["returns"],
-                WEIGHTS: rows["weights"],
-                REPLACED: self._rng.integers(rows["offsets"].shape[1], size=count),
-            }
-        )
+        replaced = self._rng.integers(self.mdp.space.num_offsets, size=count)
+        return SampleBatch({**rows, REPLACED: replaced})
 
     @property
     def num_episodes(self) -> int:
@@ -138,7 +138,7 @@ class CACP(PruningAgent):
             answers.append(self._behaviour.between(rates))
         space = self.mdp.space
         counts = np.stack([space.decode(rates, each) for each in answers])  # (2, N, G)
-        values = np.stack([self._value(rates, space.encode(rates, each)) for each in counts])
+        values = np.stack([self._value(each) for each in counts])
         return counts[values.argmax(axis=0), np.arange(len(rates))]
 
     def _near_policy(
@@ -146,7 +146,7 @@ class CACP(PruningAgent):
     ) -> list[Counts]:
         """The most valued of drafts around the policy and near elites."""
         drafts = self._behaviour.draft(rate, noise, self.config.settings.drafts * count, rng)
-        return self._behaviour.screen(rate, drafts)[:count]
+        return self._behaviour.screen(rate, drafts, count)
 
     def _near_beam(
         self,
@@ -160,20 +160,21 @@ class CACP(PruningAgent):
         offsets = self.mdp.space.encode(np.full(len(beam), rate), beam)
         drafts = np.resize(offsets, (self.config.settings.drafts * count, offsets.shape[1]))
         drafts += noise * rng.standard_normal(drafts.shape).astype(np.float32)
-        return self._behaviour.screen(rate, drafts)[:count]
+        return self._behaviour.screen(rate, drafts, count)
 
     def _act(self, rates: NDArray[np.floating]) -> Float32s:
         """(N, P) actions of the policy."""
         module = cast(ActorCritic, self.get_module())
         with torch.inference_mode():
-            return module.actor(torch.from_numpy(_column(rates))).numpy()
+            column = torch.from_numpy(np.asarray(rates, np.float32).reshape(-1, 1))
+            return module.actor(column).numpy()
 
-    def _value(self, rates: NDArray[np.floating], offsets: Float32s) -> Float32s:
-        """(N,) mean of the critics."""
+    def _value(self, counts: Ints | Floats) -> Float32s:
+        """(N,) mean of the critics at keep counts (N, G)."""
         module = cast(ActorCritic, self.get_module())
+        log_ratios = torch.from_numpy(self.mdp.space.log_ratios(counts))
         with torch.inference_mode():
-            values = module.values(torch.from_numpy(_column(rates)), torch.from_numpy(offsets))
-            return values.mean(dim=0).numpy()
+            return module.values(log_ratios).mean(dim=0).numpy()
 
     def _memory(self) -> dict[str, Any]:
         return {"replay": self._replay.get_state(), "behaviour": self._behaviour.get_state()}
@@ -181,7 +182,3 @@ class CACP(PruningAgent):
     def _set_memory(self, state: dict[str, Any]) -> None:
         self._replay.set_state(state["replay"])
         self._behaviour.set_state(state["behaviour"])
-
-
-def _column(rates: NDArray[np.floating]) -> Float32s:
-    return np.asarray(rates, np.float32).reshape(-1, 1)

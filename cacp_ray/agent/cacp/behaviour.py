@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cacp_ray.searching.allocation import AllocationSpace, Float32s
+from cacp_ray.searching.budget import Floats, Ints, spend
 from cacp_ray.searching.settings import AgentSettings
 from cacp_ray.searching.strategy import Proposal
 
@@ -22,13 +23,14 @@ OWN_RATE_SHARE = 0.75  # of elites; the others are of another rate
 NUM_ELITES = 10  # best distinct allocations kept a rate
 NUM_AVERAGED = 5  # of them, in an answer without evaluations
 MAX_CHANGED = 4  # groups of an elite
+FINALISTS = 4  # drafts of a proposal that are rounded with care and valued once more
 NOISE_FLOOR = 0.05
 MAX_RETRIES = 8  # for a candidate that was asked before, each with more noise
 NOISE_GROWTH = 1.4  # of a retry
 
 Counts = tuple[int, ...]
 Act = Callable[[NDArray[np.floating]], Float32s]  # rates (N,) -> actions (N, P)
-Value = Callable[[NDArray[np.floating], Float32s], Float32s]  # rates (N,), offsets -> (N,)
+Value = Callable[[Ints | Floats], Float32s]  # keep counts (N, G) -> (N,)
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,10 @@ class Behaviour:
                 drafts.append((noise * self._rng.standard_normal(shape)).astype(np.float32))
             else:
                 drafts.append(self.draft(rate, noise, self._settings.drafts, self._rng))
+        ranked = self._rank(rates, drafts, FINALISTS)
         return [
-            Proposal(rate, self._choose(rate, *ranked))
-            for rate, ranked in zip(rates, self._rank(rates, drafts), strict=True)
+            Proposal(rate, self._choose(rate, found))
+            for rate, found in zip(rates, ranked, strict=True)
         ]
 
     def draft(self, rate: float, noise: float, count: int, rng: np.random.Generator) -> Float32s:
@@ -100,10 +103,10 @@ class Behaviour:
                 drafts[i, groups] += noise * rng.standard_normal(size)
         return drafts
 
-    def screen(self, rate: float, drafts: Float32s) -> list[Counts]:
-        """Distinct candidates of drafts (M, P), the most valued first."""
-        (ranked,) = self._rank([rate], [drafts])
-        return list(dict.fromkeys(ranked[0]))
+    def screen(self, rate: float, drafts: Float32s, count: int) -> list[Counts]:
+        """At most `count` candidates of drafts (M, P), the most valued first."""
+        (ranked,) = self._rank([rate], [drafts], count)
+        return ranked
 
     def between(self, rates: ArrayLike) -> Float32s:
         """(N, P) mean offsets of the best elites of the nearest rates, interpolated in between.
@@ -129,24 +132,37 @@ class Behaviour:
             del known[NUM_ELITES:]
 
     def _rank(
-        self, rates: Sequence[float], drafts: Sequence[Float32s]
-    ) -> list[tuple[list[Counts], Float32s]]:
-        """For every rate its drafts' keep counts, the most valued first, and the best's offsets."""
+        self, rates: Sequence[float], drafts: Sequence[Float32s], most: int
+    ) -> list[list[Counts]]:
+        """For every rate at most `most` distinct candidates of its drafts, the most valued first.
+
+        Valued as they are before the last channels are spent, which costs ten times as much; the
+        best of them are then spent and valued again.
+        """
         sizes = [len(each) for each in drafts]
+        rough = self._space.scaled(np.repeat(np.array(rates), sizes), np.concatenate(drafts))
+        values = np.split(self._value(rough), np.cumsum(sizes)[:-1])
+        chosen: list[Floats] = []
+        for rows, own in zip(np.split(rough, np.cumsum(sizes)[:-1]), values, strict=True):
+            _, places = np.unique(
+                rows[best := np.argsort(-own, kind="stable")], axis=0, return_index=True
+            )
+            chosen.append(rows[best[np.sort(places)[:most]]])
+        sizes = [len(each) for each in chosen]
         repeated = np.repeat(np.array(rates), sizes)
-        counts = self._space.decode(repeated, np.concatenate(drafts))
-        offsets = self._space.encode(repeated, counts)
-        values = self._value(repeated, offsets)
-        ranked: list[tuple[list[Counts], Float32s]] = []
+        counts = spend(self._space.budget, np.concatenate(chosen), repeated)
+        final = self._value(counts)
+        ranked: list[list[Counts]] = []
         for end, size in zip(np.cumsum(sizes), sizes, strict=True):
-            order = end - size + np.argsort(-values[end - size : end], kind="stable")
-            ranked.append(([tuple(row) for row in counts[order].tolist()], offsets[order[0]]))
+            order = end - size + np.argsort(-final[end - size : end], kind="stable")
+            ranked.append(list(dict.fromkeys(map(tuple, counts[order].tolist()))))
         return ranked
 
-    def _choose(self, rate: float, ranked: Sequence[Counts], offsets: Float32s) -> Counts:
+    def _choose(self, rate: float, ranked: Sequence[Counts]) -> Counts:
         """The most valued candidate that was not asked before, else one near the most valued."""
         asked = self.asked[rate]
         chosen = next((counts for counts in ranked if counts not in asked), None)
+        offsets = self._space.encode([rate], [ranked[0]])[0]
         noise = self.noise(rate)
         for _ in range(MAX_RETRIES):
             if chosen is not None:

@@ -18,12 +18,15 @@ import torch
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 
-from cacp_ray.agent.cacp.module import ActorCritic
+from cacp_ray.agent.cacp.module import LOG_RATIOS, ActorCritic
 
 if TYPE_CHECKING:
     from cacp_ray.agent.cacp.algorithm import CACPConfig
 
+VALUES = "values"
 RETURNS = "returns"
+SPREADS = "spreads"
+SHARES = "shares"
 WEIGHTS = "weights"
 REPLACED = "replaced"
 ACTOR_EVERY = 4  # critic steps to one actor step
@@ -62,7 +65,7 @@ class CACPLearner(TorchLearner):
         module = self.module[module_id]
         assert isinstance(module, ActorCritic)
         returns, recorded, rates = batch[RETURNS], batch[Columns.ACTIONS], batch[Columns.OBS]
-        errors = batch[WEIGHTS] * (fwd_out["values"] - returns) ** 2  # (E, N)
+        errors = batch[WEIGHTS] * (fwd_out["values"] - batch[VALUES]) ** 2  # (E, N)
         # Every critic learns from its own rows, so that they differ where data are few.
         owner = torch.arange(errors.shape[1]) % errors.shape[0]
         loss = errors.gather(0, owner[None]).mean() * errors.shape[0]
@@ -71,8 +74,12 @@ class CACPLearner(TorchLearner):
         if module.num_updates % ACTOR_EVERY == 0:
             actions = module.actor(rates)  # (N, P)
             group = batch[REPLACED][:, None]
-            replaced = recorded.scatter(1, group, actions.gather(1, group))
-            value = module.policy_values(rates, replaced).mean()
+            step = config.settings.action_scale * (actions - recorded).gather(1, group)  # (N, 1)
+            # All groups give alike for what one takes, so that the cost stays as it was.
+            moved = (batch[LOG_RATIOS] - step * batch[SHARES].gather(1, group)).scatter_add(
+                1, group, step
+            )
+            value = (module.policy_values(moved) / batch[SPREADS]).mean()
             self.metrics.log_value((module_id, "policy_value"), value.item(), window=1)
             merit = (IMITATION_SHARPNESS * returns.clamp(max=MAX_RETURN)).exp()
             distance = ((actions - recorded) ** 2).mean(dim=1)  # (N,)

@@ -9,11 +9,18 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from torch import Tensor, nn
 
+LOG_RATIOS = "log_ratios"
+# Brings log keep ratios of the usual rates to about one around zero.
+INPUT_CENTRE = -0.5
+INPUT_SCALE = 3.0
+
 
 class ActorCritic(TorchRLModule):
-    """Actor a = tanh(f(rate)), one action a group; critics Q(rate, a) of the whole allocation.
+    """Actor a = tanh(f(rate)), one action a group; critics Q(log keep ratios) of the network.
 
     Observation (1,): the rate. Action (P,): offsets from the prior (searching/allocation.py).
+    The critics do not see the rate: how good a network is does not depend on what was asked for,
+    so that measurements at one rate teach them about all others.
     The last layer of the actor starts at zero, so that an untrained policy is the prior.
     `model_config`: `hidden`, widths of the hidden layers of all; `num_critics`; `seed`.
     """
@@ -28,7 +35,7 @@ class ActorCritic(TorchRLModule):
             torch.manual_seed(self.model_config["seed"])
             self.actor = nn.Sequential(*_layers((num_features, *hidden, num_actions)), nn.Tanh())
             self.critics = nn.ModuleList(
-                nn.Sequential(*_layers((num_features + num_actions, *hidden, 1)))
+                nn.Sequential(*_layers((num_actions, *hidden, 1)))
                 for _ in range(self.model_config["num_critics"])
             )
         last = self.actor[-2]
@@ -37,15 +44,15 @@ class ActorCritic(TorchRLModule):
         # A buffer, so that it travels with the weights and a restored learner keeps its rhythm.
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
 
-    def values(self, rates: Tensor, actions: Tensor) -> Tensor:
-        """(E, N) Q of every critic at rates (N, 1) and actions (N, P)."""
-        joined = torch.cat([rates, actions], dim=1)
-        return torch.stack([critic(joined).squeeze(1) for critic in self.critics])
+    def values(self, log_ratios: Tensor) -> Tensor:
+        """(E, N) Q of every critic at log keep ratios (N, P)."""
+        features = INPUT_SCALE * (log_ratios - INPUT_CENTRE)
+        return torch.stack([critic(features).squeeze(1) for critic in self.critics])
 
-    def policy_values(self, rates: Tensor, actions: Tensor) -> Tensor:
-        """(E, N) Q of actions (N, P) of the policy; its gradient reaches the actor only."""
+    def policy_values(self, log_ratios: Tensor) -> Tensor:
+        """(E, N) the same for the policy's networks; the gradient reaches the actor only."""
         self.critics.requires_grad_(False)
-        values = self.values(rates, actions)
+        values = self.values(log_ratios)
         self.critics.requires_grad_(True)
         return values
 
@@ -53,7 +60,7 @@ class ActorCritic(TorchRLModule):
         return {Columns.ACTIONS: self.actor(batch[Columns.OBS])}
 
     def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        return {"values": self.values(batch[Columns.OBS], batch[Columns.ACTIONS])}
+        return {"values": self.values(batch[LOG_RATIOS])}
 
 
 def _layers(widths: Sequence[int]) -> list[nn.Module]:

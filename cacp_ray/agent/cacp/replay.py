@@ -1,75 +1,97 @@
 """Everything the agent has seen: plain arrays, one row an episode.
 
-Rewards are stored raw and normalised when sampled, by mean and spread of the episodes of the same
-rate: so an easy rate does not look like a good action (ours; the published code shares one baseline
-over all rates).
+Accuracy and loss are stored raw and made values when sampled: one scale for all rates, which the
+critics learn, and returns normalised a rate, so that an easy rate does not look like a good action
+(ours; the published code shares one baseline over all rates). A value is the mean of the logit of
+top1 and of -log(loss), both standardised: the loss of a few thousand images tells networks apart
+that top1 does not.
 """
 
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from ray.rllib.core.columns import Columns
 
-from cacp_ray.searching.allocation import Float32s
+from cacp_ray.agent.cacp.learner import RETURNS, SHARES, SPREADS, VALUES, WEIGHTS
+from cacp_ray.agent.cacp.module import LOG_RATIOS
 
-MIN_SPREAD = 0.005  # accuracy; near the noise of a few thousand images
-WORST_RETURN = -4.0  # spreads below the mean: a collapsed network tells no more than a bad one
+MIN_SPREAD = 0.03  # of values at one rate; near the noise of a few thousand images
+WORST_VALUE = -4.0  # a collapsed network tells no more than a bad one
+MOST_EXTREME = 1e-3  # top1 is taken to be this far from 0 and from 1
 
 
 class Replay:
     """Episodes of all rates; nothing is ever dropped, some hundred bytes each."""
 
     def __init__(self, num_offsets: int) -> None:
-        self.offsets = np.empty((0, num_offsets), np.float32)
         self.rates = np.empty(0)
-        self.rewards = np.empty(0)
+        self.offsets = np.empty((0, num_offsets), np.float32)
+        self.log_ratios = np.empty((0, num_offsets), np.float32)
+        self.shares = np.empty((0, num_offsets), np.float32)
+        self.top1 = np.empty(0)
+        self.loss = np.empty(0)
         self.images = np.empty(0, np.float32)
 
     def __len__(self) -> int:
         return len(self.rates)
 
-    def add(
-        self, offsets: Float32s, rates: ArrayLike, rewards: ArrayLike, images: ArrayLike
-    ) -> None:
+    def add(self, **rows: ArrayLike) -> None:
         """Adds N episodes.
 
         Args:
-            offsets: (N, P) of the final keep counts.
-            rates: (N,) exactly as asked: equal values are one rate.
-            rewards: (N,) accuracy in [0, 1]; 0 for a failed measurement.
-            images: (N,) that were scored; 0 for a failed measurement.
+            rows: `rates` (N,) exactly as asked: equal values are one rate; `offsets`, `log_ratios`
+                and `shares` (N, P) of the final keep counts (searching/allocation.py); `top1` (N,)
+                in [0, 1]; `loss` (N,) in nats; `images` (N,) that were scored, 0 for a failed
+                measurement.
         """
-        self.offsets = np.concatenate([self.offsets, offsets])
-        self.rates = np.concatenate([self.rates, np.asarray(rates)])
-        self.rewards = np.concatenate([self.rewards, np.asarray(rewards)])
-        self.images = np.concatenate([self.images, np.asarray(images, np.float32)])
+        for name, old in vars(self).items():
+            setattr(self, name, np.concatenate([old, np.asarray(rows[name], old.dtype)]))
 
-    def returns(self) -> Float32s:
-        """(N,) normalised rewards; failed measurements do not move mean and spread."""
-        returns = np.empty(len(self), np.float32)
+    def values(self) -> NDArray[np.float64]:
+        """(N,) of mean 0 and spread about 1 over all rates; `WORST_VALUE` for failures."""
+        valid = self.images > 0
+        values = np.full(len(self), WORST_VALUE)
+        if valid.any():
+            top1 = np.clip(self.top1[valid], MOST_EXTREME, 1 - MOST_EXTREME)
+            terms = [np.log(top1 / (1 - top1))]
+            if (self.loss[valid] > 0).all():
+                terms.append(-np.log(self.loss[valid]))
+            found = [(term - term.mean()) / term.std() for term in terms if term.std() > 0]
+            values[valid] = np.mean(found, axis=0) if found else 0.0
+        return np.maximum(values, WORST_VALUE)
+
+    def returns(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(N,) values normalised by those of the same rate, failures apart, and their spreads."""
+        values, valid = self.values(), self.images > 0
+        returns, spreads = np.empty(len(self)), np.empty(len(self))
         for rate in np.unique(self.rates):
             mask = self.rates == rate
-            rewards = self.rewards[mask]
-            valid = rewards[rewards > 0]
-            mean, spread = (valid.mean(), valid.std()) if len(valid) else (0.0, 0.0)
-            returns[mask] = (rewards - mean) / max(spread, MIN_SPREAD)
-        return np.maximum(returns, WORST_RETURN)
+            known = values[mask & valid]
+            mean, spread = (known.mean(), known.std()) if len(known) else (0.0, 0.0)
+            spreads[mask] = max(spread, MIN_SPREAD)
+            returns[mask] = (values[mask] - mean) / spreads[mask]
+        return np.maximum(returns, WORST_VALUE), spreads
 
     def sample(self, count: int, rng: np.random.Generator) -> dict[str, NDArray[Any]]:
-        """Episodes drawn with replacement, every one as likely.
+        """Episodes drawn with replacement, every one as likely: the learner's columns, float32.
 
-        Returns:
-            `rates` (N, 1), `offsets` (N, P), `returns` (N,), `weights` (N,) of the squared errors:
-            the share of images scored, and 1 for failures.
+        `WEIGHTS` (N,) of the squared errors: the share of images scored, and 1 for failures.
         """
-        weights = np.where(self.images > 0, self.images / max(1.0, self.images.max()), 1)
         rows = rng.integers(len(self), size=count)
-        return {
-            "rates": self.rates[rows, None].astype(np.float32),
-            "offsets": self.offsets[rows],
-            "returns": self.returns()[rows],
-            "weights": weights[rows].astype(np.float32),
+        returns, spreads = self.returns()
+        weights = np.where(self.images > 0, self.images / max(1.0, self.images.max()), 1)
+        columns = {
+            Columns.OBS: self.rates[:, None],
+            Columns.ACTIONS: self.offsets,
+            LOG_RATIOS: self.log_ratios,
+            SHARES: self.shares,
+            VALUES: self.values(),
+            RETURNS: returns,
+            SPREADS: spreads,
+            WEIGHTS: weights,
         }
+        return {name: column[rows].astype(np.float32) for name, column in columns.items()}
 
     def get_state(self) -> dict[str, Any]:
         """All arrays."""

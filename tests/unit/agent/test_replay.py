@@ -1,0 +1,80 @@
+"""The agent's memory: one scale of values for all rates, and returns a rate."""
+
+import numpy as np
+import pytest
+from ray.rllib.core.columns import Columns
+
+from cacp_ray.agent.cacp.learner import RETURNS, SPREADS, VALUES, WEIGHTS
+from cacp_ray.agent.cacp.replay import WORST_VALUE, Replay
+
+GROUPS = 3
+
+
+def fill(top1, loss=None, rates=None, images=None):
+    number = len(top1)
+    replay = Replay(GROUPS)
+    zeros = np.zeros((number, GROUPS))
+    replay.add(
+        rates=np.full(number, 0.5) if rates is None else rates,
+        offsets=zeros,
+        log_ratios=zeros,
+        shares=zeros,
+        top1=top1,
+        loss=np.zeros(number) if loss is None else loss,
+        images=np.full(number, 100) if images is None else images,
+    )
+    return replay
+
+
+def test_the_better_network_has_the_greater_value():
+    values = fill([0.5, 0.7, 0.9], [1.5, 0.9, 0.4]).values()
+    assert (np.diff(values) > 0).all()
+    assert values.mean() == pytest.approx(0)
+
+
+def test_loss_tells_networks_of_the_same_accuracy_apart():
+    values = fill([0.8, 0.8, 0.9], [0.7, 0.6, 0.3]).values()
+    assert values[0] < values[1] < values[2]
+
+
+@pytest.mark.parametrize("loss", [[0.0, 0.0, 0.0], [0.4, 0.4, 0.4]])
+def test_accuracy_alone_serves_where_losses_tell_nothing(loss):
+    values = fill([0.5, 0.7, 0.9], loss).values()
+    assert (np.diff(values) > 0).all()
+
+
+def test_returns_do_not_know_that_one_rate_is_easier():
+    replay = fill([0.6, 0.7, 0.85, 0.9], [1.2, 0.9, 0.5, 0.4], [0.3, 0.3, 0.7, 0.7])
+    values, (returns, spreads) = replay.values(), replay.returns()
+    assert values[2] > values[1]
+    assert returns == pytest.approx([-1, 1, -1, 1])
+    assert spreads[0] == spreads[1] > spreads[2] == spreads[3]
+
+
+def test_failures_are_worst_and_move_no_scale():
+    ok = fill([0.6, 0.7], [1.2, 0.9])
+    both = fill([0.6, 0.7, 0.0], [1.2, 0.9, 0.0], images=[100, 100, 0])
+    assert both.values()[:2] == pytest.approx(ok.values())
+    assert both.values()[2] == WORST_VALUE
+    assert both.returns()[0][:2] == pytest.approx(ok.returns()[0])
+    assert fill([0.0], images=[0]).values().tolist() == [WORST_VALUE]
+
+
+def test_extreme_measurements_stay_finite():
+    replay = fill([0.0, 1.0, 0.5], [50.0, 1e-9, 1.0])
+    assert np.isfinite(replay.values()).all()
+    assert np.isfinite(fill([0.5]).returns()[0]).all()
+
+
+def test_rows_are_drawn_whole():
+    replay = fill([0.5, 0.7, 0.9], [1.5, 0.9, 0.4], [0.3, 0.5, 0.7], [100, 50, 100])
+    rows = replay.sample(64, np.random.default_rng(0))
+    returns, spreads = replay.returns()
+    for drawn in range(64):
+        index = {0.3: 0, 0.5: 1, 0.7: 2}[round(float(rows[Columns.OBS][drawn, 0]), 1)]
+        assert rows[VALUES][drawn] == pytest.approx(replay.values()[index])
+        assert rows[RETURNS][drawn] == pytest.approx(returns[index])
+        assert rows[SPREADS][drawn] == pytest.approx(spreads[index])
+        assert rows[WEIGHTS][drawn] == pytest.approx([1, 0.5, 1][index])
+    assert rows[Columns.ACTIONS].shape == (64, GROUPS)
+    assert all(column.dtype == np.float32 for column in rows.values())
