@@ -1,8 +1,9 @@
 """The conditional agent: one actor and a few critics lead the search at every rate.
 
 A proposal: drafts around the policy and around good allocations, screened by the critics
-(behaviour.py). Learning: Monte-Carlo returns, normalised a rate (replay.py, learner.py). Offsets
-from a prior make the first candidates sound and carry over between rates (searching/allocation.py).
+(behaviour.py). Learning: what was measured, on one scale for all rates (replay.py, learner.py).
+Offsets from a prior make the first candidates sound and carry over between rates
+(searching/allocation.py).
 """
 
 from collections.abc import Sequence

@@ -1,12 +1,13 @@
 """The update rule: deterministic policy gradient on whole allocations and Monte-Carlo returns.
 
-An episode is deterministic and rewarded once, at its end. So its return is the target of the
-critics, which needs no bootstrapping and no target networks; and since the rate alone determines
-what a policy will do, the critics judge the whole allocation and the actor gives all its actions at
-once. Ours: DDPG (Lillicrap et al., 2016) and CACP learn Q of one layer's action and bootstrap.
+An episode is deterministic and rewarded once, at its end. So what was measured is the target of the
+critics, which needs no bootstrapping and no target networks; they judge the whole network, and the
+actor gives all its actions at once. Ours: DDPG (Lillicrap et al., 2016) and CACP learn Q of one
+layer's action and bootstrap.
 
 The actor's gradient is taken where the critics have data: at recorded episodes with the action of
-one group replaced by the policy's, as MADDPG (Lowe et al., 2017) does for cooperating agents.
+one group replaced by the policy's, as MADDPG (Lowe et al., 2017) does for cooperating agents. All
+groups pay for it alike: critics that do not know the budget would only ask for more.
 The actor also imitates measured allocations, the better their return the more, as in
 advantage-weighted regression (Peng et al., 2019), beside the critics' gradient as in TD3+BC
 (Fujimoto and Gu, 2021). The delayed actor is that of TD3 (Fujimoto et al., 2018).

@@ -33,9 +33,11 @@ class ActorCritic(TorchRLModule):
         hidden = self.model_config["hidden"]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.model_config["seed"])
-            self.actor = nn.Sequential(*_layers((num_features, *hidden, num_actions)), nn.Tanh())
+            self.actor = nn.Sequential(
+                *make_layers((num_features, *hidden, num_actions)), nn.Tanh()
+            )
             self.critics = nn.ModuleList(
-                nn.Sequential(*_layers((num_actions, *hidden, 1)))
+                nn.Sequential(*make_layers((num_actions, *hidden, 1)))
                 for _ in range(self.model_config["num_critics"])
             )
         last = self.actor[-2]
@@ -63,7 +65,8 @@ class ActorCritic(TorchRLModule):
         return {"values": self.values(batch[LOG_RATIOS])}
 
 
-def _layers(widths: Sequence[int]) -> list[nn.Module]:
+def make_layers(widths: Sequence[int]) -> list[nn.Module]:
+    """Linear layers with SiLU in between."""
     layers: list[nn.Module] = []
     for num_in, num_out in pairwise(widths):
         layers += [nn.Linear(num_in, num_out), nn.SiLU()]

@@ -1,0 +1,248 @@
+"""Candidates a second, against the usual loops: python bench/evaluate.py --candidates 20.
+
+The same random candidates (rates 0.3 to 0.7) go through all ways in turn, in one process on one
+core; the table shows medians of what each way takes over what ours takes.
+
+- usual loop: copy the network, prune the copy with Torch-Pruning, float32, NCHW, a DataLoader;
+- masking: the whole network with zeros for cut channels, as AMC and CACP score, float32;
+- masking + least squares: with scikit-learn's regression of every layer on its kept inputs, on
+  sampled points of the calibration images, as their recovery does;
+- floor: the forward pass alone of the small network, already built and fused, images ready.
+
+Ours scores the whole search split from its stored uint8 images, without recovery and with it.
+"""
+
+import argparse
+import copy
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from compensation import make_noise
+from numpy.typing import NDArray
+from report import parse_rows, print_environment, print_table
+from surgery import prune_a_copy
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from cacp_ray.config import PruningConfig
+from cacp_ray.data.images import ImageSet, read_parquet
+from cacp_ray.evaluation.fusion import fuse
+from cacp_ray.evaluation.measurement import Candidate
+from cacp_ray.evaluation.scorer import Cutter, Prepared, make_scorer, prepare
+from cacp_ray.loading import make_budget
+from cacp_ray.models.factory import build_model, load_weights
+from cacp_ray.pruning.plan import Plan, make_plan
+from cacp_ray.pruning.statistics import collect_statistics
+from cacp_ray.searching.budget import spend
+from cacp_ray.searching.strategies.random import scale_to_budget
+from cacp_ray.training.metrics import fast_dtype
+
+POINTS = 10  # places of every map that the least squares read, as in AMC's code
+RATES = (0.3, 0.7)
+
+
+class MaskedNetwork:
+    """The reference way: cut channels are zeros of the whole network, layers are fitted anew."""
+
+    def __init__(self, prepared: Prepared, seed: int) -> None:
+        self.model = copy.deepcopy(prepared.model).eval().requires_grad_(False)
+        self._plan = prepared.plan
+        self._weights = {
+            name: torch.from_numpy(np.array(value)) for name, value in prepared.tensors.items()
+        }
+        self.model.load_state_dict(self._weights, strict=False)
+        self._rng = np.random.default_rng(seed)
+        self._points: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+        handles = [
+            self.model.get_submodule(consumer.module).register_forward_hook(
+                partial(self._sample, consumer.weight)
+            )
+            for consumer in self._plan.consumers
+        ]
+        with torch.inference_mode():
+            self.model(prepared.calibration.tensors()[0].contiguous())
+        for handle in handles:
+            handle.remove()
+
+    def _sample(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        x = inputs[0]
+        if not isinstance(module, nn.Conv2d):
+            self._points[name] = x.flatten(1).numpy(), y.flatten(1).numpy()
+            return
+        size, stride, padding = module.kernel_size, module.stride, module.padding
+        rows, columns = [], []
+        for image, out in zip(x.split(1), y.split(1), strict=True):
+            unfolded = functional.unfold(image, size, padding=padding, stride=stride)[0]  # (D, L)
+            places = self._rng.integers(unfolded.shape[1], size=POINTS)
+            rows.append(unfolded[:, places].T.numpy())
+            columns.append(out.flatten(2)[0][:, places].T.numpy())
+        self._points[name] = np.concatenate(rows), np.concatenate(columns)
+
+    def load(self, counts: Sequence[int], *, fit: bool) -> nn.Module:
+        """Zeros behind the kept channels, and refitted weights of what is kept."""
+        from sklearn.linear_model import LinearRegression
+
+        parameters = dict(self.model.named_parameters())
+        for consumer in self._plan.consumers:
+            whole = self._weights[consumer.weight]
+            kept = self._plan.axes[consumer.weight, 1].positions(counts)
+            masked = torch.zeros_like(whole)
+            if fit:
+                x, y = self._points[consumer.weight]
+                size = whole[0, 0].numel()
+                inputs = (kept[:, None] * size + np.arange(size)).ravel()
+                found = LinearRegression().fit(x[:, inputs], y).coef_  # (N, kept inputs)
+                masked[:, kept] = torch.from_numpy(
+                    found.reshape(len(whole), len(kept), *whole.shape[2:])
+                ).float()
+            else:
+                masked[:, kept] = whole[:, kept]
+            parameters[consumer.weight].copy_(masked)
+        return self.model
+
+
+def score_plainly(model: nn.Module, loader: DataLoader[tuple[Tensor, ...]]) -> float:
+    """The usual evaluation loop."""
+    right = total = 0
+    with torch.no_grad():
+        for x, y in loader:
+            right += int((model(x).argmax(1) == y).sum())
+            total += len(y)
+    return right / total
+
+
+def bench(
+    name: str,
+    model: nn.Module,
+    calibration: ImageSet,
+    search: ImageSet,
+    options: argparse.Namespace,
+) -> list[str]:
+    """One row of the table."""
+    x, y = search.tensors()
+    plan = make_plan(model, x[:1])
+    found = collect_statistics(
+        model, plan, calibration.tensors()[0], seed=options.seed, kinds={"inputs"}
+    )
+    prepared = {
+        recovery: prepare(
+            model, plan, calibration, found, criterion="l1", recovery=recovery, seed=options.seed
+        )
+        for recovery in ("none", "compensate")
+    }
+    ours = {
+        recovery: make_scorer(
+            each, search, recovery=recovery, batch_size=options.batch, dtype="auto"
+        )
+        for recovery, each in prepared.items()
+    }
+    loader = DataLoader(TensorDataset(x.contiguous(), y), batch_size=options.batch)
+    masked = MaskedNetwork(prepared["none"], options.seed)
+    cutter = Cutter(prepared["none"], "none")
+    fused = fuse(cutter.skeleton.model)
+    assert fused is not None
+    fused.dtype = fast_dtype()
+    ready = x.to(fast_dtype()).split(options.batch)
+
+    def run_floor(small: nn.Module) -> None:
+        with torch.inference_mode():
+            for batch in ready:
+                small(batch)
+
+    def prune_and_score(counts: list[int]) -> None:
+        score_plainly(prune_a_copy(model, plan, prepared["none"].orders, counts, x[:1]), loader)
+
+    rows = []
+    for index, counts in enumerate(draw(plan, options)):
+        candidate = Candidate(index, 0.5, tuple(counts))
+        small = fused.load({**cutter.tensors, **cutter.cut(counts)})
+        ways: dict[str, Callable[[], object]] = {
+            "ours": lambda c=candidate: ours["none"](c),
+            "ours+": lambda c=candidate: ours["compensate"](c),
+            "floor": lambda s=small: run_floor(s),
+            "usual": lambda c=counts: prune_and_score(c),
+            "masking": lambda c=counts: score_plainly(masked.load(c, fit=False), loader),
+            "masking+": lambda c=counts: score_plainly(masked.load(c, fit=True), loader),
+        }
+        row = {}
+        for way, run in ways.items():
+            started = time.perf_counter()
+            run()
+            row[way] = time.perf_counter() - started
+        rows.append(row)
+        logging.info("%s %d %s", name, index, {k: round(v, 2) for k, v in row.items()})
+    rows = rows[1:]  # the first one warms up
+
+    def ratio(way: str, to: str) -> str:
+        return f"{statistics.median(row[way] / row[to] for row in rows):.2f}x"
+
+    return [
+        f"{name}, {len(search):,} images",
+        f"{statistics.median(row['ours'] for row in rows):.2f} s",
+        f"{statistics.median(row['ours+'] for row in rows):.2f} s",
+        ratio("usual", "ours"),
+        ratio("masking", "ours"),
+        ratio("masking+", "ours+"),
+        ratio("ours", "floor"),
+        ratio("ours+", "floor"),
+    ]
+
+
+def draw(plan: Plan, options: argparse.Namespace) -> list[list[int]]:
+    """Random candidates of random rates, each spending its budget."""
+    budget = make_budget(plan, "macs", PruningConfig())
+    rng = np.random.default_rng(options.seed)
+    number = options.candidates + 1
+    rates = rng.uniform(*RATES, size=number)
+    least = budget.min_counts / budget.num_channels
+    ratios = rng.uniform(least, 1, (number, len(least)))
+    return spend(budget, scale_to_budget(budget, ratios, rates), rates).tolist()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="+", default=["resnet20", "resnet56", "resnet50"])
+    parser.add_argument("--weights56", default="tests/golden/resnet56_cifar10.safetensors")
+    parser.add_argument("--train", default="embedded:train", help="Parquet of calibration images")
+    parser.add_argument("--search", default="embedded:search", help="Parquet of scored images")
+    parser.add_argument("--search-rows", type=parse_rows, help="START:STOP, by default all")
+    parser.add_argument("--calibration", type=int, default=1000, help="images")
+    parser.add_argument("--candidates", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=250)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    torch.manual_seed(options.seed)
+    rows = []
+    for name in options.networks:
+        if name == "resnet50":  # random weights: time alone is measured
+            model = build_model("torchvision:resnet50", 1000).eval()
+            calibration = search = make_noise(64, 224, options.seed)
+        else:
+            model = build_model(name, 10).eval()
+            load_weights(
+                model, "embedded:resnet20_cifar10" if name == "resnet20" else options.weights56
+            )
+            calibration = read_parquet(options.train, count=options.calibration)
+            search = read_parquet(options.search, options.search_rows)
+        rows.append(bench(name, model, calibration, search, options))
+    header = [
+        "network", "ours", "with recovery", "usual loop", "masking", "masking + least squares",
+        "ours over floor", "with recovery over floor",
+    ]  # fmt: skip
+    title = f"time of a candidate, and of the other ways over ours, {options.candidates} candidates"
+    print_table(title, header, rows)
+    print_environment(options.seed)
+
+
+if __name__ == "__main__":
+    main()

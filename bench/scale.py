@@ -1,0 +1,219 @@
+"""How many evaluators one driver keeps busy: python bench/scale.py.
+
+Evaluators sleep (1 s, give or take half, seeded) instead of computing; the driver is the real one:
+the loop, the conditional agent with learning, a run directory. First real actor processes on a
+local Ray, then the same driver in simulated time: its own processor time passes on the clock as it
+is spent, waiting is skipped, and each candidate adds what Ray cost in the real runs
+(`--ray-ms`). Idle is the share of the evaluators' time, from the moment all are up to the last
+question, in which they had nothing to do.
+"""
+
+import argparse
+import dataclasses
+import heapq
+import logging
+import pickle
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from report import print_environment, print_table
+
+from cacp_ray.agent.cacp.algorithm import CACPConfig
+from cacp_ray.config import PruningConfig
+from cacp_ray.distributed import cluster
+from cacp_ray.distributed.pool import PLACES, RayEvaluatorPool
+from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
+from cacp_ray.loading import make_budget
+from cacp_ray.models.factory import build_model
+from cacp_ray.pruning.plan import Plan, make_plan
+from cacp_ray.searching.allocation import uniform_prior
+from cacp_ray.searching.loop import SearchLoop
+from cacp_ray.searching.mdp import AllocationMDP
+from cacp_ray.searching.run_directory import RunDirectory
+from cacp_ray.searching.settings import AgentSettings
+
+RATES = (0.3, 0.5, 0.7)
+SECONDS = (0.5, 1.5)
+
+
+def pretend(candidate: Candidate) -> Measurement:
+    """A measurement by formula, with the seconds it would have taken."""
+    seconds = float(np.random.default_rng(candidate.index).uniform(*SECONDS))
+    kept = np.log(np.array(candidate.keep_counts, float))
+    top1 = float(1 / (1 + np.exp(2 - kept.mean())))
+    return Measurement(candidate.index, top1, 1.0, 1 - top1, images=5000, seconds=seconds)
+
+
+def make_sleeping() -> ScoreFunction:
+    """For actors: no torch is imported there, or 64 of them would not fit."""
+
+    def score(candidate: Candidate) -> Measurement:
+        measurement = pretend(candidate)
+        time.sleep(measurement.seconds)
+        return measurement
+
+    return score
+
+
+class SimulatedPool:
+    """Evaluators in simulated time, with as many places each as Ray's pool gives them."""
+
+    def __init__(self, num_evaluators: int, ray_seconds: float) -> None:
+        self.capacity = PLACES * num_evaluators
+        self.num_alive = num_evaluators
+        self._free = [0.0] * num_evaluators  # when each has done all it was given
+        self._out: list[tuple[float, int, Measurement]] = []
+        self._ray_seconds = ray_seconds
+        self._skipped = 0.0
+        self._cpu = time.thread_time()
+
+    def now(self) -> float:
+        """Processor time spent so far, and the waiting that was skipped."""
+        return self._skipped + time.thread_time() - self._cpu
+
+    def submit(self, candidate: Candidate) -> None:
+        """To the evaluator that is free first."""
+        self._skipped += self._ray_seconds
+        measurement = pretend(candidate)
+        done = max(self.now(), heapq.heappop(self._free)) + measurement.seconds
+        heapq.heappush(self._free, done)
+        measurement = dataclasses.replace(measurement, finished_at=done)
+        heapq.heappush(self._out, (done, candidate.index, measurement))
+
+    def results(self, timeout: float) -> list[Measurement]:
+        """What is done by now; skips the wait for the first."""
+        if self._out:
+            self._skipped += min(timeout, max(0.0, self._out[0][0] - self.now()))
+        found = []
+        while self._out and self._out[0][0] <= self.now():
+            found.append(heapq.heappop(self._out)[2])
+        return found
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class Watch:
+    """Processor seconds of the driver's thread, by what it was doing."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, its time added to `name`."""
+
+        def run(*args: Any) -> Any:
+            started = time.thread_time()
+            try:
+                return call(*args)
+            finally:
+                spent = time.thread_time() - started
+                self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+        return run
+
+
+def run(
+    plan: Plan, pool: RayEvaluatorPool | SimulatedPool, evaluations: int, *, learns: bool
+) -> dict[str, float]:
+    """A search; shares of idle time, milliseconds and gradient steps an episode."""
+    settings = AgentSettings() if learns else AgentSettings(updates_per_episode=0)
+    channels = plan.cost_model.num_channels
+    agent = CACPConfig().agent(settings, num_actions=len(channels)).build_algo()
+    budget = make_budget(plan, "macs", PruningConfig())
+    prior = uniform_prior(len(channels))
+    mdp = AllocationMDP(plan.cost_model, budget, prior, settings.action_scale)
+    watch = Watch()
+    with tempfile.TemporaryDirectory() as folder:
+        directory = RunDirectory(Path(folder))
+        loop = SearchLoop(
+            pool, plan.cost_model, directory, rates=RATES, evaluations=evaluations, mode="async"
+        )
+        agent.attach(mdp, RATES, 0, evaluations, watch.timed("tick", loop.tick))
+        agent.ask = watch.timed("ask", agent.ask)
+        agent.learn = watch.timed("learn", agent.learn)
+        loop.restore(agent)
+        clock = pool.now if isinstance(pool, SimulatedPool) else time.time
+        start = end = clock()
+        done = 0
+        while not loop.done:
+            agent.train()
+            if loop.progress.evaluations <= evaluations - pool.capacity:
+                end, done = clock(), loop.progress.evaluations
+        agent.stop()
+        rows = directory.read_records()
+    finished = np.array([row.finished_at for row in rows])
+    begun = finished - [row.seconds for row in rows]
+    busy = np.maximum(0, np.minimum(finished, end) - np.maximum(begun, start)).sum()
+    return {
+        "idle": 1 - busy / (pool.num_alive * (end - start)),
+        "per_second": done / (end - start),
+        "propose": 1000 * watch.seconds["ask"] / evaluations,
+        "dispatch": 1000 * (watch.seconds["tick"] - watch.seconds["ask"]) / evaluations,
+        "learn": 1000 * watch.seconds["learn"] / evaluations,
+    }
+
+
+def as_row(kind: str, number: int, learns: bool, found: dict[str, float]) -> list[str]:
+    """Cells of one search."""
+    return [
+        kind,
+        f"{number:,}",
+        "on" if learns else "off",
+        f"{100 * found['idle']:.1f} %",
+        f"{found['per_second']:.1f}",
+        *(f"{found[name]:.2f}" for name in ("propose", "dispatch", "learn")),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="resnet56")
+    parser.add_argument("--actors", nargs="*", type=int, default=[1, 4, 16, 64])
+    parser.add_argument("--simulated", nargs="*", type=int, default=[64, 256, 1024, 4096])
+    parser.add_argument("--each", type=int, default=30, help="candidates an evaluator")
+    parser.add_argument("--ray-ms", type=float, default=1.0, help="of Ray, a candidate, simulated")
+    options = parser.parse_args()
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    plan = make_plan(build_model(options.model, 10).eval(), torch.zeros(1, 3, 32, 32))
+    counts = tuple(plan.cost_model.num_channels.tolist())
+    candidate = Candidate(10**6, 0.5, counts)
+    size = len(pickle.dumps(candidate)) + len(pickle.dumps(pretend(candidate)))
+    rows = []
+    if options.actors:
+        cluster.connect("local", num_cpus=2)
+        for number in options.actors:
+            pool = RayEvaluatorPool(
+                make_sleeping, {}, num_evaluators=number, cpus_per_evaluator=1 / 64
+            )
+            while pool.num_alive < number:
+                pool.results(0.0)
+                time.sleep(0.1)
+            found = run(plan, pool, options.each * number, learns=True)
+            pool.close()
+            rows.append(as_row("actors", number, True, found))
+            print(rows[-1], flush=True)
+        cluster.disconnect()
+    for number in options.simulated:
+        for learns in (True, False):
+            pool = SimulatedPool(number, options.ray_ms / 1000)
+            found = run(plan, pool, options.each * number, learns=learns)
+            rows.append(as_row("simulated", number, learns, found))
+            print(rows[-1], flush=True)
+    header = [
+        "evaluators", "number", "learning", "idle", "candidates/s",
+        "ms proposing", "ms dispatching", "ms learning",
+    ]  # fmt: skip
+    print_table(f"{options.model}, evaluations of {np.mean(SECONDS)} s", header, rows)
+    print(f"\nA candidate and its measurement: {size:,} bytes pickled.")
+    print_environment(0)
+
+
+if __name__ == "__main__":
+    main()
