@@ -153,6 +153,7 @@ def search(
     address: str | None = None,
     on_progress: Callable[[SearchProgress], object] | None = None,
     known: Mapping[Subnet, Measurement] | None = None,
+    cache: str | Path | None = None,
 ) -> Run:
     """Searches a smaller network for every rate at once.
 
@@ -164,6 +165,8 @@ def search(
         on_progress: Called while the search goes on.
         known: What runs alike have measured, see `cacp_ray.comparing.find_known`; a candidate
             found there is not measured again and counts as an evaluation.
+        cache: Folder where measurements are kept for other runs; what is scored alike, whatever
+            the run, is scored once.
 
     Raises:
         CacpError: Bad input, before anything is written, or a failed run.
@@ -174,7 +177,13 @@ def search(
     if (folder / "result.json").exists():
         return Run(folder, read_result(folder))  # finished before: fine-tuning may have added to it
     result = run_search(
-        settings, folder, address=address, on_progress=on_progress, say=logger.info, known=known
+        settings,
+        folder,
+        address=address,
+        on_progress=on_progress,
+        say=logger.info,
+        known=known,
+        cache=None if cache is None else Path(cache),
     )
     return Run(folder, result)
 
@@ -210,7 +219,7 @@ class Series:
 
         Args:
             run_dir: A key of `configs`.
-            **options: `address` and `on_progress` of `search`.
+            **options: `address`, `on_progress` and `cache` of `search`.
         """
         config, is_begun = self.configs[run_dir], is_run(run_dir)
         others = {path: other for path, other in self.configs.items() if path != run_dir}

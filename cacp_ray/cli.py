@@ -149,6 +149,10 @@ def search(
     overrides: Overrides = None,
     address: Address = None,
     resume: Resume = False,
+    cache: Annotated[
+        Path | None,
+        typer.Option("--cache", help="Folder that keeps measurements for other runs."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check all input and print what would be searched.")
     ] = False,
@@ -158,7 +162,8 @@ def search(
 
     if strategy and "," in strategy:
         settings, names = load_config(RunConfig, config, overrides or []), strategy.split(",")
-        _search_each(settings, names, run_dir, resume=resume, address=address, dry_run=dry_run)
+        options = {"address": address, "cache": cache}
+        _search_each(settings, names, run_dir, resume=resume, dry_run=dry_run, **options)
         return
     changes = [*(overrides or []), *([f"strategy={strategy}"] if strategy else [])]
     settings = load_config(RunConfig, config, changes)
@@ -168,7 +173,7 @@ def search(
 
         typer.echo(check_search(settings, folder, resume=resume))
         return
-    _search(settings, folder, resume=resume, address=address)
+    _search(settings, folder, resume=resume, address=address, cache=cache)
     _report(folder)
 
 
@@ -308,8 +313,8 @@ def _search_each(
     run_dir: Path | None,
     *,
     resume: bool,
-    address: str | None,
     dry_run: bool,
+    **options: Any,
 ) -> None:
     from cacp_ray import api
     from cacp_ray.reporting.progress import SearchDisplay
@@ -323,7 +328,7 @@ def _search_each(
     for number, (path, config) in enumerate(series.configs.items(), start=1):
         logger.info("strategy %s, %d of %d: %s", config.strategy, number, len(names), path)
         with SearchDisplay(quiet=state["quiet"]) as display:
-            run = series.search(path, address=address, on_progress=display.update)
+            run = series.search(path, on_progress=display.update, **options)
         logger.info("report: %s", run.report())
     _compare(list(series.configs), folder / "comparison")
 

@@ -97,7 +97,9 @@ class PruningConfig(Section):
 class EvaluationConfig(Section):
     """How a candidate is scored."""
 
-    batch_size: int = Field(default=500, ge=1)
+    batch_size: int | None = Field(
+        default=None, ge=1, description="by default as many images as hold 512 x 1024 pixels"
+    )
     images: int | None = Field(
         default=None, ge=1, description="of the search split; all of them by default"
     )

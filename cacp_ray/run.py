@@ -11,8 +11,9 @@ from typing import Any
 
 from cacp_ray.config import RunConfig, resolved
 from cacp_ray.diagnostics import NUM_IMAGES, LearningLog, measure_answers, unseen_rates
+from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache, key_of_scores
 from cacp_ray.evaluation.measurement import Evaluator, Measurement, Subnet
-from cacp_ray.evaluation.scorer import Prepared, make_scorer
+from cacp_ray.evaluation.scorer import Prepared, make_scorer, read_dtype
 from cacp_ray.files import describe_environment, read_json, write_json
 from cacp_ray.loading import (
     STATISTICS_FILE,
@@ -63,6 +64,7 @@ def run_search(
     on_progress: Callable[[SearchProgress], object] | None,
     say: Callable[[str], object],
     known: Mapping[Subnet, Measurement] | None = None,
+    cache: Path | None = None,
 ) -> dict[str, Any]:
     """Searches all rates at once and fills `run_dir`, up to result.json.
 
@@ -73,12 +75,12 @@ def run_search(
         on_progress: Called while the search goes on.
         say: Takes a line about each phase.
         known: Measurements of other runs, alike in all that a measurement depends on.
+        cache: Folder of measurements by content (`cacp_ray.evaluation.cache`), read and added to.
 
     Raises:
         CacpError: Bad input, before anything is written, or a failed run.
     """
-    from cacp_ray.distributed.cluster import available_cpus, check_cpus, connect
-    from cacp_ray.distributed.pool import RayEvaluatorPool
+    from cacp_ray.distributed.cluster import check_cpus, connect
 
     clock = Clock()
     with clock.phase("prepare"):
@@ -96,23 +98,11 @@ def run_search(
         check_cpus(config.cluster.cpus_per_evaluator, address)
         prepared, statistics = preparing.result()
     with clock.phase("start"):
-        per_evaluator = config.cluster.cpus_per_evaluator
-        num_evaluators = config.cluster.evaluators or max(1, available_cpus() // per_evaluator)
-        say(f"{num_evaluators} evaluators with {per_evaluator} CPU each")
-        evaluator = RayEvaluatorPool(
-            make_scorer,
-            {
-                "prepared": prepared,
-                "split": base.search,
-                "recovery": config.pruning.recovery,
-                "batch_size": config.evaluation.batch_size,
-                "dtype": config.evaluation.dtype,
-                "images": config.evaluation.images,
-                "threads": per_evaluator,
-            },
-            num_evaluators=num_evaluators,
-            cpus_per_evaluator=per_evaluator,
-        )
+        evaluator = _start_evaluators(config, base, prepared, say)
+        if cache is not None:
+            evaluator, kept = _put_cache_before(evaluator, cache, base, prepared, config)
+            known = kept | dict(known or {})
+            say(f"{len(kept):,} measurements are known from {cache}")
     try:
         with clock.phase("start"):
             if saved is None:
@@ -163,6 +153,45 @@ def _prepare(
 ) -> tuple[Prepared, Statistics]:
     statistics = find_statistics(base, config, run_dir)
     return prepare_base(base, config, orders, statistics), statistics
+
+
+def _start_evaluators(
+    config: RunConfig, base: Base, prepared: Prepared, say: Callable[[str], object]
+) -> Evaluator:
+    """Actors on the connected cluster, as many as its CPUs hold unless the run says how many."""
+    from cacp_ray.distributed.cluster import available_cpus
+    from cacp_ray.distributed.pool import RayEvaluatorPool
+
+    per_evaluator = config.cluster.cpus_per_evaluator
+    num_evaluators = config.cluster.evaluators or max(1, available_cpus() // per_evaluator)
+    say(f"{num_evaluators} evaluators with {per_evaluator} CPU each")
+    return RayEvaluatorPool(
+        make_scorer,
+        {
+            "prepared": prepared,
+            "split": base.search,
+            "recovery": config.pruning.recovery,
+            "batch_size": config.evaluation.batch_size,
+            "dtype": config.evaluation.dtype,
+            "images": config.evaluation.images,
+            "threads": per_evaluator,
+        },
+        num_evaluators=num_evaluators,
+        cpus_per_evaluator=per_evaluator,
+    )
+
+
+def _put_cache_before(
+    evaluator: Evaluator, folder: Path, base: Base, prepared: Prepared, config: RunConfig
+) -> tuple[Evaluator, dict[Subnet, Measurement]]:
+    """An evaluator that asks the cache first, and what the search need not ask for."""
+    settings = config.evaluation
+    key = key_of_scores(
+        prepared, base.search, recovery=config.pruning.recovery, dtype=read_dtype(settings.dtype)
+    )
+    images = min(settings.images or len(base.search), len(base.search))
+    found = MeasurementCache(folder, key)
+    return CachedEvaluator(evaluator, found, images), found.on(images)
 
 
 def _search(

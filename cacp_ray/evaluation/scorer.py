@@ -6,6 +6,7 @@ the small network.
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -30,6 +31,7 @@ from cacp_ray.pruning.surgery import Skeleton, Slicer, all_tensors, reorder_weig
 from cacp_ray.training.metrics import fast_dtype, score_logits
 
 CHECKED_IMAGES = 4
+BATCH_PIXELS = 2**19  # larger batches are no faster, and their memory is the evaluators' most
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -166,7 +168,9 @@ class FastNetwork:
         fused = fuse(cutter.skeleton.model)
         self._fused = fused if fused is not None and _agrees(fused, cutter, dtype) else None
 
-    def logits(self, keep_counts: Sequence[int], split: ImageSet, batch_size: int) -> Tensor:
+    def logits(
+        self, keep_counts: Sequence[int], split: ImageSet, batch_size: int | None = None
+    ) -> Tensor:
         """(N, classes) float32 on a split."""
         tensors = self._cutter.cut(keep_counts)
         if self._fused is None:
@@ -176,7 +180,8 @@ class FastNetwork:
             model, dtype = self._fused.load({**self._cutter.tensors, **tensors}), self._dtype
             autocast = nullcontext()
         with torch.inference_mode(), autocast:
-            batches = (split.slice(i, i + batch_size) for i in range(0, len(split), batch_size))
+            size = batch_size or max(1, BATCH_PIXELS // math.prod(split.images.shape[1:3]))
+            batches = (split.slice(i, i + size) for i in range(0, len(split), size))
             return torch.cat([model(each.tensors()[0].to(dtype)).float() for each in batches])
 
 
@@ -203,12 +208,17 @@ def _agrees(fused: FusedNetwork, cutter: Cutter, dtype: torch.dtype) -> bool:
     return True
 
 
+def read_dtype(name: str) -> torch.dtype:
+    """Of a setting: `auto` (bfloat16 where the CPU has it), `float32` or `bfloat16`."""
+    return fast_dtype() if name == "auto" else DTYPES[name]
+
+
 def make_scorer(
     prepared: Prepared,
     split: ImageSet,
     *,
     recovery: str,
-    batch_size: int,
+    batch_size: int | None = None,
     dtype: str,
     images: int | None = None,
     threads: int | None = None,
@@ -219,15 +229,15 @@ def make_scorer(
         prepared: Of the network.
         split: The search split, in a fixed order.
         recovery: `none`, `bn` or `compensate`.
-        batch_size: Images a forward pass.
-        dtype: `auto` (bfloat16 where the CPU has it), `float32` or `bfloat16`.
+        batch_size: Images a forward pass; by default as many as hold `BATCH_PIXELS`.
+        dtype: See `read_dtype`.
         images: Of the split's beginning that score a candidate which does not say how many.
         threads: For torch in this process; None leaves them alone.
     """
     if threads is not None:
         torch.set_num_threads(threads)
     cutters = Cutters(prepared, recovery)
-    precision = fast_dtype() if dtype == "auto" else DTYPES[dtype]
+    precision = read_dtype(dtype)
     networks: dict[str, FastNetwork] = {}  # by importance order
 
     def score(candidate: Candidate) -> Measurement:

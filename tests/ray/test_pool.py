@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from cacp_ray.data.images import ImageSet
 from cacp_ray.distributed.pool import RayEvaluatorPool
 from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
@@ -195,3 +196,46 @@ def test_a_scorer_that_cannot_be_built_ends_the_search(
     pool.close()
     pool.close()
     assert (pool.capacity, pool.num_alive) == (0, 0)
+
+
+def make_locating(split: ImageSet) -> ScoreFunction:
+    """Says in `error` which bytes of which mapped file hold the images of its tensor."""
+    import torch  # noqa: F401 - what an evaluator of networks imports
+
+    from cacp_ray.data.transforms import from_shared
+
+    address = from_shared(split.images).data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, _, offset, device, inode, *_ = line.split()
+        first, last = (int(end, 16) for end in span.split("-"))
+        if first <= address < last:
+            place = f"{device} {inode} {int(offset, 16) + address - first}"
+
+    def score(candidate: Candidate) -> Measurement:
+        time.sleep(0.2)
+        return Measurement(candidate.index, 0.5, 0.5, 0.5, 10, 0.2, error=place)
+
+    return score
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's memory maps")
+def test_the_images_of_a_split_exist_once_on_a_machine() -> None:
+    images = np.zeros((500, 32, 32, 3), dtype=np.uint8)
+    split = ImageSet(images, np.zeros(500, dtype=np.int64), ("one",))
+    pool = RayEvaluatorPool(
+        make_locating, {"split": split}, num_evaluators=2, cpus_per_evaluator=0.5
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while pool.num_alive < 2 and time.monotonic() < deadline:
+            pool.results(0.0)
+            time.sleep(0.05)
+        for index in range(6):
+            pool.submit(Candidate(index, 0.5, (1,)))
+        found: list[Measurement] = []
+        while len(found) < 6:
+            found += pool.results(10.0)
+    finally:
+        pool.close()
+    assert len({each.evaluator for each in found}) == 2
+    assert len({each.error for each in found}) == 1

@@ -42,7 +42,19 @@ def rows(folder):
 @pytest.fixture(scope="module")
 def finished(ray_cluster, tmp_path_factory):
     folder = tmp_path_factory.mktemp("search") / "run"
-    return cacp_ray.search(SMALL, folder)
+    return cacp_ray.search(SMALL, folder, cache=folder.parent / "cache")
+
+
+def test_a_warm_cache_answers_a_whole_search(finished, tmp_path):
+    again = cacp_ray.search(SMALL, tmp_path / "run", cache=finished.path.parent / "cache")
+    assert rows(again.path) == rows(finished.path)
+    records = RunDirectory(again.path).read_records()
+    assert all(row.cached and row.seconds == 0 for row in records)
+    assert again.result["evaluations"] == finished.result["evaluations"]
+    (file,) = (finished.path.parent / "cache").iterdir()
+    lines = file.read_text().splitlines()
+    assert len({json.dumps(json.loads(line)["keep_counts"]) for line in lines}) > 18
+    assert len(lines) == len(set(lines))
 
 
 def test_every_subnet_meets_its_budget_and_is_physically_small(finished):

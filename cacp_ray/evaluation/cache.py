@@ -1,0 +1,147 @@
+"""Measurements kept across runs: what would be scored alike is scored once.
+
+A file for each content key holds a line a measurement. Everything that a score depends on is in the
+key, so that a cache folder can serve any runs, and several at once: lines are appended whole.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cacp_ray.data.images import ImageSet
+from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement, Subnet
+from cacp_ray.evaluation.scorer import Prepared
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1  # to be raised when the same candidate scores otherwise
+
+Key = tuple[Subnet, int]  # what was scored, on how many images
+
+
+def key_of_scores(prepared: Prepared, split: ImageSet, *, recovery: str, dtype: torch.dtype) -> str:
+    """sha256 of all that a score depends on beside the candidate."""
+    digest = hashlib.sha256(f"{VERSION} {torch.__version__} {dtype} {recovery}\n".encode())
+    digest.update(f"{prepared.model}\n{split.mean} {split.std}\n".encode())
+    for each in (prepared, *(prepared.others[name] for name in sorted(prepared.others))):
+        for name in sorted(each.tensors):
+            _update(digest, name, each.tensors[name])
+        for name in sorted(each.factors):
+            for field, value in vars(each.factors[name]).items():
+                _update(digest, f"{name} {field}", value)
+    if recovery == "bn":
+        _update(digest, "calibration", prepared.calibration.images)
+    _update(digest, "images", split.images)
+    _update(digest, "labels", split.labels)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, name: str, value: np.ndarray[Any, Any]) -> None:
+    digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
+    digest.update(np.ascontiguousarray(value).data)
+
+
+class MeasurementCache:
+    """What was measured under one key."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        """Reads what is there; a line that a kill cut short is left out."""
+        self._file = folder / f"{key}.jsonl"
+        self._known: dict[Key, Measurement] = {}
+        text = self._file.read_text() if self._file.exists() else ""
+        self._is_cut = bool(text) and not text.endswith("\n")
+        for line in text.splitlines():
+            try:
+                row = json.loads(line)
+                measurement = Measurement(**row["measurement"])
+            except (ValueError, KeyError, TypeError):
+                logger.warning("%s: a damaged line is left out", self._file)
+                continue
+            subnet = tuple(row["keep_counts"]), row["order"]
+            self._known[subnet, measurement.images] = measurement
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def get(self, candidate: Candidate, images: int) -> Measurement | None:
+        """A measurement of the candidate on the first `images` images, under its index."""
+        found = self._known.get((candidate.subnet, images))
+        return None if found is None else dataclasses.replace(found, index=candidate.index)
+
+    def on(self, images: int) -> dict[Subnet, Measurement]:
+        """All measurements on the first `images` images."""
+        return {subnet: each for (subnet, count), each in self._known.items() if count == images}
+
+    def add(self, candidate: Candidate, measurement: Measurement) -> None:
+        """Keeps a successful measurement; the disk has it when this returns."""
+        key = candidate.subnet, measurement.images
+        if measurement.status != "ok" or key in self._known:
+            return
+        self._known[key] = measurement
+        row = {
+            "keep_counts": candidate.keep_counts,
+            "order": candidate.order,
+            "measurement": dataclasses.asdict(measurement),
+        }
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._file.open("a") as file:
+            file.write("\n" * self._is_cut + json.dumps(row) + "\n")
+        self._is_cut = False
+
+
+class CachedEvaluator:
+    """An evaluator that asks the cache first; implements the Evaluator port."""
+
+    def __init__(self, evaluator: Evaluator, cache: MeasurementCache, images: int) -> None:
+        """Puts the cache before `evaluator`.
+
+        Args:
+            evaluator: Scores what is not known.
+            cache: Of the same content.
+            images: That score a candidate which does not say how many.
+        """
+        self._evaluator, self._cache, self._images = evaluator, cache, images
+        self._answered: deque[Measurement] = deque()
+        self._submitted: dict[int, Candidate] = {}
+
+    @property
+    def capacity(self) -> int:
+        """That of the evaluator."""
+        return self._evaluator.capacity
+
+    @property
+    def num_alive(self) -> int:
+        """That of the evaluator."""
+        return self._evaluator.num_alive
+
+    def submit(self, candidate: Candidate) -> None:
+        """Answers from the cache, or queues the candidate."""
+        found = self._cache.get(candidate, candidate.images or self._images)
+        if found is not None:
+            self._answered.append(found)
+            return
+        self._submitted[candidate.index] = candidate
+        self._evaluator.submit(candidate)
+
+    def results(self, timeout: float) -> list[Measurement]:
+        """What the cache has answered, else what the evaluator has."""
+        if self._answered:
+            found, self._answered = list(self._answered), deque()
+            return found
+        measurements = self._evaluator.results(timeout)
+        for measurement in measurements:
+            candidate = self._submitted.pop(measurement.index, None)
+            if candidate is not None:
+                self._cache.add(candidate, measurement)
+        return measurements
+
+    def close(self) -> None:
+        """Frees the evaluators."""
+        self._evaluator.close()

@@ -1,0 +1,113 @@
+"""What would be scored alike is scored once, in whichever run."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache, key_of_scores
+from cacp_ray.evaluation.measurement import Candidate, LocalEvaluator, Measurement
+from tests.unit.evaluation.test_fusion import Plain, make_prepared, randomize
+
+KEY = "a" * 64
+
+
+def measure(candidate):
+    status = "failed" if candidate.keep_counts == (0,) else "ok"
+    images = candidate.images or 100
+    top1 = sum(candidate.keep_counts) / 10
+    return Measurement(candidate.index, top1, 1.0, 0.3, images, 0.5, status=status)
+
+
+@pytest.fixture
+def scored():
+    return []
+
+
+@pytest.fixture
+def build(tmp_path, scored):
+    def score(candidate):
+        scored.append(candidate)
+        return measure(candidate)
+
+    def make(key=KEY):
+        return CachedEvaluator(LocalEvaluator(score), MeasurementCache(tmp_path, key), 100)
+
+    return make
+
+
+def ask(evaluator, *candidates):
+    for candidate in candidates:
+        evaluator.submit(candidate)
+    found = []
+    while len(found) < len(candidates):
+        found += evaluator.results(1.0)
+    return {each.index: each for each in found}
+
+
+def test_a_second_run_scores_nothing(build, scored):
+    candidates = [Candidate(i, 0.5, (i, 1), order="l1" if i else "") for i in range(3)]
+    first = ask(build(), *candidates)
+    assert len(scored) == 3
+    again = [dataclasses.replace(each, index=each.index + 10, rate=0.3) for each in candidates]
+    second = ask(build(), *again)
+    assert len(scored) == 3
+    for index, found in second.items():
+        assert found == dataclasses.replace(first[index - 10], index=index)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"keep_counts": (2, 1)}, {"order": "l1"}, {"images": 50}],
+)
+def test_another_candidate_is_scored(build, scored, other):
+    candidate = Candidate(0, 0.5, (1, 1))
+    ask(build(), candidate)
+    ask(build(), dataclasses.replace(candidate, **other))
+    assert len(scored) == 2
+
+
+def test_the_whole_split_is_the_same_however_it_is_said(build, scored):
+    ask(build(), Candidate(0, 0.5, (1, 1)))
+    ask(build(), Candidate(0, 0.5, (1, 1), images=100))
+    assert len(scored) == 1
+
+
+def test_other_content_and_failures_are_scored(build, scored):
+    ask(build(), Candidate(0, 0.5, (1, 1)), Candidate(1, 0.5, (0,)))
+    ask(build("b" * 64), Candidate(0, 0.5, (1, 1)))
+    ask(build(), Candidate(1, 0.5, (0,)))
+    assert len(scored) == 4
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out(build, scored, tmp_path, caplog):
+    ask(build(), Candidate(0, 0.5, (1, 1)), Candidate(1, 0.5, (2, 1)))
+    file = tmp_path / f"{KEY}.jsonl"
+    file.write_text(file.read_text()[:-20])
+    assert len(MeasurementCache(tmp_path, KEY)) == 1
+    assert "damaged" in caplog.text
+    ask(build(), Candidate(1, 0.5, (2, 1)))
+    assert len(MeasurementCache(tmp_path, KEY)) == 2
+
+
+def test_the_key_is_of_all_that_a_score_depends_on():
+    prepared, split = make_prepared(randomize(Plain(torch.nn.ReLU())))
+
+    def key(prepared=prepared, split=split, recovery="none", dtype=torch.float32):
+        return key_of_scores(prepared, split, recovery=recovery, dtype=dtype)
+
+    name = "conv1.weight"
+    weights = {**prepared.tensors, name: prepared.tensors[name] + 1}
+    changed = [
+        key(),
+        key(dataclasses.replace(prepared, tensors=weights)),
+        key(dataclasses.replace(prepared, others={"l2": prepared})),
+        key(split=split.take(10)),
+        key(split=dataclasses.replace(split, mean=(0.5, 0.5, 0.5))),
+        key(split=dataclasses.replace(split, labels=np.roll(split.labels, 1))),
+        key(recovery="bn"),
+        key(dtype=torch.bfloat16),
+    ]
+    assert len(set(changed)) == len(changed)
+    assert key() == changed[0]
