@@ -32,7 +32,8 @@ from report import parse_rows
 from cacp_ray.config import RunConfig, load_config
 from cacp_ray.data.images import ImageSet
 from cacp_ray.evaluation.measurement import Candidate, LocalEvaluator, Subnet
-from cacp_ray.evaluation.scorer import Cutters, Prepared, make_scorer
+from cacp_ray.evaluation.preparation import Cutters, Prepared
+from cacp_ray.evaluation.scorer import make_scorer
 from cacp_ray.files import describe_environment, write_json
 from cacp_ray.loading import Base, load_base, prepare_base, read_split
 from cacp_ray.searching.loop import SearchLoop

@@ -26,7 +26,7 @@ from report import append_row, print_environment, print_table, read_rows
 from torch import nn
 
 from cacp_ray.data.images import ImageSet, read_parquet
-from cacp_ray.evaluation.scorer import Cutter, Prepared, prepare
+from cacp_ray.evaluation.preparation import Cutter, Prepared, prepare
 from cacp_ray.pruning.plan import Plan, make_plan
 from cacp_ray.pruning.statistics import collect_statistics
 from cacp_ray.pruning.surgery import Slicer, build_subnet

@@ -17,7 +17,7 @@ from report import print_environment, print_table
 from torch import nn
 
 from cacp_ray.data.images import ImageSet, read_parquet
-from cacp_ray.evaluation.scorer import Cutter, prepare
+from cacp_ray.evaluation.preparation import Cutter, prepare
 from cacp_ray.models.factory import build_model, load_weights
 from cacp_ray.pruning.plan import make_plan
 from cacp_ray.pruning.statistics import collect_statistics

@@ -35,7 +35,8 @@ from cacp_ray.config import PruningConfig
 from cacp_ray.data.images import ImageSet, read_parquet
 from cacp_ray.evaluation.fusion import fuse
 from cacp_ray.evaluation.measurement import Candidate
-from cacp_ray.evaluation.scorer import Cutter, Prepared, make_scorer, prepare
+from cacp_ray.evaluation.preparation import Cutter, Prepared, prepare
+from cacp_ray.evaluation.scorer import make_scorer
 from cacp_ray.loading import make_budget
 from cacp_ray.models.factory import build_model, load_weights
 from cacp_ray.pruning.plan import Plan, make_plan

@@ -20,7 +20,8 @@ from torch import nn
 
 from cacp_ray.data.images import ImageSet, read_parquet
 from cacp_ray.evaluation.measurement import Candidate
-from cacp_ray.evaluation.scorer import Prepared, make_scorer, prepare
+from cacp_ray.evaluation.preparation import Prepared, prepare
+from cacp_ray.evaluation.scorer import make_scorer
 from cacp_ray.pruning.criteria import CRITERIA, needs, rank_channels
 from cacp_ray.pruning.plan import Plan, make_plan
 from cacp_ray.pruning.statistics import Statistics, collect_statistics

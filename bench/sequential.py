@@ -13,7 +13,7 @@ from experiment import GROUP_SETS, RATES, load, make_parser, widths
 from report import print_environment, print_table
 
 from cacp_ray.data.images import read_parquet
-from cacp_ray.evaluation.scorer import Cutter, prepare
+from cacp_ray.evaluation.preparation import Cutter, prepare
 from cacp_ray.pruning.plan import make_plan
 from cacp_ray.pruning.sequential import recover_sequentially
 from cacp_ray.pruning.statistics import collect_statistics

@@ -37,7 +37,8 @@ from cacp_ray.config import RunConfig, load_config
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.mixing import mix, write_parquet
 from cacp_ray.evaluation.measurement import LocalEvaluator
-from cacp_ray.evaluation.scorer import Cutter, make_scorer
+from cacp_ray.evaluation.preparation import Cutter
+from cacp_ray.evaluation.scorer import make_scorer
 from cacp_ray.files import write_tensors
 from cacp_ray.loading import load_base, prepare_base
 from cacp_ray.models.factory import build_model, load_weights

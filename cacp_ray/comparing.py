@@ -7,7 +7,7 @@ from typing import Any
 from cacp_ray.config import RunConfig, changed_keys, resolved
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.evaluation.measurement import Measurement, Subnet
-from cacp_ray.evaluation.scorer import hash_weights
+from cacp_ray.evaluation.preparation import hash_weights
 from cacp_ray.files import read_json
 from cacp_ray.loading import load_model, read_split
 from cacp_ray.reporting.comparison import JSON_FILE, ComparedRun, Comparison, Point
@@ -126,7 +126,7 @@ def _measured(config: RunConfig, sha256: str) -> dict[str, Any]:
     The batch size changes the last digits at most, `sequential` only the subnets that are saved.
     """
     values = resolved(config)
-    del values["data"]["test"], values["evaluation"]["batch_size"]
+    del values["data"]["test"], values["evaluation"]["batch_size"], values["evaluation"]["racing"]
     pruning = {
         key: values["pruning"][key] for key in ("criterion", "recovery", "calibration_images")
     }

@@ -104,6 +104,9 @@ class EvaluationConfig(Section):
         default=None, ge=1, description="of the search split; all of them by default"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    racing: bool = Field(
+        default=False, description="candidates that fall behind the best of their rate stop early"
+    )
 
 
 class ClusterConfig(Section):

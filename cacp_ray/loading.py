@@ -12,7 +12,7 @@ from torch import nn
 from cacp_ray.config import DataConfig, ModelConfig, PruningConfig, RunConfig
 from cacp_ray.data.images import ImageSet, read_labels, read_parquet
 from cacp_ray.errors import ArtifactError, ConfigError
-from cacp_ray.evaluation.scorer import Prepared, hash_weights, needed_kinds, prepare
+from cacp_ray.evaluation.preparation import Prepared, hash_weights, needed_kinds, prepare
 from cacp_ray.files import read_json
 from cacp_ray.models.factory import build_model, load_weights
 from cacp_ray.pruning.criteria import get_criterion

@@ -13,7 +13,8 @@ from cacp_ray.config import RunConfig, resolved
 from cacp_ray.diagnostics import NUM_IMAGES, LearningLog, measure_answers, unseen_rates
 from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache, key_of_scores
 from cacp_ray.evaluation.measurement import Evaluator, Measurement, Subnet
-from cacp_ray.evaluation.scorer import Prepared, make_scorer, read_dtype
+from cacp_ray.evaluation.preparation import Prepared
+from cacp_ray.evaluation.scorer import make_scorer, read_dtype
 from cacp_ray.files import describe_environment, read_json, write_json
 from cacp_ray.loading import (
     STATISTICS_FILE,
@@ -29,6 +30,7 @@ from cacp_ray.pruning.statistics import Statistics
 from cacp_ray.pruning.statistics_file import save_statistics
 from cacp_ray.searching.loop import SearchLoop, SearchProgress
 from cacp_ray.searching.run_directory import RunDirectory
+from cacp_ray.searching.strategies import RACING
 from cacp_ray.strategies import check_strategy, make_run_strategy, num_searched
 from cacp_ray.training.metrics import measure
 from cacp_ray.winners import (
@@ -214,6 +216,7 @@ def _search(
         mode=config.mode,
         round_size=config.round_size,
         known=known,
+        races=config.evaluation.racing and config.strategy in RACING,
         on_progress=on_progress,
     )
     strategy, agent = make_run_strategy(config, base, lambda _: loop.tick(strategy), run.path)

@@ -13,7 +13,7 @@ from cacp_ray.data.transforms import from_shared
 from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.latency import measure_latency, speedup
 from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement
-from cacp_ray.evaluation.scorer import Cutters, Prepared
+from cacp_ray.evaluation.preparation import Cutters, Prepared
 from cacp_ray.loading import Base
 from cacp_ray.pruning.sequential import recover_sequentially
 from cacp_ray.pruning.subnet import describe_kept, load_subnet, save_subnet

@@ -17,7 +17,7 @@ import torch
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement, Subnet
-from cacp_ray.evaluation.scorer import Prepared
+from cacp_ray.evaluation.preparation import Prepared
 
 logger = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+Status = Literal["ok", "failed", "stopped"]
 Subnet = tuple[tuple[int, ...], str]  # keep counts and importance order
 
 
@@ -17,6 +18,7 @@ class Candidate:
         keep_counts: Channels kept, one entry a group.
         images: Length of the search-split prefix to score; None for the whole split.
         order: Criterion whose importance order says which channels are kept; empty for the run's.
+        best: Hits of the network to beat (`cacp_ray.evaluation.racing`); empty: score to the end.
     """
 
     index: int
@@ -24,6 +26,7 @@ class Candidate:
     keep_counts: tuple[int, ...]
     images: int | None = None
     order: str = ""
+    best: str = ""
 
     @property
     def subnet(self) -> "Subnet":
@@ -37,17 +40,19 @@ class Measurement:
 
     Attributes:
         index: Of the candidate.
-        top1: Share of images in [0, 1]; 0 where the evaluation failed.
+        top1: Share of images in [0, 1]; 0 where the evaluation failed; an estimate where it was
+            stopped.
         top5: Share of images in [0, 1].
         loss: Mean cross-entropy in nats.
         images: Images scored.
         seconds: Spent scoring, on the evaluator.
-        status: `ok` or `failed`.
+        status: `ok`, `failed`, or `stopped` because it fell behind (`cacp_ray.evaluation.racing`).
         error: Reason of a failure, one line.
         evaluator: Name of the actor.
         node: Address of its machine.
         attempt: 1 for the first try.
         finished_at: Unix time.
+        hits: Which images were right, encoded, where the whole split was scored.
     """
 
     index: int
@@ -56,12 +61,13 @@ class Measurement:
     loss: float
     images: int
     seconds: float
-    status: Literal["ok", "failed"] = "ok"
+    status: Status = "ok"
     error: str = ""
     evaluator: str = "local"
     node: str = "local"
     attempt: int = 1
     finished_at: float = 0.0
+    hits: str = ""
 
 
 class Evaluator(Protocol):

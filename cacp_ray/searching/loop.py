@@ -75,6 +75,7 @@ class SearchLoop:
         checkpoint_seconds: float = 30.0,
         checkpoint_ticks: int | None = None,
         known: Mapping[Subnet, Measurement] | None = None,
+        races: bool = False,
         on_progress: Callable[[SearchProgress], object] | None = None,
     ) -> None:
         """Only stores its arguments: `restore` reads the directory.
@@ -92,6 +93,7 @@ class SearchLoop:
             checkpoint_ticks: Calls of `tick` between checkpoints, if they should not wait for the
                 time.
             known: Measurements of other runs, alike in all that a measurement depends on.
+            races: Candidates race against the best told so far of their rate.
             on_progress: Called after every tick, and while a round is waited for.
         """
         self._evaluator = evaluator
@@ -107,10 +109,13 @@ class SearchLoop:
         self._checkpoint_seconds = checkpoint_seconds
         self._checkpoint_ticks = checkpoint_ticks
         self._known = known or {}
+        self._races = races
         self._on_progress = on_progress
 
         self.archive = Archive(self._total)
         self._memory: dict[Subnet, Measurement] = {}
+        # Of each rate: top1, less the index that decides ties, and which images were right.
+        self._best: dict[float, tuple[float, int, str]] = {}
         self._strategy_name = ""
         self._is_restored = False
         self._next_index = 0
@@ -195,6 +200,7 @@ class SearchLoop:
                 in_flight.append(Candidate(index, rate, tuple(keep_counts), order=order))
         ahead = rows[self._num_told :]
         self._asked.update(row.subnet for row in rows[: self._num_told])
+        self._note_best([as_result(row) for row in rows[: self._num_told]])
         if self._mode == "rounds":
             self._ahead = {row.index: row for row in ahead}
         else:
@@ -302,7 +308,11 @@ class SearchLoop:
             if subnet not in self._asked and self._room == 0:
                 break
             candidate = Candidate(
-                self._next_index, proposal.rate, proposal.keep_counts, order=proposal.order
+                self._next_index,
+                proposal.rate,
+                proposal.keep_counts,
+                order=proposal.order,
+                best=self._best[proposal.rate][2] if proposal.rate in self._best else "",
             )
             self._next_index += 1
             is_new = subnet not in self._asked or subnet in self._adopted
@@ -388,6 +398,14 @@ class SearchLoop:
         if results:
             strategy.tell(results)
             self._num_told += len(results)
+            self._note_best(results)
+
+    def _note_best(self, results: Sequence[Result]) -> None:
+        """What candidates race against from now on; probes, of no rate of the run, never do."""
+        for candidate, found in results if self._races else ():
+            rank = found.top1, -candidate.index, found.hits
+            if found.hits and candidate.rate in self._rates:
+                self._best[candidate.rate] = max(rank, self._best.get(candidate.rate, rank))
 
     def _report(self) -> None:
         if self._on_progress is not None:

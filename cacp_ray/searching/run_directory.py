@@ -17,13 +17,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cacp_ray.errors import ArtifactError
-from cacp_ray.evaluation.measurement import Subnet
+from cacp_ray.evaluation.measurement import Status, Subnet
 from cacp_ray.files import read_json, write_file, write_json, write_yaml
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ SCHEMA = pa.schema(
         ("finished_at", pa.float64()),
         ("error", pa.string()),
         ("order", pa.string()),
+        ("hits", pa.string()),
     ]
 )
 
@@ -74,13 +75,15 @@ class EpisodeRecord:
         reward: What the strategy maximises.
         seconds: Spent scoring; 0 where it was answered from memory.
         cached: Whether it was answered from memory.
-        status: `ok` or `failed`.
+        status: `ok`, `failed` or `stopped`.
         evaluator: Name of the actor.
         node: Address of its machine.
         attempt: 1 for the first try.
         finished_at: Unix time.
         error: Reason of a failure, one line.
         order: Criterion of its importance order; empty for the run's.
+        hits: Which images were right (`cacp_ray.evaluation.racing`); empty where not all were
+            scored.
     """
 
     index: int
@@ -97,13 +100,14 @@ class EpisodeRecord:
     reward: float
     seconds: float
     cached: bool
-    status: Literal["ok", "failed"]
+    status: Status
     evaluator: str
     node: str
     attempt: int
     finished_at: float
     error: str
     order: str = ""
+    hits: str = ""
 
     @property
     def subnet(self) -> Subnet:

@@ -90,18 +90,19 @@ class CACP(PruningAgent):
         space = self.mdp.space
         counts = np.array([candidate.keep_counts for candidate, _ in results])
         offsets = space.encode(rates, counts)
-        is_ok = np.array([found.status == "ok" for _, found in results])
+        status = np.array([found.status for _, found in results])
         self._replay.add(
             rates=rates,
             offsets=offsets,
             log_ratios=space.log_ratios(counts),
             shares=space.cost_shares(counts),
             top1=[found.top1 for _, found in results],
-            loss=[found.loss for _, found in results],
-            images=np.where(is_ok, [found.images for _, found in results], 0),
+            # Of images that others were not scored on, it would say more about the images.
+            loss=np.where(status == "ok", [found.loss for _, found in results], 0),
+            images=np.where(status != "failed", [found.images for _, found in results], 0),
         )
         for i, (candidate, found) in enumerate(results):
-            if is_ok[i] and candidate.images is None:
+            if status[i] == "ok" and candidate.images is None:
                 self._behaviour.adopt(candidate.rate, candidate.keep_counts, found.top1, offsets[i])
 
     def learn(self, max_updates: int) -> int:

@@ -42,8 +42,8 @@ class Replay:
         Args:
             rows: `rates` (N,) exactly as asked: equal values are one rate; `offsets`, `log_ratios`
                 and `shares` (N, P) of the final keep counts (searching/allocation.py); `top1` (N,)
-                in [0, 1]; `loss` (N,) in nats; `images` (N,) that were scored, 0 for a failed
-                measurement.
+                in [0, 1]; `loss` (N,) in nats, 0 where it is unknown; `images` (N,) that were
+                scored, 0 for a failed measurement.
         """
         for name, old in vars(self).items():
             setattr(self, name, np.concatenate([old, np.asarray(rows[name], old.dtype)]))
@@ -54,11 +54,12 @@ class Replay:
         values = np.full(len(self), WORST_VALUE)
         if valid.any():
             top1 = np.clip(self.top1[valid], MOST_EXTREME, 1 - MOST_EXTREME)
-            terms = [np.log(top1 / (1 - top1))]
-            if (self.loss[valid] > 0).all():
-                terms.append(-np.log(self.loss[valid]))
-            found = [(term - term.mean()) / term.std() for term in terms if term.std() > 0]
-            values[valid] = np.mean(found, axis=0) if found else 0.0
+            found = _standardized(np.log(top1 / (1 - top1)))
+            has_loss = self.loss[valid] > 0
+            if len(set(self.loss[valid][has_loss])) > 1:
+                by_loss = _standardized(-np.log(self.loss[valid][has_loss]))
+                found[has_loss] = (found[has_loss] + by_loss) / 2
+            values[valid] = found
         return np.maximum(values, WORST_VALUE)
 
     def returns(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -100,3 +101,7 @@ class Replay:
     def set_state(self, state: dict[str, Any]) -> None:
         """Takes what `get_state` gave."""
         vars(self).update(state)
+
+
+def _standardized(term: NDArray[np.float64]) -> NDArray[np.float64]:
+    return (term - term.mean()) / (term.std() or 1.0)

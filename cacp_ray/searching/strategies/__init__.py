@@ -40,6 +40,8 @@ AGENTS = ("cacp", "cacp-paper", "amc")  # of Ray: `cacp_ray.strategies` makes th
 FROM_A_PRIOR = frozenset({"hill_climb", "cem", "noise", "evolution", "optuna"})
 # Each rate is searched on its own, with its share of the evaluations.
 SEPARATE = FROM_A_PRIOR | {"random", "amc", "cap"}
+# A candidate need only be told from the best of its rate, so it may be scored on fewer images.
+RACING = frozenset({"cacp", "hill_climb", "cem", "noise", "evolution", "random"})
 # Criteria whose orders a strategy's candidates name, beside the run's own.
 OTHER_ORDERS: dict[str, tuple[str, ...]] = {"cpmc": cpmc.ORDERS, "adapruner": adapruner.ORDERS}
 

@@ -86,7 +86,7 @@ class CEM:
         """Updates a rate's Gaussian with every full generation; failures are ignored."""
         for candidate, measured in results:
             self._proposer.note(candidate)
-            if self._learn and measured.status == "ok":
+            if self._learn and measured.status != "failed":
                 generation = self._generations[candidate.rate]
                 generation.append((measured.top1, candidate.keep_counts))
                 if len(generation) == POPULATION:

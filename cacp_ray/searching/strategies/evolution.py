@@ -47,7 +47,7 @@ class Evolution:
             self._proposer.note(candidate)
             members = self._population[candidate.rate]
             member = (measured.top1, candidate.keep_counts)
-            if measured.status == "ok" and member not in members:
+            if measured.status != "failed" and member not in members:
                 members.append(member)
                 members.sort(key=lambda each: -each[0])
                 del members[POPULATION:]

@@ -78,3 +78,8 @@ def test_rows_are_drawn_whole():
         assert rows[WEIGHTS][drawn] == pytest.approx([1, 0.5, 1][index])
     assert rows[Columns.ACTIONS].shape == (64, GROUPS)
     assert all(column.dtype == np.float32 for column in rows.values())
+
+
+def test_where_the_loss_is_unknown_accuracy_alone_counts():
+    values = fill([0.6, 0.7, 0.8], [1.2, 0.0, 0.5], images=[100, 12, 100]).values()
+    assert values[0] < values[1] < values[2]

@@ -1,0 +1,108 @@
+"""Racing in the loop: who races against whom, and the same rows wherever the run is killed."""
+
+import contextlib
+import shutil
+import zlib
+
+import numpy as np
+import pytest
+
+from cacp_ray.evaluation.measurement import Measurement
+from cacp_ray.evaluation.racing import (
+    decode_hits,
+    encode_hits,
+    estimate,
+    has_fallen_behind,
+    prefixes,
+)
+from cacp_ray.searching.run_directory import RunDirectory
+from tests.unit.searching.test_loop import (
+    RATES,
+    SCORE,
+    ClimbingStrategy,
+    Killed,
+    ShuffledEvaluator,
+    make_loop,
+    rows,
+)
+
+IMAGES = 400
+HARDNESS = np.random.default_rng(0).permutation(IMAGES) / IMAGES
+
+
+def measure(candidate):
+    """Right where an image is easier than the formula's accuracy, give or take a little."""
+    rng = np.random.default_rng(zlib.crc32(repr(candidate.keep_counts).encode()))
+    hits = HARDNESS + rng.normal(0, 0.03, IMAGES) < SCORE(candidate.keep_counts)
+    top1 = float(hits.mean())
+    whole = Measurement(candidate.index, top1, top1, 0.5, IMAGES, 0.1, hits=encode_hits(hits))
+    if candidate.best:
+        best = decode_hits(candidate.best)
+        for stop in prefixes(IMAGES):
+            if has_fallen_behind(hits[:stop], best[:stop]):
+                top1 = estimate(hits[:stop], best)
+                return Measurement(candidate.index, top1, top1, 0.5, stop, 0.1, "stopped")
+    return whole
+
+
+class RacingEvaluator(ShuffledEvaluator):
+    def results(self, timeout):
+        self._maybe_kill()
+        count = self._rng.integers(0, len(self._queue) + 1)
+        taken = [self._queue.pop(self._rng.integers(len(self._queue))) for _ in range(count)]
+        return [measure(candidate) for candidate in taken]
+
+
+def all_rows(folder):
+    records = sorted(RunDirectory(folder).read_records(), key=lambda record: record.index)
+    return rows(folder), [(each.images, each.status, each.hits) for each in records]
+
+
+def search(folder, **options):
+    make_loop(folder, RacingEvaluator(**options), races=True).run(ClimbingStrategy())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("racing")
+    search(folder)
+    return all_rows(folder)
+
+
+def test_candidates_race_against_the_best_told_of_their_rate(tmp_path):
+    evaluator = RacingEvaluator()
+    make_loop(tmp_path, evaluator, races=True).run(ClimbingStrategy())
+    records = {record.index: record for record in RunDirectory(tmp_path).read_records()}
+    assert not any(candidate.best for candidate in evaluator.submitted[:5])
+    raced = 0
+    for candidate in evaluator.submitted:
+        round_start = candidate.index // 5 * 5
+        told = [
+            record
+            for record in records.values()
+            if record.index < round_start and record.rate == candidate.rate and record.hits
+        ]
+        best = max(told, key=lambda record: (record.top1, -record.index), default=None)
+        assert candidate.best == (best.hits if best else "")
+        raced += records[candidate.index].status == "stopped"
+    assert raced > 5
+    for rate in RATES:
+        kept = [r for r in records.values() if r.status == "ok" and r.cost_kept <= rate]
+        loop = make_loop(tmp_path, races=True)
+        loop.restore(ClimbingStrategy())
+        assert loop.archive.best(rate).top1 == max(record.top1 for record in kept)
+
+
+def test_without_racing_nobody_has_an_opponent(tmp_path):
+    evaluator = RacingEvaluator()
+    make_loop(tmp_path, evaluator).run(ClimbingStrategy())
+    assert not any(candidate.best for candidate in evaluator.submitted)
+
+
+@pytest.mark.parametrize("kill_at", [3, 11, 24, 37, 50])
+def test_a_killed_race_goes_on_as_if_it_had_not_been(tmp_path, uninterrupted, kill_at):
+    with contextlib.suppress(Killed):
+        search(tmp_path / "run", seed=kill_at, kill_at=kill_at)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")  # as a restart on another machine
+    search(tmp_path / "copy", seed=kill_at + 1)
+    assert all_rows(tmp_path / "copy") == uninterrupted
