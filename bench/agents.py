@@ -54,6 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "cacp, no screening": {"agent": {"drafts": 1}},
     "cacp, no elites": {"agent": {"elite_share": 0.0}},
     "cacp, no imitation": {"agent": {"imitation": 0.0}},
+    "cacp, racing": {"evaluation": {"racing": True}},
     "cacp-paper": {"strategy": "cacp-paper"},
     "amc": {"strategy": "amc"},
     "amc, prior": {"strategy": "amc", "paper": {"prior": True}},
@@ -200,6 +201,7 @@ def run(job: Job, options: argparse.Namespace) -> None:
         evaluations=config.evaluations - reserve,
         mode="rounds",
         round_size=ROUND_SIZE,
+        races=config.evaluation.racing,
     )
     loop.restore(strategy)
     waiting = [n for n in job.milestones if not files[n].exists()]
@@ -223,9 +225,20 @@ def run(job: Job, options: argparse.Namespace) -> None:
             base,
             prepared,
             read_split(config.data, "test"),
-            loop.progress.evaluations + reserve,
+            measure_effort(directory, number, reserve),
         )
     loop.checkpoint(strategy)
+
+
+def measure_effort(directory: RunDirectory, number: int, reserve: int) -> dict[str, float]:
+    """Evaluations, the policy's answers included, and what one of the search cost."""
+    distinct = {row.subnet: row for row in reversed(directory.read_records())}
+    rows = sorted(distinct.values(), key=lambda row: row.index)[:number]
+    return {
+        "evaluations": len(rows) + reserve,
+        "images_scored": float(np.mean([row.images for row in rows])),
+        "seconds": float(np.mean([row.seconds for row in rows])),
+    }
 
 
 def find_winners(
@@ -255,7 +268,7 @@ def report(
     base: Base,
     prepared: Prepared,
     test: ImageSet,
-    evaluations: int,
+    effort: dict[str, float],
 ) -> None:
     """Writes accuracies, and image by image which the winners get right."""
     cutters = Cutters(prepared, "compensate")
@@ -275,8 +288,7 @@ def report(
         file.with_suffix(".npz"), **{name: np.packbits(each, axis=1) for name, each in hits.items()}
     )
     images = {"search": len(base.search), "test": len(test)}
-    spent = {"evaluations": evaluations, "images": images}
-    file.write_text(json.dumps({"winners": rows, "policy": policy, **spent}))
+    file.write_text(json.dumps({"winners": rows, "policy": policy, "images": images, **effort}))
 
 
 if __name__ == "__main__":

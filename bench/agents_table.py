@@ -29,6 +29,7 @@ def main() -> None:
     print_policies(found, own)
     if options.reference in found:
         print_differences(found, options.reference)
+    print_effort(found)
     print(
         f"\nCommit {environment['commit']}, {environment['processor']} with "
         f"{environment['cpus']} CPUs, one thread a search."
@@ -112,6 +113,17 @@ def print_differences(found: dict[str, dict[int, dict[str, Any]]], reference: st
         ["method", "seeds", "search", "search by seed", "test", "test by seed"],
         rows,
     )
+
+
+def print_effort(found: dict[str, dict[int, dict[str, Any]]]) -> None:
+    """What an evaluation took; probes of nearly whole networks take longer, racing less."""
+    rows = [
+        [method, *(f"{np.mean([run[key] for run in runs.values()]):.{digits}f}"
+                   for key, digits in (("evaluations", 0), ("images_scored", 0), ("seconds", 2)))]
+        for method, runs in found.items()
+        if all("seconds" in run for run in runs.values())
+    ]  # fmt: skip
+    print_table("Effort", ["method", "evaluations", "images each", "seconds each"], rows)
 
 
 def bootstrap(gains: np.ndarray) -> tuple[float, float]:

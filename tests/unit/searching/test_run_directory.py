@@ -16,7 +16,7 @@ from tests.unit.searching.test_archive import record
 COLUMNS = [
     *("index", "strategy", "rate", "keep_counts", "macs", "params", "cost_kept"),
     *("top1", "top5", "loss", "images", "reward", "seconds", "cached"),
-    *("status", "evaluator", "node", "attempt", "finished_at", "error", "order"),
+    *("status", "evaluator", "node", "attempt", "finished_at", "error", "order", "hits"),
 ]
 
 
@@ -44,6 +44,14 @@ def test_columns_are_the_contract(run):
     assert [field.name for field in dataclasses.fields(EpisodeRecord)] == COLUMNS
     assert table.schema.equals(SCHEMA)
     assert str(table.schema.field("keep_counts").type).startswith("list<")
+
+
+def test_a_part_from_before_a_column_is_read(run):
+    fill(run, rows(3))
+    run.compact()
+    part = run.path / "episodes" / "part-00000.parquet"
+    pq.write_table(pq.read_table(part).drop_columns(["hits"]), part)
+    assert run.read_records() == rows(3)
 
 
 def test_records_read_back_equal_from_journal_and_parts(run):
