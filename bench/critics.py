@@ -22,8 +22,8 @@ from torch import nn
 from cacp_ray.agent.cacp.algorithm import NUM_CRITICS
 from cacp_ray.agent.cacp.module import INPUT_CENTRE, INPUT_SCALE, make_layers
 from cacp_ray.agent.cacp.replay import Replay
-from cacp_ray.config import RunConfig, load_config
-from cacp_ray.loading import load_base
+from cacp_ray.models.factory import build_model
+from cacp_ray.pruning.plan import make_plan
 from cacp_ray.searching.run_directory import EpisodeRecord, RunDirectory
 from cacp_ray.searching.settings import AgentSettings
 
@@ -104,8 +104,8 @@ def main() -> None:
     parser.add_argument("--model", default="resnet20")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    config = load_config(RunConfig, {"model": {"name": options.model}})
-    num_channels = load_base(config).plan.cost_model.num_channels
+    plan = make_plan(build_model(options.model, 10).eval(), torch.zeros(1, 3, 32, 32))
+    num_channels = plan.cost_model.num_channels
     found: dict[str, list[float]] = {}
     for folder in options.runs:
         rows, replay, offsets = read(folder, num_channels)
