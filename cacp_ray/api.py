@@ -13,6 +13,7 @@ from cacp_ray.analysis import Analysis, analyze
 from cacp_ray.comparing import compare_runs, find_known, find_runs, hash_base
 from cacp_ray.config import RunConfig, TrainConfig, changed_keys, load_config, resolved
 from cacp_ray.errors import ArtifactError, ConfigError, nearest_names
+from cacp_ray.evaluation.cache import check_folder
 from cacp_ray.evaluation.measurement import Measurement, Subnet
 from cacp_ray.exporting.subnet import export_subnet as export
 from cacp_ray.files import describe_environment, write_json, write_yaml
@@ -176,6 +177,8 @@ def search(
     open_folder(folder, resolved(settings), resume=resume)
     if (folder / "result.json").exists():
         return Run(folder, read_result(folder))  # finished before: fine-tuning may have added to it
+    if cache is not None:
+        check_folder(Path(cache))
     result = run_search(
         settings,
         folder,

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from cacp_ray.data.images import ImageSet
+from cacp_ray.errors import ArtifactError
 from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement, Subnet
 from cacp_ray.evaluation.preparation import Prepared
 
@@ -48,6 +50,20 @@ def _update(digest: Any, name: str, value: np.ndarray[Any, Any]) -> None:
     digest.update(np.ascontiguousarray(value).data)
 
 
+def check_folder(folder: Path) -> None:
+    """Makes the folder of a cache, before a search begins.
+
+    Raises:
+        ArtifactError: Measurements cannot be kept there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"cache {folder}: {error.strerror}; name a folder") from error
+    if not os.access(folder, os.W_OK):
+        raise ArtifactError(f"cache {folder} cannot be written to; name a folder of your own")
+
+
 class MeasurementCache:
     """What was measured under one key."""
 
@@ -55,16 +71,16 @@ class MeasurementCache:
         """Reads what is there; a line that a kill cut short is left out."""
         self._file = folder / f"{key}.jsonl"
         self._known: dict[Key, Measurement] = {}
-        text = self._file.read_text() if self._file.exists() else ""
+        text = self._file.read_text(errors="replace") if self._file.exists() else ""
         self._is_cut = bool(text) and not text.endswith("\n")
         for line in text.splitlines():
             try:
                 row = json.loads(line)
                 measurement = Measurement(**row["measurement"])
+                subnet = tuple(row["keep_counts"]), row["order"]
             except (ValueError, KeyError, TypeError):
                 logger.warning("%s: a damaged line is left out", self._file)
                 continue
-            subnet = tuple(row["keep_counts"]), row["order"]
             self._known[subnet, measurement.images] = measurement
 
     def __len__(self) -> int:

@@ -52,7 +52,7 @@ class Measurement:
         node: Address of its machine.
         attempt: 1 for the first try.
         finished_at: Unix time.
-        hits: Which images were right, encoded, where the whole split was scored.
+        hits: Which images were right, encoded, where all that score a candidate were.
     """
 
     index: int

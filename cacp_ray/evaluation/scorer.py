@@ -135,7 +135,7 @@ def make_scorer(
             finished_at=time.time(),
         )
         hits = (logits.argmax(1) == labels).numpy()
-        if len(logits) == len(split):
+        if len(logits) == len(split.take(images)):
             return dataclasses.replace(found, hits=encode_hits(hits))
         if len(logits) < len(scored):
             top1 = estimate(hits, decode_hits(candidate.best))

@@ -1,12 +1,19 @@
 """What would be scored alike is scored once, in whichever run."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
 
-from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache, key_of_scores
+from cacp_ray.errors import ArtifactError
+from cacp_ray.evaluation.cache import (
+    CachedEvaluator,
+    MeasurementCache,
+    check_folder,
+    key_of_scores,
+)
 from cacp_ray.evaluation.measurement import Candidate, LocalEvaluator, Measurement
 from tests.unit.evaluation.test_fusion import Plain, make_prepared, randomize
 
@@ -89,6 +96,27 @@ def test_a_line_that_a_kill_cut_short_is_left_out(build, scored, tmp_path, caplo
     assert "damaged" in caplog.text
     ask(build(), Candidate(1, 0.5, (2, 1)))
     assert len(MeasurementCache(tmp_path, KEY)) == 2
+
+
+def test_lines_that_are_no_measurements_are_left_out(build, scored, tmp_path):
+    ask(build(), Candidate(0, 0.5, (1, 1)))
+    file = tmp_path / f"{KEY}.jsonl"
+    row = json.loads(file.read_text())
+    del row["keep_counts"]
+    file.write_bytes(b"\xff\xfe\n[1]\n" + json.dumps(row).encode() + b"\n" + file.read_bytes())
+    assert len(MeasurementCache(tmp_path, KEY)) == 1
+    ask(build(), Candidate(0, 0.5, (1, 1)))
+    assert len(scored) == 1
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtifactError, match="file: File exists; name a folder"):
+        check_folder(tmp_path / "file")
+    with pytest.raises(ArtifactError, match="name a folder"):
+        check_folder(tmp_path / "file" / "inside")
+    check_folder(tmp_path / "new" / "folder")
+    assert (tmp_path / "new" / "folder").is_dir()
 
 
 def test_the_key_is_of_all_that_a_score_depends_on():

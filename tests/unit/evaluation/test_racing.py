@@ -75,3 +75,6 @@ def test_a_bad_candidate_stops_and_a_good_one_is_scored_to_the_end(base):  # noq
     assert (stopped.status, stopped.images, stopped.hits) == ("stopped", 25, "")
     assert abs(stopped.top1 - score(bad).top1) < 0.25
     assert score(dataclasses.replace(bad, images=50)).hits == ""
+    few = make_scorer(prepared, base.search, recovery="none", dtype="float32", images=50)
+    assert len(decode_hits(few(Candidate(3, 1.0, whole)).hits)) == 50
+    assert few(dataclasses.replace(bad, best=few(Candidate(3, 1.0, whole)).hits)).images < 50
