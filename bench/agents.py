@@ -8,6 +8,7 @@ All methods share the network, its order (`cap`), the recovery (compensation), t
 images; an evaluation is one distinct candidate on the whole search split. What a policy answers at
 the searched rates counts among the evaluations. Winners are chosen on the search split and measured
 once on the test split. Every run has a folder in --out: a killed benchmark goes on where it stood.
+What one search has measured is not measured again by another, and counts for both.
 `python bench/agents_table.py OUT...` prints the tables.
 """
 
@@ -31,6 +32,7 @@ from report import parse_rows
 
 from cacp_ray.config import RunConfig, load_config
 from cacp_ray.data.images import ImageSet
+from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache, key_of_scores
 from cacp_ray.evaluation.measurement import Candidate, LocalEvaluator, Subnet
 from cacp_ray.evaluation.preparation import Cutters, Prepared
 from cacp_ray.evaluation.scorer import make_scorer
@@ -179,22 +181,21 @@ def run(job: Job, options: argparse.Namespace) -> None:
         config = load_config(RunConfig, values)
         base = load_base(config)
     prepared = prepare_base(base, config)
-    score = make_scorer(
-        prepared, base.search, recovery="compensate", batch_size=250, dtype="auto", threads=1
+    key = key_of_scores(prepared, base.search, recovery="compensate", dtype=fast_dtype())
+    evaluator = CachedEvaluator(
+        LocalEvaluator(
+            make_scorer(prepared, base.search, recovery="compensate", dtype="auto", threads=1)
+        ),
+        MeasurementCache(options.out / "cache", key),
+        len(base.search),
     )
-    memory: dict[tuple[int, ...], Any] = {}
-
-    def top1(rate: float, counts: tuple[int, ...]) -> float:
-        if counts not in memory:
-            memory[counts] = score(Candidate(0, rate, counts))
-        return memory[counts].top1
 
     directory = RunDirectory(job.folder)
     job.folder.mkdir(parents=True, exist_ok=True)
     strategy, agent = make_run_strategy(config, base, lambda _: loop.tick(strategy))
     reserve = len(config.rates) if agent is not None else 0
     loop = SearchLoop(
-        LocalEvaluator(score),
+        evaluator,
         base.plan.cost_model,
         directory,
         rates=config.rates,
@@ -216,7 +217,8 @@ def run(job: Job, options: argparse.Namespace) -> None:
         if reserve:
             rates = sorted({*RATES, *UNSEEN})
             for rate, row in zip(rates, agent.policy(rates).tolist(), strict=True):
-                answers[rate] = (top1(rate, tuple(row)), (tuple(row), ""))
+                evaluator.submit(Candidate(0, rate, tuple(row)))
+                answers[rate] = (evaluator.results(0)[0].top1, (tuple(row), ""))
         found = find_winners(directory, answers, number, config.rates)
         report(
             files[waiting.pop(0)],
