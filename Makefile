@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
+# Every process would compile torch and Ray anew, 10 s each time.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test check bench
 
 demo: $(READY)

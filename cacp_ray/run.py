@@ -88,10 +88,11 @@ def run_search(
     Raises:
         CacpError: Bad input, before anything is written, or a failed run.
     """
-    from cacp_ray.distributed.cluster import check_cpus, connect
+    from cacp_ray.distributed.cluster import check_address, check_cpus, connect
 
     clock = Clock()
     with clock.phase("prepare"):
+        check_address(address)
         base = load_base(config)
         check_strategy(config, base)
     run = RunDirectory(run_dir)

@@ -51,10 +51,26 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> None:
         with _fast_start():
             _init(address, num_cpus=num_cpus, include_dashboard=False)
         return
+    _init(check_address(address))
+
+
+def check_address(address: str | None) -> str:
+    """Tries the port of a cluster that is to be joined; takes seconds and starts nothing.
+
+    Args:
+        address: See `connect`.
+
+    Returns:
+        What Ray is to be given.
+
+    Raises:
+        ConfigError: Nothing answers there.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
     target = _last_started() or address if address == "auto" else address
-    if target != "auto":
+    if target not in ("auto", "local"):
         _require_answer(target)
-    _init(target)
+    return target
 
 
 def disconnect() -> None:
