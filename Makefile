@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # Every process would compile torch and Ray anew, 10 s each time.
 unexport PYTHONDONTWRITEBYTECODE
@@ -12,14 +13,15 @@ demo: $(READY)
 	$(BIN)/cacp-ray demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" $(SIDE_BY_SIDE) tests/unit
+	$(BIN)/python -m pytest -m "not slow and not gpu" tests/ray
 
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
-	$(BIN)/python -m pytest tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/unit
 
 bench: $(READY)
 	$(BIN)/python bench/pool_overhead.py
