@@ -8,7 +8,8 @@ All methods share the network, its order (`cap`), the recovery (compensation), t
 images; an evaluation is one distinct candidate on the whole search split. What a policy answers at
 the searched rates counts among the evaluations. Winners are chosen on the search split and measured
 once on the test split. Every run has a folder in --out: a killed benchmark goes on where it stood.
-What one search has measured is not measured again by another, and counts for both.
+What one search has measured is not measured again by another, and counts for both; racing searches
+share nothing.
 `python bench/agents_table.py OUT...` prints the tables.
 """
 
@@ -33,7 +34,7 @@ from report import parse_rows
 from cacp_ray.config import RunConfig, load_config
 from cacp_ray.data.images import ImageSet
 from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache, key_of_scores
-from cacp_ray.evaluation.measurement import Candidate, LocalEvaluator, Subnet
+from cacp_ray.evaluation.measurement import Candidate, Evaluator, LocalEvaluator, Subnet
 from cacp_ray.evaluation.preparation import Cutters, Prepared
 from cacp_ray.evaluation.scorer import make_scorer
 from cacp_ray.files import describe_environment, write_json
@@ -181,15 +182,12 @@ def run(job: Job, options: argparse.Namespace) -> None:
         config = load_config(RunConfig, values)
         base = load_base(config)
     prepared = prepare_base(base, config)
-    key = key_of_scores(prepared, base.search, recovery="compensate", dtype=fast_dtype())
-    evaluator = CachedEvaluator(
-        LocalEvaluator(
-            make_scorer(prepared, base.search, recovery="compensate", dtype="auto", threads=1)
-        ),
-        MeasurementCache(options.out / "cache", key),
-        len(base.search),
-    )
-
+    score = make_scorer(prepared, base.search, recovery="compensate", dtype="auto", threads=1)
+    evaluator: Evaluator = LocalEvaluator(score)
+    if not config.evaluation.racing:  # which is to be seen with what it leaves out
+        key = key_of_scores(prepared, base.search, recovery="compensate", dtype=fast_dtype())
+        cache = MeasurementCache(options.out / "cache", key)
+        evaluator = CachedEvaluator(evaluator, cache, len(base.search))
     directory = RunDirectory(job.folder)
     job.folder.mkdir(parents=True, exist_ok=True)
     strategy, agent = make_run_strategy(config, base, lambda _: loop.tick(strategy))

@@ -3,8 +3,9 @@
 OMP_NUM_THREADS=1 python bench/racing.py --search TRAIN --search-rows 45000:50000 RUN [RUN ...]
 
 Every search recorded which images each candidate got right. Its candidates race again, in rounds as
-they were proposed, each against the best that is known by then at its rate: in the order of the
-split or the images first of which the whole network is least sure, with more or less patience.
+they were proposed, each against the best that is known by then at its rate: in more or fewer parts,
+with more or less patience, in the order of the split or the images first of which the whole network
+is least sure.
 `images` is the share that is scored; `lost` is what the best network of the whole search is better
 than the best that the race scored to the end, in points on the whole split. The last table says how
 far the estimates of the stopped candidates are from what the whole split says of them.
@@ -15,16 +16,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from experiment import load, make_parser
+from experiment import RATES, load, make_parser
+from numpy.typing import NDArray
 from report import print_environment, print_table
+from torch import Tensor
 
 from cacp_ray.evaluation import racing
-from cacp_ray.evaluation.racing import Bools, decode_hits, estimate, hardest_first, prefixes
+from cacp_ray.evaluation.racing import Bools, decode_hits, estimate, prefixes
 from cacp_ray.searching.run_directory import EpisodeRecord, RunDirectory
 from cacp_ray.training.metrics import predict
 
 ROUND_SIZE = 6
-PATIENCES = (0.0, 0.5, 1.0, 2.0)
+HARDEST = "hardest first"
+# Order of the images, parts, patience. The first is what a search does.
+RACES = [
+    ("as it stands", racing.NUM_PARTS, racing.PATIENCE),
+    *(("as it stands", 16, patience) for patience in (0.0, 0.5, 2.0)),
+    *(("as it stands", parts, 1.0) for parts in (4, 8, 32)),
+    *((HARDEST, 16, patience) for patience in (0.0, 0.5, 1.0, 2.0)),
+]
 
 
 def read(folder: Path) -> list[EpisodeRecord]:
@@ -57,14 +67,14 @@ def race(
                 images = stop_at(hits[i], hits[opponent])
             scored.append(images / len(hits[i]))
             if images < len(hits[i]):
-                value = estimate(hits[i][:images], hits[opponent])
+                value = estimate(hits[i][:images], hits[opponents[rows[i].rate]])
                 stopped.append((rows[i].rate, value, float(hits[i].mean())))
                 continue
             known.append(i)
             if rows[i].rate not in best or hits[i].mean() > hits[best[rows[i].rate]].mean():
                 best[rows[i].rate] = i
     lost = {}
-    for rate in sorted({row.rate for row in rows}):
+    for rate in RATES:
         of_all = max(hits[i].mean() for i, row in enumerate(rows) if row.cost_kept <= rate + 1e-9)
         found = max(hits[i].mean() for i in known if rows[i].cost_kept <= rate + 1e-9)
         lost[rate] = 100 * float(of_all - found)
@@ -79,8 +89,21 @@ def stop_at(hits: Bools, best: Bools) -> int:
     return len(hits)
 
 
+def hardest_first(logits: Tensor, labels: Tensor) -> NDArray[np.int64]:
+    """Places of the images (N,), rising by how far the right class is from the next or the best.
+
+    Args:
+        logits: Of the whole network, (N, classes).
+        labels: (N,).
+    """
+    right = labels[:, None]
+    others = logits.scatter(1, right, float("-inf")).max(dim=1).values
+    margins = (logits.gather(1, right)[:, 0] - others).abs()
+    return margins.argsort(stable=True).numpy()
+
+
 def main() -> None:
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__ or "")
     parser.add_argument("runs", nargs="+", type=Path, help="folders with recorded episodes")
     options: argparse.Namespace = parser.parse_args()
     model, search = load(options)
@@ -88,41 +111,39 @@ def main() -> None:
     logits = predict(model, search.tensors()[0], 500, torch.float32)
     orders = {
         "as it stands": np.arange(len(labels)),
-        "hardest first": hardest_first(logits, labels),
+        HARDEST: hardest_first(logits, labels),
     }
     searches = {run: read(run) for run in options.runs}
     table, errors = [], []
-    for name, order in orders.items():
-        hits = {
-            run: [decode_hits(row.hits)[order] for row in rows] for run, rows in searches.items()
-        }
-        for patience in PATIENCES:
-            racing.PATIENCE = patience
-            found = [race(rows, hits[run]) for run, rows in searches.items()]
-            images = float(np.mean([share for share, _, _ in found]))
-            lost = np.array([list(each.values()) for _, each, _ in found])
-            table.append(
-                [
-                    name, f"{patience:g}", f"{100 * images:.0f} %", f"{1 / images:.1f}x",
-                    f"{lost.mean():.2f}", f"{lost.max():.2f}",
-                    f"{(lost.mean(axis=1) <= 0.2).sum()} of {len(found)}",
-                    f"{(lost.max(axis=1) <= 0.2).sum()} of {len(found)}",
-                ]
-            )  # fmt: skip
-            stopped = np.array([row for _, _, each in found for row in each])
-            for rate in np.unique(stopped[:, 0]):
-                off = 100 * (stopped[:, 1] - stopped[:, 2])[stopped[:, 0] == rate]
-                errors.append(
-                    [name, f"{patience:g}", f"{rate:g}", f"{off.mean():+.2f}", f"{off.std():.2f}"]
-                )
+    for name, racing.NUM_PARTS, racing.PATIENCE in RACES:
+        race_of = [name, str(racing.NUM_PARTS), f"{racing.PATIENCE:g}"]
+        found = [
+            race(rows, [decode_hits(row.hits)[orders[name]] for row in rows])
+            for rows in searches.values()
+        ]
+        images = float(np.mean([share for share, _, _ in found]))
+        lost = np.array([list(each.values()) for _, each, _ in found])
+        table.append(
+            [
+                *race_of, f"{100 * images:.0f} %", f"{1 / images:.1f}x",
+                f"{lost.mean():.2f}", f"{lost.max():.2f}",
+                f"{(lost.mean(axis=1) <= 0.2).sum()} of {len(found)}",
+                f"{(lost.max(axis=1) <= 0.2).sum()} of {len(found)}",
+            ]
+        )  # fmt: skip
+        off = np.array([(rate, value - top1) for _, _, each in found for rate, value, top1 in each])
+        cells = [100 * off[off[:, 0] == rate, 1] for rate in RATES]
+        errors.append([*race_of, *(f"{each.mean():+.2f} ({each.std():.2f})" for each in cells)])
     num = sum(len(rows) for rows in searches.values())
+    race_of = ["order of the images", "parts", "patience"]
     header = [
-        "order of the images", "patience", "images", "candidates a second", "lost, mean",
-        "lost, most", "searches that lose 0.2 or less (mean over rates)", "(at every rate)",
+        *race_of, "images", "candidates a second", "lost, mean", "lost, most",
+        "searches that lose 0.2 or less (mean over rates)", "(at every rate)",
     ]  # fmt: skip
     print_table(f"{len(searches)} searches, {num:,} candidates", header, table)
-    header = ["order of the images", "patience", "rate", "mean error", "standard deviation"]
-    print_table("estimates of stopped candidates less their accuracy, points", header, errors)
+    header = [*race_of, *(str(rate) for rate in RATES)]
+    title = "Estimates of stopped candidates less their accuracy, points (standard deviation)"
+    print_table(title, header, errors)
     print_environment(options.seed)
 
 

@@ -9,17 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-
 from cacp_ray.config import RunConfig, resolved
 from cacp_ray.diagnostics import NUM_IMAGES, LearningLog, measure_answers, unseen_rates
 from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache, key_of_scores
 from cacp_ray.evaluation.measurement import Evaluator, Measurement, Subnet
 from cacp_ray.evaluation.preparation import Prepared
-from cacp_ray.evaluation.racing import hardest_first
 from cacp_ray.evaluation.scorer import make_scorer, read_dtype
 from cacp_ray.files import describe_environment, read_json, write_json
 from cacp_ray.loading import (
@@ -38,7 +32,7 @@ from cacp_ray.searching.loop import SearchLoop, SearchProgress
 from cacp_ray.searching.run_directory import RunDirectory
 from cacp_ray.searching.strategies import RACING
 from cacp_ray.strategies import check_strategy, make_run_strategy, num_searched
-from cacp_ray.training.metrics import predict, score_logits
+from cacp_ray.training.metrics import measure
 from cacp_ray.winners import (
     add_latencies,
     build_winners,
@@ -105,9 +99,9 @@ def run_search(
         preparing = executor.submit(_prepare, base, config, orders, run_dir)
         connect(address)
         check_cpus(config.cluster.cpus_per_evaluator, address)
-        prepared, statistics, logits = preparing.result()
+        prepared, statistics = preparing.result()
     with clock.phase("start"):
-        evaluator = _start_evaluators(config, base, prepared, logits, say)
+        evaluator = _start_evaluators(config, base, prepared, say)
         if cache is not None:
             evaluator, kept = _put_cache_before(evaluator, cache, base, prepared, config)
             known = kept | dict(known or {})
@@ -119,7 +113,7 @@ def run_search(
                 key = key_of_statistics(base, config)
                 save_statistics(run_dir / STATISTICS_FILE, statistics, key)
                 run.write_environment(describe_environment(config.seed))
-                saved = describe_model(base, prepared, logits, config)
+                saved = describe_model(base, prepared, config)
                 run.write_model(saved)
         with clock.phase("search"):
             loop, agent, log = _search(config, base, run, evaluator, on_progress, known)
@@ -134,7 +128,6 @@ def run_search(
     with clock.phase("build"):
         searched = {rate: loop.archive.best(rate) for rate in config.rates}
         rows = build_winners(config, base, prepared, searched, run_dir, answers)
-    answered = {answer["rate"] for answer in answers}
     result = {
         "name": config.name,
         "strategy": config.strategy,
@@ -149,7 +142,8 @@ def run_search(
             for g in base.plan.groups
         ],
         "learning": learning,
-        "evaluations": loop.progress.evaluations + len(answered & set(config.rates)),
+        "evaluations": loop.progress.evaluations
+        + len({answer["rate"] for answer in answers} & set(config.rates)),
         "seconds": clock.seconds,
     }
     add_latencies(result, base, run_dir)
@@ -159,15 +153,13 @@ def run_search(
 
 def _prepare(
     base: Base, config: RunConfig, orders: Mapping[str, list[list[int]]] | None, run_dir: Path
-) -> tuple[Prepared, Statistics, Tensor]:
-    """What evaluators need, what it was made from, and the base network's logits."""
+) -> tuple[Prepared, Statistics]:
     statistics = find_statistics(base, config, run_dir)
-    logits = predict(base.model, base.search.tensors()[0], 500, torch.float32)
-    return prepare_base(base, config, orders, statistics), statistics, logits
+    return prepare_base(base, config, orders, statistics), statistics
 
 
 def _start_evaluators(
-    config: RunConfig, base: Base, prepared: Prepared, logits: Tensor, say: Callable[[str], object]
+    config: RunConfig, base: Base, prepared: Prepared, say: Callable[[str], object]
 ) -> Evaluator:
     """Actors on the connected cluster, as many as its CPUs hold unless the run says how many."""
     from cacp_ray.distributed.cluster import available_cpus
@@ -185,17 +177,11 @@ def _start_evaluators(
             "batch_size": config.evaluation.batch_size,
             "dtype": config.evaluation.dtype,
             "images": config.evaluation.images,
-            "order": _order_of_races(config, base, logits),
             "threads": per_evaluator,
         },
         num_evaluators=num_evaluators,
         cpus_per_evaluator=per_evaluator,
     )
-
-
-def _order_of_races(config: RunConfig, base: Base, logits: Tensor) -> NDArray[np.int64]:
-    scored = slice(config.evaluation.images)
-    return hardest_first(logits[scored], torch.from_numpy(base.search.labels[scored]))
 
 
 def _put_cache_before(
@@ -275,18 +261,9 @@ def describe_base(base: Base, config: RunConfig) -> str:
     )
 
 
-def describe_model(
-    base: Base, prepared: Prepared, logits: Tensor, config: RunConfig
-) -> dict[str, Any]:
-    """The content of model.json.
-
-    Args:
-        base: Of the run.
-        prepared: Of the base.
-        logits: Float32 of the base network on the search split.
-        config: Of the run.
-    """
-    accuracy = score_logits(logits, torch.from_numpy(base.search.labels))
+def describe_model(base: Base, prepared: Prepared, config: RunConfig) -> dict[str, Any]:
+    """The content of model.json; measures the base network on the search split in float32."""
+    accuracy = measure(base.model, *base.search.tensors())
     counts = base.plan.cost_model.num_channels
     return {
         "model": config.model.name,

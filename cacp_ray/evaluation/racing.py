@@ -3,14 +3,11 @@
 A candidate is scored on growing parts of the search split and compared with the best network of its
 rate on the same images. The difference of two networks on the same images varies far less than
 their accuracies. It stops where the mean difference is more than `PATIENCE` standard errors below
-zero; its accuracy is then estimated as that of the best plus the mean difference.
-
-The images of which the whole network is least sure come first: two networks cut from it differ
-there and hardly anywhere else, so that little is left to overturn the verdict of the first images.
-`bench/racing.py` shows what order and patience are worth.
+zero; its accuracy is then estimated as that of the best plus the mean difference. `bench/racing.py`
+shows what parts and patience are worth.
 
 Racing is successive comparison as in F-Race (Birattari et al., 2002) and Hoeffding races (Maron and
-Moore, 1993); the paired estimate, the single opponent and the order of the images are ours.
+Moore, 1993); the paired estimate and the single opponent are ours.
 """
 
 import base64
@@ -18,10 +15,9 @@ import zlib
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 NUM_PARTS = 16  # of the images, between which a candidate may stop
-PATIENCE = 0.5
+PATIENCE = 1.0
 
 Bools = NDArray[np.bool_]
 
@@ -37,19 +33,6 @@ def decode_hits(text: str) -> Bools:
     data = base64.b85decode(text)
     bits = np.frombuffer(zlib.decompress(data[4:]), np.uint8)
     return np.unpackbits(bits, count=int.from_bytes(data[:4])).astype(bool)
-
-
-def hardest_first(logits: Tensor, labels: Tensor) -> NDArray[np.int64]:
-    """Places of the images (N,), rising by how far the right class is from the next or the best.
-
-    Args:
-        logits: Of the whole network, (N, classes).
-        labels: (N,).
-    """
-    right = labels[:, None]
-    others = logits.scatter(1, right, float("-inf")).max(dim=1).values
-    margins = (logits.gather(1, right)[:, 0] - others).abs()
-    return margins.argsort(stable=True).numpy()
 
 
 def prefixes(num_images: int) -> list[int]:

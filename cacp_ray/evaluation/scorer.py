@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cacp_ray.data.images import ImageSet
@@ -98,7 +97,6 @@ def make_scorer(
     batch_size: int | None = None,
     dtype: str,
     images: int | None = None,
-    order: NDArray[np.int64] | None = None,
     threads: int | None = None,
 ) -> ScoreFunction:
     """A function that scores candidates on the search split.
@@ -110,7 +108,6 @@ def make_scorer(
         batch_size: Images a forward pass; by default as many as hold `BATCH_PIXELS`.
         dtype: See `read_dtype`.
         images: Of the split's beginning that score a candidate which does not say how many.
-        order: In which a race takes these images; as they stand by default.
         threads: For torch in this process; None leaves them alone.
     """
     if threads is not None:
@@ -125,15 +122,8 @@ def make_scorer(
             networks[candidate.order] = FastNetwork(cutters[candidate.order], precision)
         network = networks[candidate.order].load(candidate.keep_counts, batch_size)
         scored = split.take(candidate.images or images)
-        rows = np.arange(len(scored))
-        if candidate.best:
-            rows = rows if order is None else order
-            best = decode_hits(candidate.best)[rows]
-            logits = _race(network, scored, rows, best)
-            rows = rows[: len(logits)]
-        else:
-            logits = network(scored)
-        labels = from_shared(scored.labels[rows])
+        logits = _race(network, scored, candidate.best)
+        labels = from_shared(scored.labels[: len(logits)])
         accuracy = score_logits(logits, labels)
         found = Measurement(
             index=candidate.index,
@@ -145,28 +135,27 @@ def make_scorer(
             finished_at=time.time(),
         )
         hits = (logits.argmax(1) == labels).numpy()
-        if len(rows) == len(split.take(images)):
-            return dataclasses.replace(found, hits=encode_hits(hits[rows.argsort()]))
-        if len(rows) < len(scored):
-            return dataclasses.replace(found, top1=estimate(hits, best), status="stopped")
+        if len(logits) == len(split.take(images)):
+            return dataclasses.replace(found, hits=encode_hits(hits))
+        if len(logits) < len(scored):
+            top1 = estimate(hits, decode_hits(candidate.best))
+            return dataclasses.replace(found, top1=top1, status="stopped")
         return found
 
     return score
 
 
-def _race(
-    network: Callable[[ImageSet], Tensor],
-    split: ImageSet,
-    rows: NDArray[np.int64],
-    best: NDArray[np.bool_],
-) -> Tensor:
-    """Logits of the images at `rows`, or of the first of them where the network fell behind."""
-    labels = from_shared(split.labels[rows])
-    logits = torch.empty(0)
-    for stop in (*prefixes(len(rows)), len(rows)):
-        part = network(split.at(rows[len(logits) : stop]))
-        logits = torch.cat([logits, part]) if len(logits) else part
-        hits = (logits.argmax(1) == labels[:stop]).numpy()
-        if has_fallen_behind(hits, best[:stop]):
-            break
-    return logits
+def _race(network: Callable[[ImageSet], Tensor], split: ImageSet, encoded: str) -> Tensor:
+    """Logits on the split, or on the prefix where the network fell behind the best."""
+    if not encoded:
+        return network(split)
+    best = decode_hits(encoded)
+    logits, done = [], 0
+    for stop in prefixes(len(split)):
+        logits.append(network(split.slice(done, stop)))
+        done = stop
+        so_far = torch.cat(logits)
+        hits = (so_far.argmax(1) == from_shared(split.labels[:done])).numpy()
+        if has_fallen_behind(hits, best[:done]):
+            return so_far
+    return torch.cat([*logits, network(split.slice(done, None))])

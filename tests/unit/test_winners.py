@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 
 from cacp_ray.config import RunConfig, load_config
 from cacp_ray.evaluation.measurement import Candidate
@@ -105,8 +104,7 @@ def test_orders_of_a_run_are_repeated_from_its_description():
     config = load_config(RunConfig, {}, ["strategy=cpmc", "pruning.calibration_images=300"])
     base = load_base(config)
     prepared = prepare_base(base, config)
-    logits = torch.zeros(len(base.search), 10)
-    described = read_orders(describe_model(base, prepared, logits, config))
+    described = read_orders(describe_model(base, prepared, config))
     again = prepare_base(base, config, described)
     for order in ("", "cpmc"):
         for one, other in zip(

@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +12,6 @@ from cacp_ray.evaluation.racing import (
     decode_hits,
     encode_hits,
     estimate,
-    hardest_first,
     has_fallen_behind,
     prefixes,
 )
@@ -36,13 +34,6 @@ def test_prefixes_rise_and_leave_a_rest():
     assert prefixes(5000) == [5000 * part // 16 for part in range(1, 16)]
     assert prefixes(3) == [1, 2]
     assert prefixes(1) == []
-
-
-def test_images_near_the_border_of_the_whole_network_come_first():
-    #                    sure and right   unsure, right    sure and wrong   unsure, wrong
-    logits = torch.tensor([[9.0, 0, 1], [2.0, 1.5, 0], [0.0, 7, 1], [1.0, 1.25, 0]])
-    labels = torch.tensor([0, 0, 0, 0])
-    assert hardest_first(logits, labels).tolist() == [3, 1, 2, 0]
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0, 0.2))
@@ -87,24 +78,3 @@ def test_a_bad_candidate_stops_and_a_good_one_is_scored_to_the_end(base):  # noq
     few = make_scorer(prepared, base.search, recovery="none", dtype="float32", images=50)
     assert len(decode_hits(few(Candidate(3, 1.0, whole)).hits)) == 50
     assert few(dataclasses.replace(bad, best=few(Candidate(3, 1.0, whole)).hits)).images < 50
-
-
-def test_a_race_takes_images_in_its_order_and_notes_hits_as_they_stand(base):  # noqa: F811
-    prepared = make(base, "none")
-    whole = tuple(base.plan.cost_model.num_channels.tolist())
-    half = tuple(count // 2 for count in whole)
-    plain = make_scorer(prepared, base.search, recovery="none", dtype="float32")
-    hits, few = (decode_hits(plain(Candidate(0, 1.0, c)).hits) for c in (whole, half))
-    easy = np.argsort(hits & ~few, stable=True)  # images that tell the two apart come last
-    for order in (easy, easy[::-1].copy()):
-        score = make_scorer(prepared, base.search, recovery="none", dtype="float32", order=order)
-        again = score(Candidate(0, 1.0, whole, best=encode_hits(hits)))
-        assert np.array_equal(decode_hits(again.hits), hits)
-        stopped = score(Candidate(1, 1.0, half, best=encode_hits(hits)))
-        expected = next(
-            stop
-            for stop in prefixes(200)
-            if has_fallen_behind(few[order[:stop]], hits[order[:stop]])
-        )
-        assert (stopped.status, stopped.images) == ("stopped", expected)
-        assert stopped.top1 == pytest.approx(estimate(few[order[:expected]], hits[order]))
