@@ -9,17 +9,20 @@ from typing import Any
 
 import torch
 
+from cacp_ray import agent_tuning
+from cacp_ray.agent_tuning import AgentTuningConfig
 from cacp_ray.analysis import Analysis, analyze
 from cacp_ray.comparing import compare_runs, find_known, find_runs, hash_base
-from cacp_ray.config import RunConfig, TrainConfig, changed_keys, load_config, resolved
+from cacp_ray.config import RunConfig, Section, TrainConfig, changed_keys, load_config, resolved
 from cacp_ray.errors import ArtifactError, ConfigError, nearest_names
 from cacp_ray.evaluation.cache import check_folder
 from cacp_ray.evaluation.measurement import Measurement, Subnet
 from cacp_ray.exporting.subnet import export_subnet as export
-from cacp_ray.files import describe_environment, write_json, write_yaml
+from cacp_ray.files import describe_environment, read_json, write_json, write_yaml
 from cacp_ray.loading import check_splits, load_base, load_model, read_split
 from cacp_ray.pruning.subnet import load_subnet
 from cacp_ray.reporting.comparison import ComparedRun, Comparison, check_out, write_comparison
+from cacp_ray.reporting.tuning import write_tuning_report
 from cacp_ray.results import answer_rates, finetune_run, read_result, report_run
 from cacp_ray.run import describe_base, run_search
 from cacp_ray.searching.loop import SearchProgress
@@ -44,6 +47,7 @@ __all__ = [
     "search",
     "search_each",
     "train_model",
+    "tune_agent",
     "write_comparison",
 ]
 
@@ -60,7 +64,7 @@ def train_model(
     Raises:
         CacpError: Bad input, in one line, before anything is written.
     """
-    open_folder(run_dir, resolved(config), resume=resume)
+    open_folder(run_dir, config, resume=resume)
     splits = {name: read_split(config.data, name) for name in ("train", "search", "test")}
     check_splits(splits)
     torch.manual_seed(config.training.seed)
@@ -78,7 +82,7 @@ def train_model(
     )
 
 
-def open_folder(run_dir: Path, config: dict[str, Any], *, resume: bool) -> None:
+def open_folder(run_dir: Path, config: Section, *, resume: bool) -> None:
     """Refuses to write over another run, or to continue one under a changed configuration.
 
     Raises:
@@ -94,8 +98,7 @@ def open_folder(run_dir: Path, config: dict[str, Any], *, resume: bool) -> None:
         return
     if not saved.exists():
         raise ArtifactError(f"{run_dir} holds no run (no config.yaml): start it without --resume")
-    kind = TrainConfig if "training" in config else RunConfig
-    changed = changed_keys(resolved(load_config(kind, saved)), config)
+    changed = changed_keys(resolved(load_config(type(config), saved)), resolved(config))
     if changed:
         raise ConfigError(
             f"{run_dir} was started with another configuration; changed: {', '.join(changed)}; "
@@ -174,7 +177,7 @@ def search(
     """
     settings = config if isinstance(config, RunConfig) else load_config(RunConfig, config)
     folder = Path(run_dir) if run_dir is not None else Path("runs") / settings.name
-    open_folder(folder, resolved(settings), resume=resume)
+    open_folder(folder, settings, resume=resume)
     if (folder / "result.json").exists():
         return Run(folder, read_result(folder))  # finished before: fine-tuning may have added to it
     if cache is not None:
@@ -197,10 +200,50 @@ def check_search(config: RunConfig, run_dir: Path, *, resume: bool = False) -> s
     Raises:
         CacpError: The first thing that does not fit.
     """
-    open_folder(run_dir, resolved(config), resume=resume)
+    open_folder(run_dir, config, resume=resume)
     base = load_base(config)
     check_strategy(config, base)
     return f"{describe_base(base, config)}; {config.evaluations} evaluations"
+
+
+def tune_agent(
+    config: AgentTuningConfig | dict[str, Any] | str | Path,
+    folder: str | Path | None = None,
+    *,
+    resume: bool = False,
+    address: str | None = None,
+    on_progress: Callable[[Any], object] | None = None,
+) -> dict[str, Any]:
+    """Finds the agent's settings that search best; `cacp_ray.agent_tuning` says what is written.
+
+    Args:
+        config: A configuration, its content, or the path of its YAML file.
+        folder: Default: runs/NAME.
+        resume: Go on with what `folder` holds.
+        address: As of `search`.
+        on_progress: Called with every round of a trial.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        CacpError: Bad input, before anything is written, or a trial that failed too often.
+    """
+    settings = (
+        config if isinstance(config, AgentTuningConfig) else load_config(AgentTuningConfig, config)
+    )
+    where = Path(folder) if folder is not None else Path("runs") / settings.name
+    open_folder(where, settings, resume=resume)
+    if not (where / "result.json").exists():
+        agent_tuning.tune_agent(
+            settings,
+            where,
+            address=address,
+            on_progress=on_progress or (lambda progress: None),
+            say=logger.info,
+        )
+    write_tuning_report(where)
+    return read_json(where / "result.json")
 
 
 @dataclass(frozen=True)
@@ -264,7 +307,7 @@ def plan_series(
     if resume and not any(map(is_run, configs)):
         raise ArtifactError(f"{folder} holds no run of these: start them without --resume")
     for path, each in configs.items():
-        open_folder(path, resolved(each), resume=resume and is_run(path))
+        open_folder(path, each, resume=resume and is_run(path))
     return Series(folder, configs, resume)
 
 

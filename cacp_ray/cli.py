@@ -178,6 +178,33 @@ def search(
 
 
 @app.command()
+def tune_agent(
+    config: Annotated[Path, typer.Argument(help="YAML file, such as tune_configs/agent_asha.yaml")],
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+    address: Address = None,
+    resume: Resume = False,
+) -> None:
+    """Find the agent's settings that search best on a network, by Ray Tune."""
+    from cacp_ray import api
+    from cacp_ray.agent_tuning import AgentTuningConfig
+    from cacp_ray.config import load_config
+    from cacp_ray.reporting.progress import TuningDisplay
+    from cacp_ray.reporting.tables import make_console
+    from cacp_ray.reporting.tuning import tuning_table
+
+    settings = load_config(AgentTuningConfig, config, overrides or [])
+    folder = run_dir or Path("runs") / settings.name
+    with TuningDisplay(settings.trials, quiet=state["quiet"]) as display:
+        result = api.tune_agent(
+            settings, folder, resume=resume, address=address, on_progress=display.update
+        )
+    make_console().print(tuning_table(result))
+    typer.echo(f"best settings: cacp-ray search {folder / 'best.yaml'}")
+    typer.echo(f"report: {folder / 'report.html'}")
+
+
+@app.command()
 def finetune(
     run: RunFolder,
     config: Annotated[

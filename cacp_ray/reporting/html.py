@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 import pyarrow as pa
+from markupsafe import Markup
 
 from cacp_ray.errors import ArtifactError
 from cacp_ray.files import read_json, write_file
@@ -89,13 +90,9 @@ def render_page(
         drawings: Figures of any run.
         learning: Figures of an agent's learning; without them there is no such section.
     """
-    # The name ends in .jinja, so jinja2 would not know it for HTML: escaping is switched on here.
-    environment_of_jinja = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    source = resources.files("cacp_ray.reporting").joinpath("report.html.jinja").read_text("utf-8")
     rows = summary_rows(result)
-    return environment_of_jinja.from_string(source).render(
+    return fill_page(
+        "report.html.jinja",
         result=result,
         base_macs=format_macs(result["base"]["macs"]),
         size=_cells(size_columns(result), rows),
@@ -103,8 +100,8 @@ def render_page(
         frontier=_cells(frontier_columns(result), result["frontier"]),
         errors=standard_errors(result),
         words=words(result),
-        figures=[_figure(drawing) for drawing in drawings],
-        learning=[_figure(drawing) for drawing in learning],
+        figures=[embed_figure(drawing) for drawing in drawings],
+        learning=[embed_figure(drawing) for drawing in learning],
         loading=_loading(run_dir, rows[1:]),
         has_finetuned=any(row.get("finetuned_top1") is not None for row in rows[1:]),
         phases=_phases(result["seconds"]),
@@ -123,7 +120,25 @@ def _cells(columns: list[Column], rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def _figure(drawing: Drawing) -> dict[str, str]:
+def fill_page(name: str, **values: Any) -> str:
+    """A page that needs nothing beside it.
+
+    Args:
+        name: Of the template in this package.
+        values: What it shows.
+    """
+    # The name ends in .jinja, so jinja2 would not know it for HTML: escaping is switched on here.
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    folder = resources.files("cacp_ray.reporting")
+    template = environment.from_string(folder.joinpath(name).read_text("utf-8"))
+    css = Markup(folder.joinpath("report.css").read_text("utf-8"))
+    return template.render(css=css, **values)
+
+
+def embed_figure(drawing: Drawing) -> dict[str, str]:
+    """What a template shows of a figure, the image included."""
     encoded = base64.b64encode(drawing.path.read_bytes()).decode()
     return {
         "title": drawing.title,

@@ -150,7 +150,7 @@ def finetune_subnets(
     )
     listener = _on_epoch.set(on_epoch)
     try:
-        with _quiet_tune():
+        with quiet_tune():
             results = _make_tuner(trainable, list(subnet_folders), recipe, experiment_dir).fit()
     finally:
         _on_epoch.reset(listener)
@@ -158,7 +158,7 @@ def finetune_subnets(
         if result.error is not None:
             raise EvaluationError(
                 f"fine-tuning of {Path(result.path).name} failed {MAX_FAILURES + 1} times "
-                f"({_last_line(result.error)}); see {result.path}, then continue with --resume"
+                f"({last_line(result.error)}); see {result.path}, then continue with --resume"
             )
     return {rate: _read_result(folder) for rate, folder in task.subnet_folders.items()}
 
@@ -223,7 +223,7 @@ def _name_trial(trial: Trial) -> str:
 
 
 @contextmanager
-def _quiet_tune() -> Iterator[None]:
+def quiet_tune() -> Iterator[None]:
     """Tune neither prints nor changes folders; its errors reach the caller as exceptions."""
     before = {key: os.environ.get(key) for key in TUNE_ENVIRONMENT}
     tune_logger = logging.getLogger("ray.tune")
@@ -241,7 +241,8 @@ def _quiet_tune() -> Iterator[None]:
                 os.environ[key] = value
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException | None) -> str:
+    """Of an error's text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 

@@ -1,0 +1,344 @@
+"""Tuning of the agent: from a YAML file to the settings that search best on the user's network.
+
+The folder holds config.yaml, environment.json, `tune/` (Ray Tune's own), `cache/` (measurements),
+and at the end trials.csv, result.json, report.html and best.yaml, which `cacp-ray search` takes.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, field_validator, model_validator
+
+from cacp_ray.config import RunConfig, Section, load_config, resolved
+from cacp_ray.evaluation.cache import key_of_scores
+from cacp_ray.evaluation.measurement import Evaluator
+from cacp_ray.evaluation.scorer import make_scorer, read_dtype
+from cacp_ray.files import describe_environment, write_file, write_json, write_yaml
+from cacp_ray.loading import Base, load_base, prepare_base
+from cacp_ray.run import Clock
+from cacp_ray.searching.loop import SearchLoop
+from cacp_ray.searching.run_directory import RunDirectory
+from cacp_ray.searching.strategies import AGENTS
+from cacp_ray.strategies import check_strategy, make_run_strategy, num_searched
+
+SECTIONS = ("agent", "paper")  # of the configuration, that hold an agent's settings
+# What an agent is made with: another's weights and memory would not fit.
+FIXED = ("hidden", "action_scale", "warmup")
+
+
+class Distribution(Section):
+    """Values of a setting: one of the three."""
+
+    choice: tuple[Any, ...] | None = Field(default=None, min_length=2)
+    uniform: tuple[float, float] | None = None
+    log_uniform: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> "Distribution":
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError("give one of choice, uniform and log_uniform")
+        if self.choice is None:
+            low, high = getattr(self, given[0])
+            if not low < high or (given[0] == "log_uniform" and low <= 0):
+                raise ValueError(f"{given[0]}: [low, high], low first and above 0 for log_uniform")
+        return self
+
+    def holds(self, value: Any) -> bool:
+        """Whether a resolved value can be drawn."""
+        if self.choice is not None:
+            return as_text(value) in [as_text(each) for each in self.choice]
+        low, high = self.uniform or self.log_uniform or (0.0, 0.0)
+        return low <= value <= high
+
+
+class AgentTuningConfig(Section):
+    """Searches with different settings of the agent, all else as in `search`."""
+
+    name: str = "tune-agent"
+    search: RunConfig = Field(description="as in the YAML of a search")
+    space: dict[str, Distribution] = Field(min_length=1, description="by key path: agent.lr")
+    trials: int = Field(default=24, ge=2, description="the first has the settings of `search`")
+    evaluations: int = Field(default=100, ge=1, description="of each search of a trial")
+    seeds: tuple[int, ...] = Field(default=(0, 1), min_length=1, description="a search each")
+    objective: Literal["top1", "area"] = Field(
+        default="top1",
+        description="mean over rates and seeds of the best accuracy after all evaluations, or its "
+        "mean over the evaluations",
+    )
+    algorithm: Literal["random", "optuna"] = "random"
+    scheduler: Literal["asha", "pbt", "none"] = "asha"
+    seed: int = Field(default=0, description="of the settings drawn")
+
+    @field_validator("space")
+    @classmethod
+    def _known(cls, space: dict[str, Distribution]) -> dict[str, Distribution]:
+        for key in space:
+            if key.partition(".")[0] not in SECTIONS or key.count(".") != 1:
+                raise ValueError(f"{key} is no setting of an agent: agent.NAME or paper.NAME")
+        return space
+
+    @model_validator(mode="after")
+    def _fits(self) -> "AgentTuningConfig":
+        if self.search.strategy not in AGENTS:
+            raise ValueError(f"search.strategy {self.search.strategy} has no agent: {AGENTS}")
+        start = read_settings(self.search, self.space)
+        for key, distribution in self.space.items():
+            if self.scheduler == "pbt" and key.partition(".")[2] in FIXED:
+                raise ValueError(f"space.{key} cannot change while an agent learns: leave pbt")
+            if not distribution.holds(start[key]):
+                raise ValueError(
+                    f"space.{key} leaves out the value of `search`, {start[key]}: widen it, so "
+                    "that the tuned settings can be compared with those"
+                )
+        return self
+
+
+def as_text(value: Any) -> Any:
+    """A value as Ray Tune can keep it: lists as YAML text."""
+    return json.dumps(value) if isinstance(value, list | tuple) else value
+
+
+def read_settings(search: RunConfig, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a configuration by key path.
+
+    Raises:
+        ValueError: It has no such key.
+    """
+    values = resolved(search)
+    found = {}
+    for key in keys:
+        section, _, name = key.partition(".")
+        if name not in values[section]:
+            raise ValueError(f"space.{key}: unknown; settings are {', '.join(values[section])}")
+        found[key] = values[section][name]
+    return found
+
+
+def with_settings(search: RunConfig, settings: Mapping[str, Any], **changes: Any) -> RunConfig:
+    """The configuration with other settings of its agent.
+
+    Raises:
+        ConfigError: A value that the configuration does not allow.
+    """
+    texts = [f"{key}={value}" for key, value in settings.items()]
+    return load_config(RunConfig, resolved(search) | changes, texts)
+
+
+class TrialSearch:
+    """One search of a trial, in rounds; its folder holds all after every round."""
+
+    def __init__(self, config: RunConfig, base: Base, evaluator: Evaluator, folder: Path) -> None:
+        """Begins the search, or continues what the folder holds."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._config = config
+        self._loop = SearchLoop(
+            evaluator,
+            base.plan.cost_model,
+            RunDirectory(folder),
+            rates=config.rates,
+            evaluations=num_searched(config),
+            cost=config.cost,
+            mode="rounds",
+            round_size=config.round_size,
+            checkpoint_seconds=math.inf,
+        )
+        self._strategy, self._agent = make_run_strategy(
+            config, base, lambda _: self._loop.tick(self._strategy)
+        )
+        self._loop.restore(self._strategy)
+
+    @property
+    def evaluations(self) -> int:
+        """Distinct candidates so far, with those kept for the policy's own answers."""
+        done = self._loop.progress.evaluations
+        return done + self._config.evaluations - num_searched(self._config)
+
+    @property
+    def top1(self) -> float:
+        """Mean over rates of the best so far; 0 for a rate that has none."""
+        best = self._loop.progress.best.values()
+        return float(np.mean([0.0 if each is None else each.top1 for each in best]))
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to do."""
+        return self._loop.done
+
+    def advance(self) -> None:
+        """One round, and the learning from it."""
+        if self._agent is not None and self._agent.is_attached:
+            self._agent.train()
+        else:
+            self._loop.tick(self._strategy)
+        self._loop.checkpoint(self._strategy)
+
+
+def begin_search(
+    search: RunConfig,
+    base: Base,
+    settings: Mapping[str, Any],
+    seed: int,
+    evaluator: Evaluator,
+    folder: Path,
+) -> TrialSearch:
+    """A search of a trial; `search` has its evaluations."""
+    return TrialSearch(with_settings(search, settings, seed=seed), base, evaluator, folder)
+
+
+def tune_agent(
+    config: AgentTuningConfig,
+    folder: Path,
+    *,
+    address: str | None,
+    on_progress: Callable[[Any], object],
+    say: Callable[[str], object],
+) -> dict[str, Any]:
+    """Runs all trials and writes what came of them; continues what the folder holds.
+
+    Args:
+        config: What is tried.
+        folder: Empty, or of the same configuration.
+        address: Of a Ray cluster; None starts a local Ray unless RAY_ADDRESS is set.
+        on_progress: Takes a `cacp_ray.tuning.agents.TrialProgress` for every round of a trial.
+        say: Takes a line about each phase.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        CacpError: Bad input, before anything is written, or a trial that failed too often.
+    """
+    from cacp_ray.distributed.cluster import check_address, check_cpus, connect
+
+    clock = Clock()
+    with clock.phase("start"):
+        check_address(address)
+        search = with_settings(config.search, {}, evaluations=config.evaluations)
+        base = load_base(search)
+        check_strategy(search, base)
+        prepared = prepare_base(base, search)
+        connect(address)
+        check_cpus(search.cluster.cpus_per_evaluator, address)
+        write_yaml(folder / "config.yaml", resolved(config))
+        write_json(folder / "environment.json", describe_environment(config.seed))
+    with clock.phase("trials"):
+        trials, status = _run_trials(config, search, base, prepared, folder, on_progress, say)
+    rows = sorted(
+        ({**asdict(each), "settings": dict(each.settings)} for each in trials),
+        key=lambda row: (-row["evaluations"], -row[config.objective]),
+    )
+    best = rows[0]
+    result = {
+        "name": config.name,
+        "objective": config.objective,
+        "rates": search.rates,
+        "start": {
+            key: as_text(value) for key, value in read_settings(search, config.space).items()
+        },
+        "trials": rows,
+        "answers": {name: getattr(status, name) for name in ("scored", "cached", "joined")},
+        "seconds": clock.seconds,
+    }
+    write_yaml(folder / "best.yaml", resolved(with_settings(config.search, best["settings"])))
+    write_file(folder / "trials.csv", partial(_write_table, rows))
+    write_json(folder / "result.json", result)
+    return result
+
+
+def _run_trials(
+    config: AgentTuningConfig,
+    search: RunConfig,
+    base: Base,
+    prepared: Any,
+    folder: Path,
+    on_progress: Callable[[Any], object],
+    say: Callable[[str], object],
+) -> tuple[list[Any], Any]:
+    """Where each trial ended, and how the broker answered."""
+    import ray
+    from ray import tune
+
+    from cacp_ray.distributed.broker import start_broker
+    from cacp_ray.distributed.cluster import available_cpus
+    from cacp_ray.tuning.agents import TRIAL_CPUS, AgentTask, tune_agents
+
+    cpus = search.cluster.cpus_per_evaluator
+    num_evaluators = search.cluster.evaluators or max(1, available_cpus() // cpus)
+    max_concurrent = min(config.trials, 2 * num_evaluators)
+    if config.scheduler == "pbt":
+        max_concurrent = config.trials
+    say(f"{num_evaluators} evaluators, {max_concurrent} of {config.trials} trials at once")
+    broker = start_broker(
+        make_scorer,
+        {
+            "prepared": prepared,
+            "split": base.search,
+            "recovery": search.pruning.recovery,
+            "batch_size": search.evaluation.batch_size,
+            "dtype": search.evaluation.dtype,
+            "images": search.evaluation.images,
+            "threads": cpus,
+        },
+        num_evaluators=num_evaluators,
+        # The trials' share comes off the evaluators': all together they fill the machine.
+        cpus_per_evaluator=cpus - TRIAL_CPUS * max_concurrent / num_evaluators,
+        cache_folder=(folder / "cache").resolve(),
+        cache_key=key_of_scores(
+            prepared,
+            base.search,
+            recovery=search.pruning.recovery,
+            dtype=read_dtype(search.evaluation.dtype),
+        ),
+        images=min(search.evaluation.images or len(base.search), len(base.search)),
+    )
+    try:
+        trials = tune_agents(
+            task=AgentTask(partial(begin_search, search, base), config.seeds),
+            broker=broker,
+            space={key: _as_domain(tune, each) for key, each in config.space.items()},
+            start={key: as_text(v) for key, v in read_settings(search, config.space).items()},
+            evaluations=search.evaluations,
+            trials=config.trials,
+            objective=config.objective,
+            algorithm=config.algorithm,
+            scheduler=config.scheduler,
+            seed=config.seed,
+            max_concurrent=max_concurrent,
+            experiment_dir=(folder / "tune").resolve(),
+            on_progress=on_progress,
+        )
+        return trials, ray.get(broker.status.remote())
+    finally:
+        ray.kill(broker)
+
+
+def _as_domain(tune: Any, distribution: Distribution) -> Any:
+    if distribution.choice is not None:
+        return tune.choice([as_text(value) for value in distribution.choice])
+    if distribution.uniform is not None:
+        return tune.uniform(*distribution.uniform)
+    assert distribution.log_uniform is not None
+    return tune.loguniform(*distribution.log_uniform)
+
+
+def _write_table(rows: list[dict[str, Any]], path: Path) -> None:
+    table = [
+        {
+            "name": row["name"],
+            **row["settings"],
+            **{k: row[k] for k in ("evaluations", "top1", "area")},
+        }
+        for row in rows
+    ]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, table[0])
+        writer.writeheader()
+        writer.writerows(table)

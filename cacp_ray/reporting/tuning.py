@@ -1,0 +1,140 @@
+"""What the tuning of an agent found: a table, a figure a setting, and a page with both."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from rich import box
+from rich.table import Table
+
+from cacp_ray.files import read_json, write_file
+from cacp_ray.reporting.figures import BLUE, GREY, ORANGE, Plot, limit_y, save_plots, style
+from cacp_ray.reporting.html import embed_figure, fill_page
+from cacp_ray.reporting.summary import format_percent, format_seconds
+
+HEIGHT = 3.0
+LOG_FACTOR = 20.0  # between the ends of an axis, above which it is logarithmic
+SHOWN = 10  # trials on the terminal
+
+Rows = Sequence[dict[str, Any]]
+
+
+def write_tuning_report(folder: Path) -> Path:
+    """Writes `report.html` and the figures of a finished tuning.
+
+    Args:
+        folder: With result.json, config.yaml, best.yaml and environment.json.
+    """
+    result = read_json(folder / "result.json")
+    whole = max(row["evaluations"] for row in result["trials"])
+    plots: list[tuple[str, str, Plot]] = [
+        (key, key, lambda axes, key=key: plot_setting(axes, result, key)) for key in result["start"]
+    ]
+    page = fill_page(
+        "tuning.html.jinja",
+        result=result,
+        header=tuning_header(result),
+        rows=tuning_rows(result),
+        whole=whole,
+        num_stopped=sum(row["evaluations"] < whole for row in result["trials"]),
+        share=format_percent(cached_share(result), 0),
+        seconds=format_seconds(sum(result["seconds"].values())),
+        best=(folder / "best.yaml").read_text(),
+        best_path=(folder / "best.yaml").as_posix(),
+        config=(folder / "config.yaml").read_text(),
+        environment=read_json(folder / "environment.json"),
+        figures=[embed_figure(each) for each in save_plots(plots, folder / "figures", HEIGHT)],
+    )
+    path = folder / "report.html"
+    write_file(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    return path
+
+
+def cached_share(result: dict[str, Any]) -> float:
+    """Share of the candidates that no evaluator had to score, in [0, 1]."""
+    answers = result["answers"]
+    return 1 - answers["scored"] / max(1, sum(answers.values()))
+
+
+def tuning_header(result: dict[str, Any]) -> list[str]:
+    """Heads of the columns of `tuning_rows`."""
+    return ["trial", *result["start"], "evaluations", "best top-1 (%)", "mean over the search (%)"]
+
+
+def tuning_rows(result: dict[str, Any]) -> list[list[str]]:
+    """A row of texts for every trial, the best first."""
+    return [
+        [
+            row["name"].removeprefix("trial-") + (" (as it was)" * is_start(row, result)),
+            *(format_setting(row["settings"][key]) for key in result["start"]),
+            f"{row['evaluations']:,}",
+            format_percent(row["top1"]),
+            format_percent(row["area"]),
+        ]
+        for row in result["trials"]
+    ]
+
+
+def is_start(row: dict[str, Any], result: dict[str, Any]) -> bool:
+    """Whether a trial had the settings that the search came with."""
+    return row["settings"] == result["start"]
+
+
+def format_setting(value: Any) -> str:
+    """Numbers with three digits, all else as it is."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def tuning_table(result: dict[str, Any]) -> Table:
+    """The best trials, for the terminal."""
+    num = len(result["trials"])
+    title = f"{result['name']}: {num} trials, accuracy is the mean over rates and seeds"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for head in tuning_header(result):
+        table.add_column(head, justify="right")
+    rows = tuning_rows(result)
+    for index, (row, cells) in enumerate(zip(result["trials"], rows, strict=True)):
+        if index < SHOWN or is_start(row, result):
+            table.add_row(*cells)
+    return table
+
+
+def plot_setting(axes: Axes, result: dict[str, Any], key: str) -> str:
+    """Accuracy of all trials against one setting; returns the caption."""
+    rows = result["trials"]
+    whole = max(row["evaluations"] for row in rows)
+    done = np.array([row["evaluations"] == whole for row in rows])
+    y = np.array([100 * row[result["objective"]] for row in rows])
+    values = [row["settings"][key] for row in rows]
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        x = np.array(values, dtype=float)
+        if x.min() > 0 and x.max() / x.min() > LOG_FACTOR:
+            axes.set_xscale("log")
+    else:
+        names = sorted({format_setting(value) for value in values})
+        x = np.array([names.index(format_setting(value)) for value in values], dtype=float)
+        axes.set_xticks(range(len(names)), names)
+    starts = np.array([is_start(row, result) for row in rows])
+    axes.scatter(x[~done], y[~done], s=26, facecolors="none", edgecolors=GREY)
+    axes.scatter(x[done], y[done], s=30, c=BLUE)
+    axes.scatter(x[starts], y[starts], s=90, facecolors="none", edgecolors=ORANGE, linewidths=2)
+    limit_y(axes, y[done], y)
+    style(axes, key, "top-1 (%)")
+    hollow = " Hollow: stopped early." if not done.all() else ""
+    correlation = rank_correlation(x[done], y[done])
+    strength = "" if correlation is None else f" Rank correlation {correlation:+.2f}."
+    return f"Dots: {done.sum()} trials to the end; ringed: as it was.{hollow}{strength}"
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Spearman's, ties by their mean rank; None where one of them does not vary."""
+    if len(x) < 3 or len(np.unique(x)) < 2 or len(np.unique(y)) < 2:
+        return None
+    return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[inverse]

@@ -1,0 +1,277 @@
+"""Tunes the agent: every trial is a search with settings of its own, all on one broker.
+
+A trial searches with several seeds side by side and reports their mean after every round, with a
+checkpoint of all of them. So Tune can stop it early, start it again from there, or let it go on
+with other settings (population-based training).
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlgorithm, Searcher
+
+from cacp_ray.distributed.broker import BrokeredEvaluator
+from cacp_ray.errors import ConfigError, EvaluationError
+from cacp_ray.evaluation.measurement import Evaluator
+from cacp_ray.files import read_json, write_json
+from cacp_ray.tuning.finetune import last_line, quiet_tune
+
+CURVE_FILE = "curve.json"
+MAX_FAILURES = 2
+TRIAL_CPUS = 0.05  # reserved by a trial; it learns while its candidates are scored
+REDUCTION = 3  # of trials and ASHA's rungs
+PERTURBATION_ROUNDS = 3
+
+Scheduler = Literal["asha", "pbt", "none"]
+Algorithm = Literal["random", "optuna"]
+Settings = Mapping[str, Any]  # key path of a configuration -> value
+
+
+class Search(Protocol):
+    """One search of a trial."""
+
+    @property
+    def evaluations(self) -> int:
+        """Distinct candidates so far."""
+        ...
+
+    @property
+    def top1(self) -> float:
+        """Mean over rates of the best so far; 0 for a rate that has none."""
+        ...
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to do."""
+        ...
+
+    def advance(self) -> None:
+        """One round, and the learning from it; the folder holds it afterwards."""
+        ...
+
+
+BeginSearch = Callable[[Settings, int, Evaluator, Path], Search]
+
+
+@dataclass(frozen=True)
+class AgentTask:
+    """What all trials share.
+
+    Attributes:
+        begin: Settings, seed, evaluator, folder -> a search, continued where the folder holds one.
+        seeds: Of a trial's searches.
+    """
+
+    begin: BeginSearch
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TrialProgress:
+    """Where a trial stands; `top1` and `area` are means over rates and seeds, shares in [0, 1].
+
+    Attributes:
+        name: Of the trial.
+        settings: Its values, by key path.
+        evaluations: Of each of its searches.
+        top1: Best so far.
+        area: Mean of `top1` over the evaluations so far.
+    """
+
+    name: str
+    settings: Settings
+    evaluations: int
+    top1: float
+    area: float
+
+
+# As in finetune.py: Tune pickles its callbacks, the listener is of this driver.
+_on_progress: ContextVar[Callable[[TrialProgress], object]] = ContextVar("_on_progress")
+
+
+class _ProgressCallback(tune.Callback):
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        _on_progress.get()(_read_progress(_name_trial(trial), trial.config, result))
+
+
+def _read_progress(name: str, settings: Any, metrics: Any) -> TrialProgress:
+    numbers = (metrics[key] for key in ("evaluations", "top1", "area"))
+    return TrialProgress(name, dict(settings), *numbers)
+
+
+def agent_trial(config: dict[str, Any], *, task: AgentTask, broker: Any) -> None:
+    """Searches to the end, or until Tune stops it."""
+    name = tune.get_context().get_trial_id()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        checkpoint = tune.get_checkpoint()
+        curve: list[tuple[int, float]] = []
+        if checkpoint is not None:
+            with checkpoint.as_directory() as saved:
+                shutil.copytree(saved, folder, dirs_exist_ok=True)
+            curve = [(number, top1) for number, top1 in read_json(folder / CURVE_FILE)]
+        searches = [
+            task.begin(
+                config, seed, BrokeredEvaluator(broker, f"{name} {seed}"), folder / f"{seed}"
+            )
+            for seed in task.seeds
+        ]
+        while not all(search.is_done for search in searches):
+            for search in searches:
+                if not search.is_done:
+                    search.advance()
+            evaluations = min(search.evaluations for search in searches)
+            curve.append((evaluations, float(np.mean([search.top1 for search in searches]))))
+            write_json(folder / CURVE_FILE, curve)
+            tune.report(
+                {"evaluations": evaluations, "top1": curve[-1][1], "area": measure_area(curve)},
+                checkpoint=tune.Checkpoint.from_directory(folder),
+            )
+
+
+def measure_area(curve: Sequence[tuple[int, float]]) -> float:
+    """Mean accuracy over the evaluations: each point of the curve counts for those before it."""
+    numbers, top1 = np.array(curve, dtype=float).T
+    return float(np.diff(numbers, prepend=0.0) @ top1 / numbers[-1])
+
+
+def tune_agents(
+    *,
+    task: AgentTask,
+    broker: Any,
+    space: Mapping[str, Any],
+    start: Settings,
+    evaluations: int,
+    trials: int,
+    objective: str,
+    algorithm: Algorithm,
+    scheduler: Scheduler,
+    seed: int,
+    max_concurrent: int,
+    experiment_dir: Path,
+    on_progress: Callable[[TrialProgress], object],
+) -> list[TrialProgress]:
+    """Runs all trials; one that was killed goes on from its last round.
+
+    Args:
+        task: Of all trials.
+        broker: Handle of `cacp_ray.distributed.broker.start_broker`.
+        space: Key path -> domain of Tune.
+        start: Settings of the first trial.
+        evaluations: Of a search that is not stopped.
+        trials: Number, the first included.
+        objective: `top1` or `area`, see `TrialProgress`.
+        algorithm: `random`, or Optuna's TPE.
+        scheduler: `asha` stops poor trials, `pbt` has them go on from better ones with changed
+            settings, `none` leaves them alone.
+        seed: Of the settings drawn.
+        max_concurrent: Trials at once.
+        experiment_dir: Of Tune's own files; one that holds trials is continued.
+        on_progress: Called with every report of a trial.
+
+    Returns:
+        Where each trial ended.
+
+    Raises:
+        ConfigError: Optuna is asked for and not installed.
+        EvaluationError: A trial died more often than it is restarted.
+    """
+    listener = _on_progress.set(on_progress)
+    trainable = tune.with_resources(
+        tune.with_parameters(agent_trial, task=task, broker=broker), {"cpu": TRIAL_CPUS}
+    )
+    try:
+        with quiet_tune():
+            if tune.Tuner.can_restore(str(experiment_dir)):
+                tuner = tune.Tuner.restore(
+                    str(experiment_dir),
+                    trainable=trainable,
+                    param_space=dict(space),
+                    resume_unfinished=True,
+                    resume_errored=True,
+                )
+            else:
+                tuner = tune.Tuner(
+                    trainable,
+                    param_space=dict(space),
+                    tune_config=tune.TuneConfig(
+                        metric=objective,
+                        mode="max",
+                        num_samples=trials,
+                        search_alg=_make_searcher(algorithm, start, seed, max_concurrent),
+                        scheduler=_make_scheduler(scheduler, space, evaluations),
+                        trial_name_creator=_name_trial,
+                        trial_dirname_creator=_name_trial,
+                    ),
+                    run_config=tune.RunConfig(
+                        name=experiment_dir.name,
+                        storage_path=str(experiment_dir.parent),
+                        verbose=0,
+                        callbacks=[_ProgressCallback()],
+                        failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+                        checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
+                    ),
+                )
+            results = tuner.fit()
+    finally:
+        _on_progress.reset(listener)
+    failed = [result for result in results if result.error is not None]
+    if failed:
+        raise EvaluationError(
+            f"trial {Path(failed[0].path).name} failed {MAX_FAILURES + 1} times "
+            f"({last_line(failed[0].error)}); see {failed[0].path}, then continue with --resume"
+        )
+    return [_read_progress(Path(each.path).name, each.config, each.metrics) for each in results]
+
+
+def _name_trial(trial: Trial) -> str:
+    return f"trial-{trial.trial_id.rpartition('_')[2]}"
+
+
+def _make_searcher(
+    algorithm: Algorithm, start: Settings, seed: int, max_concurrent: int
+) -> Searcher | SearchAlgorithm:
+    first = [dict(start)]
+    if algorithm == "random":
+        return BasicVariantGenerator(
+            points_to_evaluate=first, random_state=seed, max_concurrent=max_concurrent
+        )
+    try:
+        from ray.tune.search.optuna import OptunaSearch
+
+        searcher = OptunaSearch(points_to_evaluate=first, seed=seed)
+    except (ImportError, AssertionError) as error:
+        raise ConfigError(
+            "algorithm optuna is not installed: pip install 'cacp_ray[optuna]', or use random"
+        ) from error
+    return ConcurrencyLimiter(searcher, max_concurrent)
+
+
+def _make_scheduler(
+    scheduler: Scheduler, space: Mapping[str, Any], evaluations: int
+) -> TrialScheduler | None:
+    if scheduler == "asha":
+        return ASHAScheduler(
+            time_attr="evaluations",
+            max_t=evaluations,
+            grace_period=max(1, evaluations // REDUCTION**2),
+            reduction_factor=REDUCTION,
+        )
+    if scheduler == "pbt":
+        return PopulationBasedTraining(
+            time_attr="training_iteration",
+            perturbation_interval=PERTURBATION_ROUNDS,
+            hyperparam_mutations=dict(space),
+        )
+    return None
