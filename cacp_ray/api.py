@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cacp_ray import agent_tuning
-from cacp_ray.agent_tuning import AgentTuningConfig
+from cacp_ray.agent_space import AgentTuningConfig
 from cacp_ray.analysis import Analysis, analyze
 from cacp_ray.comparing import compare_runs, find_known, find_runs, hash_base
 from cacp_ray.config import RunConfig, Section, TrainConfig, changed_keys, load_config, resolved

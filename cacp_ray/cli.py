@@ -187,11 +187,11 @@ def tune_agent(
 ) -> None:
     """Find the agent's settings that search best on a network, by Ray Tune."""
     from cacp_ray import api
-    from cacp_ray.agent_tuning import AgentTuningConfig
+    from cacp_ray.agent_space import AgentTuningConfig
     from cacp_ray.config import load_config
-    from cacp_ray.reporting.progress import TuningDisplay
     from cacp_ray.reporting.tables import make_console
     from cacp_ray.reporting.tuning import tuning_table
+    from cacp_ray.reporting.tuning_progress import TuningDisplay
 
     settings = load_config(AgentTuningConfig, config, overrides or [])
     folder = run_dir or Path("runs") / settings.name

@@ -7,7 +7,7 @@ changes one value.
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -251,7 +251,9 @@ def _first_problem(kind: type[Section], error: ValidationError) -> str:
 
 def _keys_at(kind: Any, path: Sequence[int | str]) -> list[str]:
     for part in path:
-        if issubclass(kind, BaseModel):
+        if get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+        elif issubclass(kind, BaseModel):
             kind = kind.model_fields[str(part)].annotation
     if dataclasses.is_dataclass(kind):
         return [field.name for field in dataclasses.fields(kind)]

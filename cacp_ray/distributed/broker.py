@@ -270,7 +270,8 @@ class BrokeredEvaluator:
 
     def submit(self, candidate: Candidate) -> None:
         """Queues a candidate."""
-        self._broker.submit.remote(self._client, candidate)
+        # Waited for: an actor of many threads does not keep the order of calls.
+        ray.get(self._broker.submit.remote(self._client, candidate))
 
     def results(self, timeout: float) -> list[Measurement]:
         """What was measured; waits up to `timeout` seconds for a first one.
@@ -288,4 +289,4 @@ class BrokeredEvaluator:
 
     def close(self) -> None:
         """Drops what is queued."""
-        self._broker.close.remote(self._client)
+        ray.get(self._broker.close.remote(self._client))

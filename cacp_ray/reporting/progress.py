@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -19,7 +19,6 @@ from cacp_ray.reporting.tables import make_console
 PLAIN_SECONDS = 5.0
 LIVE_SECONDS = 0.2
 BAR_WIDTH = 30
-MOST_TRIALS = 12
 
 
 class BestCandidate(Protocol):
@@ -109,31 +108,7 @@ class FinetuneProgress(Protocol):
         ...
 
 
-class TrialProgress(Protocol):
-    """Where a trial of the agent's tuning stands; `TrialProgress` of the tuning fits."""
-
-    @property
-    def name(self) -> str:
-        """Of the trial."""
-        ...
-
-    @property
-    def settings(self) -> Mapping[str, object]:
-        """What it tries."""
-        ...
-
-    @property
-    def evaluations(self) -> int:
-        """Of each of its searches."""
-        ...
-
-    @property
-    def top1(self) -> float:
-        """Mean over rates and seeds of the best so far."""
-        ...
-
-
-class _Display:
+class Display:
     """A context that shows the latest state in place on a terminal, and prints lines elsewhere."""
 
     def __init__(self, *, quiet: bool, console: Console | None) -> None:
@@ -165,7 +140,7 @@ class _Display:
             self._console.print(Text(line), soft_wrap=True)
 
 
-class SearchDisplay(_Display):
+class SearchDisplay(Display):
     """The best of every rate, speed and time left."""
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
@@ -203,7 +178,7 @@ class SearchDisplay(_Display):
             self._waiting = None
 
 
-class FinetuneDisplay(_Display):
+class FinetuneDisplay(Display):
     """The last epoch of every rate, or a line for each epoch."""
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
@@ -216,33 +191,6 @@ class FinetuneDisplay(_Display):
         self._latest[progress.rate] = progress
         latest = [self._latest[rate] for rate in sorted(self._latest)]
         self._show(finetune_panel(latest), finetune_line(progress))
-
-
-class TuningDisplay(_Display):
-    """The best trials so far, or a line for every round of a trial."""
-
-    def __init__(self, trials: int, *, quiet: bool = False, console: Console | None = None) -> None:
-        """Shows nothing before the first update.
-
-        Args:
-            trials: In all.
-            quiet: As of `SearchDisplay`.
-            console: As of `SearchDisplay`.
-        """
-        super().__init__(quiet=quiet, console=console)
-        self._trials = trials
-        self._latest: dict[str, TrialProgress] = {}
-        self._started = time.monotonic()
-
-    def update(self, progress: TrialProgress) -> None:
-        """Shows a trial's round."""
-        self._latest[progress.name] = progress
-        ranked = sorted(self._latest.values(), key=lambda each: (-each.top1, each.name))
-        status = (
-            f"{len(ranked)} of {self._trials} trials begun, "
-            f"{format_seconds(time.monotonic() - self._started)}"
-        )
-        self._show(Group(tuning_panel(ranked), Text(f"  {status}")), tuning_line(progress))
 
 
 def search_panel(progress: SearchProgress) -> RenderableType:
@@ -300,34 +248,6 @@ def finetune_line(progress: FinetuneProgress) -> str:
         f"fine-tune rate {progress.rate:.2f}  epoch {progress.epoch}/{progress.epochs}  "
         f"loss {progress.train_loss:.3f}  search split {format_percent(progress.search_top1)} %  "
         f"{format_seconds(progress.seconds)}"
-    )
-
-
-def tuning_panel(ranked: Sequence[TrialProgress]) -> RenderableType:
-    """Table of the best trials."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for head in ("trial", "evaluations", "best top-1\n(%, mean)", "settings"):
-        table.add_column(head, justify="left" if head == "settings" else "right")
-    for each in ranked[:MOST_TRIALS]:
-        cells = (each.name, f"{each.evaluations:,}", format_percent(each.top1))
-        table.add_row(*cells, _settings(each))
-    return table
-
-
-def tuning_line(progress: TrialProgress) -> str:
-    """A trial's round in one line."""
-    return (
-        f"{progress.name}  {progress.evaluations:,} evaluations  "
-        f"best top-1 {format_percent(progress.top1)} %  {_settings(progress)}"
-    )
-
-
-def _settings(progress: TrialProgress) -> str:
-    return "  ".join(
-        f"{key.partition('.')[2]} {value:.3g}"
-        if isinstance(value, float)
-        else f"{key.partition('.')[2]} {value}"
-        for key, value in progress.settings.items()
     )
 
 

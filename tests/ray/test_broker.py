@@ -1,0 +1,121 @@
+"""Searches that share evaluators take turns, and nothing is scored twice."""
+
+import time
+
+import pytest
+import ray
+
+from cacp_ray.distributed.broker import BrokeredEvaluator, start_broker
+from cacp_ray.errors import EvaluationError
+from cacp_ray.evaluation.measurement import Candidate, Measurement
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+SECONDS = 0.1
+
+
+def make_slow():
+    def score(candidate):
+        time.sleep(SECONDS)
+        return Measurement(candidate.index, candidate.keep_counts[0] / 100, 1, 0.5, 10, SECONDS)
+
+    return score
+
+
+def make_impossible():
+    raise FileNotFoundError("no such file on this node")
+
+
+def begin(folder, make_score=make_slow):
+    return start_broker(
+        make_score,
+        {},
+        num_evaluators=1,
+        cpus_per_evaluator=0.5,
+        cache_folder=folder,
+        cache_key="key",
+        images=10,
+    )
+
+
+@pytest.fixture
+def broker(tmp_path):
+    handle = begin(tmp_path)
+    yield handle
+    ray.kill(handle)
+
+
+def candidates(*widths, first=0):
+    return [Candidate(first + i, 0.5, (width,)) for i, width in enumerate(widths)]
+
+
+def submit(evaluator, found):
+    for candidate in found:
+        evaluator.submit(candidate)
+
+
+def collect(evaluator, count, seconds=60.0):
+    """Measurements until there are `count`."""
+    results, deadline = [], time.monotonic() + seconds
+    while len(results) < count:
+        assert time.monotonic() < deadline
+        results += evaluator.results(1.0)
+    return results
+
+
+def counts(broker):
+    return ray.get(broker.status.remote())
+
+
+def test_searches_take_turns(broker):
+    greedy, modest = (BrokeredEvaluator(broker, name) for name in ("greedy", "modest"))
+    submit(greedy, candidates(*range(1, 31)))
+    collect(greedy, 1)
+    submit(modest, candidates(51, 52, 53))
+    collect(modest, 3)
+    # Alone in the queue, the three would come after all thirty.
+    assert len(greedy.results(0.0)) + 1 <= 12
+    assert (greedy.num_alive, greedy.capacity) == (1, 2)
+
+
+def test_what_two_want_is_scored_once_and_both_get_it_under_their_own_index(broker, tmp_path):
+    one, other = (BrokeredEvaluator(broker, name) for name in ("one", "other"))
+    submit(one, candidates(1, 2, 3))
+    submit(other, candidates(3, 2, 1, first=70))
+    found = {m.index: m.top1 for m in collect(one, 3)}
+    assert found == {0: 0.01, 1: 0.02, 2: 0.03}
+    assert {m.index: m.top1 for m in collect(other, 3)} == {70: 0.03, 71: 0.02, 72: 0.01}
+    assert counts(broker).scored == 3
+    assert counts(broker).joined + counts(broker).cached == 3
+    again = begin(tmp_path)
+    third = BrokeredEvaluator(again, "third")
+    submit(third, candidates(2))
+    assert [m.top1 for m in collect(third, 1)] == [0.02]
+    assert (counts(again).scored, counts(again).cached) == (0, 1)
+    ray.kill(again)
+
+
+def test_a_search_that_ends_or_begins_anew_leaves_nothing_in_the_queue(broker):
+    stopped = BrokeredEvaluator(broker, "stopped")
+    submit(stopped, candidates(*range(1, 31)))
+    collect(stopped, 1)
+    stopped.close()
+    restarted = BrokeredEvaluator(broker, "restarted")
+    submit(restarted, candidates(*range(31, 61)))
+    restarted = BrokeredEvaluator(broker, "restarted")
+    submit(restarted, candidates(61))
+    assert [m.top1 for m in collect(restarted, 1)] == [0.61]
+    time.sleep(4 * SECONDS)
+    assert counts(broker).scored <= 12
+    assert stopped.results(0.0) == []
+
+
+def test_a_scorer_that_cannot_be_built_ends_every_search(tmp_path):
+    broker = begin(tmp_path, make_impossible)
+    evaluator = BrokeredEvaluator(broker, "search")
+    submit(evaluator, candidates(1))
+    with pytest.raises(EvaluationError, match="no such file on this node"):
+        collect(evaluator, 1)
+    ray.kill(broker)
+    with pytest.raises(EvaluationError, match="has died"):
+        collect(evaluator, 1)

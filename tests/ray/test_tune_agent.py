@@ -1,0 +1,126 @@
+"""Tuning of the agent, on real images with real kills."""
+
+import csv
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from cacp_ray.agent_space import AgentTuningConfig, with_settings
+from cacp_ray.agent_tuning import TrialSearch
+from cacp_ray.config import RunConfig, load_config
+from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache
+from cacp_ray.evaluation.measurement import LocalEvaluator, Measurement
+from cacp_ray.files import read_json
+from cacp_ray.loading import load_base
+from cacp_ray.searching.run_directory import RunDirectory
+
+pytestmark = pytest.mark.ray
+
+CONFIG = {
+    "name": "tuning",
+    "search": {"name": "tuned", "evaluation": {"images": 50}, "evaluations": 40},
+    "trials": 2,
+    "evaluations": 24,
+    "seeds": [0],
+    "scheduler": "asha",
+    "space": {
+        "agent.lr": {"log_uniform": [3e-4, 1e-2]},
+        "agent.hidden": {"choice": [[64, 64], [32, 32]]},
+    },
+}
+
+
+def start(config, folder, *options):
+    command = [sys.executable, "-m", "cacp_ray.cli", "tune-agent", str(config)]
+    return subprocess.Popen(
+        [*command, "--run-dir", str(folder), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_killed_tuning_resumes_to_settings_that_a_search_takes(tmp_path):
+    config, folder = tmp_path / "config.yaml", tmp_path / "tuning"
+    config.write_text(yaml.safe_dump(CONFIG))
+    running = start(config, folder)
+    assert running.stdout is not None
+    for line in running.stdout:
+        if "12 evaluations" in line:
+            break
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    time.sleep(3)  # Ray's processes notice
+    (cache,) = (folder / "cache").glob("*.jsonl")
+    num_measured = len(cache.read_text().splitlines())
+    assert num_measured >= 9
+
+    resumed = start(config, folder, "--resume")
+    out, _ = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, out
+    result = read_json(folder / "result.json")
+    assert [row["evaluations"] for row in result["trials"]].count(24) >= 1
+    assert len(result["trials"]) == 2
+    assert {"agent.lr": 1e-3, "agent.hidden": "[64, 64]"} in [
+        row["settings"] for row in result["trials"]
+    ]
+    answers = result["answers"]
+    assert answers["cached"] + answers["joined"] > 0
+    best = load_config(RunConfig, folder / "best.yaml")
+    assert best == with_settings(
+        load_config(AgentTuningConfig, CONFIG).search, result["trials"][0]["settings"]
+    )
+    with (folder / "trials.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["top1"]) for row in rows] == [row["top1"] for row in result["trials"]]
+    report = (folder / "report.html").read_text()
+    assert "agent.lr" in report
+    assert "as it was" in report
+
+
+def score(candidate):
+    """A formula: wide early layers are good."""
+    counts = candidate.keep_counts
+    top1 = sum(count / (i + 1) for i, count in enumerate(counts)) / 300
+    return Measurement(candidate.index, top1, 1.0, 1 - top1, images=10, seconds=0.0)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_search_goes_on_from_anothers_folder_with_other_settings(tmp_path):
+    config = load_config(RunConfig, {"evaluations": 60})
+    base = load_base(config)
+
+    def begin(name, settings):
+        cache = MeasurementCache(tmp_path / "cache", "key")
+        evaluator = CachedEvaluator(LocalEvaluator(score), cache, 10)
+        return TrialSearch(with_settings(config, settings), base, evaluator, tmp_path / name)
+
+    first = begin("first", {})
+    while first.evaluations < 40:
+        first.advance()
+    before = first.top1, first.evaluations
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    changes = {"agent.lr": 0.005, "agent.noise": 0.9, "agent.drafts": 4}
+    second = begin("second", changes)
+    assert (second.top1, second.evaluations) == before
+    agent = second._agent
+    assert dataclasses.asdict(agent.config.settings)["drafts"] == 4
+    assert agent.noise(0.5) == pytest.approx(2 * first._agent.noise(0.5))
+    second.advance()
+    second.advance()
+    learner = agent.learner_group._learner
+    assert {group["lr"] for _, optimizer in learner.get_optimizers_for_module("default_policy")
+            for group in optimizer.param_groups} == {0.005}  # fmt: skip
+    while not second.is_done:
+        second.advance()
+    assert second.evaluations == 60
+    rows = RunDirectory(tmp_path / "second").read_records()
+    assert len({row.subnet for row in rows}) == 57  # three are kept for the policy's answers
