@@ -28,7 +28,9 @@ from cacp_ray.tuning.finetune import last_line, quiet_tune
 CURVE_FILE = "curve.json"
 MAX_FAILURES = 2
 TRIAL_CPUS = 0.05  # reserved by a trial; it learns while its candidates are scored
-REDUCTION = 3  # of trials and ASHA's rungs
+# Of trials at ASHA's only rung: agents begin to learn after dozens of evaluations, and say nothing
+# about their settings before.
+REDUCTION = 2
 PERTURBATION_ROUNDS = 3
 
 Scheduler = Literal["asha", "pbt", "none"]
@@ -220,7 +222,10 @@ def tune_agents(
                         verbose=0,
                         callbacks=[_ProgressCallback()],
                         failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
-                        checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
+                        # A trial of a population may be given one that another has left behind.
+                        checkpoint_config=tune.CheckpointConfig(
+                            num_to_keep=None if scheduler == "pbt" else 2
+                        ),
                     ),
                 )
             results = tuner.fit()
@@ -265,7 +270,7 @@ def _make_scheduler(
         return ASHAScheduler(
             time_attr="evaluations",
             max_t=evaluations,
-            grace_period=max(1, evaluations // REDUCTION**2),
+            grace_period=evaluations // REDUCTION + 1,
             reduction_factor=REDUCTION,
         )
     if scheduler == "pbt":
