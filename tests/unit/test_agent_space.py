@@ -1,7 +1,11 @@
 """Configuration of the agent's tuning: what is refused, and what a trial's settings become."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
+import yaml
 
 from cacp_ray.agent_space import AgentTuningConfig, as_text, read_settings, with_settings
 from cacp_ray.config import RunConfig, load_config
@@ -106,3 +110,10 @@ def test_the_row_of_the_settings_as_they_were_is_marked():
         ["0 (as it was)", "0.001", "9", "50.00", "40.00"],
         ["1", "0.002", "9", "50.00", "40.00"],
     ]
+
+
+def test_the_example_of_the_page_loads():
+    page = Path("docs/tuning.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    config = load_config(AgentTuningConfig, yaml.safe_load(block))
+    assert set(config.space) == {"agent.lr", "agent.noise", "agent.drafts"}

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cacp_ray.agent_space import AgentTuningConfig
 from cacp_ray.config import RunConfig, TrainConfig, changed_keys, load_config, resolved
 from cacp_ray.errors import ConfigError
 
@@ -13,7 +14,8 @@ RECIPES = sorted(Path("tune_configs").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_loads(path):
-    kind = TrainConfig if path.stem.startswith("train_") else RunConfig
+    kinds = {"train": TrainConfig, "agent": AgentTuningConfig}
+    kind = kinds.get(path.stem.partition("_")[0], RunConfig)
     assert load_config(kind, path).name
 
 
