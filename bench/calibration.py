@@ -30,7 +30,7 @@ from cacp_ray.evaluation.preparation import Cutter, Prepared, prepare
 from cacp_ray.pruning.plan import Plan, make_plan
 from cacp_ray.pruning.statistics import collect_statistics
 from cacp_ray.pruning.surgery import Slicer, build_subnet
-from cacp_ray.training.loop import make_optimizer, train_epoch
+from cacp_ray.training.loop import make_batches, make_optimizer, train_epoch
 from cacp_ray.training.metrics import fast_dtype, measure
 from cacp_ray.training.recipe import Recipe
 
@@ -94,7 +94,7 @@ def race(options: argparse.Namespace, model: nn.Module, search: ImageSet) -> Non
     calibration = read_calibration(options, options.race_calibration)
     prepared, _ = prepare_timed(model, plan, calibration, options.seed)
     tensors = {name: torch.from_numpy(value) for name, value in prepared.tensors.items()}
-    train_split = read_parquet(options.train, options.train_rows).tensors()
+    train_split = read_parquet(options.train, options.train_rows)
     targets = compensated(options, len(x))
     for cell in missing:
         keep = widths(plan, cell["groups"])[RATES.index(cell["rate"])].tolist()
@@ -108,7 +108,7 @@ def train_until(
     model: nn.Module,
     target: float,
     lr: float,
-    train_split: tuple[torch.Tensor, torch.Tensor],
+    train_split: ImageSet,
     search_split: tuple[torch.Tensor, torch.Tensor],
     options: argparse.Namespace,
 ) -> dict[str, Any]:
@@ -117,17 +117,16 @@ def train_until(
     recipe = Recipe(epochs=options.max_steps // every, lr=lr, warmup=0, seed=options.seed)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(model, recipe)
-    images, labels = train_split
-    generator = torch.Generator().manual_seed(options.seed)
+    rng = np.random.default_rng(options.seed)
     before = top1 = measure(model, *search_split, dtype=fast_dtype()).top1
     steps, seconds = 0, 0.0
     for part in range(recipe.epochs):
         if top1 >= target:
             break
-        chosen = torch.randint(len(labels), (every * recipe.batch_size,), generator=generator)
-        x, y = images[chosen], labels[chosen]
+        chosen = rng.integers(len(train_split), size=every * recipe.batch_size)
+        batches = make_batches(train_split.at(chosen), recipe)
         started = time.process_time()
-        train_epoch(model, optimizer, x, y, recipe, part)
+        train_epoch(model, optimizer, batches, recipe, part)
         seconds += time.process_time() - started
         steps += every
         top1 = measure(model, *search_split, dtype=fast_dtype()).top1

@@ -13,24 +13,24 @@ from cacp_ray import agent_tuning
 from cacp_ray.agent_space import AgentTuningConfig
 from cacp_ray.analysis import Analysis, analyze
 from cacp_ray.comparing import compare_runs, find_known, find_runs, hash_base
-from cacp_ray.config import RunConfig, Section, TrainConfig, changed_keys, load_config, resolved
+from cacp_ray.config import RunConfig, Section, TrainConfig, load_config, resolved
 from cacp_ray.errors import ArtifactError, ConfigError, nearest_names
 from cacp_ray.evaluation.cache import check_folder
 from cacp_ray.evaluation.measurement import Measurement, Subnet
 from cacp_ray.exporting.subnet import export_subnet as export
-from cacp_ray.files import describe_environment, read_json, write_json, write_yaml
+from cacp_ray.files import changed_keys, describe_environment, read_json, write_json, write_yaml
+from cacp_ray.finetuning import FinetuneConfig, finetune_folder, finetune_run
 from cacp_ray.loading import check_splits, load_base, load_model, read_split
 from cacp_ray.pruning.subnet import load_subnet
 from cacp_ray.reporting.comparison import ComparedRun, Comparison, check_out, write_comparison
 from cacp_ray.reporting.tuning import write_tuning_report
-from cacp_ray.results import answer_rates, finetune_run, read_result, report_run
+from cacp_ray.results import answer_rates, read_result, report_run
 from cacp_ray.run import describe_base, run_search
 from cacp_ray.searching.loop import SearchProgress
 from cacp_ray.searching.strategies import AGENTS, STRATEGIES
 from cacp_ray.strategies import check_strategy
 from cacp_ray.training.base import train_base
 from cacp_ray.training.loop import EpochResult
-from cacp_ray.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def train_model(
     write_json(run_dir / "environment.json", describe_environment(config.training.seed))
     return train_base(
         model,
-        splits["train"].tensors(),
+        splits["train"],
         splits["search"].tensors(),
         splits["test"].tensors(),
         config.training,
@@ -375,26 +375,45 @@ def compare(runs: Iterable[str | Path]) -> Comparison:
 
 
 def finetune(
-    run_dir: str | Path,
+    folder: str | Path,
     *,
     resume: bool = False,
     address: str | None = None,
-    recipe: Recipe | None = None,
+    config: FinetuneConfig | None = None,
     on_epoch: Callable[[Any], None] | None = None,
-) -> Run:
-    """Fine-tunes the subnets of a finished search, all rates side by side.
+) -> dict[str, Any]:
+    """Fine-tunes the subnets of a finished search, all rates side by side, or one subnet.
 
     Args:
-        run_dir: Of the search.
+        folder: A run directory, or a subnet folder.
         resume: Go on with an interrupted fine-tuning.
         address: Of a Ray cluster.
-        recipe: Instead of the run's own `finetune` section.
+        config: Instead of the run's own `finetune` section.
         on_epoch: Called with every finished epoch.
+
+    Returns:
+        The content of the run's result.json, or of the subnet's metrics.json.
+
+    Raises:
+        CacpError: Bad input, or a trial that failed too often.
     """
-    folder = Path(run_dir)
-    config = read_run_config(folder)
-    if recipe is not None:
-        config = config.model_copy(update={"finetune": recipe})
-    listen = on_epoch or (lambda progress: None)
-    result = finetune_run(config, folder, resume=resume, address=address, on_epoch=listen)
-    return Run(folder, result)
+    where = Path(folder)
+    options: dict[str, Any] = {
+        "resume": resume,
+        "address": address,
+        "on_epoch": on_epoch or (lambda progress: None),
+    }
+    if not (where / "subnet.json").exists():
+        run_config = read_run_config(where)
+        settings = config or FinetuneConfig(finetune=run_config.finetune)
+        return finetune_run(run_config, where, settings, **options)
+    run_dir = where.resolve().parent.parent
+    own = read_run_config(run_dir) if is_run(run_dir) else None
+    settings = config or FinetuneConfig(finetune=RunConfig().finetune)
+    if own is not None:
+        settings = settings.model_copy(
+            update={"model": settings.model or own.model, "data": settings.data or own.data}
+        )
+        if config is None:
+            settings = settings.model_copy(update={"finetune": own.finetune})
+    return finetune_folder(where, settings, **options)

@@ -206,18 +206,28 @@ def tune_agent(
 
 @app.command()
 def finetune(
-    run: RunFolder,
+    folder: Annotated[Path, typer.Argument(help="A run directory, or a subnet folder.")],
     config: Annotated[
-        Path | None, typer.Option("--config", help="YAML file with a recipe, instead of the run's.")
+        Path | None,
+        typer.Option("--config", help="YAML file, such as tune_configs/finetune_variants.yaml"),
     ] = None,
     address: Address = None,
     resume: Resume = False,
 ) -> None:
-    """Fine-tune the subnets of a search, all rates side by side on Ray Tune."""
-    from cacp_ray.config import load_recipe
+    """Fine-tune the subnets of a search, all rates side by side on Ray Tune, or one subnet."""
+    from cacp_ray.config import load_config
+    from cacp_ray.finetuning import FinetuneConfig
 
-    _finetune(run, recipe=load_recipe(config) if config else None, address=address, resume=resume)
-    _report(run)
+    settings = load_config(FinetuneConfig, config) if config else None
+    result = _finetune(folder, config=settings, address=address, resume=resume)
+    if "rates" in result:
+        _report(folder)
+        return
+    typer.echo(
+        f"search split {100 * result['search_top1']:.2f} % (before "
+        f"{100 * result['search_top1_before']:.2f} %), test split "
+        f"{100 * result['test_top1']:.2f} %: {folder / 'finetuned.safetensors'}"
+    )
 
 
 @app.command()
@@ -371,12 +381,12 @@ def _compare(runs: list[Path], out: Path) -> None:
     typer.echo(f"written: {', '.join(map(str, write_comparison(comparison, out)))}")
 
 
-def _finetune(folder: Path, **options: Any) -> None:
+def _finetune(folder: Path, **options: Any) -> dict[str, Any]:
     from cacp_ray import api
     from cacp_ray.reporting.progress import FinetuneDisplay
 
     with FinetuneDisplay(quiet=state["quiet"]) as display:
-        api.finetune(folder, on_epoch=display.update, **options)
+        return api.finetune(folder, on_epoch=display.update, **options)
 
 
 def _report(folder: Path) -> None:

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cacp_ray.config import RunConfig, changed_keys, resolved
+from cacp_ray.config import RunConfig, resolved
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.evaluation.measurement import Measurement, Subnet
 from cacp_ray.evaluation.preparation import hash_weights
-from cacp_ray.files import read_json
+from cacp_ray.files import changed_keys, read_json
 from cacp_ray.loading import load_model, read_split
 from cacp_ray.reporting.comparison import JSON_FILE, ComparedRun, Comparison, Point
 from cacp_ray.results import read_result

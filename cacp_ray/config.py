@@ -211,15 +211,6 @@ def load_config(
         raise ConfigError(f"configuration {where}: {_first_problem(kind, error)}") from error
 
 
-class _FinetuneFile(Section):
-    finetune: Recipe
-
-
-def load_recipe(path: Path) -> Recipe:
-    """Reads a YAML file with a `finetune` section alone."""
-    return load_config(_FinetuneFile, path).finetune
-
-
 def _override(values: dict[str, Any], text: str) -> None:
     path, separator, value = text.partition("=")
     if not separator or not path:
@@ -263,15 +254,3 @@ def _keys_at(kind: Any, path: Sequence[int | str]) -> list[str]:
 def resolved(config: Section) -> dict[str, Any]:
     """The whole configuration as plain values, as it is saved with a run."""
     return config.model_dump(mode="json")
-
-
-def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Key paths whose values differ between two resolved configurations."""
-    keys: list[str] = []
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            keys += changed_keys(before, after, f"{prefix}{key}.")
-        elif before != after:
-            keys.append(prefix + key)
-    return keys

@@ -2,8 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,17 @@ from cacp_ray.evaluation.measurement import (
     Measurement,
 )
 from cacp_ray.evaluation.scorer import make_scorer
-from cacp_ray.files import read_json, write_json
+from cacp_ray.files import read_json
 from cacp_ray.loading import (
-    check_splits,
     check_weights,
     find_statistics,
     load_base,
-    load_model,
     prepare_base,
     read_orders,
     read_split,
 )
 from cacp_ray.pruning.subnet import load_subnet, read_description
 from cacp_ray.reporting.html import write_report
-from cacp_ray.run import Clock
 from cacp_ray.searching.run_directory import EpisodeRecord, RunDirectory
 from cacp_ray.strategies import CONDITIONAL, make_run_strategy
 from cacp_ray.training.metrics import Accuracy, measure
@@ -52,62 +48,6 @@ def read_result(run_dir: Path) -> dict[str, Any]:
             f"{run_dir} has no result.json: finish the search with `cacp-ray search --resume`"
         )
     return read_json(run_dir / "result.json")
-
-
-def finetune_run(
-    config: RunConfig,
-    run_dir: Path,
-    *,
-    resume: bool,
-    address: str | None,
-    on_epoch: Callable[[Any], None],
-) -> dict[str, Any]:
-    """Fine-tunes the subnet of every rate as a Tune trial and completes result.json.
-
-    Args:
-        config: Of the run, its `finetune` section in force.
-        run_dir: Of a finished search.
-        resume: Go on with an interrupted fine-tuning.
-        address: Of a Ray cluster.
-        on_epoch: Called with every finished epoch.
-
-    Raises:
-        CacpError: Bad input, or a trial that failed too often.
-    """
-    from cacp_ray.distributed.cluster import check_cpus, connect
-    from cacp_ray.tuning.finetune import finetune_subnets
-
-    clock = Clock()
-    result = read_result(run_dir)
-    check_weights(load_base(config), run_dir)
-    with clock.phase("finetune"):
-        splits = {name: read_split(config.data, name) for name in ("train", "search", "test")}
-        check_splits(splits)
-        connect(address)
-        check_cpus(config.cluster.cpus_per_evaluator, address)
-        found = finetune_subnets(
-            load_subnet=partial(load_subnet, finetuned=False),
-            load_teacher=partial(load_model, config.model, len(splits["train"].classes)),
-            subnet_folders={row["rate"]: run_dir / row["path"] for row in result["rates"]},
-            train_split=splits["train"],
-            search_split=splits["search"],
-            test_split=splits["test"],
-            recipe=config.finetune,
-            experiment_dir=run_dir / "finetune",
-            cpus_per_trial=config.cluster.cpus_per_evaluator,
-            resume=resume,
-            on_epoch=on_epoch,
-        )
-        base = load_model(config.model, len(splits["train"].classes))
-        result["base"]["test"] = dict(vars(measure(base, *splits["test"].tensors())))
-    for row in result["rates"]:
-        tuned = found[row["rate"]]
-        row["finetuned_top1"] = tuned.search_top1
-        row["test_top1"] = tuned.test_top1
-        row["test_images"] = tuned.test_images
-    result["seconds"] |= clock.seconds
-    write_json(run_dir / "result.json", result)
-    return result
 
 
 def report_run(run_dir: Path) -> Path:

@@ -58,6 +58,10 @@ class ImageSet:
         rows = slice(start, stop)
         return dataclasses.replace(self, images=self.images[rows], labels=self.labels[rows])
 
+    def at(self, rows: NDArray[np.int64]) -> "ImageSet":
+        """A copy of the images at `rows` (M,)."""
+        return dataclasses.replace(self, images=self.images[rows], labels=self.labels[rows])
+
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Normalised images float32 (N, C, H, W), channels_last, and labels (N,)."""
         return to_normalized(self.images, self.mean, self.std), from_shared(self.labels)

@@ -48,3 +48,26 @@ def augment(x: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
     return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(
         0, 3, 1, 2
     )
+
+
+def erase(x: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """Random erasing (Zhong et al., 2020): a rectangle of an image becomes the mean colour.
+
+    Its area is 2 to 33 % of the image, its sides are as 0.3 to 3.3, one draw an image; what would
+    stand out of the image is cut off.
+
+    Args:
+        x: (N, C, H, W), already normalised.
+        probability: Of each image.
+        generator: The only source of randomness.
+    """
+    n, _, height, width = x.shape
+    chosen, area, aspect, top, left = torch.rand(5, n, generator=generator)
+    area = (0.02 + 0.31 * area) * height * width
+    ratio = (0.3 * 11.0**aspect).sqrt()  # of the height to that of a square, 0.3 to 3.3 squared
+    h, w = (area.sqrt() * ratio).clamp(max=height), (area.sqrt() / ratio).clamp(max=width)
+    y = torch.arange(height) - (top * (height - h))[:, None]  # (N, H), from the rectangle's edge
+    z = torch.arange(width) - (left * (width - w))[:, None]  # (N, W)
+    is_row, is_column = (y >= 0) & (y < h[:, None]), (z >= 0) & (z < w[:, None])
+    inside = is_row[:, :, None] & is_column[:, None, :] & (chosen < probability)[:, None, None]
+    return x.masked_fill(inside[:, None], 0.0)

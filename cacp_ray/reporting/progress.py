@@ -83,6 +83,11 @@ class FinetuneProgress(Protocol):
         ...
 
     @property
+    def variant(self) -> str:
+        """Of the recipe; empty where there is one."""
+        ...
+
+    @property
     def epoch(self) -> int:
         """In [1, epochs]."""
         ...
@@ -179,17 +184,17 @@ class SearchDisplay(Display):
 
 
 class FinetuneDisplay(Display):
-    """The last epoch of every rate, or a line for each epoch."""
+    """The last epoch of every trial, or a line for each epoch."""
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
         """Shows nothing before the first update; arguments as those of `SearchDisplay`."""
         super().__init__(quiet=quiet, console=console)
-        self._latest: dict[float, FinetuneProgress] = {}
+        self._latest: dict[tuple[float, str], FinetuneProgress] = {}
 
     def update(self, progress: FinetuneProgress) -> None:
         """Shows a finished epoch."""
-        self._latest[progress.rate] = progress
-        latest = [self._latest[rate] for rate in sorted(self._latest)]
+        self._latest[progress.rate, progress.variant] = progress
+        latest = [self._latest[key] for key in sorted(self._latest)]
         self._show(finetune_panel(latest), finetune_line(progress))
 
 
@@ -219,7 +224,7 @@ def search_line(progress: SearchProgress) -> str:
 
 
 def finetune_panel(latest: list[FinetuneProgress]) -> RenderableType:
-    """Table with the last epoch of every rate."""
+    """Table with the last epoch of every trial."""
     table = Table(box=box.SIMPLE_HEAD)
     for head in (
         "rate\n(kept)",
@@ -228,16 +233,18 @@ def finetune_panel(latest: list[FinetuneProgress]) -> RenderableType:
         "loss\n",
         "top-1\n(%, search split)",
         "epoch\n(s)",
+        "left\n",
     ):
         table.add_column(head, justify="right")
     for each in latest:
         table.add_row(
-            f"{each.rate:.2f}",
+            _trial(each),
             f"{each.epoch}/{each.epochs}",
             ProgressBar(each.epochs, each.epoch, width=BAR_WIDTH),
             f"{each.train_loss:.3f}",
             format_percent(each.search_top1),
             f"{each.seconds:.1f}",
+            format_seconds(each.seconds * (each.epochs - each.epoch)),
         )
     return table
 
@@ -245,10 +252,15 @@ def finetune_panel(latest: list[FinetuneProgress]) -> RenderableType:
 def finetune_line(progress: FinetuneProgress) -> str:
     """A finished epoch in one line."""
     return (
-        f"fine-tune rate {progress.rate:.2f}  epoch {progress.epoch}/{progress.epochs}  "
+        f"fine-tune rate {_trial(progress)}  epoch {progress.epoch}/{progress.epochs}  "
         f"loss {progress.train_loss:.3f}  search split {format_percent(progress.search_top1)} %  "
-        f"{format_seconds(progress.seconds)}"
+        f"{format_seconds(progress.seconds)}  "
+        f"{format_seconds(progress.seconds * (progress.epochs - progress.epoch))} left"
     )
+
+
+def _trial(progress: FinetuneProgress) -> str:
+    return f"{progress.rate:.2f} {progress.variant}".rstrip()
 
 
 def _status(progress: SearchProgress) -> str:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cacp_ray.data.images import ImageSet
 from cacp_ray.errors import ArtifactError
 from cacp_ray.files import write_file, write_json, write_tensors
-from cacp_ray.training.loop import EpochResult, train
+from cacp_ray.training.loop import EpochResult, make_batches, train
 from cacp_ray.training.metrics import Accuracy, fast_dtype, measure
 from cacp_ray.training.recipe import Recipe
 
@@ -28,7 +29,7 @@ Split = tuple[Tensor, Tensor]
 
 def train_base(
     model: nn.Module,
-    train_split: Split,
+    train_split: ImageSet,
     search_split: Split,
     test_split: Split,
     recipe: Recipe,
@@ -40,8 +41,9 @@ def train_base(
 
     Args:
         model: With fresh weights, already seeded.
-        train_split: Normalised images (N, C, H, W) and labels (N,).
-        search_split: Measured after each epoch; it chooses nothing, the last epoch is kept.
+        train_split: Images to learn from.
+        search_split: Normalised images (N, C, H, W) and labels (N,), measured after each epoch; it
+            chooses nothing, the last epoch is kept.
         test_split: Measured once.
         recipe: Schedule.
         folder: Where everything is written; a `state.pt` in it is continued.
@@ -62,7 +64,8 @@ def train_base(
             on_epoch(result, seconds)
         started = time.monotonic()
 
-    train(model, train_split, search_split, recipe, state=state, on_epoch=finish_epoch)
+    batches = make_batches(train_split, recipe)
+    train(model, batches, search_split, recipe, state=state, on_epoch=finish_epoch)
     # The accuracies of the table are float32: bf16 is for speed.
     accuracies = {
         "search": measure(model, *search_split),

@@ -1,20 +1,22 @@
 """One epoch loop for base training and fine-tuning, with distillation and exact resume.
 
-The order of images, the crops, the flips and the dropout of an epoch depend on (seed, epoch) alone,
+The order of images, their augmentation and the dropout of an epoch depend on (seed, epoch) alone,
 so a run that is continued from an epoch's end repeats what the uninterrupted run would have done.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cacp_ray.data.transforms import augment
-from cacp_ray.training.metrics import Accuracy, fast_dtype, measure
+from cacp_ray.data.batches import Augmentation, Batches, ImageBatches
+from cacp_ray.data.images import ImageSet
+from cacp_ray.training.metrics import Accuracy, fast_dtype, find_device, measure
 from cacp_ray.training.optimizer import SGD
 from cacp_ray.training.recipe import Recipe
 
@@ -28,6 +30,12 @@ class EpochResult:
     search: Accuracy
 
 
+def make_batches(images: ImageSet, recipe: Recipe, shard: tuple[int, int] = (0, 1)) -> Batches:
+    """Batches of images in memory, as a recipe has them."""
+    augmentation = Augmentation(recipe.batch_size, recipe.padding, recipe.erasing, recipe.seed)
+    return ImageBatches(images, augmentation, shard)
+
+
 def learning_rate(recipe: Recipe, step: int, num_steps: int) -> float:
     """Rate of step `step` of `num_steps`."""
     warm = max(1, round(recipe.warmup * num_steps))
@@ -37,55 +45,63 @@ def learning_rate(recipe: Recipe, step: int, num_steps: int) -> float:
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> SGD:
-    """SGD; biases and BN parameters are not decayed."""
+def make_optimizer(model: nn.Module, recipe: Recipe) -> Any:
+    """The recipe's optimizer; biases and BN parameters are not decayed."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.lr)
     return SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
 
 
 def train_epoch(
     model: nn.Module,
-    optimizer: SGD,
-    images: Tensor,
-    labels: Tensor,
+    optimizer: Any,
+    batches: Batches,
     recipe: Recipe,
     epoch: int,
     *,
     teacher: nn.Module | None = None,
+    after_step: Callable[[], object] = lambda: None,
 ) -> float:
     """Trains one epoch (counted from 0) and returns its mean loss.
 
     Args:
         model: Trained in place.
         optimizer: Of `model`; its learning rate is set before every step.
-        images: Normalised (N, C, H, W).
-        labels: (N,).
+        batches: Of the recipe.
         recipe: Settings of the whole schedule.
         epoch: Index of this epoch in [0, recipe.epochs).
-        teacher: Base model for distillation; needed where `recipe.distillation` > 0.
+        teacher: For distillation; needed where `recipe.distillation` > 0.
+        after_step: Called after every step.
     """
     epoch_seed = recipe.seed * 100_003 + epoch
     torch.manual_seed(epoch_seed)  # dropout
-    generator = torch.Generator().manual_seed(epoch_seed)
-    order = torch.randperm(len(labels), generator=generator)
-    batches = order.split(recipe.batch_size)
-    dtype = fast_dtype()
-    autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
-    total = 0.0
+    rng = np.random.default_rng(epoch_seed)
+    device = find_device(model)
+    dtype = fast_dtype(device.type)
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    total, num_images = 0.0, 0
     model.train()
-    for number, index in enumerate(batches):
-        rate = learning_rate(recipe, epoch * len(batches) + number, recipe.epochs * len(batches))
+    for number, (images, labels) in enumerate(batches.epoch(epoch)):
+        step, steps = epoch * batches.num_batches + number, recipe.epochs * batches.num_batches
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        x = augment(images[index], generator, recipe.padding)
-        y = labels[index]
+            group["lr"] = learning_rate(recipe, step, steps)
+        x, y = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with autocast:
+            if recipe.mixup > 0:
+                share, other = rng.beta(recipe.mixup, recipe.mixup), rng.permutation(len(y))
+                x = share * x + (1 - share) * x[other]
             logits = model(x).float()
         loss = functional.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing)
+        if recipe.mixup > 0:
+            mixed = functional.cross_entropy(
+                logits, y[other], label_smoothing=recipe.label_smoothing
+            )
+            loss = share * loss + (1 - share) * mixed
         if teacher is not None and recipe.distillation > 0:
             with torch.no_grad(), autocast:
                 target = teacher(x).float()
@@ -96,8 +112,10 @@ def train_epoch(
         if recipe.clip_norm > 0:
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
         optimizer.step()
+        after_step()
         total += loss.item() * len(y)
-    return total / len(labels)
+        num_images += len(y)
+    return total / num_images
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -111,39 +129,78 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
 
 def train(
     model: nn.Module,
-    train_split: tuple[Tensor, Tensor],
+    batches: Batches,
     search_split: tuple[Tensor, Tensor],
     recipe: Recipe,
     *,
     teacher: nn.Module | None = None,
     state: dict[str, Any] | None = None,
     on_epoch: Callable[[EpochResult, dict[str, Any]], None] | None = None,
+    wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> None:
     """Trains `model` in place through the whole schedule, or from `state` to its end.
 
     Args:
-        model: Moved to channels_last.
-        train_split: Normalised images and labels to learn from.
+        model: Moved to channels_last; where the recipe averages weights, it ends with those.
+        batches: To learn from, see `make_batches`.
         search_split: Normalised images and labels that each epoch is measured on.
         recipe: Schedule and loss.
-        teacher: Base model for distillation.
+        teacher: For distillation.
         state: What `on_epoch` was given after an earlier epoch, to continue from there.
-        on_epoch: Called after each epoch with its result and the state to continue from.
+        on_epoch: Called after each epoch with its result and the state to continue from, whose
+            `measured_weights` the result is of.
+        wrap: Puts `model` into what is called in training, such as DistributedDataParallel.
     """
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if teacher is not None:
+        teacher.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(model, recipe)
     first = 0
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["epoch"] + 1
-    if teacher is not None:
-        teacher.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    average = _make_average(model, recipe)
+    if average is not None and state is not None:
+        average.load_state_dict(state["average"])
+    measured = model if average is None else cast(nn.Module, average.module)
+    trained = wrap(model)
     for epoch in range(first, recipe.epochs):
-        loss = train_epoch(model, optimizer, *train_split, recipe, epoch, teacher=teacher)
-        accuracy = measure(model, *search_split, dtype=fast_dtype())
+        loss = train_epoch(
+            trained,
+            optimizer,
+            batches,
+            recipe,
+            epoch,
+            teacher=teacher,
+            after_step=lambda: None if average is None else average.update_parameters(model),
+        )
+        accuracy = measure(measured, *search_split, dtype=fast_dtype(find_device(model).type))
         if on_epoch is not None:
-            on_epoch(
-                EpochResult(epoch, loss, accuracy),
-                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch},
-            )
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            if average is not None:
+                state["average"] = average.state_dict()
+            on_epoch(EpochResult(epoch, loss, accuracy), state | {"epoch": epoch})
+    if average is not None:
+        model.load_state_dict(measured.state_dict())
+
+
+def measured_weights(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The state dict that an epoch's accuracy is of, copied."""
+    prefix = "module."
+    weights = state["model"]
+    if "average" in state:
+        weights = {
+            key.removeprefix(prefix): value
+            for key, value in state["average"].items()
+            if key.startswith(prefix)
+        }
+    return {key: value.detach().clone() for key, value in weights.items()}
+
+
+def _make_average(model: nn.Module, recipe: Recipe) -> Any:
+    if recipe.ema == 0:
+        return None
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)

@@ -22,19 +22,27 @@ class Accuracy:
         return (self.top1 * (1 - self.top1) / self.images) ** 0.5
 
 
-def fast_dtype() -> torch.dtype:
-    """bfloat16 where this CPU multiplies it natively, else float32."""
+def fast_dtype(device: str = "cpu") -> torch.dtype:
+    """bfloat16 where the device multiplies it natively, else float32."""
+    if device == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
 
 
+def find_device(model: nn.Module) -> torch.device:
+    """Where a model's weights are; the CPU where it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 def predict(model: nn.Module, images: Tensor, batch_size: int, dtype: torch.dtype) -> Tensor:
-    """Logits float32 (N, classes) in evaluation mode, with autocast to `dtype`."""
+    """Logits float32 (N, classes) in evaluation mode on the model's device, autocast to `dtype`."""
     was_training = model.training
     model.eval()
-    autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
+    device = find_device(model)
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     with torch.inference_mode(), autocast:
-        logits = [model(batch).float() for batch in images.split(batch_size)]
+        logits = [model(batch.to(device)).float().cpu() for batch in images.split(batch_size)]
     model.train(was_training)
     return torch.cat(logits)
 

@@ -1,34 +1,41 @@
 """Settings of a training schedule; no torch here, so that reading a configuration stays fast."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """SGD with Nesterov momentum, linear warm-up, then cosine to zero, stepped every batch.
+    """A learning rate that warms up linearly, then falls as a cosine to zero, with every batch.
 
     Attributes:
         epochs: Passes over the training images.
+        optimizer: `sgd` with Nesterov momentum, or `adamw` (Loshchilov and Hutter, 2019).
         batch_size: Images a step.
         lr: Peak learning rate.
         warmup: Share of all steps over which the rate rises linearly.
-        momentum: Nesterov momentum.
+        momentum: Nesterov momentum of `sgd`.
         weight_decay: On weights of two and more dimensions only.
         label_smoothing: Of the cross-entropy.
-        distillation: Weight of the base model's soft labels against the true ones, in [0, 1].
+        distillation: Weight of the teacher's soft labels against the true ones, in [0, 1].
+        teacher: `base` network, or the fine-tuned subnet of the next `larger` rate.
         temperature: Of the distillation (Hinton et al., 2015).
         clip_norm: Largest gradient norm, 0 for none.
+        ema: Share of the averaged weights that a step leaves; those are measured and kept. 0: none.
+        mixup: Both parameters of the Beta distribution by which images are mixed (Zhang et al.,
+            2018); 0 for none.
+        erasing: Share of images that lose a rectangle (Zhong et al., 2020).
         padding: Pixels of the random crop.
-        seed: Of order, crops and flips.
+        seed: Of order and augmentation.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     epochs: Annotated[int, Ge(1)] = 24
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     batch_size: Annotated[int, Ge(1)] = 128
     lr: Annotated[float, Gt(0)] = 0.25
     warmup: Annotated[float, Ge(0), Le(1)] = 0.2
@@ -36,7 +43,11 @@ class Recipe:
     weight_decay: Annotated[float, Ge(0)] = 5e-4
     label_smoothing: Annotated[float, Ge(0), Le(1)] = 0.05
     distillation: Annotated[float, Ge(0), Le(1)] = 0.0
+    teacher: Literal["base", "larger"] = "base"
     temperature: Annotated[float, Gt(0)] = 2.0
     clip_norm: Annotated[float, Ge(0)] = 0.0
+    ema: Annotated[float, Ge(0), Lt(1)] = 0.0
+    mixup: Annotated[float, Ge(0)] = 0.0
+    erasing: Annotated[float, Ge(0), Le(1)] = 0.0
     padding: Annotated[int, Ge(0)] = 4
     seed: int = 0

@@ -1,6 +1,6 @@
 """Fine-tunes the subnets of all rates side by side, as Ray Tune trials.
 
-One trial a rate, each in a process of its own. Tune starts them, restarts those that die from their
+A trial is a rate and a variant of the recipe. Tune starts them, restarts those that die from their
 last epoch, and restores the whole experiment after a killed driver. The images are put into the
 object store once and read by all trials without a copy.
 """
@@ -8,25 +8,39 @@ object store once and read by all trials without a copy.
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import ray
 from ray import tune
 from ray.tune.experiment import Trial
+from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback, TBXLoggerCallback
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from torch import nn
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError
-from cacp_ray.files import read_json, write_json
+from cacp_ray.files import changed_keys, read_json, write_json
 from cacp_ray.training.recipe import Recipe
-from cacp_ray.tuning.trial import FinetuneResult, TrialTask, finetune_trial
+from cacp_ray.tuning.trial import (
+    PATH_KEY,
+    FinetuneResult,
+    Resources,
+    TrialTask,
+    finetune_trial,
+    keep_best,
+)
+from cacp_ray.tuning.workers import COORDINATOR_CPUS
 
 # A trial may die this often and is restarted from its last epoch.
 MAX_FAILURES = 2
+CHOICE_FILE = "chosen.json"  # by rate, the variant; there once all is written
+LOGGERS = {"tensorboard": TBXLoggerCallback, "csv": CSVLoggerCallback, "json": JsonLoggerCallback}
 
 # Read by Tune while `fit` runs, in this process and (the first) in the trials.
 TUNE_ENVIRONMENT = {
@@ -43,10 +57,11 @@ TUNE_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class FinetuneProgress:
-    """One finished epoch of one subnet.
+    """One finished epoch of one trial.
 
     Attributes:
         rate: Of the subnet, share of the original cost kept.
+        variant: Of the recipe; empty where there is one.
         epoch: In [1, epochs].
         epochs: Of the schedule.
         train_loss: Mean over the epoch.
@@ -55,6 +70,7 @@ class FinetuneProgress:
     """
 
     rate: float
+    variant: str
     epoch: int
     epochs: int
     train_loss: float
@@ -70,8 +86,8 @@ _on_epoch: ContextVar[Callable[[FinetuneProgress], None]] = ContextVar("_on_epoc
 class _ProgressCallback(tune.Callback):
     """Hands every reported epoch to the listener of this driver."""
 
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
+    def __init__(self, epochs: Mapping[str, int]) -> None:
+        self.epochs = epochs  # by variant
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
@@ -79,8 +95,9 @@ class _ProgressCallback(tune.Callback):
         """Called by Tune in the driver, once an epoch of a trial."""
         progress = FinetuneProgress(
             rate=trial.config["rate"],
+            variant=trial.config["variant"],
             epoch=result["epoch"],
-            epochs=self.epochs,
+            epochs=self.epochs[trial.config["variant"]],
             train_loss=result["train_loss"],
             search_top1=result["search_top1"],
             seconds=result["epoch_seconds"],
@@ -96,62 +113,71 @@ def finetune_subnets(
     train_split: ImageSet,
     search_split: ImageSet,
     test_split: ImageSet,
-    recipe: Recipe,
+    recipes: Mapping[str, Recipe],
     experiment_dir: Path,
-    cpus_per_trial: int,
+    resources: Resources,
     resume: bool,
     on_epoch: Callable[[FinetuneProgress], None],
+    stops_poor: bool = False,
+    loggers: Sequence[str] = (),
 ) -> dict[float, FinetuneResult]:
     """Fine-tunes every subnet; `finetuned.safetensors` and `metrics.json` appear beside each.
 
-    Each trial is one process and asks for `cpus_per_trial` CPUs, in one bundle on one node, and for
-    nothing else; torch uses as many threads. As many trials run at once as the free CPUs of the
-    cluster allow, the others wait, the largest rate first because it takes longest. A trial waits
-    for ever where no node has that many CPUs, or where actors of the caller still hold them: close
-    the evaluator pool first. A trial needs memory for all images as float32 beside its networks.
+    Each trial is one process, or several workers, each with its resources in one bundle on one
+    node. As many trials run at once as the free resources of the cluster allow, the others wait,
+    the largest rate first because it takes longest. A trial waits for ever where no node has what
+    it asks for, or where actors of the caller still hold it: close the evaluator pool first.
 
     Args:
         load_subnet: Builds the subnet of a folder as the search left it, never with weights of an
             earlier fine-tuning; picklable.
-        load_teacher: Builds the base model; picklable; called only where the recipe distils.
+        load_teacher: Builds the teacher; picklable; called only where the recipe distils.
         subnet_folders: Folder of each rate's subnet, readable and writable on all nodes.
         train_split: Images to learn from.
-        search_split: Chooses the epoch whose weights are kept.
+        search_split: Chooses the epoch whose weights are kept, and the variant.
         test_split: Measured once a subnet, for the chosen weights.
-        recipe: Schedule and loss.
+        recipes: Schedule and loss, by the name of the variant; every rate is trained by each.
         experiment_dir: Of Tune's own files.
-        cpus_per_trial: CPUs and torch threads of a trial.
+        resources: Of a trial.
         resume: Go on with what `experiment_dir` holds; an empty one is begun.
         on_epoch: Called in this process with every finished epoch.
+        stops_poor: ASHA stops the poorer variants; only for one rate, as accuracies of different
+            rates do not compare.
+        loggers: Of Tune: `tensorboard`, `csv`, `json`, `wandb`, `mlflow`.
 
     Raises:
         ArtifactError: `experiment_dir` holds an experiment and `resume` is off.
-        ConfigError: That experiment has other rates or another recipe.
+        ConfigError: That experiment has other rates or recipes, or a logger is not installed.
         EvaluationError: A trial died more often than it is restarted.
     """
     experiment_dir = experiment_dir.resolve()
-    _open_experiment(experiment_dir, subnet_folders, recipe, resume=resume)
+    callbacks = make_loggers(loggers, experiment_dir)
+    _open_experiment(experiment_dir, subnet_folders, recipes, resume=resume)
     task = TrialTask(
         subnet_folders={rate: folder.resolve() for rate, folder in subnet_folders.items()},
         load_subnet=load_subnet,
         load_teacher=load_teacher,
-        recipe=recipe,
-        num_threads=cpus_per_trial,
+        recipes=dict(recipes),
+        resources=resources,
     )
+    if (experiment_dir / CHOICE_FILE).exists():
+        return {rate: _read_result(folder) for rate, folder in task.subnet_folders.items()}
     trainable = tune.with_resources(
         tune.with_parameters(
-            finetune_trial,
-            task=task,
-            train_split=train_split,
-            search_split=search_split,
-            test_split=test_split,
+            finetune_trial, task=task, train_split=train_split, search_split=search_split
         ),
-        {"cpu": cpus_per_trial},
+        _ask(resources),
     )
+    callbacks.insert(0, _ProgressCallback({name: each.epochs for name, each in recipes.items()}))
+    scheduler = _make_scheduler(recipes) if stops_poor else None
+    space = {
+        "rate": tune.grid_search(sorted(subnet_folders, reverse=True)),
+        "variant": tune.grid_search(list(recipes)),
+    }
     listener = _on_epoch.set(on_epoch)
     try:
         with quiet_tune():
-            results = _make_tuner(trainable, list(subnet_folders), recipe, experiment_dir).fit()
+            results = _make_tuner(trainable, space, experiment_dir, callbacks, scheduler).fit()
     finally:
         _on_epoch.reset(listener)
     for result in results:
@@ -160,15 +186,60 @@ def finetune_subnets(
                 f"fine-tuning of {Path(result.path).name} failed {MAX_FAILURES + 1} times "
                 f"({last_line(result.error)}); see {result.path}, then continue with --resume"
             )
-    return {rate: _read_result(folder) for rate, folder in task.subnet_folders.items()}
+    keep: Any = ray.remote(num_cpus=resources.cpus)(cast(Any, keep_best))
+    shared = {
+        "task": ray.put(task),
+        "search_images": len(search_split),
+        "test_split": ray.put(test_split),
+    }
+    best = {rate: _choose(results, rate, list(recipes)) for rate in subnet_folders}
+    found = ray.get(
+        [keep.remote(each.config, _find_checkpoint(each), **shared) for each in best.values()]
+    )
+    choice = {f"{rate:g}": each.config["variant"] for rate, each in best.items()}
+    write_json(experiment_dir / CHOICE_FILE, choice)
+    return dict(zip(best, found, strict=True))
+
+
+def _choose(results: Any, rate: float, variants: list[str]) -> Any:
+    """The trial of a rate that is best on the search split, the first variant of equals."""
+    mine = [each for each in results if each.config["rate"] == rate]
+    mine.sort(key=lambda each: variants.index(each.config["variant"]))
+    return max(mine, key=lambda each: each.metrics["best_top1"])
+
+
+def _find_checkpoint(result: Any) -> Any:
+    path = result.metrics.get(PATH_KEY)
+    return tune.Checkpoint(path) if path else result.checkpoint
+
+
+def _ask(resources: Resources) -> Any:
+    if resources.workers > 1:
+        return {"cpu": COORDINATOR_CPUS}
+    return {"cpu": resources.cpus, **({"gpu": resources.gpus} if resources.gpus else {})}
+
+
+def _make_scheduler(recipes: Mapping[str, Recipe]) -> TrialScheduler:
+    longest = max(recipe.epochs for recipe in recipes.values())
+    return ASHAScheduler(
+        time_attr="epoch",
+        metric="search_top1",
+        mode="max",
+        max_t=longest,
+        grace_period=max(1, longest // 3),
+        reduction_factor=2,
+    )
 
 
 def _open_experiment(
-    experiment_dir: Path, rates: Iterable[float], recipe: Recipe, *, resume: bool
+    experiment_dir: Path, rates: Iterable[float], recipes: Mapping[str, Recipe], *, resume: bool
 ) -> None:
     """Writes or checks what the experiment is of: Tune itself would go on with the old rates."""
     file = experiment_dir / "finetune.json"
-    content = {"rates": sorted(rates), "recipe": dataclasses.asdict(recipe)}
+    content = {
+        "rates": sorted(rates),
+        "recipes": {name: dataclasses.asdict(recipe) for name, recipe in recipes.items()},
+    }
     if not file.exists():
         write_json(file, content)
     elif not resume:
@@ -176,16 +247,20 @@ def _open_experiment(
             f"{experiment_dir} holds a fine-tuning: pass --resume to continue it, or delete it"
         )
     elif (saved := read_json(file)) != content:
+        changed = ", ".join(changed_keys(saved, content))
         raise ConfigError(
-            f"{experiment_dir} was begun for {saved}, now {content} is asked: "
-            "undo the change, or delete that folder to fine-tune again"
+            f"{experiment_dir} was begun with other settings ({changed}): undo the change, or "
+            "delete that folder to fine-tune again"
         )
 
 
 def _make_tuner(
-    trainable: Any, rates: list[float], recipe: Recipe, experiment_dir: Path
+    trainable: Any,
+    space: dict[str, Any],
+    experiment_dir: Path,
+    callbacks: list[tune.Callback],
+    scheduler: TrialScheduler | None,
 ) -> tune.Tuner:
-    space = {"rate": tune.grid_search(sorted(rates, reverse=True))}
     # A driver that was killed before its first save left nothing to restore.
     has_state = any(experiment_dir.glob("experiment_state-*.json"))
     if has_state and tune.Tuner.can_restore(str(experiment_dir)):
@@ -204,12 +279,16 @@ def _make_tuner(
     return tune.Tuner(
         trainable,
         param_space=space,
-        tune_config=tune.TuneConfig(reuse_actors=True, trial_dirname_creator=_name_trial),
+        tune_config=tune.TuneConfig(
+            reuse_actors=scheduler is None,
+            scheduler=scheduler,
+            trial_dirname_creator=_name_trial,
+        ),
         run_config=tune.RunConfig(
             name=experiment_dir.name,
             storage_path=str(experiment_dir.parent),
             verbose=0,
-            callbacks=[_ProgressCallback(recipe.epochs)],
+            callbacks=callbacks,
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
             # The last holds the best weights too; the one before it is what the experiment names
             # until it is saved again.
@@ -218,8 +297,41 @@ def _make_tuner(
     )
 
 
+def make_loggers(names: Sequence[str], folder: Path) -> list[tune.Callback]:
+    """Callbacks of Tune that log every epoch of every trial.
+
+    Args:
+        names: `tensorboard`, `csv`, `json` (beside each trial), `wandb`, `mlflow`.
+        folder: Of the experiment; the last two take its parent's name for the project, and MLflow
+            its tracking server from MLFLOW_TRACKING_URI.
+
+    Raises:
+        ConfigError: One is not installed.
+    """
+    project = folder.parent.name
+    found: list[tune.Callback] = []
+    for name in names:
+        try:
+            if name == "wandb":
+                from ray.air.integrations.wandb import WandbLoggerCallback
+
+                import_module("wandb")
+                found.append(WandbLoggerCallback(project=project))
+            elif name == "mlflow":
+                from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+                import_module("mlflow")
+                found.append(MLflowLoggerCallback(experiment_name=project))
+            else:
+                found.append(LOGGERS[name]())
+        except (ImportError, RuntimeError) as error:
+            raise ConfigError(f"logger {name} is not installed: pip install {name}") from error
+    return found
+
+
 def _name_trial(trial: Trial) -> str:
-    return f"rate-{trial.config['rate']:g}"
+    variant = trial.config["variant"]
+    return f"rate-{trial.config['rate']:g}" + (f"-{variant}" if variant else "")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""One fine-tuning trial: what runs in a process of its own, for one subnet.
+"""One fine-tuning trial: a subnet and a recipe, in a process of its own or in several workers.
 
 Each epoch is reported with a checkpoint that holds all that is needed: the training state, to go on
 from, and the best weights so far, to keep. So the last checkpoint alone survives a killed trial.
@@ -13,18 +13,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from ray import tune
-from torch import Tensor, nn
+from torch import nn
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.files import write_json, write_tensors
 from cacp_ray.pruning.surgery import all_tensors
-from cacp_ray.training.loop import EpochResult, train
+from cacp_ray.training.loop import EpochResult, make_batches, measured_weights, train
 from cacp_ray.training.metrics import fast_dtype, measure
 from cacp_ray.training.recipe import Recipe
 
 STATE_FILE = "state.pt"
+PATH_KEY = "checkpoint_path"  # of a report's metrics, where several workers wrote the checkpoint
+
+Report = Callable[[dict[str, Any], str], object]  # metrics, folder of the checkpoint
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one trial, or of each of its workers.
+
+    Attributes:
+        cpus: Reserved; torch uses as many threads.
+        gpus: Reserved; a share lets several trials use one.
+        workers: Processes that train one model; more than one by DistributedDataParallel.
+    """
+
+    cpus: int = 1
+    gpus: float = 0.0
+    workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -34,16 +53,16 @@ class TrialTask:
     Attributes:
         subnet_folders: Absolute, by rate.
         load_subnet: Builds the subnet of a folder as the search left it.
-        load_teacher: Builds the base model; called only where the recipe distils.
-        recipe: Schedule and loss.
-        num_threads: Of torch, the CPUs the trial asked for.
+        load_teacher: Builds the teacher; called only where the recipe distils.
+        recipes: Schedule and loss, by the name of the variant.
+        resources: Of a trial.
     """
 
     subnet_folders: Mapping[float, Path]
     load_subnet: Callable[[Path], nn.Module]
     load_teacher: Callable[[], nn.Module]
-    recipe: Recipe
-    num_threads: int
+    recipes: Mapping[str, Recipe]
+    resources: Resources
 
 
 @dataclass(frozen=True)
@@ -52,6 +71,7 @@ class FinetuneResult:
 
     Attributes:
         rate: Share of the original cost kept.
+        variant: Of the recipe, that was best on the search split; empty where there was one.
         epochs: Trained.
         best_epoch: The one whose weights are kept, from 1; 0 for the subnet as it was.
         search_top1_before: On the search split, before training.
@@ -65,6 +85,7 @@ class FinetuneResult:
     """
 
     rate: float
+    variant: str
     epochs: int
     best_epoch: int
     search_top1_before: float
@@ -78,32 +99,63 @@ class FinetuneResult:
 
 
 def finetune_trial(
+    config: dict[str, Any], *, task: TrialTask, train_split: ImageSet, search_split: ImageSet
+) -> None:
+    """Trains the subnet of `config["rate"]` by the recipe of `config["variant"]`, to its end.
+
+    Goes on from the trial's checkpoint where it has one.
+    """
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # a line for every checkpoint
+    if task.resources.workers > 1:
+        from cacp_ray.tuning.workers import train_in_workers
+
+        train_in_workers(config, task, ray.put(train_split), ray.put(search_split))
+        return
+
+    def report(metrics: dict[str, Any], folder: str) -> None:
+        tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
+
+    train_subnet(config, task, train_split, search_split, tune.get_checkpoint(), report)
+
+
+def train_subnet(
     config: dict[str, Any],
-    *,
     task: TrialTask,
     train_split: ImageSet,
     search_split: ImageSet,
-    test_split: ImageSet,
+    checkpoint: Any,
+    report: Report,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> None:
-    """Trains the subnet of `config["rate"]`, or goes on from the trial's checkpoint.
+    """What a trial does, or one of its workers.
 
-    The weights of the best epoch by search-split accuracy (the earliest of equals) are written to
-    finetuned.safetensors beside the subnet, then their figures to metrics.json. The test split is
-    measured after that choice, and nowhere else.
+    The best weights are those of the best epoch by search-split accuracy, the earliest of equals,
+    or the subnet's own.
+
+    Args:
+        config: Rate and variant.
+        task: Of the experiment.
+        train_split: Images to learn from.
+        search_split: Measured after each epoch.
+        checkpoint: To go on from; None at the start.
+        report: Called after each epoch.
+        shard: Number of this worker and of all.
+        wrap: As of `cacp_ray.training.loop.train`.
     """
-    torch.set_num_threads(task.num_threads)
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # a line for every checkpoint
+    torch.set_num_threads(task.resources.cpus)
     started = time.monotonic()
-    rate = config["rate"]
-    folder = task.subnet_folders[rate]
-    recipe = task.recipe
+    recipe = task.recipes[config["variant"]]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     search = search_split.tensors()
-    model = task.load_subnet(folder)
-    teacher = task.load_teacher() if recipe.distillation > 0 else None
-    state = read_checkpoint()
+    model = task.load_subnet(task.subnet_folders[config["rate"]]).to(device)
+    teacher = task.load_teacher().to(device) if recipe.distillation > 0 else None
+    state = None if checkpoint is None else read_state(checkpoint)
     if state is None:
-        before = measure(model, *search, dtype=fast_dtype()).top1
-        best = {"model": copy_weights(model), "epoch": 0, "top1": before}
+        before = measure(model, *search, dtype=fast_dtype(device.type)).top1
+        weights = measured_weights({"model": model.state_dict()})
+        best = {"model": weights, "epoch": 0, "top1": before}
         seconds = 0.0
     else:
         before, best, seconds = state["before"], state["best"], state["seconds"]
@@ -112,7 +164,8 @@ def finetune_trial(
         nonlocal best, seconds, started
         epoch = result.epoch + 1
         if result.search.top1 > best["top1"]:
-            best = {"model": copy_weights(model), "epoch": epoch, "top1": result.search.top1}
+            weights = measured_weights(training)
+            best = {"model": weights, "epoch": epoch, "top1": result.search.top1}
         now = time.monotonic()
         elapsed, started = now - started, now
         seconds += elapsed
@@ -120,51 +173,68 @@ def finetune_trial(
             "epoch": epoch,
             "train_loss": result.train_loss,
             "search_top1": result.search.top1,
+            "best_top1": best["top1"],
             "epoch_seconds": elapsed,
         }
         saved = training | {"before": before, "best": best, "seconds": seconds}
         with tempfile.TemporaryDirectory() as directory:
             torch.save(saved, Path(directory) / STATE_FILE)
-            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(directory))
+            report(metrics, directory)
 
     train(
         model,
-        train_split.tensors(),
+        make_batches(train_split, recipe, shard),
         search,
         recipe,
         teacher=teacher,
         state=state,
         on_epoch=finish_epoch,
+        wrap=wrap,
     )
-    model.load_state_dict(best["model"])
+
+
+def read_state(checkpoint: Any) -> dict[str, Any]:
+    """What a trial saved after an epoch."""
+    with checkpoint.as_directory() as directory:
+        file = Path(directory) / STATE_FILE
+        return torch.load(file, weights_only=True, map_location="cpu")
+
+
+def keep_best(
+    config: dict[str, Any],
+    checkpoint: Any,
+    *,
+    task: TrialTask,
+    search_images: int,
+    test_split: ImageSet,
+) -> FinetuneResult:
+    """Writes finetuned.safetensors beside the subnet of a finished trial, then metrics.json.
+
+    The test split is measured here, after all choices, and nowhere else.
+    """
+    torch.set_num_threads(task.resources.cpus)
+    started = time.monotonic()
+    folder = task.subnet_folders[config["rate"]]
+    recipe = task.recipes[config["variant"]]
+    state = read_state(checkpoint)
+    model = task.load_subnet(folder)
+    model.load_state_dict(state["best"]["model"])
     test = measure(model, *test_split.tensors())
     result = FinetuneResult(
-        rate=rate,
+        rate=config["rate"],
+        variant=config["variant"],
         epochs=recipe.epochs,
-        best_epoch=best["epoch"],
-        search_top1_before=before,
-        search_top1=best["top1"],
-        search_images=len(search[1]),
+        best_epoch=state["best"]["epoch"],
+        search_top1_before=state["before"],
+        search_top1=state["best"]["top1"],
+        search_images=search_images,
         test_top1=test.top1,
         test_top5=test.top5,
         test_loss=test.loss,
         test_images=test.images,
-        seconds=seconds + time.monotonic() - started,
+        seconds=state["seconds"] + time.monotonic() - started,
     )
     write_tensors(folder / "finetuned.safetensors", all_tensors(model))
     recipe_row = {"recipe": dataclasses.asdict(recipe)}
     write_json(folder / "metrics.json", dataclasses.asdict(result) | recipe_row)
-
-
-def read_checkpoint() -> dict[str, Any] | None:
-    """The state of the last reported epoch; None at the start of a trial."""
-    checkpoint = tune.get_checkpoint()
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as directory:
-        return torch.load(Path(directory) / STATE_FILE, weights_only=True)
-
-
-def copy_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict as it is now."""
-    return {key: value.detach().clone() for key, value in model.state_dict().items()}
+    return result

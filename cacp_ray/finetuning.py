@@ -1,0 +1,227 @@
+"""Fine-tuning of what a search found, or of one subnet folder: which subnets, by which recipes."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from torch import nn
+
+from cacp_ray.config import DataConfig, ModelConfig, RunConfig, Section
+from cacp_ray.errors import ConfigError
+from cacp_ray.files import read_json, write_json
+from cacp_ray.loading import check_splits, check_weights, load_base, load_model, read_split
+from cacp_ray.pruning.subnet import load_subnet, read_description
+from cacp_ray.results import read_result
+from cacp_ray.run import Clock
+from cacp_ray.training.metrics import measure
+from cacp_ray.training.recipe import Recipe
+
+Logger = Literal["tensorboard", "csv", "json", "wandb", "mlflow"]
+
+
+class TrialsConfig(Section):
+    """Of the Tune trials."""
+
+    cpus: int | None = Field(
+        default=None, ge=1, description="of a trial or worker; cluster.cpus_per_evaluator if unset"
+    )
+    gpus: float = Field(default=0.0, ge=0, description="of a trial or worker; 0.25: four share one")
+    workers: int = Field(default=1, ge=1, description="processes that train one model")
+    scheduler: Literal["plain", "asha"] = Field(
+        default="plain", description="asha stops the poorer half of a rate's variants at a third"
+    )
+    logging: tuple[Logger, ...] = Field(
+        default=("tensorboard", "csv", "json"), description="beside each trial; wandb, mlflow"
+    )
+
+
+class FinetuneConfig(Section):
+    """A fine-tuning, as in tune_configs/finetune_*.yaml."""
+
+    finetune: Recipe
+    variants: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="by name: what differs from `finetune`; the best is kept"
+    )
+    trials: TrialsConfig = TrialsConfig()
+    # Of a subnet folder that lies outside a run.
+    model: ModelConfig | None = Field(default=None, description="base network, the teacher")
+    data: DataConfig | None = None
+
+    @property
+    def recipes(self) -> dict[str, Recipe]:
+        """By variant; the name is empty where there is but one."""
+        whole = dataclasses.asdict(self.finetune)
+        adapter = TypeAdapter(Recipe)
+        return {
+            name: adapter.validate_python(whole | changes)
+            for name, changes in (self.variants or {"": {}}).items()
+        }
+
+    @model_validator(mode="after")
+    def _variants_fit(self) -> "FinetuneConfig":
+        for name, changes in self.variants.items():
+            if not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(f"variants: {name!r} is no name: letters, digits, - and _")
+            if "teacher" in changes:
+                raise ValueError(f"variants.{name}.teacher: all variants have one teacher")
+        try:
+            assert self.recipes
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(map(str, problem["loc"]))
+            raise ValueError(f"variants: {key}: {problem['msg']}") from error
+        return self
+
+
+def finetune_run(
+    config: RunConfig,
+    run_dir: Path,
+    settings: FinetuneConfig,
+    *,
+    resume: bool,
+    address: str | None,
+    on_epoch: Callable[[Any], None],
+) -> dict[str, Any]:
+    """Fine-tunes the subnet of every rate as Tune trials and completes result.json.
+
+    Args:
+        config: Of the run.
+        run_dir: Of a finished search.
+        settings: What is trained.
+        resume: Go on with an interrupted fine-tuning.
+        address: Of a Ray cluster.
+        on_epoch: Called with every finished epoch.
+
+    Raises:
+        CacpError: Bad input, or a trial that failed too often.
+    """
+    clock = Clock()
+    result = read_result(run_dir)
+    check_weights(load_base(config), run_dir)
+    folders = {row["rate"]: run_dir / row["path"] for row in result["rates"]}
+    with clock.phase("finetune"):
+        found, splits = _finetune(
+            folders,
+            config.model,
+            config.data,
+            settings,
+            run_dir / "finetune",
+            cpus=settings.trials.cpus or config.cluster.cpus_per_evaluator,
+            resume=resume,
+            address=address,
+            on_epoch=on_epoch,
+        )
+        base = load_model(config.model, len(splits["train"].classes))
+        result["base"]["test"] = dict(vars(measure(base, *splits["test"].tensors())))
+    for row in result["rates"]:
+        tuned = found[row["rate"]]
+        row["finetuned_top1"] = tuned.search_top1
+        row["test_top1"] = tuned.test_top1
+        row["test_images"] = tuned.test_images
+    result["seconds"] |= clock.seconds
+    write_json(run_dir / "result.json", result)
+    return result
+
+
+def finetune_folder(
+    folder: Path,
+    settings: FinetuneConfig,
+    *,
+    resume: bool,
+    address: str | None,
+    on_epoch: Callable[[Any], None],
+) -> dict[str, Any]:
+    """Fine-tunes one subnet folder, wherever it lies; Tune's files are in its `finetune`.
+
+    Args:
+        folder: Of a subnet.
+        settings: With `data`, and with `model` where the recipe distils.
+        resume: Go on with an interrupted fine-tuning.
+        address: Of a Ray cluster.
+        on_epoch: Called with every finished epoch.
+
+    Returns:
+        The content of its metrics.json.
+
+    Raises:
+        CacpError: Bad input, or a trial that failed too often.
+    """
+    description = read_description(folder)
+    if settings.data is None:
+        raise ConfigError(f"{folder} lies in no run: give its data by --config, in `data`")
+    distils = any(recipe.distillation > 0 for recipe in settings.recipes.values())
+    if settings.model is None and distils:
+        raise ConfigError(
+            f"{folder} lies in no run: name the base network by --config, in `model`, or set "
+            "finetune.distillation to 0"
+        )
+    _finetune(
+        {description["rate"]: folder},
+        settings.model or ModelConfig(name=description["model"]),
+        settings.data,
+        settings,
+        folder / "finetune",
+        cpus=settings.trials.cpus or 1,
+        resume=resume,
+        address=address,
+        on_epoch=on_epoch,
+    )
+    return read_json(folder / "metrics.json")
+
+
+def _finetune(
+    folders: dict[float, Path],
+    model: ModelConfig,
+    data: DataConfig,
+    settings: FinetuneConfig,
+    experiment_dir: Path,
+    *,
+    cpus: int,
+    resume: bool,
+    address: str | None,
+    on_epoch: Callable[[Any], None],
+) -> tuple[Mapping[float, Any], Mapping[str, Any]]:
+    """Results by rate, and the splits."""
+    from cacp_ray.distributed.cluster import check_address, check_cpus, connect
+    from cacp_ray.tuning.finetune import finetune_subnets, make_loggers
+    from cacp_ray.tuning.trial import Resources
+
+    trials = settings.trials
+    make_loggers(trials.logging, experiment_dir)
+    check_address(address)
+    splits = {name: read_split(data, name) for name in ("train", "search", "test")}
+    check_splits(splits)
+    connect(address)
+    check_cpus(cpus, address)
+    load_base_model: Callable[[], nn.Module] = partial(
+        load_model, model, len(splits["train"].classes)
+    )
+    rates = sorted(folders, reverse=True)
+    # One rate after another where one needs the fine-tuned one before it, or where trials compete.
+    one_by_one = settings.finetune.teacher == "larger" or trials.scheduler == "asha"
+    found: dict[float, Any] = {}
+    for group in [[rate] for rate in rates] if one_by_one else [rates]:
+        larger = [rate for rate in rates if rate > group[0]]
+        load_teacher = load_base_model
+        if settings.finetune.teacher == "larger" and larger:
+            load_teacher = partial(load_subnet, folders[larger[-1]].resolve(), finetuned=True)
+        where = experiment_dir / f"rate-{group[0]:g}" if one_by_one else experiment_dir
+        found |= finetune_subnets(
+            load_subnet=partial(load_subnet, finetuned=False),
+            load_teacher=load_teacher,
+            subnet_folders={rate: folders[rate] for rate in group},
+            train_split=splits["train"],
+            search_split=splits["search"],
+            test_split=splits["test"],
+            recipes=settings.recipes,
+            experiment_dir=where,
+            resources=Resources(cpus, trials.gpus, trials.workers),
+            resume=resume,
+            on_epoch=on_epoch,
+            stops_poor=trials.scheduler == "asha",
+            loggers=trials.logging,
+        )
+    return found, splits

@@ -1,0 +1,96 @@
+"""One model trained by several workers: Ray Train inside a Tune trial.
+
+Each worker has its part of every batch, gradients are averaged by DistributedDataParallel (NCCL on
+GPUs, gloo on CPUs), and BN statistics stay each worker's own. Every worker measures the search
+split, on equal weights; the first one's report counts.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import tune
+from ray.train import Checkpoint as TrainCheckpoint
+from ray.train import (
+    CheckpointConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    get_checkpoint,
+    get_context,
+    report,
+)
+from ray.train.torch import TorchTrainer, get_device
+from ray.tune.integration.ray_train import TuneReportCallback
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from cacp_ray.tuning.trial import TrialTask
+
+COORDINATOR_CPUS = 0.05  # of the trial itself, which only waits for its workers
+
+
+def train_in_workers(
+    config: dict[str, Any], task: "TrialTask", train_split: Any, search_split: Any
+) -> None:
+    """Runs a trial's workers to the end; those that were killed start again at their last epoch.
+
+    Args:
+        config: Of the trial.
+        task: Of the experiment.
+        train_split: Reference of the images to learn from.
+        search_split: Reference of the images that measure.
+    """
+    resources = task.resources
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={
+            "config": dict(config),
+            "task": task,
+            "splits": [train_split, search_split],
+        },
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.gpus > 0,
+            resources_per_worker={
+                # All together they fill a machine.
+                "CPU": resources.cpus - COORDINATOR_CPUS / resources.workers,
+                **({"GPU": resources.gpus} if resources.gpus else {}),
+            },
+        ),
+        run_config=RunConfig(
+            name="workers",  # found again by a trial that is restarted
+            storage_path=tune.get_context().get_trial_dir(),
+            callbacks=[TuneReportCallback()],
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            failure_config=FailureConfig(max_failures=2),
+        ),
+    )
+    trainer.fit()
+
+
+def _work(shared: dict[str, Any]) -> None:
+    from cacp_ray.tuning.trial import train_subnet
+
+    context = get_context()
+    rank = context.get_world_rank()
+    train_split, search_split = ray.get(shared["splits"])
+
+    def send(metrics: dict[str, Any], folder: str) -> None:
+        report(metrics, checkpoint=None if rank else TrainCheckpoint.from_directory(folder))
+
+    def wrap(model: nn.Module) -> nn.Module:
+        device = get_device()
+        ids = [device.index] if device.type == "cuda" else None  # type: ignore[union-attr]
+        return DistributedDataParallel(model, device_ids=ids)
+
+    train_subnet(
+        shared["config"],
+        shared["task"],
+        train_split,
+        search_split,
+        get_checkpoint(),
+        send,
+        shard=(rank, context.get_world_size()),
+        wrap=wrap,
+    )
