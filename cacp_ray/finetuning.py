@@ -200,13 +200,12 @@ def _finetune(
         load_model, model, len(splits["train"].classes)
     )
     rates = sorted(folders, reverse=True)
-    # One rate after another where one needs the fine-tuned one before it, or where trials compete.
-    one_by_one = settings.finetune.teacher == "larger" or trials.scheduler == "asha"
+    one_by_one = settings.finetune.teacher == "larger"  # which has to be fine-tuned before
     found: dict[float, Any] = {}
     for group in [[rate] for rate in rates] if one_by_one else [rates]:
         larger = [rate for rate in rates if rate > group[0]]
         load_teacher = load_base_model
-        if settings.finetune.teacher == "larger" and larger:
+        if one_by_one and larger:
             load_teacher = partial(load_subnet, folders[larger[-1]].resolve(), finetuned=True)
         where = experiment_dir / f"rate-{group[0]:g}" if one_by_one else experiment_dir
         found |= finetune_subnets(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -20,13 +21,14 @@ import ray
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback, TBXLoggerCallback
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.schedulers import TrialScheduler
 from torch import nn
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError
 from cacp_ray.files import changed_keys, read_json, write_json
 from cacp_ray.training.recipe import Recipe
+from cacp_ray.tuning.scheduler import SchedulerPerRate, make_asha
 from cacp_ray.tuning.trial import (
     PATH_KEY,
     FinetuneResult,
@@ -141,8 +143,7 @@ def finetune_subnets(
         resources: Of a trial.
         resume: Go on with what `experiment_dir` holds; an empty one is begun.
         on_epoch: Called in this process with every finished epoch.
-        stops_poor: ASHA stops the poorer variants; only for one rate, as accuracies of different
-            rates do not compare.
+        stops_poor: ASHA stops the poorer variants of each rate.
         loggers: Of Tune: `tensorboard`, `csv`, `json`, `wandb`, `mlflow`.
 
     Raises:
@@ -192,20 +193,35 @@ def finetune_subnets(
         "search_images": len(search_split),
         "test_split": ray.put(test_split),
     }
-    best = {rate: _choose(results, rate, list(recipes)) for rate in subnet_folders}
+    trials = {rate: _trials_of(results, rate, list(recipes)) for rate in subnet_folders}
+    best = {  # the first of equals
+        rate: max(mine, key=lambda each: each.metrics["best_top1"]) for rate, mine in trials.items()
+    }
     found = ray.get(
-        [keep.remote(each.config, _find_checkpoint(each), **shared) for each in best.values()]
+        [
+            keep.remote(each.config, _find_checkpoint(each), _summary(trials[rate]), **shared)
+            for rate, each in best.items()
+        ]
     )
     choice = {f"{rate:g}": each.config["variant"] for rate, each in best.items()}
     write_json(experiment_dir / CHOICE_FILE, choice)
     return dict(zip(best, found, strict=True))
 
 
-def _choose(results: Any, rate: float, variants: list[str]) -> Any:
-    """The trial of a rate that is best on the search split, the first variant of equals."""
+def _trials_of(results: Any, rate: float, variants: list[str]) -> list[Any]:
     mine = [each for each in results if each.config["rate"] == rate]
-    mine.sort(key=lambda each: variants.index(each.config["variant"]))
-    return max(mine, key=lambda each: each.metrics["best_top1"])
+    return sorted(mine, key=lambda each: variants.index(each.config["variant"]))
+
+
+def _summary(trials: list[Any]) -> dict[str, Any]:
+    """Of all variants of a rate, for its metrics.json."""
+    return {
+        each.config["variant"]: {
+            "epochs": each.metrics["epoch"],
+            "search_top1": each.metrics["best_top1"],
+        }
+        for each in trials
+    }
 
 
 def _find_checkpoint(result: Any) -> Any:
@@ -221,14 +237,7 @@ def _ask(resources: Resources) -> Any:
 
 def _make_scheduler(recipes: Mapping[str, Recipe]) -> TrialScheduler:
     longest = max(recipe.epochs for recipe in recipes.values())
-    return ASHAScheduler(
-        time_attr="epoch",
-        metric="search_top1",
-        mode="max",
-        max_t=longest,
-        grace_period=max(1, longest // 3),
-        reduction_factor=2,
-    )
+    return SchedulerPerRate(partial(make_asha, longest, max(1, longest // 3)))
 
 
 def _open_experiment(

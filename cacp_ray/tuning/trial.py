@@ -203,6 +203,7 @@ def read_state(checkpoint: Any) -> dict[str, Any]:
 def keep_best(
     config: dict[str, Any],
     checkpoint: Any,
+    variants: dict[str, Any],
     *,
     task: TrialTask,
     search_images: int,
@@ -235,6 +236,6 @@ def keep_best(
         seconds=state["seconds"] + time.monotonic() - started,
     )
     write_tensors(folder / "finetuned.safetensors", all_tensors(model))
-    recipe_row = {"recipe": dataclasses.asdict(recipe)}
-    write_json(folder / "metrics.json", dataclasses.asdict(result) | recipe_row)
+    more = {"recipe": dataclasses.asdict(recipe), "variants": variants}
+    write_json(folder / "metrics.json", dataclasses.asdict(result) | more)
     return result

@@ -336,6 +336,22 @@ def test_the_best_variant_by_search_accuracy_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_worse_variants_of_each_rate_stop_and_never_a_rate_for_another(tmp_path: Path) -> None:
+    save_fresh(tmp_path / "rate-0.30")
+    trained = save_trained(tmp_path / "rate-0.50")
+    write_tensors(tmp_path / "teacher" / "model.safetensors", trained.state_dict())
+    still = dataclasses.replace(RECIPE, epochs=6, lr=1e-9)
+    recipes = {"learns": dataclasses.replace(RECIPE, epochs=6), "still": still}
+
+    results = finetune(tmp_path, recipes=recipes, rates=(0.5, 0.3), stops_poor=True)
+
+    assert {rate: result.epochs for rate, result in results.items()} == {0.5: 6, 0.3: 6}
+    metrics = json.loads((tmp_path / "rate-0.30" / "metrics.json").read_text())
+    assert metrics["variants"]["learns"]["epochs"] == 6
+    assert metrics["variants"]["still"]["epochs"] < 6
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_two_workers_train_one_model_as_one_worker_does(tmp_path: Path) -> None:
     # Without BN, whose statistics are each worker's own; crops and flips change nothing.
     split = SPLITS["train_split"]

@@ -1,0 +1,58 @@
+"""Configuration of fine-tuning, and single subnet folders."""
+
+import json
+
+import pytest
+
+from cacp_ray.api import finetune
+from cacp_ray.config import load_config
+from cacp_ray.errors import ArtifactError, ConfigError
+from cacp_ray.finetuning import FinetuneConfig
+
+
+def load(**values):
+    return load_config(FinetuneConfig, {"finetune": {"epochs": 7, "lr": 0.05}, **values})
+
+
+def test_variants_say_what_differs():
+    assert {name: recipe.lr for name, recipe in load().recipes.items()} == {"": 0.05}
+    found = load(variants={"same": {}, "adam": {"optimizer": "adamw", "lr": "1e-3"}}).recipes
+    assert list(found) == ["same", "adam"]
+    assert found["same"] == load().finetune
+    assert (found["adam"].lr, found["adam"].optimizer, found["adam"].epochs) == (1e-3, "adamw", 7)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"variants": {"a": {"lrr": 1}}}, "variants: lrr"),
+        ({"variants": {"a": {"epochs": 0}}}, "variants: epochs: .*greater than or equal to 1"),
+        ({"variants": {"a/b": {}}}, "'a/b' is no name"),
+        ({"variants": {"a": {"teacher": "larger"}}}, "all variants have one teacher"),
+        ({"trials": {"gpus": -1}}, r"trials\.gpus"),
+        ({"trials": {"workers": 0}}, r"trials\.workers"),
+        ({"trials": {"logging": ["tensorbord"]}}, r"trials\.logging\.0"),
+        ({"finetune": {"ema": 1.0}}, r"finetune\.ema"),
+        ({"finetune": {"optimizer": "lion"}}, r"finetune\.optimizer"),
+        ({"trial": {}}, "unknown key trial; did you mean trials"),
+    ],
+)
+def test_bad_values_are_refused_in_one_line(values, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(**values)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_subnet_outside_a_run_needs_data_and_for_distillation_its_base(tmp_path):
+    folder = tmp_path / "subnet"
+    folder.mkdir()
+    (folder / "subnet.json").write_text(
+        json.dumps({"schema_version": 1, "rate": 0.5, "model": "resnet20", "num_classes": 10})
+    )
+    with pytest.raises(ConfigError, match="give its data by --config"):
+        finetune(folder)
+    config = load(data={}, finetune={"distillation": 0.5})
+    with pytest.raises(ConfigError, match="name the base network"):
+        finetune(folder, config=config)
+    with pytest.raises(ArtifactError, match="holds no run"):
+        finetune(tmp_path)
