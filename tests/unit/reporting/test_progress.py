@@ -30,6 +30,7 @@ class State:
 @dataclass(frozen=True)
 class Epoch:
     rate: float = 0.3
+    variant: str = ""
     epoch: int = 2
     epochs: int = 10
     train_loss: float = 0.51234
@@ -136,10 +137,11 @@ def test_every_epoch_is_a_plain_line():
     file = io.StringIO()
     with FinetuneDisplay(console=make_console(file)) as display:
         display.update(Epoch())
-        display.update(Epoch(rate=0.5, epoch=1))
+        display.update(Epoch(rate=0.5, variant="slow", epoch=1))
     assert file.getvalue().splitlines() == [
-        "fine-tune rate 0.30  epoch 2/10  loss 0.512  search split 81.23 %  31 s",
-        "fine-tune rate 0.50  epoch 1/10  loss 0.512  search split 81.23 %  31 s",
+        "fine-tune rate 0.30  epoch 2/10  loss 0.512  search split 81.23 %  31 s  4 min 10 s left",
+        "fine-tune rate 0.50 slow  epoch 1/10  loss 0.512  search split 81.23 %  31 s  "
+        "4 min 41 s left",
     ]
 
 
