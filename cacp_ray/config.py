@@ -41,12 +41,19 @@ class ModelConfig(Section):
 
 
 class SplitConfig(Section):
-    """Rows of one Parquet file."""
+    """Rows of labelled images."""
 
-    path: str = Field(description="Parquet file, or embedded:train, embedded:search, embedded:test")
+    path: str = Field(
+        description="Parquet file, folder or pattern of Parquet shards, or folder with a folder of "
+        "images a class; also s3:// and gs://, or embedded:train, embedded:search, embedded:test"
+    )
     rows: tuple[int, int] | None = Field(
         default=None, description="first row and the row after the last"
     )
+    images_per_class: int | None = Field(
+        default=None, ge=1, description="drawn by seed; of data.search, taken from data.train"
+    )
+    seed: int = Field(default=0, description="of images_per_class")
 
 
 class DataConfig(Section):
@@ -55,6 +62,10 @@ class DataConfig(Section):
     train: SplitConfig = SplitConfig(path="embedded:train", rows=None)
     search: SplitConfig = SplitConfig(path="embedded:search", rows=None)
     test: SplitConfig = SplitConfig(path="embedded:test", rows=None)
+    resize: int | None = Field(
+        default=None, ge=1, description="length of the shorter side in pixels; as they are"
+    )
+    crop: int | None = Field(default=None, ge=1, description="side of the square in the middle")
     mean: Channels = Field(default=cifar10.MEAN, description="of red, green, blue in [0, 1]")
     std: tuple[Positive, Positive, Positive] = Field(
         default=cifar10.STD, description="of red, green, blue in [0, 1]"

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from cacp_ray.config import DataConfig, ModelConfig, PruningConfig, RunConfig
-from cacp_ray.data.images import ImageSet, read_labels, read_parquet
+from cacp_ray.data.images import ImageSet, Rows, Shape, read_images, read_labels
+from cacp_ray.data.sources import Source, open_source
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.evaluation.preparation import Prepared, hash_weights, needed_kinds, prepare
 from cacp_ray.files import read_json
@@ -48,9 +50,24 @@ class Base:
 
 def read_split(data: DataConfig, name: str, count: int | None = None) -> ImageSet:
     """Decodes a split, or `count` of its images, evenly spaced."""
-    split = getattr(data, name)
-    images = read_parquet(split.path, split.rows, count)
+    source, rows = _find_rows(data, name)
+    shape = Shape(data.resize, data.crop)
+    images = read_images(source, dataclasses.replace(rows, count=count), shape)
     return dataclasses.replace(images, mean=data.mean, std=data.std)
+
+
+def _find_rows(data: DataConfig, name: str) -> tuple[Source, Rows]:
+    """Where a split lies; the training split leaves out what the search split draws from it."""
+    split, search = getattr(data, name), data.search
+    rows = Rows(split.rows, split.images_per_class, seed=split.seed)
+    if name == "train" and search.images_per_class and search.path == split.path:
+        if split.rows != search.rows:
+            raise ConfigError(
+                "data.search.images_per_class draws from the rows of data.train: give both the "
+                "same rows, or none"
+            )
+        rows = Rows(split.rows, search.images_per_class, without=True, seed=search.seed)
+    return open_source(split.path), rows
 
 
 def check_data(data: DataConfig) -> None:
@@ -59,18 +76,19 @@ def check_data(data: DataConfig) -> None:
     Raises:
         CacpError: Naming the file and row, or both splits.
     """
-    seen: dict[str, tuple[Path, int, int]] = {}
+    seen: dict[str, tuple[str, NDArray[np.int64]]] = {}
     for name in ("train", "search", "test"):
-        split = getattr(data, name)
-        file, rows, _, _ = read_labels(split.path, split.rows)
-        first, last = int(rows[0]), int(rows[-1])
-        for other, (known, start, stop) in seen.items():
-            if known.resolve() == file.resolve() and first <= stop and start <= last:
+        source, chosen = _find_rows(data, name)
+        rows, _, _ = read_labels(source, chosen)
+        path = getattr(data, name).path
+        place = path if "://" in path else str(Path(source.name).resolve())
+        for other, (known, others) in seen.items():
+            if known == place and len(np.intersect1d(rows, others, assume_unique=True)):
                 raise ConfigError(
-                    f"data.{name} and data.{other} share rows of {file}: splits must be disjoint, "
+                    f"data.{name} and data.{other} share rows of {path}: splits must be disjoint, "
                     "or candidates are judged by what was learned"
                 )
-        seen[name] = (file, first, last)
+        seen[name] = (place, rows)
 
 
 def check_weights(base: Base, run_dir: Path) -> None:

@@ -1,31 +1,26 @@
-"""Labelled images from Parquet in the Hugging Face layout, decoded to uint8 arrays.
+"""Labelled images in memory, decoded to uint8 arrays.
 
-The image column is a struct of `bytes` (and `path`) or plain binary, the label column an integer.
-Class names are read from the schema metadata `huggingface` or `class_names`.
+In Parquet, the image column is a struct of `bytes` (and `path`) or plain binary, the label column
+an integer. Class names are read from the schema metadata `huggingface` or `class_names`.
 """
 
 import dataclasses
 import io
-import json
-from collections.abc import Sequence
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from cacp_ray.data import cifar10
+from cacp_ray.data.sources import NO_LABEL, Source, open_source
 from cacp_ray.data.transforms import from_shared, to_normalized
-from cacp_ray.errors import ArtifactError, ConfigError, nearest_names
+from cacp_ray.errors import ArtifactError, ConfigError
 
-IMAGE_COLUMNS = ("image", "img", "jpg", "png")
-LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
+DECODED_TOGETHER = 512
 
 
 @dataclass(frozen=True)
@@ -67,124 +62,149 @@ class ImageSet:
         return to_normalized(self.images, self.mean, self.std), from_shared(self.labels)
 
 
-def resolve_path(path: str) -> Path:
-    """A data file on disk; `embedded:train|search|test` names the package's CIFAR-10 sample."""
-    if path.startswith("embedded:"):
-        folder = Path(str(resources.files("cacp_ray.data"))) / "cifar10_sample"
-        known = {file.stem: file for file in folder.glob("*.parquet")}
-        name = path.removeprefix("embedded:")
-        if name not in known:
-            raise ConfigError(f"no embedded split {name!r}: {nearest_names(name, known)}")
-        return known[name]
-    return Path(path)
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a source.
+
+    Attributes:
+        span: [start, stop); all rows by default.
+        per_class: Draw so many of each class, by `seed`; those with fewer give what they have.
+        without: Draw them as `per_class` says, and take all the others.
+        seed: Of the draw.
+        count: Only so many of these rows, evenly spaced.
+    """
+
+    span: tuple[int, int] | None = None
+    per_class: int | None = None
+    without: bool = False
+    seed: int = 0
+    count: int | None = None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What becomes of images when they are decoded; by default nothing. As torchvision does it.
+
+    Attributes:
+        resize: Length of the shorter side, in pixels.
+        crop: Side of the square in the middle that is kept.
+    """
+
+    resize: int | None = None
+    crop: int | None = None
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """The image as it is kept."""
+        if self.resize is not None:
+            shorter = min(image.size)
+            width, height = (int(self.resize * side / shorter) for side in image.size)
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        if self.crop is not None:
+            left, top = (round((side - self.crop) / 2) for side in image.size)
+            image = image.crop((left, top, left + self.crop, top + self.crop))
+        return image
 
 
 def read_parquet(
     path: str, rows: tuple[int, int] | None = None, count: int | None = None
 ) -> ImageSet:
-    """Reads and decodes rows of a Parquet file.
+    """Reads and decodes rows [start, stop), or `count` of them; see `read_images`."""
+    return read_images(open_source(path), Rows(span=rows, count=count))
+
+
+def read_images(source: Source, rows: Rows, shape: Shape | None = None) -> ImageSet:
+    """Reads and decodes rows of a source.
 
     Args:
-        path: The file, or an embedded split.
-        rows: [start, stop); all rows by default.
-        count: Decode only so many of these rows, evenly spaced.
+        source: See `cacp_ray.data.sources`.
+        rows: Which.
+        shape: Of the images.
 
     Raises:
-        ArtifactError: The file is missing or corrupt, has no image or label column, holds an image
-            that cannot be decoded, images of several sizes, or a label outside the classes.
+        ArtifactError: The source is corrupt, has no image or label column, holds an image that
+            cannot be decoded, images of several sizes, or a label outside the classes.
     """
-    file, chosen, labels, classes = read_labels(path, rows, count)
-    table = pq.read_table(file)
-    images = _decode(
-        table[_find_column(table.schema, IMAGE_COLUMNS, file)].take(chosen), file, chosen
-    )
+    chosen, labels, classes = read_labels(source, rows)
+    images = _decode(source, chosen, shape or Shape())
     return ImageSet(images, labels, classes)
 
 
 def read_labels(
-    path: str, rows: tuple[int, int] | None = None, count: int | None = None
-) -> tuple[Path, NDArray[np.int64], NDArray[np.int64], tuple[str, ...]]:
-    """All but the images: the file, the row numbers (N,), the labels (N,) and the class names.
+    source: Source, rows: Rows
+) -> tuple[NDArray[np.int64], NDArray[np.int64], tuple[str, ...]]:
+    """All but the images: the row numbers (N,), rising, the labels (N,) and the class names.
 
-    Args and errors are those of `read_parquet`.
+    Args and errors are those of `read_images`.
     """
-    file = resolve_path(path)
-    if not file.is_file():
-        raise ArtifactError(f"data {file}: no such file; give the path of a Parquet file")
-    try:
-        schema = pq.read_schema(file)
-        _find_column(schema, IMAGE_COLUMNS, file)
-        label_column = _find_column(schema, LABEL_COLUMNS, file)
-        column = pq.read_table(file, columns=[label_column])[label_column]
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ArtifactError(
-            f"data {file}: not a readable Parquet file ({reason}); fetch or convert it again"
-        ) from error
-    start, stop = rows or (0, len(column))
-    if not 0 <= start < stop <= len(column):
-        raise ConfigError(f"data {file}: rows {start}-{stop} are outside its {len(column)} rows")
-    if not pa.types.is_integer(column.type):
-        raise ArtifactError(f"data {file}: labels are {column.type}; they must be integers")
+    labels = source.labels
+    start, stop = rows.span or (0, len(labels))
+    if not 0 <= start < stop <= len(labels):
+        raise ConfigError(
+            f"data {source.name}: rows {start}-{stop} are outside its {len(labels)} rows"
+        )
     chosen = np.arange(start, stop)
-    if count is not None and count < len(chosen):
-        chosen = chosen[np.arange(count) * len(chosen) // count]
-    column = column.take(chosen)
-    if column.null_count:
-        row = chosen[column.is_null().to_numpy().argmax()]
-        raise ArtifactError(f"data {file}, row {row}: no label; add it or remove the row")
-    labels = column.to_numpy().astype(np.int64)
-    classes = read_class_names(schema, label_column)
-    if not classes:
-        classes = tuple(str(label) for label in range(int(labels.max()) + 1))
+    if rows.per_class is not None:
+        drawn = draw_per_class(labels[chosen], rows.per_class, rows.seed)
+        chosen = chosen[np.setdiff1d(np.arange(len(chosen)), drawn) if rows.without else drawn]
+    if rows.count is not None and rows.count < len(chosen):
+        chosen = chosen[np.arange(rows.count) * len(chosen) // rows.count]
+    labels = labels[chosen]
+    if len(none := np.flatnonzero(labels == NO_LABEL)):
+        where = source.where(int(chosen[none[0]]))
+        raise ArtifactError(f"data {where}: no label; add it or remove the row")
+    classes = source.classes or tuple(str(label) for label in range(int(labels.max()) + 1))
     outside = np.flatnonzero((labels < 0) | (labels >= len(classes)))
     if len(outside):
         first = outside[0]
         raise ArtifactError(
-            f"data {file}, row {chosen[first]}: label {labels[first]} is outside the "
+            f"data {source.where(int(chosen[first]))}: label {labels[first]} is outside the "
             f"{len(classes)} classes; mend the label or the class names"
         )
-    return file, chosen, labels, classes
+    return chosen, labels, classes
 
 
-def read_class_names(schema: pa.Schema, label_column: str) -> tuple[str, ...]:
-    """Class names from the schema metadata, () where it has none."""
-    metadata = schema.metadata or {}
-    try:
-        if b"class_names" in metadata:
-            return tuple(json.loads(metadata[b"class_names"]))
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
-        return tuple(features[label_column]["names"])
-    except (KeyError, ValueError, TypeError):
-        return ()
+def draw_per_class(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
+    """Places (M,), rising, of `count` random entries of every label; of all where there are fewer.
+
+    The draw of one class depends on no other class.
+    """
+    order = np.argsort(labels, kind="stable")
+    bounds = np.flatnonzero(np.diff(labels[order], prepend=labels[order][:1] - 1))
+    drawn = [
+        np.random.default_rng([seed, int(labels[places[0]])]).permutation(places)[:count]
+        for places in np.split(order, bounds[1:])
+    ]
+    return np.sort(np.concatenate(drawn))
 
 
-def _find_column(schema: pa.Schema, names: Sequence[str], file: Path) -> str:
-    for name in names:
-        if name in schema.names:
-            return name
-    raise ArtifactError(
-        f"data {file}: none of the columns {', '.join(names)} among {', '.join(schema.names)}"
-    )
-
-
-def _decode(column: pa.ChunkedArray, file: Path, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-    if pa.types.is_struct(column.type):
-        column = pa.chunked_array([c.field("bytes") for c in column.chunks], pa.binary())
-
-    def decode(row: int, value: pa.BinaryScalar) -> NDArray[np.uint8]:
+def _decode(source: Source, rows: NDArray[np.int64], shape: Shape) -> NDArray[np.uint8]:
+    def decode(item: tuple[int, bytes | None]) -> NDArray[np.uint8]:
+        row, data = item
         try:
-            image = Image.open(io.BytesIO(value.as_buffer()))
-            return np.asarray(image.convert("RGB"))
+            image = Image.open(io.BytesIO(data or b""))
+            return np.asarray(shape(image.convert("RGB")))
         except (OSError, SyntaxError, ValueError, TypeError, AttributeError) as error:
             raise ArtifactError(
-                f"data {file}, row {row}: cannot decode the image ({error}); "
+                f"data {source.where(row)}: cannot decode the image ({error}); "
                 "remove or replace that row"
             ) from error
 
+    images: NDArray[np.uint8] | None = None
     with ThreadPoolExecutor() as pool:
-        images = list(pool.map(decode, rows.tolist(), column))
-    shapes = {image.shape for image in images}
-    if len(shapes) > 1:
-        raise ArtifactError(f"data {file}: images of several sizes {sorted(shapes)}; resize first")
-    return np.stack(images)
+        # In parts: encoded images of a whole split would take as much memory again.
+        items = source.read(rows)
+        done = 0
+        while part := list(itertools.islice(items, DECODED_TOGETHER)):
+            decoded = list(pool.map(decode, part))
+            if images is None:
+                images = np.empty((len(rows), *decoded[0].shape), np.uint8)
+            if shapes := {each.shape for each in decoded} - {images.shape[1:]}:
+                raise ArtifactError(
+                    f"data {source.name}: images of several sizes "
+                    f"{sorted({*shapes, images.shape[1:]})}; resize first, or set data.resize and "
+                    "data.crop"
+                )
+            images[done : done + len(part)] = decoded
+            done += len(part)
+    assert images is not None
+    return images

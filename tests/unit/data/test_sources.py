@@ -1,0 +1,177 @@
+"""Shards, folders and URIs hold the same images; draws by class are what they say."""
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision import transforms
+
+from cacp_ray.config import DataConfig, load_config
+from cacp_ray.data.images import Rows, Shape, draw_per_class, read_images, read_labels
+from cacp_ray.data.sources import open_source
+from cacp_ray.errors import ArtifactError, ConfigError
+from cacp_ray.loading import check_data, read_split
+
+NUM_CLASSES, PER_CLASS = 3, 7
+
+
+def encode(value, side=4):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((side, side, 3), value, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+IMAGES = [encode(value) for value in range(NUM_CLASSES * PER_CLASS)]
+LABELS = [value % NUM_CLASSES for value in range(len(IMAGES))]
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Three files of seven rows, in row groups of two."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    for part in range(3):
+        rows = slice(7 * part, 7 * (part + 1))
+        table = pa.table(
+            {
+                "image": pa.array([{"bytes": b, "path": None} for b in IMAGES[rows]], kind),
+                "label": pa.array(LABELS[rows], pa.int64()),
+            }
+        )
+        pq.write_table(table, folder / f"train-{part:05d}-of-00003.parquet", row_group_size=2)
+    (folder / "README.md").write_text("no data")
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A folder a class."""
+    root = tmp_path / "folders"
+    for value, image in enumerate(IMAGES):
+        place = root / f"class{LABELS[value]}"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{value:03d}.png").write_bytes(image)
+    (root / "notes.txt").write_text("no image")
+    (root / "stray.png").write_bytes(IMAGES[0])
+    return root
+
+
+def values(images):
+    return images.images[:, 0, 0, 0].tolist()
+
+
+@pytest.mark.parametrize("form", ["{}", "{}/train-*.parquet", "file://{}", "file://{}/*.parquet"])
+def test_shards_are_one_set_in_the_order_of_their_names(shards, form):
+    source = open_source(form.format(shards))
+    found = read_images(source, Rows())
+    assert values(found) == list(range(21))
+    assert found.labels.tolist() == LABELS
+    assert found.classes == ("0", "1", "2")
+    assert values(read_images(source, Rows(span=(5, 16), count=4))) == [5, 7, 10, 13]
+    assert source.where(15).endswith("train-00002-of-00003.parquet, row 1")
+
+
+def test_only_row_groups_with_wanted_rows_are_read(shards, monkeypatch):
+    groups = []
+    read = pq.ParquetFile.read_row_group
+
+    def note(self, group, **options):
+        groups.append(group)
+        return read(self, group, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", note)
+    found = read_images(open_source(str(shards)), Rows(span=(9, 10)))
+    assert values(found) == [9]
+    assert groups == [1]
+
+
+def test_folders_are_classes(folders):
+    source = open_source(str(folders))
+    found = read_images(source, Rows())
+    assert found.classes == ("class0", "class1", "class2")
+    assert found.labels.tolist() == sorted(LABELS)
+    assert values(found) == sorted(range(21), key=lambda value: (LABELS[value], value))
+
+
+def test_what_holds_no_images_is_refused(tmp_path, folders):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ArtifactError, match="neither Parquet files nor folders of images"):
+        open_source(str(tmp_path / "empty"))
+    with pytest.raises(ArtifactError, match="no file fits"):
+        open_source(str(tmp_path / "*.parquet"))
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        open_source("nowhere://bucket/data")
+    broken = folders / "class1" / "001.png"
+    broken.write_bytes(b"not an image")
+    with pytest.raises(ArtifactError, match=r"class1/001\.png: cannot decode"):
+        read_images(open_source(str(folders)), Rows())
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=60),
+    st.integers(1, 8),
+    st.integers(0, 3),
+)
+def test_a_draw_takes_so_many_of_each_class_and_nothing_else_decides(labels, count, seed):
+    labels = np.array(labels)
+    drawn = draw_per_class(labels, count, seed)
+    assert drawn.tolist() == sorted(set(drawn.tolist()))
+    for label in np.unique(labels):
+        assert (labels[drawn] == label).sum() == min(count, (labels == label).sum())
+    # More of one class changes nothing for another.
+    more = draw_per_class(np.append(labels, [9, 9, 9]), count, seed)
+    assert more[more < len(labels)].tolist() == drawn.tolist()
+
+
+def test_draws_of_other_seeds_differ():
+    labels = np.zeros(1000, np.int64)
+    one, other = (draw_per_class(labels, 50, seed) for seed in (0, 1))
+    assert len(np.intersect1d(one, other)) < 20
+
+
+def test_the_search_split_is_drawn_from_the_training_rows_and_missing_there(shards, tmp_path):
+    other = tmp_path / "test.parquet"
+    pq.write_table(pq.read_table(shards / "train-00000-of-00003.parquet"), other)
+    data = load_config(
+        DataConfig,
+        {
+            "train": {"path": str(shards)},
+            "search": {"path": str(shards), "images_per_class": 2, "seed": 3},
+            "test": {"path": str(other)},
+        },
+    )
+    check_data(data)
+    train, search = read_split(data, "train"), read_split(data, "search")
+    assert sorted(values(train) + values(search)) == list(range(21))
+    assert np.bincount(search.labels).tolist() == [2, 2, 2]
+    assert values(read_split(data, "search")) == values(search)
+    assert len(read_split(data, "train", 5)) == 5
+    clash = data.model_copy(update={"test": data.train})
+    with pytest.raises(ConfigError, match="share rows"):
+        check_data(clash)
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (37, 61), (64, 64)])
+@pytest.mark.parametrize(("resize", "crop"), [(64, 56), (232, 224), (None, 30), (50, None)])
+def test_shapes_are_those_of_torchvision(size, resize, crop):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    steps = [transforms.Resize(resize)] if resize else []
+    steps += [transforms.CenterCrop(crop)] if crop else []
+    expected = transforms.Compose(steps)(image)
+    assert np.array_equal(np.asarray(Shape(resize, crop)(image)), np.asarray(expected))
+
+
+def test_images_of_several_sizes_need_a_shape(folders):
+    (folders / "class0" / "big.png").write_bytes(encode(200, side=8))
+    source = open_source(str(folders))
+    with pytest.raises(ArtifactError, match=r"several sizes .*set data\.resize"):
+        read_images(source, Rows())
+    assert read_images(source, Rows(), Shape(4, 4)).images.shape == (22, 4, 4, 3)
+    assert len(read_labels(source, Rows())[0]) == 22
