@@ -17,6 +17,9 @@ app = typer.Typer(
     "A rate is the share of the cost that is KEPT: 0.3 is smaller than 0.7.",
 )
 
+data_app = typer.Typer(no_args_is_help=True, help="Convert and inspect image data.")
+app.add_typer(data_app, name="data")
+
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value: a.b=1.")
 ]
@@ -329,6 +332,53 @@ def export(
 def report(run: RunFolder) -> None:
     """Write report.html and print the final table."""
     _report(run)
+
+
+@data_app.command("inspect")
+def inspect_data(
+    path: Annotated[
+        str,
+        typer.Argument(help="Parquet file, folder or pattern of shards, folder of class folders."),
+    ],
+    every: Annotated[
+        bool, typer.Option("--all", help="Decode all images, not 1,000 evenly spaced ones.")
+    ] = False,
+) -> None:
+    """Print rows, classes, class balance, image sizes, and the first image that is broken."""
+    from cacp_ray.data.inspecting import describe, summarize
+    from cacp_ray.data.sources import open_source
+
+    found = summarize(open_source(path), None if every else 1000)
+    typer.echo("\n".join(describe(path, found)))
+    if found.broken:
+        raise typer.Exit(2)
+
+
+@data_app.command("convert")
+def convert_data(
+    kind: Annotated[str, typer.Argument(help="imagefolder: a folder of images for each class.")],
+    source: Annotated[str, typer.Argument(metavar="SRC")],
+    out: Annotated[str, typer.Argument(metavar="DST", help="Folder, s3://... or gs://...")],
+    shards: Annotated[int, typer.Option(min=1, help="Files to write.")],
+    prefix: Annotated[str, typer.Option(help="Of their names.")] = "train",
+    address: Address = None,
+) -> None:
+    """Write Parquet shards of an image folder, in parallel on Ray; a killed one goes on."""
+    from cacp_ray.distributed.cluster import check_address, connect
+    from cacp_ray.distributed.converting import convert
+
+    if kind != "imagefolder":
+        raise ConfigError(f"data convert {kind}: only imagefolder can be converted")
+    check_address(address)
+    connect(address)
+    rows = convert(
+        source,
+        out,
+        shards,
+        prefix,
+        lambda done, total: None if state["quiet"] else typer.echo(f"shard {done:,}/{total:,}"),
+    )
+    typer.echo(f"{rows:,} images in {shards:,} shards: {out}")
 
 
 def _percent(accuracy: Any) -> str:
