@@ -37,6 +37,7 @@ from cacp_ray.pruning.statistics_file import save_statistics
 from cacp_ray.searching.loop import SearchLoop, SearchProgress
 from cacp_ray.searching.run_directory import RunDirectory
 from cacp_ray.searching.strategies import RACING
+from cacp_ray.storage import RunStorage
 from cacp_ray.strategies import check_strategy, make_run_strategy, num_searched
 from cacp_ray.training.metrics import predict, score_logits
 from cacp_ray.winners import (
@@ -73,6 +74,7 @@ def run_search(
     say: Callable[[str], object],
     known: Mapping[Subnet, Measurement] | None = None,
     cache: Path | None = None,
+    storage: RunStorage | None = None,
 ) -> dict[str, Any]:
     """Searches all rates at once and fills `run_dir`, up to result.json.
 
@@ -84,6 +86,7 @@ def run_search(
         say: Takes a line about each phase.
         known: Measurements of other runs, alike in all that a measurement depends on.
         cache: Folder of measurements by content (`cacp_ray.evaluation.cache`), read and added to.
+        storage: Where the run is copied to, at every checkpoint.
 
     Raises:
         CacpError: Bad input, before anything is written, or a failed run.
@@ -114,14 +117,12 @@ def run_search(
     try:
         with clock.phase("start"):
             if saved is None:
-                run.write_config(resolved(config))
-                key = key_of_statistics(base, config)
-                save_statistics(run_dir / STATISTICS_FILE, statistics, key)
-                run.write_environment(describe_environment(config.seed))
-                saved = describe_model(base, prepared, logits, config)
-                run.write_model(saved)
+                saved = _begin(
+                    run, config, base, statistics, describe_model(base, prepared, logits, config)
+                )
+        push = None if storage is None else partial(storage.push, run_dir)
         with clock.phase("search"):
-            loop, agent, log = _search(config, base, run, evaluator, on_progress, known)
+            loop, agent, log = _search(config, base, run, evaluator, on_progress, known, push)
         clock.seconds["search"] = round(loop.seconds, 2)
         with clock.phase("frontier"):
             answers = measure_policy(agent.policy, base, config, evaluator) if agent else []
@@ -153,6 +154,8 @@ def run_search(
     }
     add_latencies(result, base, run_dir)
     write_json(run_dir / "result.json", result)
+    if storage is not None:
+        storage.finish(run_dir)
     return result
 
 
@@ -163,6 +166,17 @@ def _prepare(
     statistics = find_statistics(base, config, run_dir)
     logits = predict(base.model, base.search.tensors()[0], 500, torch.float32)
     return prepare_base(base, config, orders, statistics), statistics, logits
+
+
+def _begin(
+    run: RunDirectory, config: RunConfig, base: Base, statistics: Statistics, model: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes what a run starts with; gives back the content of model.json."""
+    run.write_config(resolved(config))
+    save_statistics(run.path / STATISTICS_FILE, statistics, key_of_statistics(base, config))
+    run.write_environment(describe_environment(config.seed))
+    run.write_model(model)
+    return model
 
 
 def _start_evaluators(
@@ -217,6 +231,7 @@ def _search(
     evaluator: Evaluator,
     on_progress: Callable[[SearchProgress], object] | None,
     known: Mapping[Subnet, Measurement] | None,
+    push: Callable[[], object] | None,
 ) -> tuple[SearchLoop, Any, LearningLog | None]:
     """The finished loop, the agent and its log; None where there is no policy, or no agent."""
     cost_model = base.plan.cost_model
@@ -232,6 +247,7 @@ def _search(
         known=known,
         races=config.evaluation.racing and config.strategy in RACING,
         on_progress=on_progress,
+        on_checkpoint=push,
     )
     strategy, agent = make_run_strategy(config, base, lambda _: loop.tick(strategy), run.path)
     loop.restore(strategy)
