@@ -187,7 +187,7 @@ def _start_evaluators(
     from cacp_ray.distributed.pool import RayEvaluatorPool
 
     per_evaluator = config.cluster.cpus_per_evaluator
-    num_evaluators = config.cluster.evaluators or max(1, available_cpus() // per_evaluator)
+    num_evaluators = config.cluster.max_evaluators or max(1, available_cpus() // per_evaluator)
     say(f"{num_evaluators} evaluators with {per_evaluator} CPU each")
     return RayEvaluatorPool(
         make_scorer,
