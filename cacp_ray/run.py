@@ -182,13 +182,18 @@ def _begin(
 def _start_evaluators(
     config: RunConfig, base: Base, prepared: Prepared, logits: Tensor, say: Callable[[str], object]
 ) -> Evaluator:
-    """Actors on the connected cluster, as many as its CPUs hold unless the run says how many."""
+    """Actors on the connected cluster, as many as its CPUs hold unless the run says how many.
+
+    Never more than could work at once, since nodes may be started for them.
+    """
     from cacp_ray.distributed.cluster import available_cpus
     from cacp_ray.distributed.pool import RayEvaluatorPool
 
     per_evaluator = config.cluster.cpus_per_evaluator
-    num_evaluators = config.cluster.max_evaluators or max(1, available_cpus() // per_evaluator)
-    say(f"{num_evaluators} evaluators with {per_evaluator} CPU each")
+    wanted, room = config.cluster.max_evaluators, max(1, available_cpus() // per_evaluator)
+    useful = config.round_size if config.mode == "rounds" else config.evaluations
+    num_evaluators = min(wanted or room, useful)
+    say(f"{num_evaluators} evaluators with {per_evaluator} CPU each, room for {room} now")
     return RayEvaluatorPool(
         make_scorer,
         {
@@ -203,6 +208,7 @@ def _start_evaluators(
         },
         num_evaluators=num_evaluators,
         cpus_per_evaluator=per_evaluator,
+        follows_nodes=wanted is None,
     )
 
 
