@@ -27,7 +27,7 @@ from cacp_ray.evaluation.measurement import Evaluator
 from cacp_ray.evaluation.scorer import make_scorer, read_dtype
 from cacp_ray.files import describe_environment, write_file, write_json, write_yaml
 from cacp_ray.loading import Base, load_base, prepare_base
-from cacp_ray.run import Clock
+from cacp_ray.run import Clock, scorer_arguments
 from cacp_ray.searching.loop import SearchLoop
 from cacp_ray.searching.run_directory import RunDirectory
 from cacp_ray.strategies import check_strategy, make_run_strategy, num_searched
@@ -172,25 +172,18 @@ def _run_trials(
     from cacp_ray.tuning.agents import TRIAL_CPUS, AgentTask, tune_agents
 
     cpus = search.cluster.cpus_per_evaluator
-    num_evaluators = search.cluster.evaluators or max(1, available_cpus() // cpus)
+    num_evaluators = search.cluster.max_evaluators or max(1, available_cpus() // cpus)
     max_concurrent = min(config.trials, 2 * num_evaluators)
     if config.scheduler == "pbt":
         max_concurrent = config.trials
     say(f"{num_evaluators} evaluators, {max_concurrent} of {config.trials} trials at once")
     broker = start_broker(
         make_scorer,
-        {
-            "prepared": prepared,
-            "split": base.search,
-            "recovery": search.pruning.recovery,
-            "batch_size": search.evaluation.batch_size,
-            "dtype": search.evaluation.dtype,
-            "images": search.evaluation.images,
-            "threads": cpus,
-        },
+        scorer_arguments(search, base, prepared),
         num_evaluators=num_evaluators,
         # The trials' share comes off the evaluators': all together they fill the machine.
         cpus_per_evaluator=cpus - TRIAL_CPUS * max_concurrent / num_evaluators,
+        follows_nodes=search.cluster.max_evaluators is None,
         cache_folder=(folder / "cache").resolve(),
         cache_key=key_of_scores(
             prepared,

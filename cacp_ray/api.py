@@ -28,6 +28,7 @@ from cacp_ray.results import answer_rates, read_result, report_run
 from cacp_ray.run import describe_base, run_search
 from cacp_ray.searching.loop import SearchProgress
 from cacp_ray.searching.strategies import AGENTS, STRATEGIES
+from cacp_ray.storage import RunStorage
 from cacp_ray.strategies import check_strategy
 from cacp_ray.training.base import train_base
 from cacp_ray.training.loop import EpochResult
@@ -158,6 +159,7 @@ def search(
     on_progress: Callable[[SearchProgress], object] | None = None,
     known: Mapping[Subnet, Measurement] | None = None,
     cache: str | Path | None = None,
+    storage: str | Path | None = None,
 ) -> Run:
     """Searches a smaller network for every rate at once.
 
@@ -171,14 +173,21 @@ def search(
             found there is not measured again and counts as an evaluation.
         cache: Folder where measurements are kept for other runs; what is scored alike, whatever
             the run, is scored once.
+        storage: Folder, s3:// or gs:// URI that the run is copied to at every checkpoint. With
+            `resume`, what it holds is fetched and gone on with; the search begins where it holds
+            nothing yet, so that one call serves the first start and every other.
 
     Raises:
         CacpError: Bad input, before anything is written, or a failed run.
     """
     settings = config if isinstance(config, RunConfig) else load_config(RunConfig, config)
     folder = Path(run_dir) if run_dir is not None else Path("runs") / settings.name
-    open_folder(folder, settings, resume=resume)
+    copy = None if storage is None else _open_storage(str(storage), folder, resume=resume)
+    is_first = copy is not None and not copy.holds_run and not is_run(folder)
+    open_folder(folder, settings, resume=resume and not is_first)
     if (folder / "result.json").exists():
+        if copy is not None:
+            copy.finish(folder)
         return Run(folder, read_result(folder))  # finished before: fine-tuning may have added to it
     if cache is not None:
         check_folder(Path(cache))
@@ -190,8 +199,21 @@ def search(
         say=logger.info,
         known=known,
         cache=None if cache is None else Path(cache),
+        storage=copy,
     )
     return Run(folder, result)
+
+
+def _open_storage(uri: str, folder: Path, *, resume: bool) -> RunStorage:
+    """The storage of a run; what it holds is in the folder afterwards."""
+    storage = RunStorage(uri)
+    if resume:
+        storage.pull(folder)
+    elif storage.holds_run:
+        raise ArtifactError(
+            f"storage {uri} holds a run: pass --resume to continue it, or choose another --storage"
+        )
+    return storage
 
 
 def check_search(config: RunConfig, run_dir: Path, *, resume: bool = False) -> str:

@@ -156,6 +156,14 @@ def search(
         Path | None,
         typer.Option("--cache", help="Folder that keeps measurements for other runs."),
     ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            "--storage",
+            help="Folder, s3:// or gs:// URI that the run is copied to at every checkpoint; with "
+            "--resume, it goes on from there.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check all input and print what would be searched.")
     ] = False,
@@ -164,6 +172,8 @@ def search(
     from cacp_ray.config import RunConfig, load_config
 
     if strategy and "," in strategy:
+        if storage:
+            raise ConfigError("--storage holds one run: search with one --strategy")
         settings, names = load_config(RunConfig, config, overrides or []), strategy.split(",")
         options = {"address": address, "cache": cache}
         _search_each(settings, names, run_dir, resume=resume, dry_run=dry_run, **options)
@@ -176,7 +186,7 @@ def search(
 
         typer.echo(check_search(settings, folder, resume=resume))
         return
-    _search(settings, folder, resume=resume, address=address, cache=cache)
+    _search(settings, folder, resume=resume, address=address, cache=cache, storage=storage)
     _report(folder)
 
 

@@ -123,8 +123,11 @@ class EvaluationConfig(Section):
 class ClusterConfig(Section):
     """The evaluator actors."""
 
-    evaluators: int | None = Field(
-        default=None, ge=1, description="one for each free CPU by default"
+    max_evaluators: int | None = Field(
+        default=None,
+        ge=1,
+        description="asked of the cluster, which may grow for them; by default as many as there is "
+        "room for, and for more when nodes join",
     )
     cpus_per_evaluator: int = Field(default=1, ge=1, description="threads of one evaluator")
 

@@ -31,6 +31,7 @@ from cacp_ray.pruning.statistics_file import save_statistics
 from cacp_ray.searching.loop import SearchLoop, SearchProgress
 from cacp_ray.searching.run_directory import RunDirectory
 from cacp_ray.searching.strategies import RACING
+from cacp_ray.storage import RunStorage
 from cacp_ray.strategies import check_strategy, make_run_strategy, num_searched
 from cacp_ray.training.metrics import measure
 from cacp_ray.winners import (
@@ -67,6 +68,7 @@ def run_search(
     say: Callable[[str], object],
     known: Mapping[Subnet, Measurement] | None = None,
     cache: Path | None = None,
+    storage: RunStorage | None = None,
 ) -> dict[str, Any]:
     """Searches all rates at once and fills `run_dir`, up to result.json.
 
@@ -78,6 +80,7 @@ def run_search(
         say: Takes a line about each phase.
         known: Measurements of other runs, alike in all that a measurement depends on.
         cache: Folder of measurements by content (`cacp_ray.evaluation.cache`), read and added to.
+        storage: Where the run is copied to, at every checkpoint.
 
     Raises:
         CacpError: Bad input, before anything is written, or a failed run.
@@ -109,14 +112,12 @@ def run_search(
     try:
         with clock.phase("start"):
             if saved is None:
-                run.write_config(resolved(config))
-                key = key_of_statistics(base, config)
-                save_statistics(run_dir / STATISTICS_FILE, statistics, key)
-                run.write_environment(describe_environment(config.seed))
-                saved = describe_model(base, prepared, config)
-                run.write_model(saved)
+                saved = _begin(
+                    run, config, base, statistics, describe_model(base, prepared, config)
+                )
+        push = None if storage is None else partial(storage.push, run_dir)
         with clock.phase("search"):
-            loop, agent, log = _search(config, base, run, evaluator, on_progress, known)
+            loop, agent, log = _search(config, base, run, evaluator, on_progress, known, push)
         clock.seconds["search"] = round(loop.seconds, 2)
         with clock.phase("frontier"):
             answers = measure_policy(agent.policy, base, config, evaluator) if agent else []
@@ -148,6 +149,8 @@ def run_search(
     }
     add_latencies(result, base, run_dir)
     write_json(run_dir / "result.json", result)
+    if storage is not None:
+        storage.finish(run_dir)
     return result
 
 
@@ -158,30 +161,52 @@ def _prepare(
     return prepare_base(base, config, orders, statistics), statistics
 
 
+def _begin(
+    run: RunDirectory, config: RunConfig, base: Base, statistics: Statistics, model: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes what a run starts with; gives back the content of model.json."""
+    run.write_config(resolved(config))
+    save_statistics(run.path / STATISTICS_FILE, statistics, key_of_statistics(base, config))
+    run.write_environment(describe_environment(config.seed))
+    run.write_model(model)
+    return model
+
+
 def _start_evaluators(
     config: RunConfig, base: Base, prepared: Prepared, say: Callable[[str], object]
 ) -> Evaluator:
-    """Actors on the connected cluster, as many as its CPUs hold unless the run says how many."""
+    """Actors on the connected cluster, as many as its CPUs hold unless the run says how many.
+
+    Never more than could work at once, since nodes may be started for them.
+    """
     from cacp_ray.distributed.cluster import available_cpus
     from cacp_ray.distributed.pool import RayEvaluatorPool
 
     per_evaluator = config.cluster.cpus_per_evaluator
-    num_evaluators = config.cluster.evaluators or max(1, available_cpus() // per_evaluator)
-    say(f"{num_evaluators} evaluators with {per_evaluator} CPU each")
+    wanted, room = config.cluster.max_evaluators, max(1, available_cpus() // per_evaluator)
+    useful = config.round_size if config.mode == "rounds" else config.evaluations
+    num_evaluators = min(wanted or room, useful)
+    say(f"{num_evaluators} evaluators with {per_evaluator} CPU each, room for {room} now")
     return RayEvaluatorPool(
         make_scorer,
-        {
-            "prepared": prepared,
-            "split": base.search,
-            "recovery": config.pruning.recovery,
-            "batch_size": config.evaluation.batch_size,
-            "dtype": config.evaluation.dtype,
-            "images": config.evaluation.images,
-            "threads": per_evaluator,
-        },
+        scorer_arguments(config, base, prepared),
         num_evaluators=num_evaluators,
         cpus_per_evaluator=per_evaluator,
+        follows_nodes=wanted is None,
     )
+
+
+def scorer_arguments(config: RunConfig, base: Base, prepared: Prepared) -> dict[str, Any]:
+    """What an evaluator builds its score function from."""
+    return {
+        "prepared": prepared,
+        "split": base.search,
+        "recovery": config.pruning.recovery,
+        "batch_size": config.evaluation.batch_size,
+        "dtype": config.evaluation.dtype,
+        "images": config.evaluation.images,
+        "threads": config.cluster.cpus_per_evaluator,
+    }
 
 
 def _put_cache_before(
@@ -204,6 +229,7 @@ def _search(
     evaluator: Evaluator,
     on_progress: Callable[[SearchProgress], object] | None,
     known: Mapping[Subnet, Measurement] | None,
+    push: Callable[[], object] | None,
 ) -> tuple[SearchLoop, Any, LearningLog | None]:
     """The finished loop, the agent and its log; None where there is no policy, or no agent."""
     cost_model = base.plan.cost_model
@@ -219,6 +245,7 @@ def _search(
         known=known,
         races=config.evaluation.racing and config.strategy in RACING,
         on_progress=on_progress,
+        on_checkpoint=push,
     )
     strategy, agent = make_run_strategy(config, base, lambda _: loop.tick(strategy), run.path)
     loop.restore(strategy)

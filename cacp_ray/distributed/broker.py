@@ -71,29 +71,22 @@ class Broker:
         make_score: Callable[..., ScoreFunction],
         payload: dict[str, Any],
         *,
-        num_evaluators: int,
-        cpus_per_evaluator: float,
         cache_folder: Path,
         cache_key: str,
         images: int,
+        **pool_options: Any,
     ) -> None:
         """Starts the pool and returns.
 
         Args:
             make_score: As of `RayEvaluatorPool`.
             payload: As of `RayEvaluatorPool`.
-            num_evaluators: Actors.
-            cpus_per_evaluator: CPUs that an actor reserves.
             cache_folder: Of measurements, read and added to.
             cache_key: See `cacp_ray.evaluation.cache.key_of_scores`.
             images: That score a candidate which does not say how many.
+            pool_options: Of `RayEvaluatorPool`.
         """
-        self._pool = RayEvaluatorPool(
-            make_score,
-            payload,
-            num_evaluators=num_evaluators,
-            cpus_per_evaluator=cpus_per_evaluator,
-        )
+        self._pool = RayEvaluatorPool(make_score, payload, **pool_options)
         self._cache = MeasurementCache(cache_folder, cache_key)
         self._images = images
         self._changed = threading.Condition()

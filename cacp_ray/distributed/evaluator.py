@@ -28,6 +28,10 @@ class RayEvaluator:
         self._node = ray.util.get_node_ip_address()
         self._score: ScoreFunction | None = None
 
+    def locate(self) -> str:
+        """Id of its node: the process runs."""
+        return ray.get_runtime_context().get_node_id()
+
     def prepare(
         self, make_score: Callable[..., ScoreFunction], payload: dict[str, ray.ObjectRef]
     ) -> None:

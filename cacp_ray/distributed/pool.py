@@ -3,20 +3,25 @@
 The pool, not Ray, resubmits a candidate whose evaluator was lost: Ray would retry one that crashes
 its process for ever, and on an actor that may never come back. Scoring is pure, so that is safe.
 Ray only restarts the actors; one counts as ready when `prepare` has reported back from it.
+
+Actors that wait for a node are all that the pool asks of an autoscaler: the demand ends with them,
+on `close` or when the driver dies, and nothing has to be taken back.
 """
 
 import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from cacp_ray.distributed.evaluator import NotPreparedError, RayEvaluator
+from cacp_ray.distributed.nodes import read_nodes
+from cacp_ray.distributed.outcomes import as_failed, describe, get_outcome
 from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
 
@@ -25,7 +30,10 @@ logger = logging.getLogger(__name__)
 PLACES = 2  # candidates in flight per actor: one is scored, the next one waits beside it
 MAX_START_CRASHES = 3
 RETRY_DELAY_S = 1.0
+MAX_RETRY_DELAY_S = 32.0
+WATCH_S = 1.0
 PATIENCE_S = 20.0
+WITHDRAW_S = 60.0
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -35,12 +43,19 @@ class _Slot:
 
     name: str
     actor: Any
+    node: str = ""  # id, once the process runs
     is_ready: bool = False
-    is_preparing: bool = False
-    prepare_at: float = 0.0
+    is_draining: bool = False
+    starting: ray.ObjectRef | None = None  # `locate`, then `prepare`
+    start_at: float = 0.0
     num_free: int = PLACES
-    num_crashes: int = 0  # consecutive process deaths while preparing
+    num_crashes: int = 0  # consecutive process deaths while starting
     start_error: str = ""
+    waiting_since: float = field(default_factory=time.monotonic)
+
+    def lose(self) -> None:
+        """Its process is gone."""
+        self.is_ready, self.node, self.waiting_since = False, "", time.monotonic()
 
 
 @dataclass(eq=False)
@@ -71,8 +86,7 @@ class _Flight:
 class RayEvaluatorPool:
     """Scores on Ray actors; implements the Evaluator port.
 
-    Results come in any order, each candidate exactly once. Actors start in the background, and
-    those that wait for a node are what an autoscaler sees as demand.
+    Results come in any order, each candidate exactly once. Actors start in the background.
     """
 
     def __init__(
@@ -83,6 +97,7 @@ class RayEvaluatorPool:
         num_evaluators: int,
         cpus_per_evaluator: float,
         max_attempts: int = 3,
+        follows_nodes: bool = False,
     ) -> None:
         """Starts the actors and returns at once.
 
@@ -91,10 +106,12 @@ class RayEvaluatorPool:
                 importable there.
             payload: What scoring needs. Each value is stored once; an actor reads numpy arrays,
                 also inside containers, without a copy and read-only.
-            num_evaluators: Actors to start.
+            num_evaluators: Actors to ask for, whether there is room for them yet or not.
             cpus_per_evaluator: CPUs an actor reserves; also its threads, at least 1.
             max_attempts: Tries of one candidate before it is given up as failed; a try lost to an
                 announced preemption does not count.
+            follows_nodes: Ask for as many as there is room for instead: `num_evaluators` at first,
+                more when nodes join, and none that has found no room for a minute.
         """
         self._make_score = make_score
         self._payload = {name: ray.put(value) for name, value in payload.items()}
@@ -110,19 +127,25 @@ class RayEvaluatorPool:
         )
         self._queue: deque[_Work] = deque()
         self._flights: dict[ray.ObjectRef, _Flight] = {}
-        self._preparing: dict[ray.ObjectRef, _Slot] = {}
+        self._starting: dict[ray.ObjectRef, _Slot] = {}
+        self._follows_nodes = follows_nodes
+        self._known_nodes = set(read_nodes().cpus)
+        self._watch_at = time.monotonic() + WATCH_S
         self._none_ready_since = time.monotonic()
         self._first_error_at = math.inf
         self._was_ready = False
         self._has_warned = False
-        names = [f"evaluator-{index}" for index in range(num_evaluators)]
-        self._slots = [_Slot(name, self._create(name)) for name in names]
-        self._prepare_due()
+        self._num_slots_made = 0
+        self._slots: list[_Slot] = []
+        room = ray.available_resources().get("CPU", 0) / cpus_per_evaluator
+        self._first_capacity = max(1, min(num_evaluators, int(room)))
+        self._add_slots(num_evaluators)
+        self._start_due()
 
     @property
     def capacity(self) -> int:
-        """Candidates that keep every ready actor busy; before any is ready, one for each."""
-        return PLACES * self.num_alive or len(self._slots)
+        """Candidates that keep every ready actor busy; before any is, one for each with room."""
+        return PLACES * self.num_alive or min(self._first_capacity, len(self._slots))
 
     @property
     def num_alive(self) -> int:
@@ -159,19 +182,59 @@ class RayEvaluatorPool:
                 ray.kill(slot.actor)
         self._queue.clear()
         self._flights.clear()
-        self._preparing.clear()
+        self._starting.clear()
         self._payload.clear()
 
-    def _create(self, name: str) -> Any:
-        return self._actor_class.remote(name)
+    def _add_slots(self, count: int) -> None:
+        for _ in range(count):
+            name = f"evaluator-{self._num_slots_made}"
+            self._num_slots_made += 1
+            self._slots.append(_Slot(name, self._actor_class.remote(name)))
 
-    def _prepare_due(self) -> None:
+    def _start_due(self) -> None:
+        """Asks actors that are not ready where they are, then to build their score function."""
         now = time.monotonic()
         for slot in self._slots:
-            if not slot.is_ready and not slot.is_preparing and slot.prepare_at <= now:
-                slot.is_preparing = True
+            if slot.is_ready or slot.starting is not None or slot.start_at > now:
+                continue
+            if slot.node:
                 ref = slot.actor.prepare.remote(self._make_score, self._payload)
-                self._preparing[ref] = slot
+            else:
+                ref = slot.actor.locate.remote()
+            slot.starting = ref
+            self._starting[ref] = slot
+
+    def _watch_nodes(self) -> None:
+        """Leaves nodes that are draining, forgets those that are gone, uses those that joined."""
+        now = time.monotonic()
+        if now < self._watch_at:
+            return
+        self._watch_at = now + WATCH_S
+        nodes = read_nodes()
+        for slot in self._slots:
+            if slot.node and slot.node not in nodes.cpus:
+                slot.lose()
+            slot.is_draining = slot.node in nodes.draining
+            if slot.is_draining and slot.num_free == PLACES:
+                logger.debug("%s leaves a node that is draining", slot.name)
+                self._replace(slot)
+        joined = nodes.cpus.keys() - self._known_nodes
+        self._known_nodes |= joined
+        if self._follows_nodes:
+            waiting = [slot for slot in self._slots if not slot.node]
+            room = sum(int(nodes.cpus[node] / self._cpus) for node in joined)
+            self._add_slots(max(0, room - len(waiting)))
+            for slot in waiting[: len(self._slots) - 1]:  # one always asks for a node
+                if not room and now - slot.waiting_since > WITHDRAW_S:
+                    self._slots.remove(slot)
+                    ray.kill(slot.actor)
+
+    def _replace(self, slot: _Slot) -> None:
+        """A new actor, which Ray places anew."""
+        ray.kill(slot.actor)
+        slot.actor = self._actor_class.remote(slot.name)
+        slot.starting = None  # what the old one answers no longer counts
+        slot.lose()
 
     def _dispatch(self) -> None:
         """Sends queued candidates to free places, the least loaded actor first.
@@ -179,7 +242,7 @@ class RayEvaluatorPool:
         A candidate that failed somewhere waits for an actor that has not tried it, as long as
         there is a ready one, and that actor gets nothing new meanwhile.
         """
-        ready = [slot for slot in self._slots if slot.is_ready]
+        ready = [slot for slot in self._slots if slot.is_ready and not slot.is_draining]
         reserved: list[_Slot] = []
         waiting: list[_Work] = []
         while self._queue and any(slot.num_free for slot in ready if slot not in reserved):
@@ -198,14 +261,17 @@ class RayEvaluatorPool:
 
     def _poll(self, timeout: float) -> list[Measurement]:
         """One wait of at most `timeout` seconds, then everything that is ready."""
-        self._prepare_due()
+        self._watch_nodes()
+        self._start_due()
         self._dispatch()
         finished = self._wait(timeout)
         measurements: list[Measurement] = []
         for ref in finished:
-            outcome = _outcome(ref)
-            if ref in self._preparing:
-                self._note_prepared(self._preparing.pop(ref), outcome)
+            outcome = get_outcome(ref)
+            if ref in self._starting:
+                slot = self._starting.pop(ref)
+                if slot.starting == ref:
+                    self._note_started(slot, outcome)
                 continue
             flight = self._flights.pop(ref)
             flight.slot.num_free += flight.num_places
@@ -215,12 +281,12 @@ class RayEvaluatorPool:
                 measurements += self._fail(flight, outcome)
         self._check_started()
         if finished:
-            self._prepare_due()
+            self._start_due()
             self._dispatch()
         return measurements
 
     def _wait(self, timeout: float) -> list[ray.ObjectRef]:
-        refs = [*self._flights, *self._preparing]
+        refs = [*self._flights, *self._starting]
         if not refs:
             time.sleep(min(timeout, RETRY_DELAY_S / 4))  # every actor waits to be tried again
             return []
@@ -235,45 +301,53 @@ class RayEvaluatorPool:
         work, slot = flight.work, flight.slot
         is_counted = True
         if isinstance(error, RayTaskError) and not isinstance(error, NotPreparedError):
-            reason = f"scoring raised {_describe(error)}"
+            reason = f"scoring raised {describe(error)}"
         else:
-            reason = f"lost with {slot.name}: {_describe(error)}"
+            reason = f"lost with {slot.name}: {describe(error)}"
             is_preempted = isinstance(error, RayActorError) and error.preempted
             is_counted = not (is_preempted or isinstance(error, NotPreparedError))
-            slot.is_ready = False
+            slot.lose()
         if is_counted:
             work.tried.add(slot.name)
             if work.attempt >= self._max_attempts:
                 logger.warning("candidate %d is given up: %s", work.candidate.index, reason)
-                return [_failed(work, slot.name, reason)]
+                return [as_failed(work.candidate.index, work.attempt, slot.name, reason)]
             work.attempt += 1
         logger.debug("candidate %d is tried again: %s", work.candidate.index, reason)
         self._queue.appendleft(work)
         return []
 
-    def _note_prepared(self, slot: _Slot, outcome: Any) -> None:
-        slot.is_preparing = False
+    def _note_started(self, slot: _Slot, outcome: Any) -> None:
+        slot.starting = None
+        if isinstance(outcome, str):
+            slot.node = outcome
+            return
         if not isinstance(outcome, Exception):
             slot.is_ready, slot.num_crashes, slot.start_error = True, 0, ""
             self._was_ready = True
             return
         now = time.monotonic()
-        slot.prepare_at = now + RETRY_DELAY_S
+        slot.start_at = now + min(RETRY_DELAY_S * 2**slot.num_crashes, MAX_RETRY_DELAY_S)
         is_lost = isinstance(outcome, RayActorError)
         slot.num_crashes += is_lost
         # Once a score function was built, losses are the nodes' fault: wait for other nodes.
         if not is_lost or (slot.num_crashes >= MAX_START_CRASHES and not self._was_ready):
-            slot.start_error = _describe(outcome)
+            if not slot.start_error and self._was_ready:
+                reason = f"{slot.name} cannot be prepared: {describe(outcome)}"
+                logger.warning("%s; the others go on, it is tried again", reason)
+            slot.start_error = describe(outcome)
             self._first_error_at = min(self._first_error_at, now)
         if isinstance(outcome, ActorDiedError):  # Ray may not restart it
-            ray.kill(slot.actor)
-            slot.actor = self._create(slot.name)
+            self._replace(slot)
+        elif is_lost:
+            slot.lose()
 
     def _check_started(self) -> None:
         """Notices when waiting for actors is in vain, or may be."""
         now = time.monotonic()
         if self.num_alive:
             self._none_ready_since, self._first_error_at = now, math.inf
+            self._has_warned = False
             return
         errors = [(slot.name, slot.start_error) for slot in self._slots if slot.start_error]
         # Before the first is ready, some may wait for nodes for ever: do not wait for all to fail.
@@ -294,40 +368,3 @@ class RayEvaluatorPool:
                 self._cpus,
                 ray.cluster_resources().get("CPU", 0),
             )
-
-
-def _outcome(ref: ray.ObjectRef) -> Any:
-    """The value of a finished task, or the error in its place."""
-    try:
-        return ray.get(ref)
-    except RayError as error:
-        return error
-
-
-def _describe(error: Exception) -> str:
-    """One line of what happened, without Ray's own frames."""
-    if isinstance(error, RayTaskError):
-        cause = error.cause
-        lines = str(cause).strip().splitlines()
-        return f"{type(cause).__name__}: {lines[0]}" if lines else type(cause).__name__
-    if isinstance(error, RayActorError):
-        return f"its process died or its node went away ({type(error).__name__})"
-    lines: Sequence[str] = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-def _failed(work: _Work, evaluator: str, reason: str) -> Measurement:
-    return Measurement(
-        index=work.candidate.index,
-        top1=0.0,
-        top5=0.0,
-        loss=0.0,
-        images=0,
-        seconds=0.0,
-        status="failed",
-        error=reason,
-        evaluator=evaluator,
-        node="",
-        attempt=work.attempt,
-        finished_at=time.time(),
-    )

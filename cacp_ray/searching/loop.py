@@ -77,6 +77,7 @@ class SearchLoop:
         known: Mapping[Subnet, Measurement] | None = None,
         races: bool = False,
         on_progress: Callable[[SearchProgress], object] | None = None,
+        on_checkpoint: Callable[[], object] | None = None,
     ) -> None:
         """Only stores its arguments: `restore` reads the directory.
 
@@ -95,6 +96,7 @@ class SearchLoop:
             known: Measurements of other runs, alike in all that a measurement depends on.
             races: Candidates race against the best told so far of their rate.
             on_progress: Called after every tick, and while a round is waited for.
+            on_checkpoint: Called when one was saved; the journal is empty then.
         """
         self._evaluator = evaluator
         self._cost_model = cost_model
@@ -111,6 +113,7 @@ class SearchLoop:
         self._known = known or {}
         self._races = races
         self._on_progress = on_progress
+        self._on_checkpoint = on_checkpoint
 
         self.archive = Archive(self._total)
         self._memory: dict[Subnet, Measurement] = {}
@@ -245,6 +248,8 @@ class SearchLoop:
 
         self._run.compact()
         self._run.save_checkpoint(self._num_told, write)
+        if self._on_checkpoint is not None:
+            self._on_checkpoint()
         self._last_checkpoint = time.monotonic()
         self._ticks = 0
 

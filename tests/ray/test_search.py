@@ -108,7 +108,7 @@ def test_policy_answers_a_rate_that_was_never_searched(finished):
 
 
 def test_rows_are_the_same_for_any_number_of_evaluators(finished, tmp_path):
-    one = cacp_ray.search(SMALL | {"cluster": {"evaluators": 1}}, tmp_path / "one")
+    one = cacp_ray.search(SMALL | {"cluster": {"max_evaluators": 1}}, tmp_path / "one")
     assert rows(one.path) == rows(finished.path)
 
 

@@ -183,7 +183,7 @@ def test_what_does_not_touch_a_score_may_differ(tmp_path):
         "rates": [0.4],
         "evaluation": {"batch_size": 100},
         "pruning": {"sequential": False},
-        "cluster": {"evaluators": 1},
+        "cluster": {"max_evaluators": 1},
         "finetune": {"epochs": 2},
     }
     assert len(api.compare([first, make_run(tmp_path / "b", changes)]).runs) == 2

@@ -1,0 +1,172 @@
+"""The copy of a run: whole at every moment, fetched elsewhere, and nothing of others removed."""
+
+import json
+import logging
+import shutil
+import time
+
+import pytest
+
+from cacp_ray import storage as module
+from cacp_ray.errors import ArtifactError, ConfigError
+from cacp_ray.searching.loop import SearchLoop
+from cacp_ray.searching.run_directory import RunDirectory
+from cacp_ray.storage import RunStorage
+from tests.unit.searching.test_loop import (
+    COST_MODEL,
+    RATES,
+    ClimbingStrategy,
+    Killed,
+    ShuffledEvaluator,
+    rows,
+)
+
+
+def search(folder, storage=None, stop_at=None):
+    """A search in rounds; the process ends after `stop_at` checkpoints."""
+    count = 0
+
+    def copy():
+        nonlocal count
+        count += 1
+        if storage is not None:
+            storage.push(folder)
+        if count == stop_at:
+            raise Killed
+
+    run = RunDirectory(folder)
+    if not (folder / "config.yaml").exists():
+        run.write_config({"name": "x"})
+    loop = SearchLoop(
+        ShuffledEvaluator(0),
+        COST_MODEL,
+        run,
+        rates=RATES,
+        evaluations=30,
+        checkpoint_ticks=1,
+        on_checkpoint=copy,
+    )
+    loop.run(ClimbingStrategy())
+    if storage is not None:
+        storage.finish(folder)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    search(folder)
+    return rows(folder)
+
+
+def names(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+@pytest.mark.parametrize("stop_at", [1, 3])
+def test_a_run_whose_machine_is_lost_goes_on_from_the_copy(
+    tmp_path, uninterrupted, scheme, stop_at
+):
+    uri = f"{scheme}{tmp_path / 'copy'}"
+    with pytest.raises(Killed):
+        search(tmp_path / "lost", RunStorage(uri), stop_at)
+    shutil.rmtree(tmp_path / "lost")
+    again = RunStorage(uri)
+    assert again.holds_run
+    again.pull(tmp_path / "new")
+    assert RunDirectory(tmp_path / "new").find_checkpoint() is not None
+    search(tmp_path / "new", again)
+    assert rows(tmp_path / "new") == uninterrupted
+    assert names(tmp_path / "copy") == names(tmp_path / "new")
+    assert sum(name.endswith("loop.json") for name in names(tmp_path / "copy")) == 2
+
+
+@pytest.mark.parametrize("kill_at", range(0, 24, 3))
+def test_a_copy_that_stops_anywhere_can_be_resumed(tmp_path, uninterrupted, monkeypatch, kill_at):
+    copy = RunStorage(str(tmp_path / "copy"))
+    put, calls = copy._put, iter(range(10_000))
+
+    def dying(name, content):
+        if next(calls) >= kill_at:
+            raise Killed
+        put(name, content)
+
+    monkeypatch.setattr(copy, "_put", dying)
+    with pytest.raises(Killed):
+        search(tmp_path / "lost", copy)
+    again = RunStorage(str(tmp_path / "copy"))
+    again.pull(tmp_path / "new")
+    search(tmp_path / "new", again)
+    assert rows(tmp_path / "new") == uninterrupted
+
+
+def test_storage_that_fails_for_a_while_costs_nothing(tmp_path, uninterrupted, monkeypatch, caplog):
+    copy = RunStorage(str(tmp_path / "copy"))
+    put, calls = copy._put, iter(range(10_000))
+
+    def failing(name, content):
+        if 8 <= next(calls) < 30:
+            raise OSError(5, "Input/output error")
+        put(name, content)
+
+    monkeypatch.setattr(copy, "_put", failing)
+    with caplog.at_level(logging.WARNING):
+        search(tmp_path / "run", copy)
+    assert "cannot be written now" in caplog.text
+    assert names(tmp_path / "copy") == names(tmp_path / "run")
+    assert rows(tmp_path / "copy") == uninterrupted
+
+
+def test_storage_that_never_takes_the_last_files_is_an_error_that_says_where_they_are(
+    tmp_path, monkeypatch
+):
+    copy = RunStorage(str(tmp_path / "copy"))
+    RunDirectory(tmp_path / "run").write_config({"name": "x"})
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(copy, "_put", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(ArtifactError, match=r"run: run the same command with --resume"):
+        copy.finish(tmp_path / "run")
+
+
+def test_what_else_is_there_stays(tmp_path):
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "mine.txt").write_text("mine")
+    search(tmp_path / "run", RunStorage(str(tmp_path / "copy")))
+    assert (tmp_path / "copy" / "mine.txt").read_text() == "mine"
+
+
+def test_an_older_folder_is_not_gone_on_with(tmp_path):
+    with pytest.raises(Killed):
+        search(tmp_path / "old", RunStorage(str(tmp_path / "copy")), 2)
+    shutil.copytree(tmp_path / "old", tmp_path / "new")
+    search(tmp_path / "new", RunStorage(str(tmp_path / "copy")))
+    with pytest.raises(ArtifactError, match="older than"):
+        RunStorage(str(tmp_path / "copy")).pull(tmp_path / "old")
+    latest = json.loads((tmp_path / "new" / "checkpoints" / "LATEST.json").read_text())
+    RunStorage(str(tmp_path / "copy")).pull(tmp_path / "new")
+    assert json.loads((tmp_path / "copy" / "checkpoints" / "LATEST.json").read_text()) == latest
+
+
+@pytest.mark.parametrize("uri", ["ftp://host/x", "s4://bucket/x"])
+def test_an_unknown_kind_of_storage_is_refused(uri):
+    with pytest.raises(ConfigError, match="write s3://BUCKET/FOLDER"):
+        RunStorage(uri)
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="cannot be written to"):
+        RunStorage(str(tmp_path / "file" / "run"))
+
+
+def test_a_place_that_never_answers_is_refused(monkeypatch):
+    class Silent:
+        class FileSystem:
+            @staticmethod
+            def from_uri(_):
+                time.sleep(5)
+
+    monkeypatch.setattr(module, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(module, "fs", Silent)
+    with pytest.raises(ConfigError, match=r"no answer in 0 s"):
+        RunStorage("gs://bucket/run")
