@@ -37,7 +37,11 @@ class ModelConfig(Section):
     name: str = Field(
         description="resnet20, torchvision:NAME, timm:NAME or package.module:function"
     )
-    weights: str | None = Field(default=None, description="safetensors file, or embedded:NAME")
+    weights: str | None = Field(
+        default=None,
+        description="safetensors or .pth file, embedded:NAME, or published ones by name: "
+        "IMAGENET1K_V2 of torchvision, pretrained of timm",
+    )
 
 
 class SplitConfig(Section):
@@ -158,6 +162,22 @@ class RunConfig(Section):
     )
     cluster: ClusterConfig = ClusterConfig()
     finetune: Recipe = Recipe(epochs=6, lr=0.02, distillation=0.7, label_smoothing=0.0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _transforms_of_weights(cls, values: Any) -> Any:
+        """Published weights bring their transforms; what the file says comes first."""
+        model = values.get("model") if isinstance(values, dict) else None
+        model = model if isinstance(model, dict) else {}
+        name, weights = model.get("name"), model.get("weights")
+        if not isinstance(name, str) or not isinstance(weights, str):
+            return values
+        from cacp_ray.models.pretrained import describe_weights, is_published
+
+        if not is_published(name, weights):
+            return values
+        transforms = describe_weights(name, weights).transforms
+        return values | {"data": transforms | dict(values.get("data") or {})}
 
     @field_validator("rates")
     @classmethod

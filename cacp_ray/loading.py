@@ -16,7 +16,8 @@ from cacp_ray.data.sources import Source, open_source
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.evaluation.preparation import Prepared, hash_weights, needed_kinds, prepare
 from cacp_ray.files import read_json
-from cacp_ray.models.factory import build_model, load_weights
+from cacp_ray.models.factory import build_model, copy_weights, load_weights
+from cacp_ray.models.pretrained import is_published, read_weights
 from cacp_ray.pruning.criteria import get_criterion
 from cacp_ray.pruning.plan import Plan, make_plan
 from cacp_ray.pruning.statistics import Statistics, collect_statistics
@@ -123,7 +124,10 @@ def check_splits(splits: dict[str, ImageSet]) -> None:
 def load_model(config: ModelConfig, num_classes: int) -> nn.Module:
     """The base network in evaluation mode."""
     model = build_model(config.name, num_classes)
-    if config.weights is not None:
+    if config.weights is not None and is_published(config.name, config.weights):
+        tensors = read_weights(config.name, config.weights)
+        copy_weights(model, tensors, f"{config.weights} of {config.name}")
+    elif config.weights is not None:
         load_weights(model, config.weights)
     return model.eval()
 

@@ -5,7 +5,7 @@ A model name is one of: a built-in CIFAR network (`resnet20`), `torchvision:NAME
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from cacp_ray.errors import ArtifactError, ConfigError, UnsupportedModelError, nearest_names
 from cacp_ray.models.cifar import CifarResNet, CifarVGG16
+from cacp_ray.models.pretrained import read_pickle
 
 CIFAR_MODELS = {
     **{f"resnet{depth}": partial(CifarResNet, depth) for depth in (20, 32, 44, 56, 110)},
@@ -144,7 +145,7 @@ def resolve_weights(path: str) -> Path:
 
 
 def load_weights(model: nn.Module, path: str) -> None:
-    """Copies a safetensors file into `model`; every key and shape must fit.
+    """Copies a file of weights into `model`; every key and shape must fit.
 
     Heads that the network was built without (`AuxLogits` of torchvision's inception_v3, which only
     training runs) are left out; their attribute of the model is None.
@@ -154,11 +155,25 @@ def load_weights(model: nn.Module, path: str) -> None:
     """
     file = resolve_weights(path)
     if not file.is_file():
-        raise ArtifactError(f"weights {file}: no such file; give the path of a .safetensors file")
+        raise ArtifactError(
+            f"weights {file}: no such file; give the path of a .safetensors or .pth file"
+        )
+    if file.suffix in (".pth", ".pt"):
+        copy_weights(model, read_pickle(file), str(file))
+        return
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"weights {file}: not a readable safetensors file ({error})") from error
+    copy_weights(model, tensors, str(file))
+
+
+def copy_weights(model: nn.Module, tensors: Mapping[str, Tensor], file: str) -> None:
+    """Copies tensors into `model`; every key and shape must fit, see `load_weights`.
+
+    Raises:
+        ArtifactError: Keys, shapes or values do not fit; it names `file`.
+    """
     absent = {key for key in tensors if getattr(model, key.partition(".")[0], model) is None}
     tensors = {key: value for key, value in tensors.items() if key not in absent}
     own = model.state_dict()
