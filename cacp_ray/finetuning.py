@@ -165,6 +165,11 @@ def finetune_folder(
             f"{folder} lies in no run: name the base network by --config, in `model`, or set "
             "finetune.distillation to 0"
         )
+    classes = read_split(settings.data, "search", 1).classes
+    if list(classes) != description.get("classes", list(classes)):
+        raise ConfigError(
+            f"{folder} was searched on other classes than data.search has: give the data of its run"
+        )
     _finetune(
         {description["rate"]: folder},
         settings.model or ModelConfig(name=description["model"]),
