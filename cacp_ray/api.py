@@ -20,7 +20,7 @@ from cacp_ray.evaluation.measurement import Measurement, Subnet
 from cacp_ray.exporting.subnet import export_subnet as export
 from cacp_ray.files import changed_keys, describe_environment, read_json, write_json, write_yaml
 from cacp_ray.finetuning import FinetuneConfig, finetune_folder, finetune_run
-from cacp_ray.loading import check_splits, load_base, load_model, read_split
+from cacp_ray.loading import check_splits, load_base, load_model, read_split, read_train
 from cacp_ray.pruning.subnet import load_subnet
 from cacp_ray.reporting.comparison import ComparedRun, Comparison, check_out, write_comparison
 from cacp_ray.reporting.tuning import write_tuning_report
@@ -66,17 +66,18 @@ def train_model(
         CacpError: Bad input, in one line, before anything is written.
     """
     open_folder(run_dir, config, resume=resume)
-    splits = {name: read_split(config.data, name) for name in ("train", "search", "test")}
-    check_splits(splits)
+    train = read_train(config.data)
+    search, test = read_split(config.data, "search"), read_split(config.data, "test")
+    check_splits({"train": train, "search": search, "test": test})
     torch.manual_seed(config.training.seed)
-    model = load_model(config.model, len(splits["train"].classes))
+    model = load_model(config.model, len(train.classes))
     write_yaml(run_dir / "config.yaml", resolved(config))
     write_json(run_dir / "environment.json", describe_environment(config.training.seed))
     return train_base(
         model,
-        splits["train"],
-        splits["search"].tensors(),
-        splits["test"].tensors(),
+        train,
+        search.tensors(),
+        test.tensors(),
         config.training,
         run_dir,
         on_epoch=on_epoch,

@@ -70,6 +70,11 @@ class DataConfig(Section):
         default=None, ge=1, description="length of the shorter side in pixels; as they are"
     )
     crop: int | None = Field(default=None, ge=1, description="side of the square in the middle")
+    stream: bool = Field(
+        default=False,
+        description="training reads and decodes its images anew every epoch, for data sets that "
+        "memory does not hold",
+    )
     mean: Channels = Field(default=cifar10.MEAN, description="of red, green, blue in [0, 1]")
     std: tuple[Positive, Positive, Positive] = Field(
         default=cifar10.STD, description="of red, green, blue in [0, 1]"

@@ -12,7 +12,14 @@ from torch import nn
 from cacp_ray.config import DataConfig, ModelConfig, RunConfig, Section
 from cacp_ray.errors import ConfigError
 from cacp_ray.files import read_json, write_json
-from cacp_ray.loading import check_splits, check_weights, load_base, load_model, read_split
+from cacp_ray.loading import (
+    check_splits,
+    check_weights,
+    load_base,
+    load_model,
+    read_split,
+    read_train,
+)
 from cacp_ray.pruning.subnet import load_subnet, read_description
 from cacp_ray.results import read_result
 from cacp_ray.run import Clock
@@ -114,7 +121,7 @@ def finetune_run(
             address=address,
             on_epoch=on_epoch,
         )
-        base = load_model(config.model, len(splits["train"].classes))
+        base = load_model(config.model, len(splits["test"].classes))
         result["base"]["test"] = dict(vars(measure(base, *splits["test"].tensors())))
     for row in result["rates"]:
         tuned = found[row["rate"]]
@@ -158,6 +165,11 @@ def finetune_folder(
             f"{folder} lies in no run: name the base network by --config, in `model`, or set "
             "finetune.distillation to 0"
         )
+    classes = read_split(settings.data, "search", 1).classes
+    if list(classes) != description.get("classes", list(classes)):
+        raise ConfigError(
+            f"{folder} was searched on other classes than data.search has: give the data of its run"
+        )
     _finetune(
         {description["rate"]: folder},
         settings.model or ModelConfig(name=description["model"]),
@@ -192,13 +204,12 @@ def _finetune(
     trials = settings.trials
     make_loggers(trials.logging, experiment_dir)
     check_address(address)
-    splits = {name: read_split(data, name) for name in ("train", "search", "test")}
-    check_splits(splits)
+    train = read_train(data)
+    splits = {name: read_split(data, name) for name in ("search", "test")}
+    check_splits({"train": train, **splits})
     connect(address)
     check_cpus(cpus, address)
-    load_base_model: Callable[[], nn.Module] = partial(
-        load_model, model, len(splits["train"].classes)
-    )
+    load_base_model: Callable[[], nn.Module] = partial(load_model, model, len(train.classes))
     rates = sorted(folders, reverse=True)
     one_by_one = settings.finetune.teacher == "larger"  # which has to be fine-tuned before
     found: dict[float, Any] = {}
@@ -212,7 +223,7 @@ def _finetune(
             load_subnet=partial(load_subnet, finetuned=False),
             load_teacher=load_teacher,
             subnet_folders={rate: folders[rate] for rate in group},
-            train_split=splits["train"],
+            train_split=train,
             search_split=splits["search"],
             test_split=splits["test"],
             recipes=settings.recipes,

@@ -13,6 +13,7 @@ from torch import nn
 from cacp_ray.config import DataConfig, ModelConfig, PruningConfig, RunConfig
 from cacp_ray.data.images import ImageSet, Rows, Shape, read_images, read_labels
 from cacp_ray.data.sources import Source, open_source
+from cacp_ray.data.streams import ImageStream, open_stream
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.evaluation.preparation import Prepared, hash_weights, needed_kinds, prepare
 from cacp_ray.files import read_json
@@ -55,6 +56,15 @@ def read_split(data: DataConfig, name: str, count: int | None = None) -> ImageSe
     shape = Shape(data.resize, data.crop)
     images = read_images(source, dataclasses.replace(rows, count=count), shape)
     return dataclasses.replace(images, mean=data.mean, std=data.std)
+
+
+def read_train(data: DataConfig) -> ImageSet | ImageStream:
+    """The training split for training: in memory, or with `data.stream` where it lies."""
+    if not data.stream:
+        return read_split(data, "train")
+    source, rows = _find_rows(data, "train")
+    stream = open_stream(source, rows, Shape(data.resize, data.crop))
+    return dataclasses.replace(stream, mean=data.mean, std=data.std)
 
 
 def _find_rows(data: DataConfig, name: str) -> tuple[Source, Rows]:
@@ -105,13 +115,16 @@ def check_weights(base: Base, run_dir: Path) -> None:
         )
 
 
-def check_splits(splits: dict[str, ImageSet]) -> None:
-    """Refuses splits of different classes or image sizes.
+def check_splits(splits: Mapping[str, ImageSet | ImageStream]) -> None:
+    """Refuses splits of different classes or image sizes; of a stream the first image is read.
 
     Raises:
         ConfigError: Naming both splits.
     """
-    (first_name, first), *others = splits.items()
+    (first_name, first), *others = (
+        (name, split.at(np.arange(1)) if isinstance(split, ImageStream) else split)
+        for name, split in splits.items()
+    )
     for name, split in others:
         if split.classes != first.classes or split.images.shape[1:] != first.images.shape[1:]:
             raise ConfigError(

@@ -1,8 +1,11 @@
 """Fixtures of all tests."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
+
+from cacp_ray.cli import main
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +16,16 @@ def ray_cluster() -> Iterator[None]:
     cluster.connect("local", num_cpus=2)
     yield
     cluster.disconnect()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command line in this process: (exit code, standard output, standard error)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["cacp-ray", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return caught.value.code, *capsys.readouterr()
+
+    return call

@@ -125,7 +125,7 @@ def read_images(source: Source, rows: Rows, shape: Shape | None = None) -> Image
             cannot be decoded, images of several sizes, or a label outside the classes.
     """
     chosen, labels, classes = read_labels(source, rows)
-    images = _decode(source, chosen, shape or Shape())
+    images = decode(source, chosen, shape or Shape())
     return ImageSet(images, labels, classes)
 
 
@@ -177,8 +177,14 @@ def draw_per_class(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[
     return np.sort(np.concatenate(drawn))
 
 
-def _decode(source: Source, rows: NDArray[np.int64], shape: Shape) -> NDArray[np.uint8]:
-    def decode(item: tuple[int, bytes | None]) -> NDArray[np.uint8]:
+def decode(source: Source, rows: NDArray[np.int64], shape: Shape) -> NDArray[np.uint8]:
+    """Images uint8 (N, H, W, 3) at `rows` (N,), rising.
+
+    Raises:
+        ArtifactError: One cannot be decoded, or they differ in size.
+    """
+
+    def decode_one(item: tuple[int, bytes | None]) -> NDArray[np.uint8]:
         row, data = item
         try:
             image = Image.open(io.BytesIO(data or b""))
@@ -195,7 +201,7 @@ def _decode(source: Source, rows: NDArray[np.int64], shape: Shape) -> NDArray[np
         items = source.read(rows)
         done = 0
         while part := list(itertools.islice(items, DECODED_TOGETHER)):
-            decoded = list(pool.map(decode, part))
+            decoded = list(pool.map(decode_one, part))
             if images is None:
                 images = np.empty((len(rows), *decoded[0].shape), np.uint8)
             if shapes := {each.shape for each in decoded} - {images.shape[1:]}:

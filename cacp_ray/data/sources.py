@@ -47,6 +47,11 @@ class Source(Protocol):
         """Class names; empty where the source has none."""
         ...
 
+    @property
+    def blocks(self) -> NDArray[np.int64]:
+        """(B,) first rows of what is read together, rising from 0."""
+        ...
+
     def read(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, bytes | None]]:
         """Rows, rising, with their encoded images; None where there is none."""
         ...
@@ -107,6 +112,20 @@ class ParquetSource:
     def classes(self) -> tuple[str, ...]:
         """See `Source`."""
         return read_class_names(self._schema, self._columns[1])
+
+    @property
+    def blocks(self) -> NDArray[np.int64]:
+        """See `Source`; the row groups of all files."""
+        return self._blocks
+
+    @cached_property
+    def _blocks(self) -> NDArray[np.int64]:
+        sizes = [
+            group.num_rows
+            for metadata in (self._open(file).metadata for file in self.files)
+            for group in map(metadata.row_group, range(metadata.num_row_groups))
+        ]
+        return np.cumsum([0, *sizes])[:-1]
 
     def read(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, bytes | None]]:
         """See `Source`; only the row groups that hold one of the rows are read."""
@@ -205,6 +224,11 @@ class FolderSource:
     def _labels(self) -> NDArray[np.int64]:
         numbers = {name: number for number, name in enumerate(self.classes)}
         return np.array([numbers[self._class(file)] for file in self._files], dtype=np.int64)
+
+    @property
+    def blocks(self) -> NDArray[np.int64]:
+        """See `Source`; every image is a file of its own."""
+        return np.arange(len(self._files))
 
     def read(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, bytes | None]]:
         """See `Source`."""

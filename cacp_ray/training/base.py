@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cacp_ray.data.images import ImageSet
+from cacp_ray.data.streams import ImageStream
 from cacp_ray.errors import ArtifactError
 from cacp_ray.files import write_file, write_json, write_tensors
 from cacp_ray.training.loop import EpochResult, make_batches, train
@@ -29,7 +30,7 @@ Split = tuple[Tensor, Tensor]
 
 def train_base(
     model: nn.Module,
-    train_split: ImageSet,
+    train_split: ImageSet | ImageStream,
     search_split: Split,
     test_split: Split,
     recipe: Recipe,

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from cacp_ray.data.batches import Augmentation, Batches, ImageBatches
 from cacp_ray.data.images import ImageSet
+from cacp_ray.data.streams import ImageStream, StreamBatches
 from cacp_ray.training.metrics import Accuracy, fast_dtype, find_device, measure
 from cacp_ray.training.optimizer import SGD
 from cacp_ray.training.recipe import Recipe
@@ -30,9 +31,13 @@ class EpochResult:
     search: Accuracy
 
 
-def make_batches(images: ImageSet, recipe: Recipe, shard: tuple[int, int] = (0, 1)) -> Batches:
-    """Batches of images in memory, as a recipe has them."""
+def make_batches(
+    images: ImageSet | ImageStream, recipe: Recipe, shard: tuple[int, int] = (0, 1)
+) -> Batches:
+    """Batches of images in memory or of a stream, as a recipe has them."""
     augmentation = Augmentation(recipe.batch_size, recipe.padding, recipe.erasing, recipe.seed)
+    if isinstance(images, ImageStream):
+        return StreamBatches(images, augmentation, shard)
     return ImageBatches(images, augmentation, shard)
 
 

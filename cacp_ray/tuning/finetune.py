@@ -25,6 +25,7 @@ from ray.tune.schedulers import TrialScheduler
 from torch import nn
 
 from cacp_ray.data.images import ImageSet
+from cacp_ray.data.streams import ImageStream
 from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError
 from cacp_ray.files import changed_keys, read_json, write_json
 from cacp_ray.training.recipe import Recipe
@@ -112,7 +113,7 @@ def finetune_subnets(
     load_subnet: Callable[[Path], nn.Module],
     load_teacher: Callable[[], nn.Module],
     subnet_folders: dict[float, Path],
-    train_split: ImageSet,
+    train_split: ImageSet | ImageStream,
     search_split: ImageSet,
     test_split: ImageSet,
     recipes: Mapping[str, Recipe],

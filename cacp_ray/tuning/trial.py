@@ -19,6 +19,7 @@ from ray import tune
 from torch import nn
 
 from cacp_ray.data.images import ImageSet
+from cacp_ray.data.streams import ImageStream
 from cacp_ray.files import write_json, write_tensors
 from cacp_ray.pruning.surgery import all_tensors
 from cacp_ray.training.loop import EpochResult, make_batches, measured_weights, train
@@ -99,7 +100,11 @@ class FinetuneResult:
 
 
 def finetune_trial(
-    config: dict[str, Any], *, task: TrialTask, train_split: ImageSet, search_split: ImageSet
+    config: dict[str, Any],
+    *,
+    task: TrialTask,
+    train_split: ImageSet | ImageStream,
+    search_split: ImageSet,
 ) -> None:
     """Trains the subnet of `config["rate"]` by the recipe of `config["variant"]`, to its end.
 
@@ -121,7 +126,7 @@ def finetune_trial(
 def train_subnet(
     config: dict[str, Any],
     task: TrialTask,
-    train_split: ImageSet,
+    train_split: ImageSet | ImageStream,
     search_split: ImageSet,
     checkpoint: Any,
     report: Report,

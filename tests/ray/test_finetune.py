@@ -99,9 +99,15 @@ def load_mortal(folder: Path) -> nn.Module:
     return model
 
 
+EPOCH_SECONDS = 1.6  # longer than Tune takes to save where it stands
+
+
 def load_slow(folder: Path) -> nn.Module:
+    """Writes down its process and takes its time."""
+    (folder / "pid").write_text(str(os.getpid()))
     model = load_model(folder)
-    model.register_forward_pre_hook(lambda module, inputs: time.sleep(0.15 * module.training))
+    pause = EPOCH_SECONDS / BATCHES_PER_EPOCH
+    model.register_forward_pre_hook(lambda module, inputs: time.sleep(pause * module.training))
     return model
 
 
@@ -233,8 +239,10 @@ def test_a_trial_that_dies_goes_on_from_its_last_epoch_to_the_same_weights(tmp_p
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_killed_driver_is_resumed_to_the_same_weights(tmp_path: Path) -> None:
-    recipe = Recipe(epochs=8, batch_size=16, lr=0.05, padding=1, seed=5)
+def test_after_a_killed_trial_and_a_killed_driver_all_end_with_the_same_weights(
+    tmp_path: Path,
+) -> None:
+    recipe = Recipe(epochs=6, batch_size=16, lr=0.05, padding=1, seed=5)
     whole = save_fresh(tmp_path / "rate-0.30")
     save_fresh(tmp_path / "rate-0.50")
     driver = (
@@ -244,17 +252,31 @@ def test_a_killed_driver_is_resumed_to_the_same_weights(tmp_path: Path) -> None:
         "from tests.ray.test_finetune import finetune, load_slow\n"
         f"ray.init(address={ray.get_runtime_context().gcs_address!r}, logging_level='error')\n"
         "def show(progress):\n"
-        "    print(progress.rate, flush=True)\n"
+        "    print(progress.rate, progress.epoch, flush=True)\n"
         f"finetune(Path({str(tmp_path)!r}), load_subnet=load_slow, recipe={recipe!r},\n"
         "    on_epoch=show)\n"
     )
     command = [sys.executable, "-c", driver]
+    seen: dict[float, list[int]] = {0.3: [], 0.5: []}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        epochs = {"0.3\n": 0, "0.5\n": 0}
-        while min(epochs.values()) < 3:
-            epochs[process.stdout.readline()] += 1
+
+        def wait_for(rate: float, epoch: int) -> None:
+            while epoch not in seen[rate]:
+                line = process.stdout.readline().split()
+                assert line, "the driver ended by itself"
+                seen[float(line[0])].append(int(line[1]))
+            time.sleep(EPOCH_SECONDS / 2)  # amid the next epoch
+
+        wait_for(0.3, 1)
+        pid = int((tmp_path / "rate-0.30" / "pid").read_text())
+        os.kill(pid, signal.SIGKILL)
+        wait_for(0.3, 3)
+        assert int((tmp_path / "rate-0.30" / "pid").read_text()) != pid
         process.send_signal(signal.SIGKILL)
+        for line in process.stdout:
+            seen[float(line.split()[0])].append(int(line.split()[1]))
+    assert seen[0.3] == list(range(1, len(seen[0.3]) + 1)), "the killed trial repeated an epoch"
 
     events: list[FinetuneProgress] = []
     results = finetune(
@@ -262,10 +284,12 @@ def test_a_killed_driver_is_resumed_to_the_same_weights(tmp_path: Path) -> None:
     )
 
     assert list(results) == [0.3, 0.5]
-    assert events
-    for epochs_seen in epochs_by_rate(events).values():
-        assert epochs_seen == list(range(epochs_seen[0], recipe.epochs + 1))
-        assert epochs_seen[0] > 1, "finished epochs were repeated"
+    again = epochs_by_rate(events)
+    assert again[0.3][-1] == recipe.epochs
+    for rate, before in seen.items():
+        both = before + again.get(rate, [])
+        assert set(both) == set(range(1, recipe.epochs + 1))
+        assert len(both) <= recipe.epochs + 1, f"rate {rate} repeated more than one epoch"
     assert_same(read_finetuned(tmp_path / "rate-0.30"), read_finetuned(tmp_path / "rate-0.50"))
     torch.set_num_threads(1)
     weights = [copy.deepcopy(whole.state_dict())]

@@ -1,10 +1,16 @@
 """Configuration of fine-tuning, and single subnet folders."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
+import typer.main
+import yaml
 
 from cacp_ray.api import finetune
+from cacp_ray.cli import app
 from cacp_ray.config import load_config
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.finetuning import FinetuneConfig
@@ -56,3 +62,28 @@ def test_a_subnet_outside_a_run_needs_data_and_for_distillation_its_base(tmp_pat
         finetune(folder, config=config)
     with pytest.raises(ArtifactError, match="holds no run"):
         finetune(tmp_path)
+
+
+PAGE = Path("docs/finetuning.md").read_text()
+
+
+def test_the_page_shows_a_file_that_loads_and_commands_that_parse():
+    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    config = load_config(FinetuneConfig, yaml.safe_load(block))
+    assert list(config.recipes) == ["plain", "adamw"]
+    commands = re.findall(r"^    cacp-ray (.+)$", PAGE, re.MULTILINE)
+    assert len(commands) == 3
+    for line in commands:
+        name, *arguments = shlex.split(line)
+        typer.main.get_command(app).commands[name].make_context(
+            name, arguments, resilient_parsing=False
+        )
+
+
+def test_the_page_names_the_keys_and_defaults_of_trials():
+    rows = dict(re.findall(r"^\| `trials\.(\w+)`[^|]* \| ([^|]+) \|", PAGE, re.MULTILINE))
+    trials = FinetuneConfig.model_fields["trials"].default
+    assert rows["workers"] == str(trials.workers)
+    assert rows["scheduler"] == f"`{trials.scheduler}`"
+    assert rows["logging"] == f"`[{', '.join(trials.logging)}]`"
+    assert {*rows, "gpus"} == set(type(trials).model_fields)

@@ -1,0 +1,73 @@
+"""One subnet folder fine-tuned alone by the command line, in a run or outside."""
+
+import json
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+import cacp_ray
+from cacp_ray.config import RunConfig, resolved
+from cacp_ray.errors import ConfigError
+from cacp_ray.files import write_yaml
+from tests.unit.exporting.folders import DEPTHWISE, make_folder
+
+pytestmark = pytest.mark.ray
+
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+DATA = {
+    "train": {"path": "embedded:train", "rows": [0, 200]},
+    "search": {"path": "embedded:search", "rows": [0, 100]},
+    "test": {"path": "embedded:test", "rows": [0, 120]},
+}
+RECIPE = {"epochs": 1, "distillation": 0, "lr": 0.1}
+
+
+@pytest.fixture
+def subnet(tmp_path):
+    """In the place where a run would have it; its run is not there."""
+    folder = make_folder(tmp_path / "run" / "subnets" / "rate-0.50", DEPTHWISE, 32, num_classes=10)
+    write_classes(folder, CLASSES)
+    return folder
+
+
+def write_classes(folder, classes):
+    description = json.loads((folder / "subnet.json").read_text())
+    (folder / "subnet.json").write_text(json.dumps(description | {"classes": classes}))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_subnet_outside_its_run_is_trained_by_a_file_with_its_data(subnet, tmp_path, run, stream):
+    file = tmp_path / "finetune.yaml"
+    file.write_text(yaml.safe_dump({"data": DATA | {"stream": stream}, "finetune": RECIPE}))
+    code, printed, errors = run("finetune", subnet, "--config", file)
+    assert code == 0, errors
+    assert "epoch 1/1" in printed
+    metrics = json.loads((subnet / "metrics.json").read_text())
+    assert f"test split {100 * metrics['test_top1']:.2f} %" in printed
+    assert (metrics["rate"], metrics["epochs"], metrics["test_images"]) == (0.5, 1, 120)
+    before, after = (load_file(subnet / f"{name}.safetensors") for name in ("model", "finetuned"))
+    assert before.keys() == after.keys()
+    assert cacp_ray.load_subnet(subnet)
+    code, _, errors = run("finetune", subnet, "--config", file)
+    assert code == 2
+    assert "--resume" in errors
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_subnet_of_a_run_takes_data_and_recipe_from_it(subnet, run):
+    config = RunConfig.model_validate({"data": DATA, "finetune": RECIPE | {"seed": 3}})
+    write_yaml(subnet.parent.parent / "config.yaml", resolved(config))
+    code, _, errors = run("finetune", subnet)
+    assert code == 0, errors
+    assert json.loads((subnet / "metrics.json").read_text())["recipe"]["seed"] == 3
+
+
+def test_data_of_other_classes_is_refused_before_anything_is_written(subnet):
+    write_classes(subnet, [*CLASSES[:-1], "lorry"])
+    config = RunConfig.model_validate({"data": DATA, "finetune": RECIPE})
+    write_yaml(subnet.parent.parent / "config.yaml", resolved(config))
+    with pytest.raises(ConfigError, match="other classes"):
+        cacp_ray.finetune(subnet)
+    assert not (subnet / "finetune").exists()
