@@ -1,9 +1,11 @@
 """Files that are whole or absent: everything is written to a temporary name, then renamed."""
 
 import json
+import logging
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +18,11 @@ from cacp_ray.errors import ArtifactError
 if TYPE_CHECKING:
     from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
+PATIENCE_SECONDS = 120.0
+RETRY_SECONDS = 1.0
+
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a temporary path beside `path`, then renames the result to `path`."""
@@ -26,6 +33,35 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def keep_trying(write: Callable[[], object], where: Path) -> None:
+    """Repeats a write that the storage refuses, for up to two minutes.
+
+    Args:
+        write: Leaves nothing behind where it fails.
+        where: Named in the warning and the error.
+
+    Raises:
+        ArtifactError: The storage still refuses.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    has_warned = False
+    while True:
+        try:
+            write()
+            return
+        except OSError as error:
+            reason = error.strerror or str(error)
+            if time.monotonic() > deadline:
+                raise ArtifactError(
+                    f"{where} cannot be written ({reason}): free or mend the storage, then go on "
+                    "with --resume"
+                ) from error
+            if not has_warned:
+                logger.warning("%s cannot be written (%s): tried again and again", where, reason)
+                has_warned = True
+            time.sleep(RETRY_SECONDS)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import ray
+from ray._private.authentication import authentication_token_setup
 
 from cacp_ray.errors import ConfigError
 
@@ -51,7 +52,9 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> None:
         with _fast_start():
             _init(address, num_cpus=num_cpus, include_dashboard=False)
         return
-    _init(check_address(address))
+    target = check_address(address)
+    _use_token()
+    _init(target)
 
 
 def check_address(address: str | None) -> str:
@@ -67,7 +70,11 @@ def check_address(address: str | None) -> str:
         ConfigError: Nothing answers there.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    target = _last_started() or address if address == "auto" else address
+    if ray.is_initialized():
+        return address
+    # As Ray resolves it; in a job, RAY_ADDRESS is the job's own cluster.
+    noted = os.environ.get("RAY_ADDRESS") or _last_started()
+    target = noted or address if address == "auto" else address
     if target not in ("auto", "local"):
         _require_answer(target)
     return target
@@ -107,8 +114,25 @@ def _init(address: str, **options: Any) -> None:
         elif address == "auto":
             step = "start one with `ray start --head`, or leave out the address for a local Ray"
         else:
-            step = "check that this machine runs a node of that cluster and the same Ray version"
+            step = (
+                "check that this machine runs a node of that cluster, has the same Ray version, "
+                "and the head's ~/.ray/auth_token"
+            )
         raise ConfigError(f"Ray at address {address!r} does not work ({reason}): {step}") from error
+
+
+def _use_token() -> None:
+    """Shows the cluster this machine's token, if it has one and nothing says otherwise.
+
+    `ray start` asks for it wherever the file exists; `ray.init` with an address would not send it.
+    """
+    quiet = logging.getLogger(authentication_token_setup.__name__)
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        authentication_token_setup.maybe_enable_token_auth_if_token_available(False)
+    finally:
+        quiet.setLevel(level)
 
 
 def _last_started() -> str | None:

@@ -276,6 +276,8 @@ class RayEvaluatorPool:
             flight = self._flights.pop(ref)
             flight.slot.num_free += flight.num_places
             if isinstance(outcome, Measurement):
+                if outcome.error:
+                    logger.warning("%s: %s", flight.slot.name, outcome.error)
                 measurements.append(outcome)
             else:
                 measurements += self._fail(flight, outcome)

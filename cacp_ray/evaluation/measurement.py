@@ -47,7 +47,7 @@ class Measurement:
         images: Images scored.
         seconds: Spent scoring, on the evaluator.
         status: `ok`, `failed`, or `stopped` because it fell behind (`cacp_ray.evaluation.racing`).
-        error: Reason of a failure, one line.
+        error: Reason of a failure, one line; or what was out of the ordinary in a success.
         evaluator: Name of the actor.
         node: Address of its machine.
         attempt: 1 for the first try.

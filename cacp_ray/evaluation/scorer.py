@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.transforms import from_shared
+from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.fusion import FusedNetwork, fuse
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
 from cacp_ray.evaluation.preparation import Cutter, Cutters, Prepared
@@ -53,12 +54,24 @@ class FastNetwork:
             autocast = torch.autocast("cpu", enabled=False)
 
         def predict(split: ImageSet) -> Tensor:
-            size = batch_size or max(1, BATCH_PIXELS // math.prod(split.images.shape[1:3]))
+            size = batch_size or default_batch_size(split)
             with torch.inference_mode(), autocast:
                 batches = (split.slice(i, i + size) for i in range(0, len(split), size))
                 return torch.cat([model(each.tensors()[0].to(dtype)).float() for each in batches])
 
         return predict
+
+
+def default_batch_size(split: ImageSet) -> int:
+    """As many images as hold `BATCH_PIXELS`."""
+    return max(1, BATCH_PIXELS // math.prod(split.images.shape[1:3]))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device had no room: CUDA has an error of its own, the CPU's allocator has none."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
 def _agrees(fused: FusedNetwork, cutter: Cutter, dtype: torch.dtype) -> bool:
@@ -76,7 +89,7 @@ def _agrees(fused: FusedNetwork, cutter: Cutter, dtype: torch.dtype) -> bool:
                 fused.load(tensors)(images.to(dtype))
         except Exception:  # sizes or dtypes that the traced graph holds as constants
             return False
-        tolerance = 1e-3 * float(expected.abs().max())
+        tolerance = 1e-3 * float(expected.nan_to_num().abs().max())
         if not torch.allclose(found, expected, rtol=1e-3, atol=tolerance, equal_nan=True):
             return False
         fused.dtype = torch.float32
@@ -109,22 +122,41 @@ def make_scorer(
         dtype: See `read_dtype`.
         images: Of the split's beginning that score a candidate which does not say how many.
         threads: For torch in this process; None leaves them alone.
+
+    The function raises EvaluationError where the network's outputs are not finite. Out of memory,
+    it halves its batches, once, and says so in the measurement's `error`.
     """
     if threads is not None:
         torch.set_num_threads(threads)
     cutters = Cutters(prepared, recovery)
     precision = read_dtype(dtype)
     networks: dict[str, FastNetwork] = {}  # by importance order
+    size = batch_size or default_batch_size(split)
+    is_halved = False
 
     def score(candidate: Candidate) -> Measurement:
+        nonlocal size, is_halved
+        try:
+            return score_once(candidate)
+        except Exception as error:
+            if is_halved or size < 2 or not is_out_of_memory(error):
+                raise
+        size, is_halved = size // 2, True
+        found = score_once(candidate)
+        # Of no failure, but whoever runs the search should know.
+        return dataclasses.replace(found, error=f"out of memory: batches of {size} from now on")
+
+    def score_once(candidate: Candidate) -> Measurement:
         started = time.perf_counter()
         if candidate.order not in networks:
             networks[candidate.order] = FastNetwork(cutters[candidate.order], precision)
-        network = networks[candidate.order].load(candidate.keep_counts, batch_size)
+        network = networks[candidate.order].load(candidate.keep_counts, size)
         scored = split.take(candidate.images or images)
         logits = _race(network, scored, candidate.best)
         labels = from_shared(scored.labels[: len(logits)])
         accuracy = score_logits(logits, labels)
+        if not math.isfinite(accuracy.loss):
+            raise EvaluationError(f"the network's outputs are not finite (loss {accuracy.loss})")
         found = Measurement(
             index=candidate.index,
             top1=accuracy.top1,

@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 
 from cacp_ray.errors import ArtifactError
 from cacp_ray.evaluation.measurement import Status, Subnet
-from cacp_ray.files import read_json, write_file, write_json, write_yaml
+from cacp_ray.files import keep_trying, read_json, write_file, write_json, write_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class EpisodeRecord:
         node: Address of its machine.
         attempt: 1 for the first try.
         finished_at: Unix time.
-        error: Reason of a failure, one line.
+        error: Reason of a failure, one line; or what was out of the ordinary in a success.
         order: Criterion of its importance order; empty for the run's.
         hits: Which images were right (`cacp_ray.evaluation.racing`); empty where not all were
             scored.
@@ -138,11 +139,21 @@ class RunDirectory:
     def append(self, record: EpisodeRecord) -> None:
         """Adds a measurement to the journal, where it survives the end of this process.
 
-        `compact` once before the first: a kill may have left a line without an end.
+        `compact` once before the first: a kill may have left a line without an end. Storage that
+        fails is tried again for a while; the evaluators work on.
+
+        Raises:
+            ArtifactError: It fails for longer.
         """
-        line = json.dumps(dataclasses.asdict(record)) + "\n"
-        with self._journal.open("a") as journal:
-            journal.write(line)
+        line = json.dumps(dataclasses.asdict(record)).encode() + b"\n"
+        size = self._journal.stat().st_size if self._journal.exists() else 0
+
+        def write() -> None:
+            with self._journal.open("ab") as journal:
+                journal.truncate(size)  # what an earlier try has left
+                journal.write(line)
+
+        keep_trying(write, self._journal)
 
     def read_records(self) -> list[EpisodeRecord]:
         """All measurements in the order recorded, each index once.
@@ -161,7 +172,14 @@ class RunDirectory:
         return list(records.values())
 
     def compact(self) -> None:
-        """Moves the journal's rows into a new part; the journal is empty afterwards."""
+        """Moves the journal's rows into a new part; the journal is empty afterwards.
+
+        Raises:
+            ArtifactError: The storage fails for long.
+        """
+        keep_trying(self._compact, self._journal)
+
+    def _compact(self) -> None:
         rows = self._read_journal()
         parts = self._parts()
         # Only the last part can hold rows that are still in the journal.
@@ -181,8 +199,14 @@ class RunDirectory:
 
         Args:
             told: How many of `read_records` the strategy had been told.
-            write: Fills an empty folder.
+            write: Fills an empty folder; called again where the storage fails.
+
+        Raises:
+            ArtifactError: The storage fails for long.
         """
+        keep_trying(partial(self._save_checkpoint, told, write), self.path / "checkpoints")
+
+    def _save_checkpoint(self, told: int, write: Callable[[Path], object]) -> None:
         folder = self.path / "checkpoints"
         before = self._read_latest()
         used = {entry["name"] for entry in before} | {p.name for p in folder.glob("checkpoint-*")}

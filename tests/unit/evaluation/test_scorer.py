@@ -5,12 +5,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 from cacp_ray.config import RunConfig, load_config
-from cacp_ray.errors import ConfigError
+from cacp_ray.errors import ConfigError, EvaluationError
 from cacp_ray.evaluation.measurement import Candidate
 from cacp_ray.evaluation.preparation import Cutter
-from cacp_ray.evaluation.scorer import make_scorer
+from cacp_ray.evaluation.scorer import FastNetwork, make_scorer
 from cacp_ray.loading import STATISTICS_FILE, find_statistics, load_base, prepare_base
 from cacp_ray.results import parse_rates
 from cacp_ray.searching.budget import uniform
@@ -182,3 +183,44 @@ def test_rates_are_read(text, rates):
 def test_bad_rates_are_refused(text):
     with pytest.raises(ConfigError, match=text):
         parse_rates(text)
+
+
+def test_outputs_that_are_not_finite_are_a_failure(base):
+    prepared = make(base, "none")
+    tensors = prepared.tensors | {"fc.bias": np.full_like(prepared.tensors["fc.bias"], np.nan)}
+    broken = dataclasses.replace(prepared, tensors=tensors)
+    counts = base.plan.cost_model.num_channels.tolist()
+    with pytest.raises(EvaluationError, match="not finite"):
+        score(base, broken, "none", counts)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_out_of_memory_halves_the_batch_once_and_says_so(base, monkeypatch, error):
+    sizes = []
+    load = FastNetwork.load
+
+    def limited(self, keep_counts, batch_size=None):
+        sizes.append(batch_size)
+        if batch_size > most:
+            raise error
+        return load(self, keep_counts, batch_size)
+
+    monkeypatch.setattr(FastNetwork, "load", limited)
+    counts = tuple(base.plan.cost_model.num_channels.tolist())
+    prepared = make(base, "none")
+    scorer = make_scorer(prepared, base.search, recovery="none", batch_size=100, dtype="float32")
+    most = 60
+    found = scorer(Candidate(0, 1.0, counts))
+    assert (found.status, found.images, sizes) == ("ok", 200, [100, 50])
+    assert found.error == "out of memory: batches of 50 from now on"
+    assert scorer(Candidate(1, 1.0, counts)).error == ""
+    most = 30
+    with pytest.raises(type(error)):
+        scorer(Candidate(2, 1.0, counts))
+    assert sizes == [100, 50, 50, 50]

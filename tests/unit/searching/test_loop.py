@@ -14,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cacp_ray.errors import EvaluationError
+from cacp_ray import files
+from cacp_ray.errors import ArtifactError, EvaluationError
 from cacp_ray.evaluation.measurement import LocalEvaluator, Measurement
 from cacp_ray.searching.allocation import uniform_prior
 from cacp_ray.searching.budget import Budget, minimum_counts, spend
@@ -448,6 +449,33 @@ def test_a_kill_in_any_file_operation_is_survived(
     assert len(distinct(folder)) == 30
     if mode == "rounds":
         assert rows(folder) == uninterrupted
+
+
+@pytest.mark.parametrize("operation", ["open", "replace", "rename", "mkdir"])
+def test_storage_that_fails_for_a_while_loses_nothing(
+    tmp_path, uninterrupted, monkeypatch, caplog, operation
+):
+    holder = os if operation == "replace" else pathlib.Path
+    real, calls = getattr(holder, operation), itertools.count()
+
+    def failing(*arguments, **options):
+        if 6 <= next(calls) < 30 and (operation != "open" or "ab" in arguments):
+            raise OSError(5, "Input/output error")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(files, "RETRY_SECONDS", 0.001)
+    monkeypatch.setattr(holder, operation, failing)
+    make_loop(tmp_path, checkpoint_ticks=1).run(ClimbingStrategy())
+    assert "Input/output error" in caplog.text
+    assert rows(tmp_path) == uninterrupted
+
+
+def test_storage_that_fails_for_good_ends_the_search_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(files, "RETRY_SECONDS", 0.001)
+    (tmp_path / "journal.jsonl").mkdir()
+    with pytest.raises(ArtifactError, match=r"(?s)journal.jsonl cannot be written .* --resume"):
+        make_loop(tmp_path).run(ClimbingStrategy())
 
 
 def test_a_damaged_checkpoint_falls_back_and_still_equals(tmp_path, uninterrupted):
