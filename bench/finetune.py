@@ -14,7 +14,6 @@ The sample that the package embeds shows that it works; figures worth reading ne
 """
 
 import argparse
-import json
 import shutil
 import statistics
 import time
@@ -26,6 +25,7 @@ from report import append_row, print_environment, print_table, read_rows
 
 import cacp_ray
 from cacp_ray.config import RunConfig, load_config
+from cacp_ray.files import read_json, write_json
 from cacp_ray.finetuning import FinetuneConfig
 from cacp_ray.reporting.progress import FinetuneDisplay
 
@@ -67,9 +67,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def search_once(method: str, run: Path, options: argparse.Namespace, times: Path) -> None:
-    """Searches, or goes on with a search."""
-    if (run / "result.json").exists():
-        return
+    """Searches, or goes on with a search; one under other options is refused."""
     started = time.monotonic()
     values = {
         "name": run.name,
@@ -85,7 +83,10 @@ def search_once(method: str, run: Path, options: argparse.Namespace, times: Path
         **METHODS[method],
     }
     config = load_config(RunConfig, values)
+    is_done = (run / "result.json").exists()
     cacp_ray.search(config, run, resume=(run / "config.yaml").exists())
+    if is_done:
+        return
     append_row(times, {"part": f"search {method}", "seconds": time.monotonic() - started})
 
 
@@ -100,11 +101,15 @@ def finetune_once(
             copy = shutil.copytree if (run / name).is_dir() else shutil.copy
             copy(run / name, place / name)
         (place / "copied").touch()
-    saved = json.loads((place / "result.json").read_text())
+    values = recipe.model_dump(mode="json")
+    values["finetune"]["seed"] = seed
+    asked = place / "finetuning.json"
+    if asked.exists() and read_json(asked) != values:
+        raise SystemExit(f"{place} was fine-tuned by another recipe: delete it, or give that one")
+    write_json(asked, values)
+    saved = read_json(place / "result.json")
     if all(row["test_top1"] is not None for row in saved["rates"]):
         return saved
-    values = recipe.model_dump()
-    values["finetune"]["seed"] = seed
     settings = FinetuneConfig.model_validate(values)
     started = time.monotonic()
     resume = (place / "finetune").exists()
@@ -155,9 +160,10 @@ def print_results(
 
 
 def print_times(times: Path) -> None:
-    """Wall time of every part; those of an interrupted sitting are not counted."""
+    """Wall time of every part, of a stopped one after it went on."""
     rows = [[row["part"], f"{row['seconds'] / 60:.1f}"] for row in read_rows(times)]
-    print_table("Wall time of what ended in one sitting", ["part", "minutes"], rows)
+    title = "Wall time; of a part that was stopped, since it last went on"
+    print_table(title, ["part", "minutes"], rows)
 
 
 if __name__ == "__main__":
