@@ -107,25 +107,25 @@ class Machines:
         )
         cluster_answers(self.address)
 
-    def spawn(self, command: list[str]) -> subprocess.Popen[bytes]:
+    def spawn(self, command: list[str], **variables: str) -> subprocess.Popen[bytes]:
         """A process group of its own."""
         options = ["--block", "--min-worker-port=0", "--max-worker-port=0"]
         options += ["--object-store-memory=100000000", "--disable-usage-stats"]
         with (self.folder / "ray.log").open("a") as log:
             return subprocess.Popen(
                 [*command, *(options if command[0] == RAY[0] else [])],
-                env=self.environment,
+                env=self.environment | variables,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
 
-    def add_nodes(self, count: int) -> None:
+    def add_nodes(self, count: int, **variables: str) -> None:
         """Of one CPU each; one after another, as they would choose the same socket at once."""
         for _ in range(count):
             before = self.num_sockets()
             command = [*RAY, "start", f"--address={self.address}", "--num-cpus=1"]
-            self.nodes.append(self.spawn(command))
+            self.nodes.append(self.spawn(command, **variables))
             deadline = time.monotonic() + PATIENCE_SECONDS
             while self.num_sockets() == before and time.monotonic() < deadline:
                 time.sleep(0.05)

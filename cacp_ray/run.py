@@ -86,6 +86,7 @@ def run_search(
         CacpError: Bad input, before anything is written, or a failed run.
     """
     from cacp_ray.distributed.cluster import check_address, check_cpus, connect
+    from cacp_ray.distributed.probe import probe_nodes
 
     clock = Clock()
     with clock.phase("prepare"):
@@ -102,6 +103,7 @@ def run_search(
         preparing = executor.submit(_prepare, base, config, orders, run_dir)
         connect(address)
         check_cpus(config.cluster.cpus_per_evaluator, address)
+        probe_nodes()
         prepared, statistics = preparing.result()
     with clock.phase("start"):
         evaluator = _start_evaluators(config, base, prepared, say)

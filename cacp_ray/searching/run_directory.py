@@ -29,6 +29,7 @@ from cacp_ray.files import keep_trying, read_json, write_file, write_json, write
 
 logger = logging.getLogger(__name__)
 
+SCHEMA_VERSION = 1  # of checkpoints
 SCHEMA = pa.schema(
     [
         ("index", pa.int64()),
@@ -223,14 +224,19 @@ class RunDirectory:
         temporary.rename(folder / name)
         whole = [entry for entry in before if self._is_whole(entry)]
         entries = [{"name": name, "told": told, "files": files}, *whole[:1]]
-        write_json(folder / "LATEST.json", {"checkpoints": entries})
+        latest = {"schema_version": SCHEMA_VERSION, "checkpoints": entries}
+        write_json(folder / "LATEST.json", latest)
         named = {entry["name"] for entry in entries}
         for old in folder.iterdir():
             if old.is_dir() and old.name not in named:
                 shutil.rmtree(old)
 
     def find_checkpoint(self) -> tuple[Path, int] | None:
-        """Folder of the newest whole checkpoint and how many records had been told; else None."""
+        """Folder of the newest whole checkpoint and how many records had been told; else None.
+
+        Raises:
+            ArtifactError: A newer cacp_ray wrote it.
+        """
         for entry in self._read_latest():
             if self._is_whole(entry):
                 return self.path / "checkpoints" / entry["name"], entry["told"]
@@ -261,10 +267,17 @@ class RunDirectory:
         if not file.exists():
             return []
         try:
-            return read_json(file)["checkpoints"]
-        except (ArtifactError, KeyError, TypeError):
+            latest = read_json(file)
+            entries, version = latest["checkpoints"], latest.get("schema_version", SCHEMA_VERSION)
+        except (ArtifactError, KeyError, TypeError, AttributeError):
             logger.warning("%s is damaged: the search restarts from its measurements", file)
             return []
+        if version != SCHEMA_VERSION:
+            raise ArtifactError(
+                f"{file}: schema version {version}, this cacp_ray reads {SCHEMA_VERSION}; go on "
+                "with the cacp_ray that wrote it"
+            )
+        return entries
 
     def _is_whole(self, entry: dict[str, Any]) -> bool:
         folder = self.path / "checkpoints" / entry["name"]

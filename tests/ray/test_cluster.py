@@ -125,3 +125,15 @@ def test_connecting_again_changes_nothing() -> None:
     cluster.connect("127.0.0.1:1")
     assert ray.is_initialized()
     assert ray.cluster_resources()["CPU"] == 2
+
+
+@pytest.mark.usefixtures("unconnected")
+def test_auto_in_a_job_is_the_job_s_own_cluster(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1\n")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    assert address in refused("auto")

@@ -1,0 +1,69 @@
+"""Asks every node, before a search begins, whether it could serve.
+
+One task a node, which imports what an evaluator imports. A node that joins later is not asked here:
+the pool reports evaluators that cannot be prepared.
+"""
+
+from importlib import metadata
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cacp_ray.distributed.nodes import read_nodes
+from cacp_ray.distributed.outcomes import describe
+from cacp_ray.errors import ConfigError
+
+PACKAGES = ("cacp-ray", "torch", "torchvision", "numpy")
+TIMEOUT_S = 120.0
+
+
+def read_versions() -> dict[str, str]:
+    """Installed versions of what a measurement depends on; torch must import."""
+    import torch  # noqa: F401
+
+    return {name: metadata.version(name) for name in PACKAGES}
+
+
+def probe_nodes() -> None:
+    """Asks all nodes that have CPUs at once.
+
+    Raises:
+        ConfigError: The first node that lacks a package, has another version, or does not answer.
+    """
+    head = ray.get_runtime_context().get_node_id()
+    others = [node for node, cpus in read_nodes().cpus.items() if cpus > 0 and node != head]
+    if not others:
+        return
+    expected = {name: metadata.version(name) for name in PACKAGES}
+    task = ray.remote(num_cpus=0, max_retries=0)(read_versions)
+    asked = {
+        task.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+        ).remote(): node
+        for node in others
+    }
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=TIMEOUT_S)
+    for ref, node in asked.items():
+        where = f"node {addresses.get(node, node)}"
+        if ref not in done:
+            raise ConfigError(
+                f"{where} has not answered in {TIMEOUT_S:.0f} s: see `ray status`, take it out of "
+                "the cluster or mend it"
+            )
+        try:
+            found = ray.get(ref)
+        except RayError as error:
+            if node not in read_nodes().cpus:
+                continue  # it has left meanwhile
+            raise ConfigError(
+                f"{where} cannot score ({describe(error)}): install there what this machine has, "
+                "or start it from the same image"
+            ) from error
+        for name, version in expected.items():
+            if found[name] != version:
+                raise ConfigError(
+                    f"{where} has {name} {found[name]}, this machine {version}: measurements would "
+                    "differ; install the same version, or start all nodes from the same image"
+                )

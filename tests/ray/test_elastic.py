@@ -1,0 +1,184 @@
+"""A cluster of real `ray start` processes: joined by the command line, asked before a search
+begins, left without demand by a driver that dies, and a search under kills (slow)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bench.soak import Machines, running
+from cacp_ray.searching.run_directory import RunDirectory
+
+pytestmark = pytest.mark.ray
+
+SMALL = {
+    "name": "small",
+    "rates": [0.5],
+    "strategy": "random",
+    "evaluations": 4,
+    "pruning": {"calibration_images": 64, "criterion": "l1", "recovery": "none"},
+    "evaluation": {"images": 50, "dtype": "float32"},
+    "cluster": {"max_evaluators": 2},
+}
+
+# How many actors are alive or wanted, and the demand that an autoscaler would see.
+COUNT = """
+import sys
+from cacp_ray.distributed import cluster
+cluster.connect(sys.argv[1])
+from ray._private.state import actors
+from ray.autoscaler.v2.sdk import get_cluster_status
+status = get_cluster_status(cluster.ray.get_runtime_context().gcs_address)
+demand = [
+    bundle.count
+    for each in status.resource_demands.ray_task_actor_demand
+    for bundle in each.bundles_by_count
+]
+print(sum(actor["State"] != "DEAD" for actor in actors().values()), sum(demand))
+"""
+
+# A driver with more evaluators than there is room for.
+GREEDY = """
+import sys, time
+from cacp_ray.distributed import cluster
+from cacp_ray.distributed.pool import RayEvaluatorPool
+cluster.connect(sys.argv[1])
+pool = RayEvaluatorPool(print, {}, num_evaluators=6, cpus_per_evaluator=1)
+time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def machines():
+    with running() as found:
+        found.add_nodes(1)
+        yield found
+
+
+def run(machines: Machines, *command: str | Path, seconds: float = 240):
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=machines.environment,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+
+
+def test_auto_joins_the_cluster_of_this_machine_whose_head_scores_nothing(machines, tmp_path):
+    config = tmp_path / "small.yaml"
+    config.write_text(yaml.safe_dump(SMALL))
+    folder = tmp_path / "run"
+    search = ("-m", "cacp_ray.cli", "search", config, "--address", "auto", "--run-dir", folder)
+    done = run(machines, *search)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "room for 1 now" in done.stdout
+    rows = RunDirectory(folder).read_records()
+    assert [row.status for row in rows] == 4 * ["ok"]
+
+
+def test_a_driver_that_dies_asks_for_nothing_more(machines):
+    driver = subprocess.Popen(
+        [sys.executable, "-c", GREEDY, machines.address], env=machines.environment
+    )
+    try:
+        counts = wait_for(machines, lambda actors, demand: actors == 6 and demand > 0)
+        assert counts[1] >= 5  # beyond the one there is room for
+    finally:
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
+    assert wait_for(machines, lambda actors, demand: actors == demand == 0) == (0, 0)
+
+
+def wait_for(machines, is_so):
+    deadline = time.monotonic() + 60
+    while True:
+        done = run(machines, "-c", COUNT, machines.address)
+        assert done.returncode == 0, done.stderr
+        actors, demand = map(int, done.stdout.split())
+        if is_so(actors, demand) or time.monotonic() > deadline:
+            return actors, demand
+        time.sleep(1.0)
+
+
+def fake_version(folder):
+    (folder / "torch-1.0.0.dist-info").mkdir()
+    text = "Metadata-Version: 2.1\nName: torch\nVersion: 1.0.0\n"
+    (folder / "torch-1.0.0.dist-info" / "METADATA").write_text(text)
+
+
+def broken_package(folder):
+    (folder / "torchvision.py").touch()
+    (folder / "torch.py").write_text("raise ImportError('libcuda.so.1 is missing')")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        pytest.param(fake_version, r"has torch 1.0.0, this machine", marks=pytest.mark.slow),
+        (broken_package, r"cannot score (ImportError: libcuda.so.1 is missing)"),
+    ],
+)
+def test_a_node_that_differs_is_named_before_anything_is_written(
+    machines, tmp_path, spoil, message
+):
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    spoil(packages)
+    config = tmp_path / "small.yaml"
+    config.write_text(yaml.safe_dump(SMALL))
+    folder = tmp_path / "run"
+    search = ("-m", "cacp_ray.cli", "search", config, "--run-dir", folder)
+    machines.add_nodes(1, PYTHONPATH=str(packages))
+    try:
+        wait_until_joined(machines, 2)
+        done = run(machines, *search, "--address", machines.address)
+    finally:
+        machines.lose_node(1)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not folder.exists()
+
+
+JOINED = """
+import sys
+from cacp_ray.distributed import cluster
+from cacp_ray.distributed.nodes import read_nodes
+cluster.connect(sys.argv[1])
+print(sum(cpus > 0 for cpus in read_nodes().cpus.values()))
+"""
+
+
+def wait_until_joined(machines, count):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if run(machines, "-c", JOINED, machines.address).stdout.strip() == str(count):
+            return
+        time.sleep(0.5)
+    raise TimeoutError(f"{count} nodes with CPUs")
+
+
+FAULTS = "--episodes 600 --score-seconds 0.5 --kill-seconds 5 --driver-kills 3"
+
+
+@pytest.mark.slow
+def test_a_search_under_kills_measures_every_candidate_once():
+    done = subprocess.run(
+        [sys.executable, "bench/soak.py", *FAULTS.split()],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["measurements"] == found["distinct"] == 600
+    assert min(found["kills"].values()) > 0

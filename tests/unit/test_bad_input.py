@@ -1,0 +1,375 @@
+"""Wrong input of every kind: exit code 2, one line that says where, nothing written or changed;
+and files from elsewhere never run code."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from cacp_ray.config import RunConfig, load_config, resolved
+from cacp_ray.models.factory import build_model, resolve_weights
+from tests.unit.exporting.folders import make_folder
+
+SAMPLE = Path("cacp_ray/data/cifar10_sample/test.parquet")
+CONFIG = """
+name: x
+model: {name: resnet20, weights: embedded:resnet20_cifar10}
+data: {search: {path: embedded:search}}
+"""
+WEIGHTS = resolve_weights("embedded:resnet20_cifar10")
+
+
+def search(*overrides):
+    """A search of the defaults but for some values."""
+
+    def arguments(folder):
+        (folder / "config.yaml").write_text(CONFIG)
+        sets = [part for value in overrides for part in ("--set", value)]
+        return ["search", folder / "config.yaml", "--run-dir", folder / "run", *sets]
+
+    return arguments
+
+
+def search_with(make, key):
+    """A search whose `key` names a file that `make` writes."""
+
+    def arguments(folder):
+        return search(f"{key}={make(folder)}")(folder)
+
+    return arguments
+
+
+def config_file(content):
+    def arguments(folder):
+        (folder / "config.yaml").write_bytes(content)
+        return ["search", folder / "config.yaml", "--run-dir", folder / "run"]
+
+    return arguments
+
+
+def weights(change):
+    def make(folder):
+        tensors = load_file(WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / "w.safetensors")
+        return folder / "w.safetensors"
+
+    return make
+
+
+def set_nan(tensors):
+    tensors["fc.weight"][0, 0] = torch.nan
+
+
+def cut_weights(folder):
+    (folder / "w.safetensors").write_bytes(WEIGHTS.read_bytes()[:9000])
+    return folder / "w.safetensors"
+
+
+def pickled_weights(folder):
+    torch.save(build_model("resnet20", 10).state_dict(), folder / "w.pt")
+    return folder / "w.pt"
+
+
+def table(change):
+    def make(folder):
+        pq.write_table(change(pq.read_table(SAMPLE)), folder / "d.parquet")
+        return folder / "d.parquet"
+
+    return make
+
+
+def replace(name, values):
+    def change(data):
+        return data.set_column(data.schema.names.index(name), name, values(data))
+
+    return change
+
+
+def labels(function):
+    return replace("label", lambda data: pa.array(function(data["label"].to_pylist())))
+
+
+def broken_image(data):
+    images = data["img"].to_pylist()
+    images[7] = {**images[7], "bytes": b"no image"}
+    return pa.array(images, type=data["img"].type)
+
+
+def run_folder(folder, **files):
+    """A run that was begun; `files` replaces some of its files."""
+    path = folder / "run"
+    config = resolved(load_config(RunConfig, {"name": "x"}))
+    content = {
+        "config.yaml": yaml.safe_dump(config),
+        "model.json": json.dumps({"sha256": "0" * 64}),
+        "result.json": json.dumps({"rates": []}),
+        **{name.replace("__", "/"): text for name, text in files.items()},
+    }
+    for name, text in content.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(text)
+    return path
+
+
+def on_run(command, *arguments, **files):
+    return lambda folder: [command, run_folder(folder, **files), *arguments]
+
+
+def resume(**files):
+    def arguments(folder):
+        path = run_folder(folder, **files)
+        (path / "result.json").unlink()
+        return [*search()(folder), "--resume"]
+
+    return arguments
+
+
+def newer(version):
+    return json.dumps({"schema_version": version, "checkpoints": []})
+
+
+def subnet(change):
+    """Evaluates a subnet folder that `change` has spoiled."""
+
+    def arguments(folder):
+        run = run_folder(folder)
+        path = make_folder(run / "subnets" / "rate-0.50", "resnet20", 32, num_classes=10)
+        change(path)
+        return ["export", path, "--format", "state-dict", "--out", folder / "out.safetensors"]
+
+    return arguments
+
+
+def describe_otherwise(**values):
+    def change(path):
+        file = path / "subnet.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return change
+
+
+def cut(name):
+    def change(path):
+        (path / name).write_bytes((path / name).read_bytes()[:200])
+
+    return change
+
+
+def of_another_base(path):
+    save_file(build_model("resnet20", 10).state_dict(), path / "model.safetensors")
+
+
+def occupied(folder):
+    (folder / "cache").write_text("mine")
+    return [*search()(folder), "--cache", folder / "cache"]
+
+
+def storage(uri):
+    return lambda folder: [*search()(folder), "--storage", uri.format(folder=folder)]
+
+
+def taken_storage(folder):
+    (folder / "copy").mkdir()
+    (folder / "copy" / "config.yaml").write_text("name: y\n")
+    return [*search()(folder), "--storage", folder / "copy"]
+
+
+CASES = {
+    # Configuration
+    "not YAML": (config_file(b"a: ["), "not valid YAML"),
+    "not text": (config_file(b"\xff\xfe\x00"), "not valid YAML"),
+    "a list": (config_file(b"- 1\n"), "expected `key: value`"),
+    "python in YAML": (config_file(b"name: !!python/object/apply:os.getcwd []"), "not valid YAML"),
+    "a key of another version": (search("cluster.evaluators=3"), "did you mean max_evaluators"),
+    "a section of another version": (search("surgery.kind=1"), "unknown key surgery"),
+    "no value": (search("seed"), "write key.path=value"),
+    "text for a number": (search("seed=many"), "seed: .*got 'many'"),
+    "too few evaluations": (search("evaluations=3"), "too few for 3 rates"),
+    "the same rate twice": (search("rates=[0.5,0.5]"), "must differ"),
+    "three decimals": (search("rates=[0.333]"), "two decimals"),
+    "no evaluators": (search("cluster.max_evaluators=0"), "max_evaluators: .*got 0"),
+    "unknown strategy": (search("strategy=cacpp"), "did you mean"),
+    "unknown model": (search("model.name=resnet19"), "did you mean"),
+    "a model that is not installed": (search("model.name=nothing.at:all"), "cannot be imported"),
+    # Data
+    "no file": (search("data.search.path=none.parquet"), "no such file"),
+    "a folder": (search("data.search.path=tests"), "no such file"),
+    "not Parquet": (search("data.search.path=README.md"), "not a readable Parquet"),
+    "unknown embedded split": (search("data.search.path=embedded:sarch"), "did you mean search"),
+    "rows outside": (search("data.search.rows=[0,9000]"), "outside its 1500 rows"),
+    "shared rows": (search("data.test.path=embedded:train"), "share rows"),
+    "labels out of range": (
+        search_with(table(labels(lambda y: [99, *y[1:]])), "data.search.path"),
+        "row 0: label 99 is outside the 10 classes",
+    ),
+    "negative labels": (
+        search_with(table(labels(lambda y: [-1, *y[1:]])), "data.search.path"),
+        "row 0: label -1 is outside",
+    ),
+    "missing labels": (
+        search_with(table(labels(lambda y: [None, *y[1:]])), "data.search.path"),
+        "row 0: no label",
+    ),
+    "labels that are text": (
+        search_with(table(labels(lambda y: [str(each) for each in y])), "data.search.path"),
+        "they must be integers",
+    ),
+    "no label column": (
+        search_with(table(lambda data: data.drop_columns(["label"])), "data.search.path"),
+        "none of the columns label",
+    ),
+    "no image column": (
+        search_with(table(lambda data: data.drop_columns(["img"])), "data.search.path"),
+        "none of the columns i",
+    ),
+    "a broken image": (
+        search_with(table(replace("img", broken_image)), "data.search.path"),
+        "row 7: cannot decode the image",
+    ),
+    # Weights
+    "weights cut short": (search_with(cut_weights, "model.weights"), "not a readable safetensors"),
+    "weights that are a pickle": (
+        search_with(pickled_weights, "model.weights"),
+        "not a readable safetensors",
+    ),
+    "weights with NaN": (
+        search_with(weights(set_nan), "model.weights"),
+        "fc.weight holds NaN or infinity",
+    ),
+    "a tensor too few": (
+        search_with(weights(lambda tensors: tensors.pop("fc.bias")), "model.weights"),
+        "missing fc.bias",
+    ),
+    "a tensor of another shape": (
+        search_with(
+            weights(lambda tensors: tensors.update({"fc.bias": torch.zeros(9)})), "model.weights"
+        ),
+        r"fc.bias has shape \(9,\), the model \(10,\)",
+    ),
+    "unknown embedded weights": (search("model.weights=embedded:resnet21"), "no embedded weights"),
+    # Run directories
+    "a run of another configuration": (
+        lambda folder: [*resume()(folder), "--set", "seed=5"],
+        "changed: .*seed",
+    ),
+    "a run of other weights": (
+        resume(),
+        "searched from other weights",
+    ),
+    "a damaged model.json": (
+        resume(**{"model.json": "{"}),
+        r"model\.json: not valid JSON",
+    ),
+    "nothing to resume": (lambda folder: [*search()(folder), "--resume"], "holds no run"),
+    "a file where the run should be": (
+        lambda folder: ((folder / "run").write_text("x"), search()(folder))[1],
+        "exists: pass --resume",
+    ),
+    "a damaged line in the journal": (
+        on_run("evaluate", "--index", "1", **{"journal.jsonl": "{}\n{}\n"}),
+        "line 1 is not a measurement",
+    ),
+    "episodes cut short": (
+        on_run("evaluate", "--index", "1", **{"episodes__part-00000.parquet": "PAR1"}),
+        "not a readable Parquet file",
+    ),
+    "a candidate that is not there": (on_run("evaluate", "--index", "1"), "no candidate 1"),
+    "a checkpoint of a newer version": (
+        on_run("subnet", "--rate", "0.4", **{"checkpoints__LATEST.json": newer(2)}),
+        "schema version 2, this cacp_ray reads 1",
+    ),
+    "a run without a policy": (on_run("subnet", "--rate", "0.4"), "no trained policy"),
+    "a damaged result": (on_run("report", **{"result.json": "{"}), "not valid JSON"),
+    "a rate above one": (on_run("subnet", "--rate", "1.4"), r"in \(0, 1\]"),
+    "rates backwards": (on_run("subnet", "--rate", "0.9:0.2:0.1"), "smaller rate first"),
+    # Subnets
+    "a subnet of a newer version": (subnet(describe_otherwise(schema_version=9)), "version 9"),
+    "a subnet of another base network": (subnet(of_another_base), "a file of another subnet"),
+    "a subnet of an unknown network": (subnet(describe_otherwise(model="resnet21")), "unknown"),
+    "a description cut short": (subnet(cut("subnet.json")), "not valid JSON"),
+    "small weights cut short": (subnet(cut("model.safetensors")), "not a readable safetensors"),
+    # Options
+    "a file where the cache should be": (occupied, "name a folder"),
+    "unknown storage": (storage("ftp://host/x"), "write s3://BUCKET/FOLDER"),
+    "storage that cannot be written": (storage("{folder}/config.yaml/x"), "cannot be written to"),
+    "storage of another run": (taken_storage, "holds a run: pass --resume"),
+    "an unknown option": (lambda folder: ["search", "--adress", "auto"], "--adress"),
+}
+
+
+def snapshot(folder):
+    return {path: path.is_dir() or path.read_bytes() for path in sorted(folder.rglob("*"))}
+
+
+def test_the_table_is_long():
+    assert len(CASES) >= 40
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_line_and_changes_nothing(case, run, tmp_path):
+    make, message = CASES[case]
+    arguments = make(tmp_path)
+    before = snapshot(tmp_path)
+    code, out, err = run(*arguments)
+    assert code == 2, err
+    assert re.search(message, err), err
+    assert err.count("\n") == 1
+    assert len(err) > 30
+    assert "Traceback" not in out + err
+    assert snapshot(tmp_path) == before
+
+
+# Calls that may run code of the file they read; each is allowed only in the safe form.
+def find_unsafe(source):
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+            found += [f"imports {name}" for name in names if name in UNSAFE_MODULES]
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if name == "torch.load" and keywords.get("weights_only") != "True":
+            found.append("torch.load without weights_only=True")
+        if name in ("np.load", "numpy.load") and keywords.get("allow_pickle", "False") != "False":
+            found.append("np.load with pickles")
+        if name in UNSAFE_CALLS:
+            found.append(name)
+    return found
+
+
+UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "shelve", "joblib", "marshal"}
+UNSAFE_CALLS = {
+    *("yaml.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all"),
+    *("eval", "exec", "torch.jit.load", "pd.read_pickle"),
+}
+
+
+@pytest.mark.parametrize("path", sorted(Path("cacp_ray").rglob("*.py")), ids=str)
+def test_no_file_from_elsewhere_can_run_code(path):
+    assert find_unsafe(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import load",
+        "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "np.load(f, allow_pickle=True)",
+        "yaml.load(f, Loader=yaml.Loader)",
+        "eval(text)",
+    ],
+)
+def test_the_audit_finds_what_it_looks_for(source):
+    assert len(find_unsafe(source)) == 1
