@@ -1,0 +1,29 @@
+"""What docs/data.md shows is so."""
+
+import re
+import shlex
+from pathlib import Path
+
+import typer.main
+import yaml
+
+from cacp_ray.cli import app
+from cacp_ray.config import DataConfig, load_config
+
+PAGE = Path("docs/data.md").read_text()
+
+
+def test_commands_parse():
+    (block,) = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+    group = typer.main.get_command(app).commands["data"]
+    lines = block.strip().splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        _, _, name, *arguments = shlex.split(line)
+        group.commands[name].make_context(name, arguments, resilient_parsing=False)
+
+
+def test_the_example_loads():
+    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    config = load_config(DataConfig, yaml.safe_load(block)["data"])
+    assert config.search.images_per_class == 5
