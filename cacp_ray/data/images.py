@@ -146,6 +146,11 @@ def read_labels(
     if rows.per_class is not None:
         drawn = draw_per_class(labels[chosen], rows.per_class, rows.seed)
         chosen = chosen[np.setdiff1d(np.arange(len(chosen)), drawn) if rows.without else drawn]
+    if not len(chosen):
+        raise ConfigError(
+            f"data {source.name}: images_per_class {rows.per_class} leaves no image for training: "
+            "draw fewer"
+        )
     if rows.count is not None and rows.count < len(chosen):
         chosen = chosen[np.arange(rows.count) * len(chosen) // rows.count]
     labels = labels[chosen]

@@ -229,7 +229,7 @@ def keep_best(
     result = FinetuneResult(
         rate=config["rate"],
         variant=config["variant"],
-        epochs=recipe.epochs,
+        epochs=state["epoch"] + 1,
         best_epoch=state["best"]["epoch"],
         search_top1_before=state["before"],
         search_top1=state["best"]["top1"],

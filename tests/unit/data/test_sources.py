@@ -152,6 +152,10 @@ def test_the_search_split_is_drawn_from_the_training_rows_and_missing_there(shar
     assert np.bincount(search.labels).tolist() == [2, 2, 2]
     assert values(read_split(data, "search")) == values(search)
     assert len(read_split(data, "train", 5)) == 5
+    everything = {"path": str(shards), "images_per_class": 7}
+    greedy = load_config(DataConfig, {"train": {"path": str(shards)}, "search": everything})
+    with pytest.raises(ConfigError, match="leaves no image for training"):
+        read_split(greedy, "train")
     clash = data.model_copy(update={"test": data.train})
     with pytest.raises(ConfigError, match="share rows"):
         check_data(clash)
