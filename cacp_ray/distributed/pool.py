@@ -117,7 +117,7 @@ class RayEvaluatorPool:
         self._payload = {name: ray.put(value) for name, value in payload.items()}
         self._cpus = cpus_per_evaluator
         self._max_attempts = max_attempts
-        threads = str(max(1, int(cpus_per_evaluator)))
+        threads = str(max(1, math.ceil(cpus_per_evaluator)))  # a broker reserves a little less
         self._actor_class = ray.remote(RayEvaluator).options(
             num_cpus=cpus_per_evaluator,
             max_restarts=-1,
