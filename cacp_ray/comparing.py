@@ -79,7 +79,8 @@ def compare_runs(configs: Mapping[Path, RunConfig]) -> Comparison:
     ]
     base = models[first]["base"]
     images = max((row.images for rows in records.values() for row in rows), default=0)
-    return Comparison(configs[first].cost, base["search"]["top1"], images, tuple(runs))
+    found = base["search"]
+    return Comparison(configs[first].cost, found["top1"], found["images"], images, tuple(runs))
 
 
 def find_known(config: RunConfig, sha256: str, run_dirs: Mapping[Path, RunConfig]) -> Known:

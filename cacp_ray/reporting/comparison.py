@@ -84,12 +84,14 @@ class Comparison:
     Attributes:
         cost: What a rate limits.
         base_top1: Of the whole network on the whole search split.
+        base_images: Of the whole search split.
         images: That scored each candidate.
         runs: In the order given.
     """
 
     cost: str
     base_top1: float
+    base_images: int
     images: int
     runs: tuple[ComparedRun, ...]
 
@@ -138,6 +140,7 @@ class Comparison:
         return {
             "cost": self.cost,
             "base_top1": self.base_top1,
+            "base_images": self.base_images,
             "images": self.images,
             "rates": list(self.rates),
             "mean_over": list(self.common_rates),
@@ -261,6 +264,11 @@ def _notes(comparison: Comparison) -> list[str]:
         f"Base network: {format_percent(comparison.base_top1)} %. Best: of all candidates within "
         f"the budget, as the search scored them{_has_policy(runs)}."
     ]
+    if 0 < comparison.images < comparison.base_images:
+        notes.append(
+            f"Candidates were scored on {comparison.images:,} images, the base network on all "
+            f"{comparison.base_images:,}: compare the runs with each other."
+        )
     if common != comparison.rates:
         over = ", ".join(f"{rate:.2f}" for rate in common) or "none"
         notes.append(f"The means are over the rates that every run has: {over}.")
@@ -323,7 +331,8 @@ def draw_comparison(comparison: Comparison) -> Figure:
 def plot_frontiers(axes: Axes, comparison: Comparison) -> None:
     """The best measured at each cost, the winner of every rate, and what the policies answer."""
     base = 100 * comparison.base_top1
-    axes.axhline(base, color="black", linestyle=":", linewidth=1.3, label="base network")
+    if comparison.images == comparison.base_images:  # else it is of other images
+        axes.axhline(base, color="black", linestyle=":", linewidth=1.3, label="base network")
     points: list[Point] = []
     for number, run in enumerate(comparison.runs):
         colour, marker, line = _look(number)

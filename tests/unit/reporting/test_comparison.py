@@ -54,7 +54,7 @@ def make_run(label: str, rates=RATES, *, gain: float = 0.0, **changes) -> Compar
 
 
 def make_comparison(*runs: ComparedRun) -> Comparison:
-    return Comparison("macs", 0.92, 5000, runs)
+    return Comparison("macs", 0.92, 5000, 5000, runs)
 
 
 def render(comparison: Comparison, width: int = 110) -> str:
@@ -238,7 +238,20 @@ def test_runs_that_have_measured_nothing_are_drawn_and_printed():
         winners={},
         frontier=(),
     )
-    comparison = Comparison("macs", 0.92, 0, (nothing,))
+    comparison = Comparison("macs", 0.92, 5000, 0, (nothing,))
     draw_comparison(comparison)
     assert cells(render(comparison), "cem")[0] == ["together", "0", *[DASH] * 5]
     assert "Binomial" not in render(comparison)
+
+
+def test_a_base_network_of_other_images_is_said_to_be_so_and_not_drawn():
+    whole = make_comparison(make_run("cacp"))
+    few = dataclasses.replace(whole, images=100)
+    texts = [render(each) for each in (whole, few)]
+    assert ["all 5,000" in text for text in texts] == [False, True]
+    lines = []
+    for each in (whole, few):
+        axes = Figure().add_subplot()
+        plot_frontiers(axes, each)
+        lines.append("base network" in [line.get_label() for line in axes.get_lines()])
+    assert lines == [True, False]
