@@ -242,6 +242,7 @@ def main() -> None:
         folder, address = options.drive
         drive(Path(folder), address, options.episodes, options.score_seconds)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is ended
     with running() as machines:
         try:
             found = soak(machines, options)

@@ -188,6 +188,10 @@ def search(
         return
     _search(settings, folder, resume=resume, address=address, cache=cache, storage=storage)
     _report(folder)
+    if storage:
+        from cacp_ray.storage import RunStorage
+
+        RunStorage(storage).finish(folder)  # the report too
 
 
 @app.command()
