@@ -74,7 +74,7 @@ def cut_weights(folder):
 
 
 def pickled_weights(folder):
-    torch.save(build_model("resnet20", 10).state_dict(), folder / "w.pt")
+    torch.save(build_model("resnet20", 10), folder / "w.pt")
     return folder / "w.pt"
 
 
@@ -201,7 +201,7 @@ CASES = {
     "a model that is not installed": (search("model.name=nothing.at:all"), "cannot be imported"),
     # Data
     "no file": (search("data.search.path=none.parquet"), "no such file"),
-    "a folder": (search("data.search.path=tests"), "no such file"),
+    "a folder": (search("data.search.path=tests"), "neither Parquet files nor folders of images"),
     "not Parquet": (search("data.search.path=README.md"), "not a readable Parquet"),
     "unknown embedded split": (search("data.search.path=embedded:sarch"), "did you mean search"),
     "rows outside": (search("data.search.rows=[0,9000]"), "outside its 1500 rows"),
@@ -238,7 +238,7 @@ CASES = {
     "weights cut short": (search_with(cut_weights, "model.weights"), "not a readable safetensors"),
     "weights that are a pickle": (
         search_with(pickled_weights, "model.weights"),
-        "not a readable safetensors",
+        "not a readable state dict",
     ),
     "weights with NaN": (
         search_with(weights(set_nan), "model.weights"),
