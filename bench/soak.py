@@ -294,6 +294,7 @@ def soak(machines: Machines, options: argparse.Namespace) -> dict[str, Any]:
             kinds = ["evaluator", "node", "driver"]
             kind = chance.choice(kinds if kills["driver"] < options.driver_kills else kinds[:2])
             recent = {process for _, process, _, _ in watched.since(now - 5)}
+            recent = {process for process in recent if is_evaluator(process)}
             if kind == "evaluator" and recent:
                 with suppress(ProcessLookupError):
                     os.kill(chance.choice(sorted(recent)), signal.SIGKILL)
@@ -343,6 +344,14 @@ def judge(
         "minutes": round(total / 60, 1),
         "broken": [name for name, is_kept in promises.items() if not is_kept],
     }
+
+
+def is_evaluator(process: int) -> bool:
+    """Whether the number is still that of an actor: it may have been given anew."""
+    try:
+        return "RayEvaluator" in Path(f"/proc/{process}/cmdline").read_text()
+    except OSError:
+        return False
 
 
 def log_end(machines: Machines) -> str:
