@@ -275,7 +275,9 @@ def open_source(path: str) -> Source:
         if kind == fs.FileType.File:
             return ParquetSource(path, filesystem, (where,))
         if kind == fs.FileType.NotFound:
-            raise ArtifactError(f"data {path}: no such file; give the path of a Parquet file")
+            raise ArtifactError(
+                f"data {path}: no such file; give Parquet files or a folder of images"
+            )
         files = _list_files(filesystem, where, "*.parquet")
     except (OSError, pa.ArrowException) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -71,7 +71,10 @@ def convert(
         except RayTaskError as error:
             if isinstance(error.cause, ArtifactError):
                 raise error.cause from error
-            raise EvaluationError(f"{out}: a shard cannot be written ({error.cause})") from error
+            raise EvaluationError(
+                f"{out}: a shard cannot be written ({error.cause}): name a folder that every node "
+                "can write to, then run the command again"
+            ) from error
         done += 1
         on_shard(done, num_shards)
     return len(rows)

@@ -20,13 +20,12 @@ from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialSch
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlgorithm, Searcher
 
 from cacp_ray.distributed.broker import BrokeredEvaluator
-from cacp_ray.errors import ConfigError, EvaluationError
+from cacp_ray.errors import ConfigError
 from cacp_ray.evaluation.measurement import Evaluator
 from cacp_ray.files import read_json, write_json
-from cacp_ray.tuning.finetune import last_line, quiet_tune
+from cacp_ray.tuning.finetune import MAX_FAILURES, check_trials, quiet_tune
 
 CURVE_FILE = "curve.json"
-MAX_FAILURES = 2
 TRIAL_CPUS = 0.05  # reserved by a trial; it learns while its candidates are scored
 # Of trials at ASHA's only rung: agents begin to learn after dozens of evaluations, and say nothing
 # about their settings before.
@@ -231,12 +230,7 @@ def tune_agents(
             results = tuner.fit()
     finally:
         _on_progress.reset(listener)
-    failed = [result for result in results if result.error is not None]
-    if failed:
-        raise EvaluationError(
-            f"trial {Path(failed[0].path).name} failed {MAX_FAILURES + 1} times "
-            f"({last_line(failed[0].error)}); see {failed[0].path}, then continue with --resume"
-        )
+    check_trials(results, "the search of")
     return [_read_progress(Path(each.path).name, each.config, each.metrics) for each in results]
 
 

@@ -182,12 +182,7 @@ def finetune_subnets(
             results = _make_tuner(trainable, space, experiment_dir, callbacks, scheduler).fit()
     finally:
         _on_epoch.reset(listener)
-    for result in results:
-        if result.error is not None:
-            raise EvaluationError(
-                f"fine-tuning of {Path(result.path).name} failed {MAX_FAILURES + 1} times "
-                f"({last_line(result.error)}); see {result.path}, then continue with --resume"
-            )
+    check_trials(results, "fine-tuning of")
     keep: Any = ray.remote(num_cpus=resources.cpus)(cast(Any, keep_best))
     shared = {
         "task": ray.put(task),
@@ -363,9 +358,23 @@ def quiet_tune() -> Iterator[None]:
                 os.environ[key] = value
 
 
-def last_line(error: BaseException | None) -> str:
-    """Of an error's text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+def check_trials(results: Any, what: str) -> None:
+    """Names the first of Tune's results whose trial failed for good.
+
+    Args:
+        results: Of `Tuner.fit`.
+        what: Stands before the trial's name.
+
+    Raises:
+        EvaluationError: With the trial's reason.
+    """
+    for result in results:
+        if result.error is not None:
+            reason = (str(result.error).strip().splitlines() or [type(result.error).__name__])[-1]
+            raise EvaluationError(
+                f"{what} {Path(result.path).name} failed {MAX_FAILURES + 1} times ({reason}); see "
+                f"{result.path}, then continue with --resume"
+            )
 
 
 def _read_result(folder: Path) -> FinetuneResult:
