@@ -8,14 +8,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cacp_ray.api import Analysis, Run, analyze, export, finetune, load_subnet, search
+    from cacp_ray.series import compare, search_each
 
 __version__ = "0.1.0"
-__all__ = ["Analysis", "Run", "analyze", "export", "finetune", "load_subnet", "search"]
+__all__ = [
+    "Analysis",
+    "Run",
+    "analyze",
+    "compare",
+    "export",
+    "finetune",
+    "load_subnet",
+    "search",
+    "search_each",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'cacp_ray' has no attribute {name!r}")
-    from cacp_ray import api
+    from cacp_ray import api, series
 
+    if name in ("compare", "search_each"):
+        return getattr(series, name)
     return getattr(api, name)

@@ -1,8 +1,7 @@
 """What a Python user calls and the command line calls too: the one place that wires objects."""
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,20 @@ import torch
 from cacp_ray import agent_tuning
 from cacp_ray.agent_space import AgentTuningConfig
 from cacp_ray.analysis import Analysis, analyze
-from cacp_ray.comparing import compare_runs, find_known, find_runs, hash_base
-from cacp_ray.config import RunConfig, Section, TrainConfig, load_config, resolved
-from cacp_ray.errors import ArtifactError, ConfigError, nearest_names
+from cacp_ray.config import RunConfig, TrainConfig, load_config, resolved
+from cacp_ray.errors import ArtifactError
 from cacp_ray.evaluation.cache import check_folder
 from cacp_ray.evaluation.measurement import Measurement, Subnet
 from cacp_ray.exporting.subnet import export_subnet as export
-from cacp_ray.files import changed_keys, describe_environment, read_json, write_json, write_yaml
+from cacp_ray.files import describe_environment, read_json, write_json, write_yaml
 from cacp_ray.finetuning import FinetuneConfig, finetune_folder, finetune_run
+from cacp_ray.folders import is_run, open_folder, read_run_config
 from cacp_ray.loading import check_splits, load_base, load_model, read_split, read_train
 from cacp_ray.pruning.subnet import load_subnet
-from cacp_ray.reporting.comparison import ComparedRun, Comparison, check_out, write_comparison
 from cacp_ray.reporting.tuning import write_tuning_report
 from cacp_ray.results import answer_rates, read_result, report_run
 from cacp_ray.run import describe_base, run_search
 from cacp_ray.searching.loop import SearchProgress
-from cacp_ray.searching.strategies import AGENTS, STRATEGIES
 from cacp_ray.storage import RunStorage
 from cacp_ray.strategies import check_strategy
 from cacp_ray.training.base import train_base
@@ -37,19 +34,14 @@ logger = logging.getLogger(__name__)
 
 __all__ = [
     "Analysis",
-    "ComparedRun",
-    "Comparison",
     "Run",
     "analyze",
-    "compare",
     "export",
     "finetune",
     "load_subnet",
     "search",
-    "search_each",
     "train_model",
     "tune_agent",
-    "write_comparison",
 ]
 
 
@@ -82,46 +74,6 @@ def train_model(
         run_dir,
         on_epoch=on_epoch,
     )
-
-
-def open_folder(run_dir: Path, config: Section, *, resume: bool) -> None:
-    """Refuses to write over another run, or to continue one under a changed configuration.
-
-    Raises:
-        ArtifactError: It exists and `resume` is off, or there is nothing to resume.
-        ConfigError: It was started with another configuration; the message names the keys.
-    """
-    saved = run_dir / "config.yaml"
-    if not resume:
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-            raise ArtifactError(
-                f"{run_dir} exists: pass --resume to continue it, or choose another --run-dir"
-            )
-        return
-    if not saved.exists():
-        raise ArtifactError(f"{run_dir} holds no run (no config.yaml): start it without --resume")
-    changed = changed_keys(resolved(load_config(type(config), saved)), resolved(config))
-    if changed:
-        raise ConfigError(
-            f"{run_dir} was started with another configuration; changed: {', '.join(changed)}; "
-            "undo the change or choose another --run-dir"
-        )
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a run was begun there."""
-    return (folder / "config.yaml").exists()
-
-
-def read_run_config(run_dir: Path) -> RunConfig:
-    """The configuration that a run was started with.
-
-    Raises:
-        ArtifactError: The folder holds no run.
-    """
-    if not is_run(run_dir):
-        raise ArtifactError(f"{run_dir} holds no run (no config.yaml): check the path")
-    return load_config(RunConfig, run_dir / "config.yaml")
 
 
 @dataclass(frozen=True)
@@ -267,134 +219,6 @@ def tune_agent(
         )
     write_tuning_report(where)
     return read_json(where / "result.json")
-
-
-@dataclass(frozen=True)
-class Series:
-    """Searches of one configuration by several strategies, each in a folder of its own.
-
-    Attributes:
-        folder: Holds a run directory a strategy, and `comparison/`.
-        configs: By run directory, in the order they are run.
-        resume: Go on with what is there.
-    """
-
-    folder: Path
-    configs: dict[Path, RunConfig]
-    resume: bool
-
-    def search(self, run_dir: Path, **options: Any) -> Run:
-        """One of them; what the others have measured by now is not measured again.
-
-        Args:
-            run_dir: A key of `configs`.
-            **options: `address`, `on_progress` and `cache` of `search`.
-        """
-        config, is_begun = self.configs[run_dir], is_run(run_dir)
-        others = {path: other for path, other in self.configs.items() if path != run_dir}
-        known = {}
-        if not (run_dir / "result.json").exists() and any(map(is_run, others)):
-            known = find_known(config, hash_base(config), others)
-        return search(config, run_dir, resume=self.resume and is_begun, known=known, **options)
-
-
-def plan_series(
-    config: RunConfig, strategies: Sequence[str], folder: Path, *, resume: bool = False
-) -> Series:
-    """Checks all names and folders before anything runs.
-
-    Args:
-        config: Of all searches, but for the strategy.
-        strategies: Names, each once.
-        folder: For `folder/NAME` and `folder/comparison`.
-        resume: Skip what has ended, go on with what was begun, begin the others.
-
-    Raises:
-        ConfigError: An unknown or repeated name, or a run under another configuration.
-        ArtifactError: A folder is in use, or there is nothing to resume.
-    """
-    known = (*AGENTS, *STRATEGIES)
-    for name, count in Counter(strategies).items():
-        if name not in known and ":" not in name:
-            raise ConfigError(f"strategy {name or 'without a name'}: {nearest_names(name, known)}")
-        if count > 1:
-            raise ConfigError(f"strategy {name} is named {count} times: name each once")
-    if is_run(folder):
-        raise ArtifactError(f"{folder} is a run itself: choose another --run-dir for several")
-    check_out(folder / "comparison")
-    values = resolved(config)
-    configs = {
-        folder / name.replace(":", "-"): load_config(RunConfig, values | {"strategy": name})
-        for name in strategies
-    }
-    if resume and not any(map(is_run, configs)):
-        raise ArtifactError(f"{folder} holds no run of these: start them without --resume")
-    for path, each in configs.items():
-        open_folder(path, each, resume=resume and is_run(path))
-    return Series(folder, configs, resume)
-
-
-def check_series(series: Series) -> str:
-    """As `check_search` of one: one line about what all would search.
-
-    Raises:
-        CacpError: The first thing that does not fit.
-    """
-    config = next(iter(series.configs.values()))
-    base = load_base(config)
-    for each in series.configs.values():
-        check_strategy(each, base)
-    number = f"{len(series.configs)} searches with {config.evaluations} evaluations each"
-    return f"{describe_base(base, config)}; {number}"
-
-
-def search_each(
-    config: RunConfig | dict[str, Any] | str | Path,
-    strategies: Sequence[str],
-    folder: str | Path | None = None,
-    *,
-    resume: bool = False,
-    address: str | None = None,
-    on_progress: Callable[[SearchProgress], object] | None = None,
-) -> Comparison:
-    """Searches by several strategies, one after another, and compares them.
-
-    What one has measured answers the same candidate of another.
-
-    Args:
-        config: As of `search`; its strategy is not used.
-        strategies: Names, each once.
-        folder: For a run directory a strategy, and `comparison/`; default: runs/NAME.
-        resume: Skip what has ended, go on with what was begun, begin the others.
-        address: As of `search`.
-        on_progress: As of `search`.
-
-    Raises:
-        CacpError: Bad input, before anything is written, or a failed run.
-    """
-    settings = config if isinstance(config, RunConfig) else load_config(RunConfig, config)
-    where = Path(folder) if folder is not None else Path("runs") / settings.name
-    series = plan_series(settings, strategies, where, resume=resume)
-    check_series(series)
-    for run_dir in series.configs:
-        series.search(run_dir, address=address, on_progress=on_progress)
-    comparison = compare(series.configs)
-    write_comparison(comparison, where / "comparison")
-    return comparison
-
-
-def compare(runs: Iterable[str | Path]) -> Comparison:
-    """What runs on the same network, data and settings have found, side by side.
-
-    Args:
-        runs: Run directories, or folders of them. One that has not ended is read as far as it is.
-
-    Raises:
-        ArtifactError: No run, a damaged one, or one that has measured nothing yet.
-        ConfigError: Runs that cannot be compared, with the keys that differ.
-    """
-    folders = find_runs([Path(run) for run in runs])
-    return compare_runs({folder: read_run_config(folder) for folder in folders})
 
 
 def finetune(

@@ -12,11 +12,11 @@ import torch
 import yaml
 
 import cacp_ray
-from cacp_ray.api import read_run_config, report_run
 from cacp_ray.config import RunConfig
 from cacp_ray.errors import ArtifactError
+from cacp_ray.folders import read_run_config
 from cacp_ray.pruning.plan import count_macs
-from cacp_ray.results import answer_rates, rescore_candidate
+from cacp_ray.results import answer_rates, report_run, rescore_candidate
 from cacp_ray.searching.run_directory import RunDirectory
 
 pytestmark = pytest.mark.ray

@@ -228,7 +228,7 @@ def test_ctrl_c_says_how_to_go_on(run, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cacp_ray.cli._report", interrupted)
+    monkeypatch.setattr("cacp_ray.cli.results.print_report", interrupted)
     code, _, err = run("report", "anything")
     assert code == 130
     assert err == "cacp-ray: interrupted; go on with --resume\n"

@@ -13,12 +13,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cacp_ray import api
 from cacp_ray.cli import app
 from cacp_ray.comparing import find_known, trace_frontier
 from cacp_ray.config import RunConfig, load_config, resolved
 from cacp_ray.files import write_json
+from cacp_ray.folders import read_run_config
 from cacp_ray.searching.run_directory import EpisodeRecord, RunDirectory
+from cacp_ray.series import compare, search_each
 
 PAGE = Path("docs/compare.md").read_text()
 TOTAL = 1000
@@ -106,7 +107,7 @@ def test_figures_of_finished_runs_are_those_of_their_result(tmp_path):
         make_run(tmp_path / name, {"strategy": name}, result=result)
         for name, result in results.items()
     ]
-    found = api.compare(folders)
+    found = compare(folders)
     assert [each.label for each in found.runs] == ["cacp", "random"]
     assert (found.base_top1, found.images) == (0.93, 400)
     for each, result in zip(found.runs, results.values(), strict=True):
@@ -127,7 +128,7 @@ def test_an_unfinished_run_is_judged_by_its_records_alone(tmp_path):
     again = make_record(5, 290, 0.6, cached=True, keep_counts=(290, 0))
     other = make_record(6, 300, 0.65, cached=True)  # by another run: it counts
     records = [make_record(0, 290, 0.6), make_record(1, 301, 0.8), failed, again, other]
-    found = api.compare([make_run(tmp_path / "a", {"strategy": "random"}, records=records)])
+    found = compare([make_run(tmp_path / "a", {"strategy": "random"}, records=records)])
     (each,) = found.runs
     assert not each.is_finished
     assert each.seconds is None
@@ -140,7 +141,7 @@ def test_the_same_keep_counts_in_another_order_are_another_candidate(tmp_path):
     records = [
         make_record(i, 290, 0.6, keep_counts=(1, 2), order=o) for i, o in enumerate(("", "l1"))
     ]
-    found = api.compare([make_run(tmp_path / "a", {}, records=records)])
+    found = compare([make_run(tmp_path / "a", {}, records=records)])
     assert found.runs[0].evaluations == 2
 
 
@@ -186,14 +187,14 @@ def test_what_does_not_touch_a_score_may_differ(tmp_path):
         "cluster": {"max_evaluators": 1},
         "finetune": {"epochs": 2},
     }
-    assert len(api.compare([first, make_run(tmp_path / "b", changes)]).runs) == 2
+    assert len(compare([first, make_run(tmp_path / "b", changes)]).runs) == 2
 
 
 def test_runs_that_share_a_strategy_are_told_apart(tmp_path):
     folders = [make_run(tmp_path / path, {"strategy": s}) for path, s in (
         ("one", "random"), ("two", "random"), ("x/three", "cem"), ("y/three", "cem"), ("z", "amc")
     )]  # fmt: skip
-    labels = [each.label for each in api.compare(folders).runs]
+    labels = [each.label for each in compare(folders).runs]
     assert labels[:2] == ["random (one)", "random (two)"]
     assert labels[2:] == [f"cem ({folders[2]})", f"cem ({folders[3]})", "amc"]
 
@@ -276,12 +277,12 @@ def test_known_are_the_own_successes_of_runs_measured_alike(tmp_path):
         records = [ok, failed, cached, other_order] if name == "alike" else []
         records = records or [make_record(place, 500 + place, 0.9)]
         path = make_run(tmp_path / name, change, records=records)
-        others[path] = api.read_run_config(path)
+        others[path] = read_run_config(path)
     others[tmp_path / "not begun"] = RunConfig()
     foreign = make_run(
         tmp_path / "weights", {}, records=[make_record(9, 999, 1.0)], sha256="c" * 64
     )
-    others[foreign] = api.read_run_config(foreign)
+    others[foreign] = read_run_config(foreign)
     known = find_known(RunConfig(strategy="random"), SHA, others)
     assert {subnet: found.top1 for subnet, found in known.items()} == {
         ((290, 0), ""): 0.6,
@@ -348,12 +349,12 @@ def test_several_skip_what_has_ended_and_know_what_was_measured(tmp_path, monkey
         make_run(run_dir, resolved(settings), records=make_records(7, 3), result=make_result())
         return make_result()
 
-    monkeypatch.setattr(api, "run_search", fake_search)
-    monkeypatch.setattr(api, "hash_base", lambda _: SHA)
+    monkeypatch.setattr("cacp_ray.api.run_search", fake_search)
+    monkeypatch.setattr("cacp_ray.series.hash_base", lambda _: SHA)
     names = ["random", "cem", "noise"]
     first = {**resolved(config), "strategy": "random"}
     make_run(tmp_path / "random", first, records=make_records(5, 4), result=make_result())
-    found = api.search_each(config, names, tmp_path, resume=True)
+    found = search_each(config, names, tmp_path, resume=True)
     assert [each.strategy for each in found.runs] == names
     assert list(seen) == ["cem", "noise"]
     assert set(seen["cem"]) == {row.subnet for row in make_records(5, 4)}

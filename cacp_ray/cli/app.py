@@ -1,0 +1,66 @@
+"""The application, its settings, and how its errors end."""
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from cacp_ray.errors import CacpError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Conditional automated channel pruning: one search, a smaller network for every rate. "
+    "A rate is the share of the cost that is KEPT: 0.3 is smaller than 0.7.",
+)
+state = {"quiet": False}
+INTERRUPTED = 130  # exit code
+
+
+class _PrintHandler(logging.Handler):
+    """Prints to whatever standard output is now, so that lines stay above a live table."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record))
+
+
+@app.callback()
+def setup(
+    debug: Annotated[bool, typer.Option("--debug", help="Log all and show tracebacks.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Only the final result.")] = False,
+) -> None:
+    """Settings of all commands; they stand before the command."""
+    level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_PrintHandler()])
+    logging.getLogger("cacp_ray").setLevel(level)
+    for name in () if debug else ("ray", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    state["quiet"] = quiet
+
+
+def main() -> None:
+    """Entry point: one line and exit code 2 for bad input, 1 for a failed run."""
+    try:
+        code = app(standalone_mode=False) or 0
+        if code == INTERRUPTED:  # typer turns Ctrl-C into this exit code
+            typer.echo("cacp-ray: interrupted; go on with --resume", err=True)
+        sys.exit(code)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        code, text = _explain(error)
+        typer.echo(text, err=True)
+        sys.exit(code)
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """Exit code and what is printed."""
+    if isinstance(error, CacpError):
+        return error.exit_code, f"cacp-ray: {error}"
+    if (usage := getattr(error, "format_message", None)) is not None:  # typer's: wrong usage
+        text = usage()
+        return 2, text if "\n" in text else f"cacp-ray: {text} See cacp-ray --help."
+    reason = " ".join(str(error).split())
+    return 1, f"cacp-ray: {type(error).__name__}: {reason} (cacp-ray --debug shows where)"

@@ -1,0 +1,59 @@
+"""Commands on image data: data convert, data inspect."""
+
+from typing import Annotated
+
+import typer
+
+from cacp_ray.cli.app import app, state
+from cacp_ray.cli.options import Address
+from cacp_ray.errors import ConfigError
+
+data_app = typer.Typer(no_args_is_help=True, help="Convert and inspect image data.")
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("inspect")
+def inspect_data(
+    path: Annotated[
+        str,
+        typer.Argument(help="Parquet file, folder or pattern of shards, folder of class folders."),
+    ],
+    every: Annotated[
+        bool, typer.Option("--all", help="Decode all images, not 1,000 evenly spaced ones.")
+    ] = False,
+) -> None:
+    """Print rows, classes, class balance, image sizes, and the first image that is broken."""
+    from cacp_ray.data.inspecting import describe, summarize
+    from cacp_ray.data.sources import open_source
+
+    found = summarize(open_source(path), None if every else 1000)
+    typer.echo("\n".join(describe(path, found)))
+    if found.broken:
+        raise typer.Exit(2)
+
+
+@data_app.command("convert")
+def convert_data(
+    kind: Annotated[str, typer.Argument(help="imagefolder: a folder of images for each class.")],
+    source: Annotated[str, typer.Argument(metavar="SRC")],
+    out: Annotated[str, typer.Argument(metavar="DST", help="Folder, s3://... or gs://...")],
+    shards: Annotated[int, typer.Option(min=1, help="Files to write.")],
+    prefix: Annotated[str, typer.Option(help="Of their names.")] = "train",
+    address: Address = None,
+) -> None:
+    """Write Parquet shards of an image folder, in parallel on Ray; a killed one goes on."""
+    from cacp_ray.distributed.cluster import check_address, connect
+    from cacp_ray.distributed.converting import convert
+
+    if kind != "imagefolder":
+        raise ConfigError(f"data convert {kind}: only imagefolder can be converted")
+    check_address(address)
+    connect(address)
+    rows = convert(
+        source,
+        out,
+        shards,
+        prefix,
+        lambda done, total: None if state["quiet"] else typer.echo(f"shard {done:,}/{total:,}"),
+    )
+    typer.echo(f"{rows:,} images in {shards:,} shards: {out}")

@@ -1,0 +1,141 @@
+"""Commands on networks: inspect, train, finetune, export."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cacp_ray.cli.app import app, state
+from cacp_ray.cli.options import Address, Overrides, Resume, RunDir
+from cacp_ray.cli.results import print_report
+from cacp_ray.errors import ConfigError
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="resnet20, torchvision:NAME, timm:NAME, package.module:factory, or a subnet folder"
+        ),
+    ],
+    side: Annotated[int | None, typer.Option(min=1, help="Input height and width.")] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(min=1, help="Default: 1000 for torchvision and timm, else 10.")
+    ] = None,
+    members: Annotated[
+        bool, typer.Option("--members", help="List every group with all its layers.")
+    ] = False,
+) -> None:
+    """Print channel groups, what stays whole and why, and the reachable rates."""
+    from cacp_ray.analysis import inspect_model
+    from cacp_ray.reporting.tables import groups_table, make_console
+
+    found = inspect_model(model, side=side, num_classes=num_classes)
+    plan, budget = found.analysis.plan, found.analysis.budget
+    make_console().print(
+        groups_table(
+            found.name,
+            found.about,
+            plan.cost_model,
+            budget.min_counts,
+            plan.fixed,
+            base_channels=found.base_channels,
+            with_members=members,
+        )
+    )
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file, such as tune_configs/train_*.yaml")],
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+    resume: Resume = False,
+) -> None:
+    """Train a base network."""
+    from cacp_ray import api
+    from cacp_ray.config import TrainConfig, load_config
+
+    settings = load_config(TrainConfig, config, overrides or [])
+    folder = run_dir or Path("runs") / settings.name
+    result = api.train_model(
+        settings,
+        folder,
+        resume=resume,
+        on_epoch=lambda epoch, seconds: (
+            None
+            if state["quiet"]
+            else typer.echo(
+                f"epoch {epoch.epoch + 1}/{settings.training.epochs}  loss {epoch.train_loss:.3f}  "
+                f"search split {100 * epoch.search.top1:.2f} %  {seconds:.0f} s"
+            )
+        ),
+    )
+    typer.echo(
+        f"search split {100 * result['search']['top1']:.2f} %, "
+        f"test split {100 * result['test']['top1']:.2f} %: {folder / 'model.safetensors'}"
+    )
+
+
+@app.command()
+def finetune(
+    folder: Annotated[Path, typer.Argument(help="A run directory, or a subnet folder.")],
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="YAML file, such as tune_configs/finetune_variants.yaml"),
+    ] = None,
+    address: Address = None,
+    resume: Resume = False,
+) -> None:
+    """Fine-tune the subnets of a search, all rates side by side on Ray Tune, or one subnet."""
+    from cacp_ray.config import load_config
+    from cacp_ray.finetuning import FinetuneConfig
+
+    settings = load_config(FinetuneConfig, config) if config else None
+    result = run_finetune(folder, config=settings, address=address, resume=resume)
+    if "rates" in result:
+        print_report(folder)
+        return
+    typer.echo(
+        f"search split {100 * result['search_top1']:.2f} % (before "
+        f"{100 * result['search_top1_before']:.2f} %), test split "
+        f"{100 * result['test_top1']:.2f} %: {folder / 'finetuned.safetensors'}"
+    )
+
+
+@app.command()
+def export(
+    subnet: Annotated[
+        Path, typer.Argument(metavar="SUBNET", help="Such as runs/NAME/subnets/rate-0.50.")
+    ],
+    format: Annotated[str, typer.Option(help="onnx, torch-export or state-dict.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The file; default: subnet.onnx or so in the folder.")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="finetuned, search, or latest: fine-tuned where there are some.")
+    ] = "latest",
+) -> None:
+    """Write a subnet as one checked file for other programs; any batch size."""
+    from cacp_ray.exporting.subnet import export_subnet
+
+    chosen = {"latest": None, "finetuned": True, "search": False}
+    if weights not in chosen:
+        raise ConfigError(f"--weights {weights}: choose finetuned, search or latest")
+    done = export_subnet(subnet, format, out=out, finetuned=chosen[weights])
+    opset = f"opset {done.opset}, " if done.opset is not None else ""
+    typer.echo(
+        f"{done.path}: {'fine-tuned weights' if done.finetuned else 'weights after the search'}, "
+        f"{done.size / 1e6:.2f} MB, {opset}largest difference {done.max_error:.1e} of the largest "
+        f"output, at batch sizes {' and '.join(map(str, done.batch_sizes))}"
+    )
+
+
+def run_finetune(folder: Path, **options: Any) -> dict[str, Any]:
+    """Fine-tunes under a live table."""
+    from cacp_ray import api
+    from cacp_ray.reporting.progress import FinetuneDisplay
+
+    with FinetuneDisplay(quiet=state["quiet"]) as display:
+        return api.finetune(folder, on_epoch=display.update, **options)

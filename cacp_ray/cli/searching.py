@@ -1,0 +1,175 @@
+"""Commands that search: demo, search, tune-agent, compare."""
+
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cacp_ray.cli.app import app, state
+from cacp_ray.cli.networks import run_finetune
+from cacp_ray.cli.options import Address, Overrides, Resume, RunDir
+from cacp_ray.cli.results import print_report
+from cacp_ray.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+@app.command()
+def demo(run_dir: RunDir = None, resume: Resume = False) -> None:
+    """Search, fine-tune and report on the embedded CIFAR-10 sample, in minutes on a laptop."""
+    from cacp_ray.config import RunConfig
+
+    names = (Path("runs") / f"demo{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
+    folder = run_dir or next(path for path in names if resume or not path.exists())
+    _search(RunConfig(name="demo"), folder, resume=resume)
+    typer.echo(
+        f"fine-tuning on Ray Tune; go on after a stop: cacp-ray demo --run-dir {folder} --resume"
+    )
+    run_finetune(folder, resume=resume)
+    print_report(folder)
+
+
+@app.command()
+def search(
+    config: Annotated[Path, typer.Argument(help="YAML file, such as tune_configs/quickstart.yaml")],
+    run_dir: RunDir = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[,NAME...]",
+            help="cacp, cacp-paper, amc, hill_climb, cem, random ...; several: a run directory "
+            "each in --run-dir, and their comparison.",
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    address: Address = None,
+    resume: Resume = False,
+    cache: Annotated[
+        Path | None,
+        typer.Option("--cache", help="Folder that keeps measurements for other runs."),
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            "--storage",
+            help="Folder, s3:// or gs:// URI that the run is copied to at every checkpoint; with "
+            "--resume, it goes on from there.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all input and print what would be searched.")
+    ] = False,
+) -> None:
+    """Search a smaller network for every rate at once."""
+    from cacp_ray.config import RunConfig, load_config
+
+    if strategy and "," in strategy:
+        if storage:
+            raise ConfigError("--storage holds one run: search with one --strategy")
+        settings, names = load_config(RunConfig, config, overrides or []), strategy.split(",")
+        options = {"address": address, "cache": cache}
+        _search_each(settings, names, run_dir, resume=resume, dry_run=dry_run, **options)
+        return
+    changes = [*(overrides or []), *([f"strategy={strategy}"] if strategy else [])]
+    settings = load_config(RunConfig, config, changes)
+    folder = run_dir or Path("runs") / settings.name
+    if dry_run:
+        from cacp_ray.api import check_search
+
+        typer.echo(check_search(settings, folder, resume=resume))
+        return
+    _search(settings, folder, resume=resume, address=address, cache=cache, storage=storage)
+    print_report(folder)
+    if storage:
+        from cacp_ray.storage import RunStorage
+
+        RunStorage(storage).finish(folder)  # the report too
+
+
+@app.command()
+def tune_agent(
+    config: Annotated[Path, typer.Argument(help="YAML file, such as tune_configs/agent_asha.yaml")],
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+    address: Address = None,
+    resume: Resume = False,
+) -> None:
+    """Find the agent's settings that search best on a network, by Ray Tune."""
+    from cacp_ray import api
+    from cacp_ray.agent_space import AgentTuningConfig
+    from cacp_ray.config import load_config
+    from cacp_ray.reporting.tables import make_console
+    from cacp_ray.reporting.tuning import tuning_table
+    from cacp_ray.reporting.tuning_progress import TuningDisplay
+
+    settings = load_config(AgentTuningConfig, config, overrides or [])
+    folder = run_dir or Path("runs") / settings.name
+    with TuningDisplay(settings.trials, quiet=state["quiet"]) as display:
+        result = api.tune_agent(
+            settings, folder, resume=resume, address=address, on_progress=display.update
+        )
+    make_console().print(tuning_table(result))
+    typer.echo(f"best settings: cacp-ray search {folder / 'best.yaml'}")
+    typer.echo(f"report: {folder / 'report.html'}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Run directories, or folders of them.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="For comparison.png, .svg and .json; an earlier one is replaced.")
+    ] = Path("comparison"),
+) -> None:
+    """Put runs on the same network and data side by side: accuracy, evaluations, time."""
+    from cacp_ray.reporting.comparison import check_out
+
+    check_out(out)
+    _compare(runs, out)
+
+
+def _search(settings: Any, folder: Path, **options: Any) -> None:
+    from cacp_ray import api
+    from cacp_ray.reporting.progress import SearchDisplay
+
+    with SearchDisplay(quiet=state["quiet"]) as display:
+        api.search(settings, folder, on_progress=display.update, **options)
+
+
+def _search_each(
+    settings: Any,
+    names: list[str],
+    run_dir: Path | None,
+    *,
+    resume: bool,
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    from cacp_ray.reporting.progress import SearchDisplay
+    from cacp_ray.series import check_series, plan_series
+
+    folder = run_dir or Path("runs") / settings.name
+    series = plan_series(settings, names, folder, resume=resume)
+    about = check_series(series)
+    if dry_run:
+        typer.echo(f"{about}: {', '.join(map(str, series.configs))}")
+        return
+    for number, (path, config) in enumerate(series.configs.items(), start=1):
+        logger.info("strategy %s, %d of %d: %s", config.strategy, number, len(names), path)
+        with SearchDisplay(quiet=state["quiet"]) as display:
+            run = series.search(path, on_progress=display.update, **options)
+        logger.info("report: %s", run.report())
+    _compare(list(series.configs), folder / "comparison")
+
+
+def _compare(runs: list[Path], out: Path) -> None:
+    from cacp_ray.reporting.comparison import comparison_table, write_comparison
+    from cacp_ray.reporting.tables import make_console
+    from cacp_ray.series import compare
+
+    comparison = compare(runs)
+    console = make_console()
+    console.print(comparison_table(comparison, console.width))
+    typer.echo(f"written: {', '.join(map(str, write_comparison(comparison, out)))}")

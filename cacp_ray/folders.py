@@ -1,0 +1,47 @@
+"""Run directories from outside: what is there, and whether it may be written."""
+
+from pathlib import Path
+
+from cacp_ray.config import RunConfig, Section, load_config, resolved
+from cacp_ray.errors import ArtifactError, ConfigError
+from cacp_ray.files import changed_keys
+
+
+def open_folder(run_dir: Path, config: Section, *, resume: bool) -> None:
+    """Refuses to write over another run, or to continue one under a changed configuration.
+
+    Raises:
+        ArtifactError: It exists and `resume` is off, or there is nothing to resume.
+        ConfigError: It was started with another configuration; the message names the keys.
+    """
+    saved = run_dir / "config.yaml"
+    if not resume:
+        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+            raise ArtifactError(
+                f"{run_dir} exists: pass --resume to continue it, or choose another --run-dir"
+            )
+        return
+    if not saved.exists():
+        raise ArtifactError(f"{run_dir} holds no run (no config.yaml): start it without --resume")
+    changed = changed_keys(resolved(load_config(type(config), saved)), resolved(config))
+    if changed:
+        raise ConfigError(
+            f"{run_dir} was started with another configuration; changed: {', '.join(changed)}; "
+            "undo the change or choose another --run-dir"
+        )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run was begun there."""
+    return (folder / "config.yaml").exists()
+
+
+def read_run_config(run_dir: Path) -> RunConfig:
+    """The configuration that a run was started with.
+
+    Raises:
+        ArtifactError: The folder holds no run.
+    """
+    if not is_run(run_dir):
+        raise ArtifactError(f"{run_dir} holds no run (no config.yaml): check the path")
+    return load_config(RunConfig, run_dir / "config.yaml")
