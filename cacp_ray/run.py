@@ -39,6 +39,7 @@ from cacp_ray.winners import (
     build_winners,
     measure_candidates,
     measure_policy,
+    measure_uniform,
 )
 
 
@@ -117,12 +118,12 @@ def run_search(
                 saved = _begin(
                     run, config, base, statistics, describe_model(base, prepared, config)
                 )
-        push = None if storage is None else partial(storage.push, run_dir)
         with clock.phase("search"):
-            loop, agent, log = _search(config, base, run, evaluator, on_progress, known, push)
+            loop, agent, log = _search(config, base, run, evaluator, on_progress, known, storage)
         clock.seconds["search"] = round(loop.seconds, 2)
         with clock.phase("frontier"):
             answers = measure_policy(agent.policy, base, config, evaluator) if agent else []
+            reference = measure_uniform(base, config, evaluator)
             if agent:
                 agent.stop()
             learning = _measure_learning(config, base, log, evaluator) if log else None
@@ -130,7 +131,7 @@ def run_search(
         evaluator.close()
     with clock.phase("build"):
         searched = {rate: loop.archive.best(rate) for rate in config.rates}
-        rows = build_winners(config, base, prepared, searched, run_dir, answers)
+        rows = build_winners(config, base, prepared, searched, run_dir, answers, reference)
     result = {
         "name": config.name,
         "strategy": config.strategy,
@@ -231,7 +232,7 @@ def _search(
     evaluator: Evaluator,
     on_progress: Callable[[SearchProgress], object] | None,
     known: Mapping[Subnet, Measurement] | None,
-    push: Callable[[], object] | None,
+    storage: RunStorage | None,
 ) -> tuple[SearchLoop, Any, LearningLog | None]:
     """The finished loop, the agent and its log; None where there is no policy, or no agent."""
     cost_model = base.plan.cost_model
@@ -247,7 +248,7 @@ def _search(
         known=known,
         races=config.evaluation.racing and config.strategy in RACING,
         on_progress=on_progress,
-        on_checkpoint=push,
+        on_checkpoint=None if storage is None else partial(storage.push, run.path),
     )
     strategy, agent = make_run_strategy(config, base, lambda _: loop.tick(strategy), run.path)
     loop.restore(strategy)

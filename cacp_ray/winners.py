@@ -18,6 +18,7 @@ from cacp_ray.loading import Base
 from cacp_ray.pruning.sequential import recover_sequentially
 from cacp_ray.pruning.subnet import describe_kept, load_subnet, save_subnet
 from cacp_ray.pruning.surgery import build_subnet
+from cacp_ray.searching.budget import uniform
 from cacp_ray.searching.records import make_record
 from cacp_ray.searching.run_directory import EpisodeRecord
 from cacp_ray.training.metrics import Accuracy, measure
@@ -68,6 +69,20 @@ def measure_policy(
         }
         for candidate in candidates
     ]
+
+
+def measure_uniform(base: Base, config: RunConfig, evaluator: Evaluator) -> dict[float, float]:
+    """Top-1 of the same keep ratio in all groups, by rate: the reference of a report.
+
+    Outside the search: it is no evaluation, and nothing is chosen by it.
+    """
+    rows = uniform(base.budget, config.rates, np.ones(len(base.budget.num_channels)))
+    candidates = [
+        Candidate(index, rate, tuple(row), images=len(base.search))
+        for index, (rate, row) in enumerate(zip(config.rates, rows.tolist(), strict=True))
+    ]
+    found = measure_candidates(evaluator, candidates)
+    return {candidate.rate: found[candidate.index].top1 for candidate in candidates}
 
 
 def as_record(
@@ -135,6 +150,7 @@ def build_winners(
     searched: Mapping[float, EpisodeRecord | None],
     run_dir: Path,
     answers: Sequence[dict[str, Any]] = (),
+    reference: Mapping[float, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Builds, measures in float32 on the search split, and saves the best subnet of every rate.
 
@@ -148,18 +164,18 @@ def build_winners(
         searched: By rate, the best that the search has measured within its budget.
         run_dir: Where the subnets are saved.
         answers: Of `measure_policy`.
+        reference: Of `measure_uniform`.
 
     Returns:
-        What result.json says of each rate: `top1` of the saved subnet, `search_top1` and
-        `policy_top1` as candidates are scored, `policy_recovered_top1` of the policy's own.
+        What result.json says of each rate: `top1` of the saved subnet, `search_top1`,
+        `policy_top1` and `uniform_top1` as candidates are scored, `policy_recovered_top1` of the
+        policy's own.
 
     Raises:
         EvaluationError: A rate has no candidate.
     """
     own: dict[float, EpisodeRecord] = {answer["rate"]: answer["record"] for answer in answers}
     build = Builder(config, base, prepared)
-    bare = Cutters(prepared, "none")
-    split = base.search.tensors()
     rows = []
     for rate, best in searched.items():
         records = [record for record in (best, own.get(rate)) if record is not None]
@@ -180,7 +196,7 @@ def build_winners(
             "params": winner.params,
             "keep_counts": list(counts),
             "path": str(folder),
-            "top1_none": measure(bare[winner.order].load(counts), *split).top1,
+            "uniform_top1": (reference or {}).get(rate),
             "top1": accuracy.top1,
             "sequential": is_sequential,
             "finetuned_top1": None,

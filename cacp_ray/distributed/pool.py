@@ -20,6 +20,7 @@ import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from cacp_ray.distributed.evaluator import NotPreparedError, RayEvaluator
+from cacp_ray.distributed.metrics import PoolMetrics
 from cacp_ray.distributed.nodes import read_nodes
 from cacp_ray.distributed.outcomes import as_failed, describe, get_outcome
 from cacp_ray.errors import EvaluationError
@@ -125,6 +126,7 @@ class RayEvaluatorPool:
             scheduling_strategy="DEFAULT",  # inside a Tune trial: not in the trial's bundle
             runtime_env={"env_vars": dict.fromkeys(THREAD_VARIABLES, threads)},
         )
+        self._metrics = PoolMetrics()
         self._queue: deque[_Work] = deque()
         self._flights: dict[ray.ObjectRef, _Flight] = {}
         self._starting: dict[ray.ObjectRef, _Slot] = {}
@@ -210,6 +212,8 @@ class RayEvaluatorPool:
         if now < self._watch_at:
             return
         self._watch_at = now + WATCH_S
+        waiting, scoring = len(self._queue), len(self._flights)
+        self._metrics.show(waiting=waiting, scoring=scoring, alive=self.num_alive)
         nodes = read_nodes()
         for slot in self._slots:
             if slot.node and slot.node not in nodes.cpus:
@@ -281,6 +285,7 @@ class RayEvaluatorPool:
                 measurements.append(outcome)
             else:
                 measurements += self._fail(flight, outcome)
+        self._metrics.count(measurements)
         self._check_started()
         if finished:
             self._start_due()

@@ -1,4 +1,4 @@
-"""The figures of a run as PNG, drawn without pyplot: no window, no global state."""
+"""Figures of a run as PNG and SVG, drawn without pyplot: no window, no global state."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,6 @@ import matplotlib as mpl
 import numpy as np
 import pyarrow as pa
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -21,8 +20,6 @@ WIDTH = 5.8
 DPI = 170
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b7280"  # Okabe and Ito
 MAX_LEGEND_RATES = 6
-MAX_CELLS_WITH_TEXT = 16
-MAX_GROUP_LABELS = 30
 
 Plot = Callable[[Axes], str]  # draws, and returns the caption
 
@@ -45,27 +42,10 @@ class Episodes:
     top1: NDArray[np.float64]
 
 
-def draw_figures(result: dict[str, Any], table: pa.Table, folder: Path) -> list[Drawing]:
-    """Writes the PNG files of a run.
-
-    Args:
-        result: Content of result.json.
-        table: The episodes; columns of which rate, cost_kept, top1 and status are read.
-        folder: Where the files are written.
-    """
-    episodes = read_episodes(table)
-    plots: list[tuple[str, str, Plot]] = [
-        ("accuracy", "Accuracy against cost", lambda axes: plot_accuracy(axes, result, episodes)),
-        ("learning", "Progress of the search", lambda axes: plot_learning(axes, result, episodes)),
-        ("keep-ratios", "Where channels were cut", lambda axes: plot_keep_ratios(axes, result)),
-    ]
-    return save_plots(plots, folder)
-
-
 def save_plots(
     plots: Sequence[tuple[str, str, Plot]], folder: Path, height: float = 4.0
 ) -> list[Drawing]:
-    """Writes one PNG file a plot.
+    """Writes a PNG and an SVG file a plot.
 
     Args:
         plots: File name without its ending, title, and what draws it.
@@ -75,15 +55,17 @@ def save_plots(
     drawings = []
     for name, title, plot in plots:
         figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-        canvas = FigureCanvasAgg(figure)
         caption = plot(figure.add_subplot())
-        path = folder / f"{name}.png"
-        # Without the version of matplotlib equal figures are equal files.
-        write_file(
-            path,
-            lambda file, canvas=canvas: canvas.print_png(file, metadata={"Software": None}),
-        )
-        drawings.append(Drawing(path, title, caption))
+        # Without versions, dates and random names equal figures are equal files.
+        with mpl.rc_context({"svg.hashsalt": name}):
+            for ending, nothing in (("png", "Software"), ("svg", "Date")):
+                write_file(
+                    folder / f"{name}.{ending}",
+                    lambda file, kind=ending, nothing=nothing, figure=figure: figure.savefig(
+                        file, format=kind, dpi=DPI, metadata={nothing: None}
+                    ),
+                )
+        drawings.append(Drawing(folder / f"{name}.png", title, caption))
     return drawings
 
 
@@ -119,15 +101,50 @@ def plot_accuracy(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str
     if search.get("top1") is not None:
         shown.append(100 * search["top1"])
         axes.axhline(shown[-1], color="black", linestyle=":", linewidth=1.3, label="base")
+    draw(rates, "uniform_top1", color=GREY, marker="x", linestyle=":", label="uniform")
     draw(frontier, "top1", color=GREEN, linewidth=1.5, linestyle="--", label="policy alone")
     draw(rates, "top1", color=BLUE, marker="o", label="before fine-tuning")
     draw(rates, "finetuned_top1", color=ORANGE, marker="s", label="after fine-tuning")
     num_hidden = limit_y(axes, np.array(shown), 100 * episodes.top1)
-    style(axes, f"cost kept (% of {_cost_name(result)})", "top-1, search split (%)")
+    style(axes, f"cost kept (% of {cost_name(result)})", "top-1, search split (%)")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=10, frameon=False, loc="lower right")
     below = f" {num_hidden:,} of them lie below the axis." if num_hidden else ""
     return f"Dots: measured candidates, {len(episodes.top1):,} in all.{below}"
+
+
+def plot_latency(axes: Axes, result: dict[str, Any]) -> str:
+    """Best known top-1 on the search split against speed-up; returns the caption."""
+    rates = sorted(result["rates"], key=lambda row: row["rate"])
+    is_finetuned = all(row.get("finetuned_top1") is not None for row in rates)
+    key = "finetuned_top1" if is_finetuned else "top1"
+    batch = f"{result.get('latency_batch', 'a batch of')} images"
+    looks: list[tuple[str, str, dict[str, Any]]] = [
+        ("", "1 image", {"color": BLUE, "marker": "o"}),
+        ("batch_", batch, {"color": ORANGE, "marker": "s"}),
+    ]
+    for prefix, label, look in looks:
+        known = [row for row in rates if row.get(f"{prefix}speedup") and row.get(key) is not None]
+        if known:
+            x = [row[f"{prefix}speedup"] for row in known]
+            y = [100 * row[key] for row in known]
+            axes.plot(x, y, label=label, **look)
+            for row, *place in zip(known if not prefix else [], x, y, strict=False):
+                name = f"{row['rate']:.2f}"
+                axes.annotate(
+                    name, (place[0], place[1]), (4, 4), textcoords="offset points", fontsize=9
+                )
+    top1 = (result["base"].get("search") or {}).get("top1")
+    if top1 is not None:
+        axes.plot([1], [100 * top1], color="black", marker="*", linestyle="", label="base")
+    style(axes, "speed-up against the base (times)", "top-1, search split (%)")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=10, frameon=False)
+    when = "after fine-tuning" if is_finetuned else "before fine-tuning"
+    return (
+        f"Accuracy {when} against measured speed in float32 on one thread; numbers are rates. "
+        "Fewer MACs are not always faster for a single image."
+    )
 
 
 def plot_learning(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str:
@@ -161,36 +178,6 @@ def plot_learning(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str
         "Solid: best so far within the budget of the rate. Dashed: mean of the last "
         f"{window} candidates proposed for it."
     )
-
-
-def plot_keep_ratios(axes: Axes, result: dict[str, Any]) -> str:
-    """Share of channels kept: a row a rate, a column a group; returns the caption."""
-    rates = sorted(result["rates"], key=lambda row: row["rate"])
-    groups = result["groups"]
-    num_channels = np.array([group["num_channels"] for group in groups])
-    kept = np.array([row["keep_counts"] for row in rates]).reshape(len(rates), len(groups))
-    ratios = 100 * kept / num_channels  # (R, G)
-    image = axes.imshow(ratios, aspect="auto", cmap="viridis", vmin=0, vmax=100)
-    axes.set_yticks(range(len(rates)), [f"{row['rate']:.2f}" for row in rates])
-    every = -(-len(groups) // MAX_GROUP_LABELS)
-    ticks = range(0, len(groups), every)
-    axes.set_xticks(ticks, [_shorten(groups[g]["name"]) for g in ticks], parse_math=False)
-    axes.tick_params(
-        axis="x", labelrotation=90, labelsize=9 if len(groups) <= MAX_CELLS_WITH_TEXT else 7
-    )
-    for g, label in zip(ticks, axes.get_xticklabels(), strict=True):
-        label.set_fontweight("bold" if groups[g]["is_residual"] else "normal")
-    if len(groups) <= MAX_CELLS_WITH_TEXT:
-        for (r, g), ratio in np.ndenumerate(ratios):
-            colour = "white" if ratio < 45 else "black"
-            axes.text(g, r, f"{ratio:.0f}", ha="center", va="center", color=colour, fontsize=9)
-    axes.set_ylabel("rate (kept)", fontsize=11)
-    figure = axes.get_figure()
-    assert figure is not None
-    bar = figure.colorbar(image, ax=axes, location="top", aspect=40, pad=0.02)
-    bar.set_label("channels kept (%)", fontsize=11)
-    left_out = "" if every == 1 else f" One name in {every} is written."
-    return f"A column is a channel group, in forward order; bold: residual streams.{left_out}"
 
 
 def rate_colours(count: int) -> NDArray[np.float64]:
@@ -240,9 +227,6 @@ def _running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float6
     return (sums[stop] - sums[start]) / (stop - start)
 
 
-def _cost_name(result: dict[str, Any]) -> str:
+def cost_name(result: dict[str, Any]) -> str:
+    """What a rate limits, as it is written."""
     return "MACs" if result["cost"] == "macs" else result["cost"]
-
-
-def _shorten(name: str, length: int = 22) -> str:
-    return name if len(name) <= length else "\N{HORIZONTAL ELLIPSIS}" + name[1 - length :]

@@ -12,7 +12,21 @@ from markupsafe import Markup
 
 from cacp_ray.errors import ArtifactError
 from cacp_ray.files import read_json, write_file
-from cacp_ray.reporting.figures import Drawing, draw_figures
+from cacp_ray.reporting.figures import (
+    Drawing,
+    Plot,
+    plot_accuracy,
+    plot_latency,
+    plot_learning,
+    read_episodes,
+    save_plots,
+)
+from cacp_ray.reporting.layers import (
+    fit_importance,
+    plot_importance,
+    plot_keep_counts,
+    plot_keep_ratios,
+)
 from cacp_ray.reporting.learning import LEARNING_FILE, draw_learning, read_learning
 from cacp_ray.reporting.summary import (
     Column,
@@ -68,6 +82,28 @@ def write_report(run_dir: Path, episodes: pa.Table) -> Path:
     path = run_dir / "report.html"
     write_file(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     return path
+
+
+def draw_figures(result: dict[str, Any], table: pa.Table, folder: Path) -> list[Drawing]:
+    """Writes the PNG and SVG files of a run.
+
+    Args:
+        result: Content of result.json.
+        table: The episodes; columns of which rate, cost_kept, top1, status, keep_counts are read.
+        folder: Where the files are written.
+    """
+    episodes = read_episodes(table)
+    plots: list[tuple[str, str, Plot]] = [
+        ("accuracy", "Accuracy against cost", lambda axes: plot_accuracy(axes, result, episodes)),
+        ("latency", "Accuracy against speed", lambda axes: plot_latency(axes, result)),
+        ("learning", "Progress of the search", lambda axes: plot_learning(axes, result, episodes)),
+        ("keep-ratios", "Where channels were cut", lambda axes: plot_keep_ratios(axes, result)),
+        ("keep-counts", "How many channels stay", lambda axes: plot_keep_counts(axes, result)),
+    ]
+    if (found := fit_importance(result, table)) is not None:
+        title = "Which channels matter"
+        plots.append(("importance", title, lambda axes: plot_importance(axes, result, *found)))
+    return save_plots(plots, folder)
 
 
 def render_page(

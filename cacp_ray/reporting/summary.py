@@ -13,7 +13,7 @@ MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 
 ON_SEARCH = (  # accuracies of a rate on the whole search split
-    "top1_none",
+    "uniform_top1",
     "policy_top1",
     "policy_recovered_top1",
     "top1",
@@ -81,7 +81,7 @@ def summary_rows(result: dict[str, Any]) -> list[Row]:
         "cost_kept": 1.0,
         "macs": base["macs"],
         "params": base["params"],
-        "top1_none": _top1(base, "search"),
+        "top1": _top1(base, "search"),
         "test_top1": _top1(base, "test"),
         "latency_ms": base.get("latency_ms"),
         "speedup": None if is_missing(base.get("latency_ms")) else 1.0,
@@ -114,13 +114,13 @@ def accuracy_columns(result: dict[str, Any]) -> list[Column]:
     """
     base_top1 = _top1(result["base"], "test")
     measured = [
+        _accuracy_column("uniform", "scored", "uniform_top1"),
         _accuracy_column("policy", "scored", "policy_top1"),
         _accuracy_column("search", "scored", "search_top1"),
         _accuracy_column("policy", "final", "policy_recovered_top1"),
     ]
-    keys = ("policy_top1", "search_top1", "policy_recovered_top1")
+    keys = ("uniform_top1", "policy_top1", "search_top1", "policy_recovered_top1")
     return [
-        _accuracy_column("cut", "only", "top1_none"),
         *(column for column, key in zip(measured, keys, strict=True) if _has(result, key)),
         _accuracy_column("winner", "final", "top1"),
         _accuracy_column("fine-tuned", "on search", "finetuned_top1"),
@@ -137,7 +137,7 @@ def words(result: dict[str, Any]) -> list[tuple[str, str]]:
     images = _search_images(result)
     part = f", on {images:,} images" if images else ""
     known = [
-        ("cut", "channels removed, nothing else.", True),
+        ("uniform", "every group keeps the same share.", _has(result, "uniform_top1")),
         ("policy", "what the trained policy itself answers.", has_policy),
         ("search", f"the best candidate of the search{part}.", has_search),
         ("winner", "the better of the two when repaired, which is saved.", has_policy),

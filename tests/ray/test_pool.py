@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from ray.util.metrics import Counter, Gauge
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.distributed.pool import RayEvaluatorPool
@@ -239,3 +240,21 @@ def test_the_images_of_a_split_exist_once_on_a_machine() -> None:
         pool.close()
     assert len({each.evaluator for each in found}) == 2
     assert len({each.error for each in found}) == 1
+
+
+def test_the_pool_tells_ray_what_it_does(shared, monkeypatch):
+    counted: dict[str, float] = {}
+    shown: dict[str, list[float]] = {}
+    monkeypatch.setattr(
+        Counter,
+        "inc",
+        lambda self: counted.update({self.info["name"]: counted.get(self.info["name"], 0) + 1}),
+    )
+    monkeypatch.setattr(
+        Gauge, "set", lambda self, value: shown.setdefault(self.info["name"], []).append(value)
+    )
+    shared.score([SLEEP_LONG] * 10 + [RAISE])
+    assert counted == {"cacp_measurements": 10, "cacp_failed_measurements": 1}
+    assert shown["cacp_evaluators_alive"][-1] == 2
+    assert max(shown["cacp_candidates_waiting"]) > 0
+    assert max(shown["cacp_candidates_scoring"]) > 0

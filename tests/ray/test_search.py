@@ -136,7 +136,7 @@ def test_killed_search_resumes_to_the_same_rows(finished, tmp_path):
     resumed = cacp_ray.search(SMALL, folder, resume=True)
     assert rows(resumed.path) == rows(finished.path)
     found, expected = resumed.result["rates"], finished.result["rates"]
-    keys = ("rate", "keep_counts", "macs", "top1", "top1_none")
+    keys = ("rate", "keep_counts", "macs", "top1", "uniform_top1")
     assert [[a[k] for k in keys] for a in found] == [[a[k] for k in keys] for a in expected]
 
 

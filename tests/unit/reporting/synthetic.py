@@ -77,8 +77,8 @@ def _make_rate(rate: float, groups: list[dict[str, Any]], *, is_finetuned: bool)
             for g, group in enumerate(groups)
         ],
         "path": f"subnets/rate-{rate:.2f}",
-        "top1_none": 0.6 * rate,
         "top1": _top1(rate),
+        "uniform_top1": _top1(rate) - 0.04,
         "policy_top1": _top1(rate) - 0.03,
         "search_top1": _top1(rate) - 0.02,
         "policy_recovered_top1": _top1(rate) - 0.01,

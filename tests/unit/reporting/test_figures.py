@@ -1,4 +1,5 @@
 import math
+from xml.etree import ElementTree
 
 import matplotlib as mpl
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cacp_ray.reporting.figures import draw_figures, plot_accuracy, plot_learning, read_episodes
+from cacp_ray.reporting.figures import plot_accuracy, plot_learning, read_episodes
+from cacp_ray.reporting.html import draw_figures
+from cacp_ray.reporting.layers import fit_importance
 from tests.unit.reporting.synthetic import RATES, make_episodes, make_result
 
 MANY_RATES = tuple(round(0.08 * i, 2) for i in range(1, 13))
@@ -23,10 +26,12 @@ MANY_RATES = tuple(round(0.08 * i, 2) for i in range(1, 13))
     ],
     ids=["three-rates", "nothing-measured", "one-of-each", "many"],
 )
-def test_every_run_has_its_three_figures(tmp_path, result, count, rates):
+def test_every_run_has_its_figures_as_png_and_svg(tmp_path, result, count, rates):
     drawings = draw_figures(result, make_episodes(count, rates), tmp_path / "figures")
-    names = ["accuracy.png", "learning.png", "keep-ratios.png"]
-    assert [drawing.path.name for drawing in drawings] == names
+    names = ["accuracy", "latency", "learning", "keep-ratios", "keep-counts"]
+    assert [drawing.path.name for drawing in drawings] == [f"{name}.png" for name in names]
+    for name in names:
+        assert ElementTree.parse(tmp_path / "figures" / f"{name}.svg").getroot().tag.endswith("svg")
     for drawing in drawings:
         with Image.open(drawing.path) as image:
             assert image.format == "PNG"
@@ -93,3 +98,35 @@ def test_a_cheaper_candidate_serves_every_larger_rate():
     plot_learning(axes, make_result(), read_episodes(table))
     solid = [line for line in axes.lines if not line.get_label().startswith("_")]
     assert all(math.isclose(line.get_ydata()[-1], 90.0) for line in solid)
+
+
+def make_measured(weights, count=400, noise=0.02, seed=0):
+    """Candidates whose logit of top-1 is the weighted sum of the logarithms of keep ratios."""
+    rng = np.random.default_rng(seed)
+    result = make_result(num_groups=len(weights))
+    whole = np.array([group["num_channels"] for group in result["groups"]])
+    counts = np.maximum(1, (rng.uniform(0.2, 1, (count, len(whole))) * whole).astype(int))
+    logits = 2 + np.log(counts / whole) @ weights + noise * rng.standard_normal(count)
+    top1 = 1 / (1 + np.exp(-logits))
+    rows = {"keep_counts": counts.tolist(), "top1": top1, "status": ["ok"] * count}
+    return result, pa.table(rows)
+
+
+def test_importance_is_what_a_tenth_fewer_channels_of_one_group_cost():
+    weights = np.array([0.9, 0.1, 0.5, 0.0])
+    result, table = make_measured(weights)
+    found = fit_importance(result, table)
+    assert found is not None
+    lost, spread, r2 = found
+    mean = np.mean(table["top1"].to_numpy())
+    slope = mean * (1 - mean)  # of the logistic function there
+    np.testing.assert_allclose(lost, 100 * slope * weights * -np.log(0.9), atol=0.02)
+    assert (spread[0] <= lost).all()
+    assert (lost <= spread[1]).all()
+    assert r2 > 0.95
+
+
+def test_no_importance_is_read_out_of_noise_or_of_too_few_candidates():
+    assert fit_importance(*make_measured(np.zeros(4), noise=1.0)) is None
+    assert fit_importance(*make_measured(np.ones(4), count=11)) is None
+    assert fit_importance(make_result(), make_episodes(50)) is None  # no keep counts recorded

@@ -59,7 +59,7 @@ def test_the_file_loads_nothing_from_elsewhere(tmp_path):
     html = report(tmp_path, make_result())
     page = Page(html)
     loaded = [value for _, a in page.tags for key, value in a.items() if key in ("src", "href")]
-    assert len(loaded) == 3
+    assert len(loaded) == 5
     assert all(value.startswith("data:image/png;base64,") for value in loaded)
     assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
     assert not re.search(r"https?://|@import|url\(", html)

@@ -49,7 +49,7 @@ def test_accuracies_are_percent_and_changes_are_points():
     table = cells(make_result(), accuracy_columns(make_result()))
     result = make_result()["rates"][0]
     for column, key in (
-        (("cut", "only"), "top1_none"),
+        (("uniform", "scored"), "uniform_top1"),
         (("policy", "scored"), "policy_top1"),
         (("search", "scored"), "search_top1"),
         (("policy", "final"), "policy_recovered_top1"),
@@ -82,14 +82,14 @@ def test_what_no_rate_has_has_no_column_and_no_word():
     result = make_result()
     for row in result["rates"]:
         row["policy_top1"] = None
-        del row["policy_recovered_top1"]
+        del row["policy_recovered_top1"], row["uniform_top1"]
     heads = [(column.head, column.unit) for column in accuracy_columns(result)]
-    assert heads[:3] == [("cut", "only"), ("search", "scored"), ("winner", "final")]
+    assert heads[:2] == [("search", "scored"), ("winner", "final")]
     assert "policy" not in " ".join(map(str, words(result)))
     for row in result["rates"]:
         del row["search_top1"]  # as runs of earlier versions
     heads = [(column.head, column.unit) for column in accuracy_columns(result)]
-    assert heads[:2] == [("cut", "only"), ("winner", "final")]
+    assert heads[:1] == [("winner", "final")]
 
 
 @pytest.mark.parametrize("has_policy", [True, False])
@@ -97,9 +97,9 @@ def test_every_word_in_the_heads_is_explained_once(has_policy):
     result = make_result()
     if not has_policy:
         for row in result["rates"]:
-            row["policy_top1"] = row["policy_recovered_top1"] = None
+            row["policy_top1"] = row["policy_recovered_top1"] = row["uniform_top1"] = None
     explained = [word for word, _ in words(result)]
-    plain = {"only", "fine-tuned", "on search", "on test"}
+    plain = {"fine-tuned", "on search", "on test"}
     used = {text for c in accuracy_columns(result) for text in (c.head, c.unit)} - plain
     assert sorted(explained) == sorted(used)
 
@@ -107,8 +107,10 @@ def test_every_word_in_the_heads_is_explained_once(has_policy):
 def test_standard_errors_are_binomial():
     result = make_result((0.5,))
     result["base"]["search"] = {"top1": 0.5, "images": 2500}
-    recovered = dict.fromkeys(("policy_top1", "search_top1", "policy_recovered_top1", "top1"), 0.9)
-    result["rates"][0] |= recovered | {"top1_none": 0.5, "finetuned_top1": None}
+    recovered = dict.fromkeys(
+        ("uniform_top1", "policy_top1", "search_top1", "policy_recovered_top1", "top1"), 0.9
+    )
+    result["rates"][0] |= recovered | {"uniform_top1": 0.5, "finetuned_top1": None}
     result["base"]["test"] = {"top1": 0.5, "images": 10_000}
     result["rates"][0]["test_top1"] = 0.5
     assert standard_errors(result) == [
