@@ -23,10 +23,9 @@ from cacp_ray.loading import check_splits, load_base, load_model, read_split, re
 from cacp_ray.pruning.subnet import load_subnet
 from cacp_ray.reporting.tuning import write_tuning_report
 from cacp_ray.results import answer_rates, read_result, report_run
-from cacp_ray.run import describe_base, run_search
+from cacp_ray.run import check_run, describe_base, run_search
 from cacp_ray.searching.loop import SearchProgress
 from cacp_ray.storage import RunStorage
-from cacp_ray.strategies import check_strategy
 from cacp_ray.training.base import train_base
 from cacp_ray.training.loop import EpochResult
 
@@ -177,7 +176,7 @@ def check_search(config: RunConfig, run_dir: Path, *, resume: bool = False) -> s
     """
     open_folder(run_dir, config, resume=resume)
     base = load_base(config)
-    check_strategy(config, base)
+    check_run(config, base)
     return f"{describe_base(base, config)}; {config.evaluations} evaluations"
 
 

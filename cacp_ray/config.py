@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from cacp_ray.data import cifar10
 from cacp_ray.errors import ConfigError, nearest_names
+from cacp_ray.reporting.scalars import Logger
 from cacp_ray.searching.settings import AgentSettings, Mode, PaperSettings
 from cacp_ray.searching.strategies import AGENTS, STRATEGIES
 from cacp_ray.training.recipe import Recipe
@@ -166,6 +167,9 @@ class RunConfig(Section):
         default=PaperSettings(), description="of strategies cacp-paper and amc"
     )
     cluster: ClusterConfig = ClusterConfig()
+    logging: tuple[Logger, ...] = Field(
+        default=("tensorboard",), description="of the search; wandb and mlflow where installed"
+    )
     finetune: Recipe = Recipe(epochs=6, lr=0.02, distillation=0.7, label_smoothing=0.0)
 
     @model_validator(mode="before")

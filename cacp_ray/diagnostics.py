@@ -1,6 +1,6 @@
 """What an agent learns while it searches, written down as it goes.
 
-About every 40th of the evaluations `learning.jsonl` gets a line, and TensorBoard the same numbers:
+About every 40th of the evaluations `learning.jsonl` gets a line, and the loggers the same numbers:
 rewards, losses, noise, and what the policy would answer now, at rates that are searched and at some
 that are not. The answers cost nothing to name. Some of them are measured after the search, on a
 part of the search split; the agent is never told.
@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.files import write_file
 from cacp_ray.reporting.learning import LEARNING_FILE, REWARD_WINDOW, Line, read_learning
+from cacp_ray.reporting.scalars import ScalarLog
 from cacp_ray.searching.budget import Budget
 from cacp_ray.searching.run_directory import EpisodeRecord, RunDirectory
 
@@ -74,7 +75,7 @@ def unseen_rates(rates: Sequence[float], budget: Budget) -> list[float]:
 
 
 class LearningLog:
-    """Writes `learning.jsonl` and `tensorboard/`; continues what the run directory holds."""
+    """Writes `learning.jsonl`; continues what the run directory holds."""
 
     def __init__(
         self,
@@ -83,6 +84,7 @@ class LearningLog:
         rates: Sequence[float],
         unseen: Sequence[float],
         evaluations: int,
+        scalars: ScalarLog,
     ) -> None:
         """Reads the lines there are; a line that a kill cut short is dropped.
 
@@ -92,8 +94,9 @@ class LearningLog:
             rates: Those searched.
             unseen: Others that the policy is asked for.
             evaluations: Of the whole search.
+            scalars: Gets the same numbers.
         """
-        self._run, self._agent = run, agent
+        self._run, self._agent, self._scalars = run, agent, scalars
         self._rates = tuple(rates)
         self._shown = sorted({*rates, *unseen})
         self._total = evaluations
@@ -104,7 +107,6 @@ class LearningLog:
             write_file(self._path, lambda temporary: temporary.write_text(text))
         self._turns: dict[str, list[float]] = {"critic_loss": [], "policy_value": []}
         self._updates: int | None = None
-        self._writer: Any = None
 
     def watch(self, evaluations: int, turn: Mapping[str, Any], *, is_last: bool = False) -> None:
         """Takes note of a turn of the search, and writes a line where one is due.
@@ -116,18 +118,21 @@ class LearningLog:
         """
         self._note(turn)
         last = self.lines[-1]["evaluations"] if self.lines else 0
-        is_due = evaluations * NUM_LINES // self._total > last * NUM_LINES // self._total
-        if evaluations > last and (is_due or is_last):
+        if evaluations > last and (is_last or is_moment(last, evaluations, self._total)):
             self._write(self._describe(evaluations))
 
     def close(self, points: Sequence[Mapping[str, Any]]) -> None:
-        """Adds the measured answers of `measure_answers` to TensorBoard, and ends it."""
-        for point in points:
-            name = f"policy_top1/{point['rate']:.2f}"
-            self._write_events({name: point["top1"]}, point["evaluations"])
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        """Adds the measured answers of `measure_answers` to the loggers, and ends them."""
+        for evaluations in sorted({point["evaluations"] for point in points}):
+            self._scalars.write(
+                {
+                    f"policy_top1/{point['rate']:.2f}": point["top1"]
+                    for point in points
+                    if point["evaluations"] == evaluations
+                },
+                evaluations,
+            )
+        self._scalars.close()
 
     def _note(self, turn: Mapping[str, Any]) -> None:
         learned = turn.get("learners", {}).get("default_policy", {})
@@ -165,17 +170,12 @@ class LearningLog:
         scalars = {name: line[name] for name in ("critic_loss", "policy_value", "cached_share")}
         for name in ("reward", "noise"):
             scalars |= {f"{name}/{rate}": value for rate, value in line[name].items()}
-        self._write_events(scalars, line["evaluations"])
+        self._scalars.write(scalars, line["evaluations"])
 
-    def _write_events(self, scalars: Mapping[str, float | None], step: int) -> None:
-        if self._writer is None:
-            from tensorboardX import SummaryWriter  # comes with ray[rllib] and ray[tune]
 
-            self._writer = SummaryWriter(str(self._run.path / "tensorboard"))
-        for name, value in scalars.items():
-            if value is not None:
-                self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+def is_moment(before: int, evaluations: int, total: int) -> bool:
+    """Whether one of the forty moments of a search lies between two numbers of evaluations."""
+    return evaluations * NUM_LINES // total > before * NUM_LINES // total
 
 
 def recent_reward(records: Sequence[EpisodeRecord], rate: float) -> float | None:

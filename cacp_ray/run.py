@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from cacp_ray.config import RunConfig, resolved
-from cacp_ray.diagnostics import NUM_IMAGES, LearningLog, measure_answers, unseen_rates
+from cacp_ray.diagnostics import (
+    NUM_IMAGES,
+    LearningLog,
+    is_moment,
+    measure_answers,
+    unseen_rates,
+)
 from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache, key_of_scores
 from cacp_ray.evaluation.measurement import Evaluator, Measurement, Subnet
 from cacp_ray.evaluation.preparation import Prepared
@@ -28,6 +34,7 @@ from cacp_ray.loading import (
 )
 from cacp_ray.pruning.statistics import Statistics
 from cacp_ray.pruning.statistics_file import save_statistics
+from cacp_ray.reporting.scalars import ScalarLog, check_loggers
 from cacp_ray.searching.loop import SearchLoop, SearchProgress
 from cacp_ray.searching.run_directory import RunDirectory
 from cacp_ray.searching.strategies import RACING
@@ -93,7 +100,7 @@ def run_search(
     with clock.phase("prepare"):
         check_address(address)
         base = load_base(config)
-        check_strategy(config, base)
+        check_run(config, base)
     run = RunDirectory(run_dir)
     saved = read_json(run_dir / "model.json") if (run_dir / "model.json").exists() else None
     if saved is not None:
@@ -155,6 +162,16 @@ def run_search(
     if storage is not None:
         storage.finish(run_dir)
     return result
+
+
+def check_run(config: RunConfig, base: Base) -> None:
+    """Refuses what cannot be run, before anything is written.
+
+    Raises:
+        ConfigError: Of the strategy or of a logger.
+    """
+    check_strategy(config, base)
+    check_loggers(config.logging)
 
 
 def _prepare(
@@ -252,10 +269,11 @@ def _search(
     )
     strategy, agent = make_run_strategy(config, base, lambda _: loop.tick(strategy), run.path)
     loop.restore(strategy)
-    log = None
+    log, scalars = None, ScalarLog(config.logging, run.path, config.name, resolved(config))
     if agent is not None:
         unseen = unseen_rates(config.rates, base.budget)
-        log = LearningLog(run, agent, config.rates, unseen, num_searched(config))
+        log = LearningLog(run, agent, config.rates, unseen, num_searched(config), scalars)
+    shown = loop.progress.evaluations
     while not loop.done:
         turn: dict[str, Any] = {}
         if agent is not None and agent.is_attached:
@@ -264,8 +282,26 @@ def _search(
             loop.tick(strategy)
         if log is not None:
             log.watch(loop.progress.evaluations, turn, is_last=loop.done)
+        shown = _show_best(scalars, loop, shown)
+    scalars.close()
     loop.checkpoint(strategy)
     return loop, agent if agent is not None and agent.is_attached else None, log
+
+
+def _show_best(scalars: ScalarLog, loop: SearchLoop, shown: int) -> int:
+    """Logs the best of every rate at about forty moments; returns the evaluations of the last."""
+    progress = loop.progress
+    if not (loop.done or is_moment(shown, progress.evaluations, progress.total)):
+        return shown
+    scalars.write(
+        {
+            f"best_top1/{rate:.2f}": None if best is None else best.top1
+            for rate, best in progress.best.items()
+        }
+        | {"evaluations_per_second": progress.evaluations_per_second},
+        progress.evaluations,
+    )
+    return progress.evaluations
 
 
 def _measure_learning(

@@ -13,10 +13,9 @@ from cacp_ray.errors import ArtifactError, ConfigError, nearest_names
 from cacp_ray.folders import is_run, open_folder, read_run_config
 from cacp_ray.loading import load_base
 from cacp_ray.reporting.comparison import Comparison, check_out, write_comparison
-from cacp_ray.run import describe_base
+from cacp_ray.run import check_run, describe_base
 from cacp_ray.searching.loop import SearchProgress
 from cacp_ray.searching.strategies import AGENTS, STRATEGIES
-from cacp_ray.strategies import check_strategy
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def check_series(series: Series) -> str:
     config = next(iter(series.configs.values()))
     base = load_base(config)
     for each in series.configs.values():
-        check_strategy(each, base)
+        check_run(each, base)
     number = f"{len(series.configs)} searches with {config.evaluations} evaluations each"
     return f"{describe_base(base, config)}; {number}"
 
