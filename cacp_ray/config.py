@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from cacp_ray.data import cifar10
 from cacp_ray.errors import ConfigError, nearest_names
@@ -24,6 +32,13 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 
 Channels = tuple[float, float, float]
 Positive = Annotated[float, Field(gt=0)]
+
+
+# Of a network that is trained already: what a file leaves out comes from here.
+FINETUNE: dict[str, Any] = {"epochs": 6, "lr": 0.02, "distillation": 0.7, "label_smoothing": 0.0}
+FinetuneRecipe = Annotated[
+    Recipe, BeforeValidator(lambda given: FINETUNE | given if isinstance(given, dict) else given)
+]
 
 
 class Section(BaseModel):
@@ -170,7 +185,7 @@ class RunConfig(Section):
     logging: tuple[Logger, ...] = Field(
         default=("tensorboard",), description="of the search; wandb and mlflow where installed"
     )
-    finetune: Recipe = Recipe(epochs=6, lr=0.02, distillation=0.7, label_smoothing=0.0)
+    finetune: FinetuneRecipe = Recipe(**FINETUNE)
 
     @model_validator(mode="before")
     @classmethod

@@ -9,7 +9,14 @@ from typing import Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from torch import nn
 
-from cacp_ray.config import DataConfig, ModelConfig, RunConfig, Section
+from cacp_ray.config import (
+    FINETUNE,
+    DataConfig,
+    FinetuneRecipe,
+    ModelConfig,
+    RunConfig,
+    Section,
+)
 from cacp_ray.errors import ConfigError
 from cacp_ray.files import read_json, write_json
 from cacp_ray.loading import (
@@ -48,7 +55,7 @@ class TrialsConfig(Section):
 class FinetuneConfig(Section):
     """A fine-tuning, as in tune_configs/finetune_*.yaml."""
 
-    finetune: Recipe
+    finetune: FinetuneRecipe = Recipe(**FINETUNE)
     variants: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="by name: what differs from `finetune`; the best is kept"
     )

@@ -1,5 +1,6 @@
 """A configuration is checked when it is read, and every problem names its key."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,11 @@ def test_changed_keys_are_named_by_path():
     old, new = (resolved(RunConfig(evaluations=n)) for n in (50, 60))
     new["agent"]["noise"] = 0.1
     assert changed_keys(old, new) == ["agent.noise", "evaluations"]
+
+
+def test_a_part_of_the_fine_tuning_recipe_leaves_the_rest_as_it_was():
+    whole = RunConfig().finetune
+    for kind in (RunConfig, FinetuneConfig):
+        part = load_config(kind, {"finetune": {"epochs": 2}}).finetune
+        assert part == dataclasses.replace(whole, epochs=2)
+    assert load_config(RunConfig, {}, ["finetune.lr=0.5"]).finetune.lr == 0.5
