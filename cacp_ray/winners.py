@@ -1,5 +1,6 @@
 """What a search leaves: the policy's answers, and the winner of every rate, built and measured."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from cacp_ray.searching.budget import uniform
 from cacp_ray.searching.records import make_record
 from cacp_ray.searching.run_directory import EpisodeRecord
 from cacp_ray.training.metrics import Accuracy, measure
+
+logger = logging.getLogger(__name__)
 
 LATENCY_BATCH = 64
 FRONTIER = tuple(round(0.2 + 0.05 * step, 2) for step in range(15))
@@ -53,6 +56,7 @@ def measure_policy(
     budget = base.budget
     grid = sorted({*FRONTIER, *config.rates})
     rates = [rate for rate in grid if budget.limit(rate) >= budget.smallest]
+    logger.info("measuring the policy's answers at %d rates", len(rates))
     counts = np.asarray(policy(rates))
     candidates = [
         Candidate(index, rate, tuple(row), images=len(base.search))
@@ -174,6 +178,7 @@ def build_winners(
     Raises:
         EvaluationError: A rate has no candidate.
     """
+    logger.info("repairing and saving the best of every rate")
     own: dict[float, EpisodeRecord] = {answer["rate"]: answer["record"] for answer in answers}
     build = Builder(config, base, prepared)
     rows = []
@@ -230,6 +235,7 @@ def build_winners(
             row["policy_top1"] = own[rate].top1
             row["policy_recovered_top1"] = built[own[rate].subnet].accuracy.top1
         rows.append(row)
+        logger.info("rate %.2f: %.2f %% on the search split, saved", rate, 100 * accuracy.top1)
     return rows
 
 
@@ -239,6 +245,7 @@ def add_latencies(result: dict[str, Any], base: Base, run_dir: Path) -> None:
     models |= {
         row["path"]: load_subnet(run_dir / row["path"], finetuned=False) for row in result["rates"]
     }
+    logger.info("measuring latency")
     images = base.search.take(LATENCY_BATCH).tensors()[0]
     for prefix, x, repeats in (("", images[:1], 100), ("batch_", images, 7)):
         found = measure_latency(models, x, threads=1, repeats=repeats, seconds=10.0)
