@@ -20,6 +20,7 @@ from cacp_ray.files import describe_environment, read_json, write_json, write_ya
 from cacp_ray.finetuning import FinetuneConfig, finetune_folder, finetune_run
 from cacp_ray.folders import is_run, open_folder, read_run_config
 from cacp_ray.loading import check_splits, load_base, load_model, read_split, read_train
+from cacp_ray.planning import describe_estimate, estimate_search
 from cacp_ray.pruning.subnet import load_subnet
 from cacp_ray.reporting.tuning import write_tuning_report
 from cacp_ray.results import answer_rates, read_result, report_run
@@ -169,7 +170,10 @@ def _open_storage(uri: str, folder: Path, *, resume: bool) -> RunStorage:
 
 
 def check_search(config: RunConfig, run_dir: Path, *, resume: bool = False) -> str:
-    """Does all that a search does before it writes anything; one line about what it would search.
+    """Does all that a search does before it writes anything.
+
+    Returns:
+        Lines about what it would search, and what that would take.
 
     Raises:
         CacpError: The first thing that does not fit.
@@ -177,7 +181,9 @@ def check_search(config: RunConfig, run_dir: Path, *, resume: bool = False) -> s
     open_folder(run_dir, config, resume=resume)
     base = load_base(config)
     check_run(config, base)
-    return f"{describe_base(base, config)}; {config.evaluations} evaluations"
+    return "\n".join(
+        [describe_base(base, config), *describe_estimate(estimate_search(config, base))]
+    )
 
 
 def tune_agent(

@@ -1,0 +1,121 @@
+"""What a search would take, told before it begins: time, core-hours, memory."""
+
+import math
+import os
+import resource
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cacp_ray.config import RunConfig
+from cacp_ray.evaluation.fusion import fuse
+from cacp_ray.evaluation.scorer import default_batch_size, read_dtype
+from cacp_ray.loading import Base
+from cacp_ray.pruning.surgery import Skeleton, Slicer, all_tensors
+from cacp_ray.reporting.summary import format_seconds
+from cacp_ray.searching.budget import uniform
+
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of a search on evaluators like this machine's cores.
+
+    Attributes:
+        evaluations: Of the search.
+        images: Scored by one evaluation, racing left out.
+        seconds_per_evaluation: At the mean of the rates.
+        evaluators: That work at once.
+        threads: Of one evaluator.
+        evaluator_bytes: Memory of one evaluator, the images left out.
+        split_bytes: Decoded images, once on every machine.
+    """
+
+    evaluations: int
+    images: int
+    seconds_per_evaluation: float
+    evaluators: int
+    threads: int
+    evaluator_bytes: int
+    split_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """Of the evaluations, evaluators always busy."""
+        return self.evaluations * self.seconds_per_evaluation / self.evaluators
+
+    @property
+    def core_hours(self) -> float:
+        """For a bill: times the price of a core for an hour."""
+        return self.evaluations * self.seconds_per_evaluation * self.threads / 3600
+
+
+def estimate_search(config: RunConfig, base: Base) -> Estimate:
+    """Times uniform subnets of all rates on a batch of the search split, on an evaluator's threads.
+
+    The memory is this process's largest, which holds and runs what an evaluator does.
+    """
+    images = min(config.evaluation.images or len(base.search), len(base.search))
+    batch = min(config.evaluation.batch_size or default_batch_size(base.search), images)
+    per_image = time_image(config, base, batch)
+    threads = config.cluster.cpus_per_evaluator
+    cores = max(1, (os.cpu_count() or 1) // threads)
+    split_bytes = base.search.images.nbytes
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return Estimate(
+        evaluations=config.evaluations,
+        images=images,
+        seconds_per_evaluation=per_image * images,
+        evaluators=min(config.cluster.max_evaluators or cores, config.evaluations),
+        threads=threads,
+        evaluator_bytes=max(0, largest - split_bytes),
+        split_bytes=split_bytes,
+    )
+
+
+def time_image(config: RunConfig, base: Base, batch: int) -> float:
+    """Seconds of an image of a batch, as candidates are scored: mean over the rates."""
+    before, dtype = torch.get_num_threads(), read_dtype(config.evaluation.dtype)
+    torch.set_num_threads(config.cluster.cpus_per_evaluator)
+    tensors, slicer = all_tensors(base.model), Slicer(base.plan)
+    fused, skeleton = fuse(base.model), Skeleton(base.model)
+    autocast = torch.autocast("cpu", dtype, enabled=fused is None and dtype != torch.float32)
+    images = base.search.take(batch).tensors()[0]
+    if fused is not None:
+        fused.dtype, images = dtype, images.to(dtype)
+    rows = uniform(base.budget, config.rates, np.ones(len(base.budget.num_channels)))
+    seconds = 0.0
+    try:
+        with torch.inference_mode(), autocast:
+            for counts in rows.tolist():
+                model = (fused or skeleton).load(tensors | slicer(tensors, counts))
+                times = []
+                for _ in range(REPEATS):
+                    started = time.perf_counter()
+                    model(images)
+                    times.append(time.perf_counter() - started)
+                seconds += statistics.median(times)
+    finally:
+        torch.set_num_threads(before)
+    return seconds / (batch * len(rows))
+
+
+def describe_estimate(found: Estimate) -> list[str]:
+    """Lines for a user."""
+    cores = "core" if found.threads == 1 else "cores"
+    rest = math.ceil(found.split_bytes / 2**20)
+    return [
+        f"an evaluation: {found.images:,} images, about {found.seconds_per_evaluation:.2f} s on "
+        f"{found.threads} {cores} of this machine",
+        f"{found.evaluations:,} evaluations: about {format_seconds(found.seconds)} with "
+        f"{found.evaluators} evaluators, {found.core_hours:.2g} core-hours; start, learning, "
+        "repair of the winners and fine-tuning come on top",
+        f"memory: about {found.evaluator_bytes / 2**30:.1f} GB an evaluator, and {rest:,} MB of "
+        "images on each machine",
+    ]

@@ -1,0 +1,52 @@
+import dataclasses
+
+import pytest
+
+from cacp_ray import planning
+from cacp_ray.config import RunConfig, load_config
+from cacp_ray.loading import load_base
+from cacp_ray.planning import describe_estimate, estimate_search
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base(RunConfig())
+
+
+def test_time_is_that_of_all_images_of_all_evaluations_shared_by_the_evaluators(base, monkeypatch):
+    monkeypatch.setattr(planning, "time_image", lambda *_: 0.001)
+    changes = ["cluster.max_evaluators=3", "cluster.cpus_per_evaluator=2", "evaluations=600"]
+    found = estimate_search(load_config(RunConfig, {}, changes), base)
+    assert found.seconds_per_evaluation == pytest.approx(1.5)
+    assert found.seconds == pytest.approx(300)
+    assert found.core_hours == pytest.approx(0.5)
+    assert found.split_bytes == 1500 * 32 * 32 * 3
+    part = load_config(RunConfig, {}, [*changes, "evaluation.images=500"])
+    assert estimate_search(part, base).seconds == pytest.approx(100)
+
+
+def test_a_small_network_takes_less_time_than_a_large_one(base):
+    small, large = (
+        min(
+            planning.time_image(load_config(RunConfig, {"rates": [rate]}), base, 200) for _ in "123"
+        )
+        for rate in (0.1, 1.0)
+    )
+    assert 0 < small < large
+
+
+def test_an_estimate_reads_as_lines(base, monkeypatch):
+    monkeypatch.setattr(planning, "time_image", lambda *_: 0.001)
+    found = dataclasses.replace(
+        estimate_search(RunConfig(), base), evaluators=2, evaluator_bytes=2**30
+    )
+    text = " ".join(describe_estimate(found))
+    for part in (
+        "1,500 images",
+        "1.50 s on 1 core",
+        "3 min 00 s",
+        "0.1 core-hours",
+        "1.0 GB",
+        "5 MB",
+    ):
+        assert part in text
