@@ -96,8 +96,9 @@ def plot_accuracy(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str
             shown.extend(y)
 
     axes.scatter(
-        100 * episodes.cost_kept, 100 * episodes.top1, s=9, c=GREY, alpha=0.25, linewidths=0
-    )
+        100 * episodes.cost_kept, 100 * episodes.top1, s=9, c=GREY, alpha=0.25, linewidths=0,
+        rasterized=True,  # in the SVG too: thousands of dots
+    )  # fmt: skip
     if search.get("top1") is not None:
         shown.append(100 * search["top1"])
         axes.axhline(shown[-1], color="black", linestyle=":", linewidth=1.3, label="base")

@@ -15,6 +15,7 @@ RESAMPLES = 200
 FOLDS = 5
 MIN_R2 = 0.5  # of held-out candidates; below, the fit says nothing that is worth a figure
 RIDGE = 1e-3
+MAX_FITTED = 3000  # candidates, evenly spaced over the search
 
 
 def plot_keep_ratios(axes: Axes, result: dict[str, Any]) -> str:
@@ -76,9 +77,11 @@ def fit_importance(
     """
     if table.num_rows == 0 or "keep_counts" not in table.column_names:
         return None
-    is_ok = np.array(table["status"].to_pylist()) == "ok"
-    counts = np.array(table["keep_counts"].to_pylist(), np.float64)[is_ok]
-    top1 = table["top1"].to_numpy()[is_ok]
+    ok = np.flatnonzero(np.array(table["status"].to_pylist()) == "ok")
+    if len(ok) > MAX_FITTED:
+        ok = ok[np.linspace(0, len(ok) - 1, MAX_FITTED).astype(np.int64)]
+    table = table.take(ok)
+    counts, top1 = np.array(table["keep_counts"].to_pylist(), np.float64), table["top1"].to_numpy()
     whole = np.array([group["num_channels"] for group in result["groups"]])
     if len(counts) < 3 * len(whole):
         return None
