@@ -118,6 +118,7 @@ def tune_agent(
         CacpError: Bad input, before anything is written, or a trial that failed too often.
     """
     from cacp_ray.distributed.cluster import check_address, check_cpus, connect
+    from cacp_ray.distributed.probe import probe_nodes
 
     clock = Clock()
     with clock.phase("start"):
@@ -128,6 +129,7 @@ def tune_agent(
         prepared = prepare_base(base, search)
         connect(address)
         check_cpus(search.cluster.cpus_per_evaluator, address)
+        probe_nodes()
         write_yaml(folder / "config.yaml", resolved(config))
         write_json(folder / "environment.json", describe_environment(config.seed))
     with clock.phase("trials"):

@@ -205,6 +205,7 @@ def _finetune(
 ) -> tuple[Mapping[float, Any], Mapping[str, Any]]:
     """Results by rate, and the splits."""
     from cacp_ray.distributed.cluster import check_address, check_cpus, connect
+    from cacp_ray.distributed.probe import probe_nodes
     from cacp_ray.tuning.finetune import finetune_subnets, make_loggers
     from cacp_ray.tuning.trial import Resources
 
@@ -216,6 +217,7 @@ def _finetune(
     check_splits({"train": train, **splits})
     connect(address)
     check_cpus(cpus, address)
+    probe_nodes()
     load_base_model: Callable[[], nn.Module] = partial(load_model, model, len(train.classes))
     rates = sorted(folders, reverse=True)
     one_by_one = settings.finetune.teacher == "larger"  # which has to be fine-tuned before

@@ -44,11 +44,13 @@ def convert_data(
     """Write Parquet shards of an image folder, in parallel on Ray; a killed one goes on."""
     from cacp_ray.distributed.cluster import check_address, connect
     from cacp_ray.distributed.converting import convert
+    from cacp_ray.distributed.probe import probe_nodes
 
     if kind != "imagefolder":
         raise ConfigError(f"data convert {kind}: only imagefolder can be converted")
     check_address(address)
     connect(address)
+    probe_nodes()
     rows = convert(
         source,
         out,

@@ -1,4 +1,4 @@
-"""Asks every node, before a search begins, whether it could serve.
+"""Asks every node, before work begins, whether it could serve.
 
 One task a node, which imports what an evaluator imports. A node that joins later is not asked here:
 the pool reports evaluators that cannot be prepared.
