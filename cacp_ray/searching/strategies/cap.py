@@ -12,12 +12,13 @@ the defaults of a run. Ours: channel groups instead of layers, the outer search,
 every pass has shown among all rates, and exact budgets.
 """
 
+import logging
 from collections.abc import Generator
 
 import numpy as np
 
-from cacp_ray.evaluation.measurement import Measurement
-from cacp_ray.searching.budget import Ints, scale_to_budget, spend
+from cacp_ray.evaluation.measurement import Measurement, Subnet
+from cacp_ray.searching.budget import Ints, scale_to_budget, spend, uniform
 from cacp_ray.searching.strategies.problem import Problem
 from cacp_ray.searching.strategies.procedure import Procedure, Steps, together
 from cacp_ray.searching.strategy import Proposal
@@ -30,10 +31,45 @@ BEND = 0.25  # accuracy as a power of the cost kept, as a first guess between di
 
 Pass = tuple[float, float]  # final accuracy and share of the cost kept
 
+logger = logging.getLogger(__name__)
+
 
 def make_cap(problem: Problem) -> Procedure:
-    """The strategy: passes until every rate is met, or the evaluations are used up."""
-    return Procedure("cap", lambda: _search(problem))
+    """The strategy: passes until every rate is met, or the evaluations are used up.
+
+    How many a pass takes, only the pass shows. Where they end before a rate has had one, the
+    uniform allocation stands in for its answer, and a warning names the rate.
+    """
+    return Procedure("cap", lambda: _within_evaluations(problem, _search(problem)))
+
+
+def _within_evaluations(problem: Problem, steps: Steps) -> Steps:
+    """The steps, as long as an evaluation is left for every rate that has no answer yet."""
+    asked: set[Subnet] = set()
+    unanswered = list(problem.rates)
+    step = next(steps)
+    while True:
+        asked |= {(each.keep_counts, each.order) for each in step}
+        still = [rate for rate in unanswered if rate not in {each.rate for each in step}]
+        if unanswered and len(asked) + len(still) > problem.evaluations:
+            break
+        unanswered = still
+        found = yield step
+        try:
+            step = steps.send(found)
+        except StopIteration:
+            return
+    logger.warning(
+        "strategy cap: %d evaluations end before a first pass for %s (kept): uniform allocations "
+        "stand in; %d are enough",
+        problem.evaluations,
+        ", ".join(f"{rate:.2f}" for rate in unanswered),
+        1 + len(problem.rates) * (BISECTIONS * len(problem.prunable) + 1),
+    )
+    counts = uniform(problem.budget, unanswered, np.ones(len(problem.budget.num_channels)))
+    yield [
+        Proposal(rate, tuple(row)) for rate, row in zip(unanswered, counts.tolist(), strict=True)
+    ]
 
 
 def _search(problem: Problem) -> Steps:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cacp_ray.errors import ConfigError
 from cacp_ray.evaluation.measurement import LocalEvaluator, Measurement
 from cacp_ray.searching.allocation import uniform_prior
-from cacp_ray.searching.budget import Budget, minimum_counts
+from cacp_ray.searching.budget import Budget, minimum_counts, uniform
 from cacp_ray.searching.loop import SearchLoop
 from cacp_ray.searching.ranking import cut_at_threshold
 from cacp_ray.searching.run_directory import RunDirectory
@@ -215,16 +215,34 @@ def test_a_kill_at_any_point_changes_nothing(name, mode, tmp_path):
     assert len(rows(tmp_path / "whole")) > 60
 
 
-@pytest.mark.parametrize("name", ["pcp", "greedy", "sensitivity"])
+@pytest.mark.parametrize("name", sorted({*BY_STEPS} - {"cap"}))
 def test_too_few_evaluations_are_refused_with_the_number_that_is_enough(name):
     with pytest.raises(ConfigError, match=r"raise evaluations to (at least )?(\d+)") as caught:
-        search(name, evaluations=10)
+        search(name, evaluations=5)
     enough = int("".join(filter(str.isdigit, str(caught.value).split("raise evaluations to")[1])))
     with pytest.raises(ConfigError):
         search(name, evaluations=enough - 1)
     results = search(name, evaluations=enough)
     assert sorted(delivered(results)) == list(RATES)
     assert len({candidate.subnet for candidate, _ in results}) <= enough
+
+
+@pytest.mark.parametrize("evaluations", [9, 40, 70])
+def test_cap_names_the_rates_that_it_leaves_uniform(evaluations, caplog):
+    results = search("cap", evaluations=evaluations)
+    assert len({candidate.subnet for candidate, _ in results}) <= evaluations
+    budget = problem().budget
+    even = dict(zip(RATES, uniform(budget, RATES, np.ones(8)).tolist(), strict=True))
+    answers = {c.rate: list(c.keep_counts) for c, _ in results if c.rate in RATES}
+    assert sorted(answers) == list(RATES)
+    left = [rate for rate in RATES if answers[rate] == even[rate]]
+    (line,) = caplog.messages
+    assert f"{evaluations} evaluations" in line
+    assert f"for {', '.join(f'{rate:.2f}' for rate in left)} (kept)" in line
+    caplog.clear()
+    enough = int(line.split()[-3])
+    assert {c.rate for c, _ in search("cap", evaluations=enough)} == {*RATES, 1.0}
+    assert not caplog.messages
 
 
 def test_procedures_side_by_side_see_their_own_measurements():
