@@ -157,6 +157,13 @@ def test_shrinking_fits_and_takes_no_step_too_many(kept, seed):
     assert (counts >= budget.min_counts).all()
 
 
+def test_nothing_is_taken_from_a_network_that_fits_already():
+    budget = problem().budget
+    counts = budget.num_channels // 2
+    kept = int(budget.cost(counts)) / budget.total + 1e-9
+    assert (shrink(budget, counts, CHANNELS / 2, kept) == counts).all()
+
+
 def test_a_threshold_keeps_what_is_above_it():
     # Half of every group is important; at the cost of half of all channels just these stay.
     scores = [
