@@ -124,7 +124,7 @@ def compare(
     ] = Path("comparison"),
 ) -> None:
     """Put runs on the same network and data side by side: accuracy, evaluations, time."""
-    from cacp_ray.reporting.comparison import check_out
+    from cacp_ray.reporting.comparison_figure import check_out
 
     check_out(out)
     _compare(runs, out)
@@ -165,7 +165,8 @@ def _search_each(
 
 
 def _compare(runs: list[Path], out: Path) -> None:
-    from cacp_ray.reporting.comparison import comparison_table, write_comparison
+    from cacp_ray.reporting.comparison_figure import write_comparison
+    from cacp_ray.reporting.comparison_table import comparison_table
     from cacp_ray.reporting.tables import make_console
     from cacp_ray.series import compare
 
