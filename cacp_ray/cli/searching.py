@@ -11,6 +11,7 @@ from cacp_ray.cli.networks import run_finetune
 from cacp_ray.cli.options import Address, Overrides, Resume, RunDir
 from cacp_ray.cli.results import print_report
 from cacp_ray.errors import ConfigError
+from cacp_ray.searching.strategies import AGENTS, STRATEGIES
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,8 @@ def search(
         str | None,
         typer.Option(
             metavar="NAME[,NAME...]",
-            help="cacp, cacp-paper, amc, hill_climb, cem, random ...; several: a run directory "
-            "each in --run-dir, and their comparison.",
+            help=f"{', '.join((*AGENTS, *STRATEGIES))}, or package.module:function; several: a run "
+            "directory each in --run-dir, and their comparison.",
         ),
     ] = None,
     overrides: Overrides = None,
