@@ -4,7 +4,8 @@ One pass goes through the groups in forward order. The accuracy that must be lef
 from that of the whole network to a final one, and in every group bisection finds the smallest keep
 count, all earlier cuts in place, that still reaches it. A pass ends at whatever cost it ends at, so
 that an outer search moves the final accuracy of each rate until the cost is the rate's. The widths
-of every pass are scaled to the rates' budgets and spent exactly: these candidates are delivered.
+of every pass are scaled to the budgets of the rates that it serves, and spent exactly: these
+candidates are delivered.
 
 Source: after "Pruning with Compensation" (arXiv 2108.13728, as in its authors' code): forward
 order, bisection, linear tolerance; its criterion and its compensation are `cap` and `compensate`,
@@ -64,7 +65,7 @@ def _within_evaluations(problem: Problem, steps: Steps) -> Steps:
         "stand in; %d are enough",
         problem.evaluations,
         ", ".join(f"{rate:.2f}" for rate in unanswered),
-        1 + len(problem.rates) * (BISECTIONS * len(problem.prunable) + 1),
+        1 + len(problem.rates) * (BISECTIONS * len(problem.prunable) + len(problem.rates)),
     )
     counts = uniform(problem.budget, unanswered, np.ones(len(problem.budget.num_channels)))
     yield [
@@ -109,13 +110,15 @@ def _guess(passes: list[Pass], rate: float) -> float:
 
 
 def _serve(problem: Problem, rate: float, first: float, final: float, passes: list[Pass]) -> Steps:
-    """One pass for a rate, and what becomes of its widths at the rate's budget."""
+    """One pass for a rate, and its widths at the budget of that rate and of all it ends near to."""
     budget = problem.budget
     counts = yield from one_pass(problem, first, final)
-    passes.append((final, int(budget.cost(counts)) / budget.total))
-    ratios = (counts / budget.num_channels)[None]
-    exact = spend(budget, scale_to_budget(budget, ratios, [rate]), [rate])[0]
-    yield [Proposal(rate, tuple(exact.tolist()))]
+    kept = int(budget.cost(counts)) / budget.total
+    passes.append((final, kept))
+    served = [each for each in problem.rates if each == rate or abs(kept - each) <= TOLERANCE]
+    ratios = np.tile(counts / budget.num_channels, (len(served), 1))
+    exact = spend(budget, scale_to_budget(budget, ratios, served), served)
+    yield [Proposal(each, tuple(row)) for each, row in zip(served, exact.tolist(), strict=True)]
 
 
 def one_pass(

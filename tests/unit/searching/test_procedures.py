@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from cacp_ray.errors import ConfigError
 from cacp_ray.evaluation.measurement import LocalEvaluator, Measurement
 from cacp_ray.searching.allocation import uniform_prior
-from cacp_ray.searching.budget import Budget, minimum_counts, uniform
+from cacp_ray.searching.budget import Budget, minimum_counts, scale_to_budget, spend, uniform
 from cacp_ray.searching.loop import SearchLoop
 from cacp_ray.searching.ranking import cut_at_threshold
 from cacp_ray.searching.run_directory import RunDirectory
-from cacp_ray.searching.strategies import make_strategy
+from cacp_ray.searching.strategies import cap, make_strategy
 from cacp_ray.searching.strategies.cap import one_pass
 from cacp_ray.searching.strategies.descent import plan_targets, shrink
 from cacp_ray.searching.strategies.problem import Problem
@@ -132,6 +132,27 @@ def test_a_pass_of_cap_ends_at_the_smallest_network_that_is_tolerated():
     assert (counts[1:] - budget.min_counts[1:] <= CHANNELS[1:] / 16 + 1).all()
     # Tolerated in group 0, the first of eight: an eighth of the way from 1 to 0.2.
     assert 0.9 * CHANNELS[0] <= counts[0] < 0.9 * CHANNELS[0] + CHANNELS[0] / 16 + 1
+
+
+def test_a_pass_of_cap_serves_every_rate_that_it_ends_near_to(monkeypatch):
+    budget = problem().budget
+    ends = [CHANNELS // 3, CHANNELS // 2]
+    shares = [int(budget.cost(counts)) / budget.total for counts in ends]
+    # The smaller rate's own pass ends far below it, the other's just above.
+    rates = (round(shares[1] - 0.005, 4), 0.9)
+    passes = iter(ends)
+
+    def one_pass(*_):
+        yield [Proposal(1.0, tuple(CHANNELS.tolist()))]
+        return next(passes, CHANNELS)
+
+    monkeypatch.setattr(cap, "one_pass", one_pass)
+    asked = [c for c, _ in search("cap", rates=rates) if c.rate == rates[0]]
+    expected = spend(
+        budget, scale_to_budget(budget, (ends[1] / CHANNELS)[None], rates[:1]), rates[:1]
+    )
+    assert tuple(expected[0].tolist()) in {c.keep_counts for c in asked}
+    assert shares[0] < rates[0] - 0.05
 
 
 @given(st.lists(st.integers(5, 100), min_size=1, max_size=5, unique=True), st.integers(0, 40))
