@@ -8,9 +8,8 @@ All methods share the network, its order (`cap`), the recovery (compensation), t
 images; an evaluation is one distinct candidate on the whole search split. What a policy answers at
 the searched rates counts among the evaluations. Winners are chosen on the search split and measured
 once on the test split. Every run has a folder in --out: a killed benchmark goes on where it stood.
-Its after-N.json says what was found, and with which options, commit and machine.
-What one search has measured is not measured again by another, and counts for both; racing searches
-share nothing.
+Its after-N.json says what was found, and with which options, commit and machine. What one search
+has measured is not measured again by another, and counts for both; racing searches share nothing.
 `python bench/agents_table.py OUT...` prints the tables.
 """
 
@@ -219,20 +218,13 @@ def run(job: Job, options: argparse.Namespace) -> None:
                 evaluator.submit(Candidate(0, rate, tuple(row)))
                 answers[rate] = (evaluator.results(0)[0].top1, (tuple(row), ""))
         found = find_winners(directory, answers, number, config.rates)
-        report(
-            files[waiting.pop(0)],
-            found,
-            answers,
-            base,
-            prepared,
-            read_split(config.data, "test"),
-            measure_effort(directory, number, reserve),
-            describe_sitting(options, job.seed),
-        )
+        about = measure_effort(directory, number, reserve) | describe_sitting(options, job.seed)
+        test = read_split(config.data, "test")
+        report(files[waiting.pop(0)], found, answers, base, prepared, test, about)
     loop.checkpoint(strategy)
 
 
-def measure_effort(directory: RunDirectory, number: int, reserve: int) -> dict[str, float]:
+def measure_effort(directory: RunDirectory, number: int, reserve: int) -> dict[str, Any]:
     """Evaluations, the policy's answers included, and what one of the search cost."""
     distinct = {row.subnet: row for row in reversed(directory.read_records())}
     rows = sorted(distinct.values(), key=lambda row: row.index)[:number]
@@ -248,7 +240,7 @@ def describe_sitting(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     chosen = {name: getattr(options, name) for name in OPTIONS}
     # Wherever the data lies on this machine.
     chosen |= {name: "/".join(Path(chosen[name]).parts[-2:]) for name in SPLITS}
-    return {**describe_environment(seed), "options": chosen}
+    return {"environment": {**describe_environment(seed), "options": chosen}}
 
 
 def find_winners(
@@ -278,8 +270,7 @@ def report(
     base: Base,
     prepared: Prepared,
     test: ImageSet,
-    effort: dict[str, float],
-    sitting: dict[str, Any],
+    about: dict[str, Any],
 ) -> None:
     """Writes accuracies, and image by image which the winners get right."""
     cutters = Cutters(prepared, "compensate")
@@ -299,8 +290,7 @@ def report(
         file.with_suffix(".npz"), **{name: np.packbits(each, axis=1) for name, each in hits.items()}
     )
     images = {"search": len(base.search), "test": len(test)}
-    result = {"winners": rows, "policy": policy, "images": images, **effort}
-    write_json(file, {**result, "environment": sitting})
+    write_json(file, {"winners": rows, "policy": policy, "images": images, **about})
 
 
 if __name__ == "__main__":
