@@ -8,13 +8,12 @@ All methods share the network, its order (`cap`), the recovery (compensation), t
 images; an evaluation is one distinct candidate on the whole search split. What a policy answers at
 the searched rates counts among the evaluations. Winners are chosen on the search split and measured
 once on the test split. Every run has a folder in --out: a killed benchmark goes on where it stood.
-What one search has measured is not measured again by another, and counts for both; racing searches
-share nothing.
+Its after-N.json says what was found, and with which options, commit and machine. What one search
+has measured is not measured again by another, and counts for both; racing searches share nothing.
 `python bench/agents_table.py OUT...` prints the tables.
 """
 
 import argparse
-import json
 import logging
 import multiprocessing
 import os
@@ -81,6 +80,9 @@ METHODS: dict[str, dict[str, Any]] = {
 MAP_SHARE = prior.MAP_SHARE
 OWN = "cacp, own search"  # at the rates that all others leave out, as many evaluations a rate
 SCHEDULED = ("cacp-paper", "amc", "amc, prior", "sequential, prior", "pcp", "greedy", "sensitivity")
+# What the result of a search depends on, beside its folder's name.
+SPLITS = ("train", "search", "test")
+OPTIONS = ("model", "weights", "groups", *SPLITS, *(f"{name}_rows" for name in SPLITS))
 Winner = tuple[float, Subnet]  # top1
 NONE: Winner = (-1.0, ((), ""))
 
@@ -100,7 +102,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--weights", default="embedded:resnet20_cifar10")
-    for name in ("train", "search", "test"):
+    for name in SPLITS:
         parser.add_argument(f"--{name}", default=f"embedded:{name}", help="Parquet file")
         parser.add_argument(f"--{name}-rows", type=parse_rows, help="START:STOP")
     parser.add_argument("--groups", choices=["all", "inner"], default="all")
@@ -110,8 +112,6 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="searches side by side, a thread each")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    common = {key: value for key, value in vars(options).items() if key not in ("out", "jobs")}
-    write_json(options.out / "environment.json", {**describe_environment(0), "options": common})
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=spawn) as pool:
         running = {pool.submit(run, job, options): job for job in list_jobs(options)}
@@ -144,7 +144,7 @@ def make_config(job: Job, options: argparse.Namespace) -> RunConfig:
     """The run's configuration, all groups prunable or the inner ones alone."""
     splits = {
         name: {"path": getattr(options, name), "rows": getattr(options, f"{name}_rows")}
-        for name in ("train", "search", "test")
+        for name in SPLITS
     }
     values: dict[str, Any] = {
         "name": job.folder.name,
@@ -218,19 +218,13 @@ def run(job: Job, options: argparse.Namespace) -> None:
                 evaluator.submit(Candidate(0, rate, tuple(row)))
                 answers[rate] = (evaluator.results(0)[0].top1, (tuple(row), ""))
         found = find_winners(directory, answers, number, config.rates)
-        report(
-            files[waiting.pop(0)],
-            found,
-            answers,
-            base,
-            prepared,
-            read_split(config.data, "test"),
-            measure_effort(directory, number, reserve),
-        )
+        about = measure_effort(directory, number, reserve) | describe_sitting(options, job.seed)
+        test = read_split(config.data, "test")
+        report(files[waiting.pop(0)], found, answers, base, prepared, test, about)
     loop.checkpoint(strategy)
 
 
-def measure_effort(directory: RunDirectory, number: int, reserve: int) -> dict[str, float]:
+def measure_effort(directory: RunDirectory, number: int, reserve: int) -> dict[str, Any]:
     """Evaluations, the policy's answers included, and what one of the search cost."""
     distinct = {row.subnet: row for row in reversed(directory.read_records())}
     rows = sorted(distinct.values(), key=lambda row: row.index)[:number]
@@ -239,6 +233,14 @@ def measure_effort(directory: RunDirectory, number: int, reserve: int) -> dict[s
         "images_scored": float(np.mean([row.images for row in rows])),
         "seconds": float(np.mean([row.seconds for row in rows])),
     }
+
+
+def describe_sitting(options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Options, versions, hardware, commit and seed of the search that ends now."""
+    chosen = {name: getattr(options, name) for name in OPTIONS}
+    # Wherever the data lies on this machine.
+    chosen |= {name: "/".join(Path(chosen[name]).parts[-2:]) for name in SPLITS}
+    return {"environment": {**describe_environment(seed), "options": chosen}}
 
 
 def find_winners(
@@ -268,7 +270,7 @@ def report(
     base: Base,
     prepared: Prepared,
     test: ImageSet,
-    effort: dict[str, float],
+    about: dict[str, Any],
 ) -> None:
     """Writes accuracies, and image by image which the winners get right."""
     cutters = Cutters(prepared, "compensate")
@@ -288,7 +290,7 @@ def report(
         file.with_suffix(".npz"), **{name: np.packbits(each, axis=1) for name, each in hits.items()}
     )
     images = {"search": len(base.search), "test": len(test)}
-    file.write_text(json.dumps({"winners": rows, "policy": policy, "images": images, **effort}))
+    write_json(file, {"winners": rows, "policy": policy, "images": images, **about})
 
 
 if __name__ == "__main__":

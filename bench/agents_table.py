@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from agents import METHODS, OWN, RATES, UNSEEN, folder_name
+from agents import METHODS, OPTIONS, OWN, RATES, UNSEEN, folder_name
 from report import print_table
 
 RESAMPLES = 2000
@@ -21,7 +21,6 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=300)
     parser.add_argument("--reference", default="cacp")
     options = parser.parse_args()
-    environment = json.loads((options.out / "environment.json").read_text())
     found = {name: read(options.out, name, options.evaluations) for name in METHODS}
     own = found.pop(OWN)
     found = {name: runs for name, runs in found.items() if runs}
@@ -30,21 +29,23 @@ def main() -> None:
     if options.reference in found:
         print_differences(found, options.reference)
     print_effort(found)
-    print(
-        f"\nCommit {environment['commit']}, {environment['processor']} with "
-        f"{environment['cpus']} CPUs, one thread a search."
-    )
+    print_environments({**found, OWN: own})
 
 
 def read(out: Path, method: str, evaluations: int) -> dict[int, dict[str, Any]]:
-    """Results of a method by seed, with `hits` of each split (rates, images)."""
+    """Results of a method by seed, with `hits` of each split (rates, images).
+
+    Older ones do not say what they were run with: environment.json in `out` does, for all of them.
+    """
+    common = out / "environment.json"
+    fallback = json.loads(common.read_text()) if common.exists() else {}
     runs: dict[int, dict[str, Any]] = {}
     for seed in range(100):
         folder = out / folder_name(method, seed, evaluations)
         file = folder / f"after-{evaluations}.json"
         if not file.exists():
             continue
-        row = json.loads(file.read_text())
+        row = {"environment": fallback, **json.loads(file.read_text())}
         with np.load(file.with_suffix(".npz")) as packed:
             row["hits"] = {
                 split: np.unpackbits(packed[split], axis=1, count=count)
@@ -124,6 +125,35 @@ def print_effort(found: dict[str, dict[int, dict[str, Any]]]) -> None:
         if all("seconds" in run for run in runs.values())
     ]  # fmt: skip
     print_table("Effort", ["method", "evaluations", "images each", "seconds each"], rows)
+
+
+def print_environments(found: dict[str, dict[int, dict[str, Any]]]) -> None:
+    """What the searches were run with: a line for all that share it."""
+    searches: dict[str, dict[str, list[int]]] = {}
+    for method, runs in found.items():
+        for seed, run in runs.items():
+            seeds = searches.setdefault(describe(run["environment"]), {})
+            seeds.setdefault(method, []).append(seed)
+    for text, methods in searches.items():
+        named = "; ".join(f"{name} {' '.join(map(str, seeds))}" for name, seeds in methods.items())
+        print(f"\n{text}. Methods and seeds: {named}.")
+
+
+def describe(environment: dict[str, Any]) -> str:
+    """Commit, machine and options of a search."""
+    if not environment:
+        return "Not known what these were run with"
+    given = environment.get("options", {})
+    options = [f"--{name.replace('_', '-')} {_text(given[name])}" for name in OPTIONS
+               if given.get(name) is not None]  # fmt: skip
+    return (
+        f"Commit {environment['commit']}, {environment['processor']} with {environment['cpus']} "
+        f"CPUs, one thread a search, {' '.join(options)}"
+    )
+
+
+def _text(value: Any) -> str:
+    return ":".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def bootstrap(gains: np.ndarray) -> tuple[float, float]:

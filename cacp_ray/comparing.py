@@ -10,7 +10,8 @@ from cacp_ray.evaluation.measurement import Measurement, Subnet
 from cacp_ray.evaluation.preparation import hash_weights
 from cacp_ray.files import changed_keys, read_json
 from cacp_ray.loading import load_model, read_split
-from cacp_ray.reporting.comparison import JSON_FILE, ComparedRun, Comparison, Point
+from cacp_ray.reporting.comparison import ComparedRun, Comparison, Point
+from cacp_ray.reporting.comparison_figure import JSON_FILE
 from cacp_ray.results import read_result
 from cacp_ray.searching.archive import Archive
 from cacp_ray.searching.records import as_result

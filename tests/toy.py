@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.pruning.cost import BilinearCost, ChannelGroup, CostModel
@@ -103,6 +104,19 @@ def toy_problem(
     )
 
 
+def five_group_problem(
+    seed: int, rates: Sequence[float]
+) -> tuple[AllocationMDP, Callable[[tuple[int, ...]], float], NDArray[np.float64]]:
+    """An MDP of at most nine legal counts a group, its accuracy, and by rate the best of all."""
+    cost_model = toy_cost_model(5, seed)
+    score, channels = toy_score(cost_model, seed), cost_model.num_channels
+    budget = Budget(cost_model.macs, channels, minimum_counts(channels, 0.1, 4), round_to=4)
+    tried = every_allocation(budget)
+    accuracies, costs = np.array([score(tuple(row)) for row in tried]), budget.cost(tried)
+    optima = np.array([accuracies[costs <= limit].max() for limit in budget.limit(rates)])
+    return AllocationMDP(cost_model, budget, uniform_prior(5), 0.8), score, optima
+
+
 def measure_by_formula(
     proposals: Sequence[Proposal],
     score: Callable[[tuple[int, ...]], float],
@@ -116,3 +130,16 @@ def measure_by_formula(
         candidate = Candidate(i, proposal.rate, proposal.keep_counts, order=proposal.order)
         results.append((candidate, Measurement(i, top1, 0.0, 1 - top1, 1000, 0.0, status=status)))
     return results
+
+
+def every_allocation(budget: Budget) -> NDArray[np.int64]:
+    """(N, G) all legal keep counts of a small network."""
+    levels = [
+        [
+            count
+            for count in range(least, whole + 1)
+            if count % budget.round_to == 0 or count == whole
+        ]
+        for least, whole in zip(budget.min_counts, budget.num_channels, strict=True)
+    ]
+    return np.stack(np.meshgrid(*levels, indexing="ij"), axis=-1).reshape(-1, len(levels))

@@ -11,6 +11,7 @@ from cacp_ray.cli.networks import run_finetune
 from cacp_ray.cli.options import Address, Overrides, Resume, RunDir
 from cacp_ray.cli.results import print_report
 from cacp_ray.errors import ConfigError
+from cacp_ray.searching.strategies import AGENTS, STRATEGIES
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,8 @@ def search(
         str | None,
         typer.Option(
             metavar="NAME[,NAME...]",
-            help="cacp, cacp-paper, amc, hill_climb, cem, random ...; several: a run directory "
-            "each in --run-dir, and their comparison.",
+            help=f"{', '.join((*AGENTS, *STRATEGIES))}, or package.module:function; several: a run "
+            "directory each in --run-dir, and their comparison.",
         ),
     ] = None,
     overrides: Overrides = None,
@@ -124,7 +125,7 @@ def compare(
     ] = Path("comparison"),
 ) -> None:
     """Put runs on the same network and data side by side: accuracy, evaluations, time."""
-    from cacp_ray.reporting.comparison import check_out
+    from cacp_ray.reporting.comparison_figure import check_out
 
     check_out(out)
     _compare(runs, out)
@@ -165,7 +166,8 @@ def _search_each(
 
 
 def _compare(runs: list[Path], out: Path) -> None:
-    from cacp_ray.reporting.comparison import comparison_table, write_comparison
+    from cacp_ray.reporting.comparison_figure import write_comparison
+    from cacp_ray.reporting.comparison_table import comparison_table
     from cacp_ray.reporting.tables import make_console
     from cacp_ray.series import compare
 

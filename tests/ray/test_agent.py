@@ -4,12 +4,10 @@ import ray
 
 from cacp_ray.agent.cacp.algorithm import CACP, CACPConfig
 from cacp_ray.agent.shell import MAX_UPDATES_A_STEP
-from cacp_ray.searching.allocation import uniform_prior
-from cacp_ray.searching.budget import Budget, minimum_counts, spend
-from cacp_ray.searching.mdp import AllocationMDP
+from cacp_ray.searching.budget import spend
 from cacp_ray.searching.settings import AgentSettings
+from tests.toy import five_group_problem, toy_problem
 from tests.toy import measure_by_formula as measure
-from tests.toy import toy_cost_model, toy_problem, toy_score
 
 pytestmark = pytest.mark.ray
 
@@ -65,15 +63,7 @@ def optimum(mdp, score, rate) -> float:
 @pytest.mark.parametrize("seed", range(3))
 def test_the_policy_reaches_99_percent_of_the_optimum_within_150_episodes(build, seed):
     """Five groups of at most nine legal counts: the optimum is known from trying them all."""
-    cost_model = toy_cost_model(5, seed)
-    score, channels = toy_score(cost_model, seed), cost_model.num_channels
-    budget = Budget(cost_model.macs, channels, minimum_counts(channels, 0.1, 4), round_to=4)
-    mdp = AllocationMDP(cost_model, budget, uniform_prior(5), 0.8)
-    levels = [np.arange(4, number + 1, 4) for number in channels]
-    tried = np.stack(np.meshgrid(*levels, indexing="ij"), axis=-1).reshape(-1, 5)
-    accuracies, costs = np.array([score(tuple(row)) for row in tried]), budget.cost(tried)
-    optima = np.array([accuracies[costs <= limit].max() for limit in budget.limit(RATES)])
-
+    mdp, score, optima = five_group_problem(seed, RATES)
     agent = build(mdp, seed=seed)
     found = np.array(list(drive(agent, score, 150).values()))
     policy = np.array([score(tuple(row)) for row in agent.policy(RATES)])

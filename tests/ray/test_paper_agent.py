@@ -6,8 +6,8 @@ from cacp_ray.agent.amc import AMC
 from cacp_ray.agent.ddpg.algorithm import DDPG, DDPGConfig
 from cacp_ray.errors import ConfigError
 from cacp_ray.searching.settings import PaperSettings
+from tests.toy import five_group_problem, toy_problem
 from tests.toy import measure_by_formula as measure
-from tests.toy import toy_problem
 
 pytestmark = pytest.mark.ray
 
@@ -297,6 +297,28 @@ def test_amc_answers_only_rates_that_were_searched(amc):
     np.testing.assert_array_equal(answers[1], amc.agents[0.3].policy([0.3])[0])
     with pytest.raises(ConfigError, match=r"0\.4"):
         amc.policy([0.3, 0.4])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_amc_comes_near_the_optimum_of_every_rate_within_150_episodes_of_each(seed):
+    """Five groups of at most nine legal counts: the optimum is known from trying them all.
+
+    The paper's agent starts from nothing: its random warm-up has 0.7 of the optimum on average.
+    """
+    mdp, score, optima = five_group_problem(seed, RATES)
+    amc = AMC(PaperSettings(**SMALL), mdp, RATES, seed, 450)
+    found = {rate: [] for rate in RATES}
+    for first in range(0, 450, 6):
+        results = measure(amc.ask(6), score, first)
+        for candidate, measurement in results:
+            found[candidate.rate].append(measurement.top1)
+        amc.tell(results)
+    amc.stop()
+    tops = np.array([found[rate] for rate in RATES]) / optima[:, None]  # (R, 150)
+    assert (tops.max(axis=1) >= 0.92).all()
+    assert (tops <= 1 + 1e-9).all()
+    assert (tops[:, :56].mean(axis=1) <= 0.72).all()  # the warm-up
+    assert (tops[:, -30:].mean(axis=1) >= 0.78).all()
 
 
 def test_amc_continues_bit_for_bit(amc, tmp_path):

@@ -193,6 +193,10 @@ CASES = {
     "no value": (search("seed"), "write key.path=value"),
     "text for a number": (search("seed=many"), "seed: .*got 'many'"),
     "too few evaluations": (search("evaluations=3"), "too few for 3 rates"),
+    "too few evaluations of a strategy": (
+        search("strategy=global", "evaluations=17"),
+        "raise evaluations to 18",
+    ),
     "the same rate twice": (search("rates=[0.5,0.5]"), "must differ"),
     "three decimals": (search("rates=[0.333]"), "two decimals"),
     "no evaluators": (search("cluster.max_evaluators=0"), "max_evaluators: .*got 0"),

@@ -20,7 +20,12 @@ ORDERS = ("l1", "l2", "fpgm", "bn_scale")  # beside the run's own
 
 
 def make_adapruner(problem: Problem) -> Procedure:
-    """The strategy."""
+    """The strategy.
+
+    Raises:
+        ConfigError: Too few evaluations for every order at every rate.
+    """
+    problem.check_evaluations("adapruner", 1 + len(ORDERS))
 
     def steps() -> Steps:
         budget, rates = problem.budget, problem.rates

@@ -4,7 +4,8 @@ One pass goes through the groups in forward order. The accuracy that must be lef
 from that of the whole network to a final one, and in every group bisection finds the smallest keep
 count, all earlier cuts in place, that still reaches it. A pass ends at whatever cost it ends at, so
 that an outer search moves the final accuracy of each rate until the cost is the rate's. The widths
-of every pass are scaled to the rates' budgets and spent exactly: these candidates are delivered.
+of every pass are scaled to the budgets of the rates that it serves, and spent exactly: these
+candidates are delivered.
 
 Source: after "Pruning with Compensation" (arXiv 2108.13728, as in its authors' code): forward
 order, bisection, linear tolerance; its criterion and its compensation are `cap` and `compensate`,
@@ -12,12 +13,13 @@ the defaults of a run. Ours: channel groups instead of layers, the outer search,
 every pass has shown among all rates, and exact budgets.
 """
 
+import logging
 from collections.abc import Generator
 
 import numpy as np
 
-from cacp_ray.evaluation.measurement import Measurement
-from cacp_ray.searching.budget import Ints, scale_to_budget, spend
+from cacp_ray.evaluation.measurement import Measurement, Subnet
+from cacp_ray.searching.budget import Ints, scale_to_budget, spend, uniform
 from cacp_ray.searching.strategies.problem import Problem
 from cacp_ray.searching.strategies.procedure import Procedure, Steps, together
 from cacp_ray.searching.strategy import Proposal
@@ -30,10 +32,45 @@ BEND = 0.25  # accuracy as a power of the cost kept, as a first guess between di
 
 Pass = tuple[float, float]  # final accuracy and share of the cost kept
 
+logger = logging.getLogger(__name__)
+
 
 def make_cap(problem: Problem) -> Procedure:
-    """The strategy: passes until every rate is met, or the evaluations are used up."""
-    return Procedure("cap", lambda: _search(problem))
+    """The strategy: passes until every rate is met, or the evaluations are used up.
+
+    How many a pass takes, only the pass shows. Where they end before a rate has had one, the
+    uniform allocation stands in for its answer, and a warning names the rate.
+    """
+    return Procedure("cap", lambda: _within_evaluations(problem, _search(problem)))
+
+
+def _within_evaluations(problem: Problem, steps: Steps) -> Steps:
+    """The steps, as long as an evaluation is left for every rate that has no answer yet."""
+    asked: set[Subnet] = set()
+    unanswered = list(problem.rates)
+    step = next(steps)
+    while True:
+        asked |= {(each.keep_counts, each.order) for each in step}
+        still = [rate for rate in unanswered if rate not in {each.rate for each in step}]
+        if unanswered and len(asked) + len(still) > problem.evaluations:
+            break
+        unanswered = still
+        found = yield step
+        try:
+            step = steps.send(found)
+        except StopIteration:
+            return
+    logger.warning(
+        "strategy cap: %d evaluations end before a first pass for %s (kept): uniform allocations "
+        "stand in; %d are enough",
+        problem.evaluations,
+        ", ".join(f"{rate:.2f}" for rate in unanswered),
+        1 + len(problem.rates) * (BISECTIONS * len(problem.prunable) + len(problem.rates)),
+    )
+    counts = uniform(problem.budget, unanswered, np.ones(len(problem.budget.num_channels)))
+    yield [
+        Proposal(rate, tuple(row)) for rate, row in zip(unanswered, counts.tolist(), strict=True)
+    ]
 
 
 def _search(problem: Problem) -> Steps:
@@ -73,13 +110,15 @@ def _guess(passes: list[Pass], rate: float) -> float:
 
 
 def _serve(problem: Problem, rate: float, first: float, final: float, passes: list[Pass]) -> Steps:
-    """One pass for a rate, and what becomes of its widths at the rate's budget."""
+    """One pass for a rate, and its widths at the budget of that rate and of all it ends near to."""
     budget = problem.budget
     counts = yield from one_pass(problem, first, final)
-    passes.append((final, int(budget.cost(counts)) / budget.total))
-    ratios = (counts / budget.num_channels)[None]
-    exact = spend(budget, scale_to_budget(budget, ratios, [rate]), [rate])[0]
-    yield [Proposal(rate, tuple(exact.tolist()))]
+    kept = int(budget.cost(counts)) / budget.total
+    passes.append((final, kept))
+    served = [each for each in problem.rates if each == rate or abs(kept - each) <= TOLERANCE]
+    ratios = np.tile(counts / budget.num_channels, (len(served), 1))
+    exact = spend(budget, scale_to_budget(budget, ratios, served), served)
+    yield [Proposal(each, tuple(row)) for each, row in zip(served, exact.tolist(), strict=True)]
 
 
 def one_pass(

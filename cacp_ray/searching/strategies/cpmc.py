@@ -16,7 +16,12 @@ ORDERS = ("cpmc",)  # beside the run's own
 
 
 def make_cpmc(problem: Problem) -> Procedure:
-    """The strategy."""
+    """The strategy.
+
+    Raises:
+        ConfigError: Too few evaluations for every order at every rate.
+    """
+    problem.check_evaluations("cpmc", 1 + len(ORDERS))
 
     def steps() -> Steps:
         counts = cut_at_threshold(problem.budget, problem.scores("cpmc"), problem.rates)

@@ -115,6 +115,8 @@ def shrink(budget: Budget, counts: Ints, steps: Floats, kept: float) -> Ints:
         Keep counts; they still cost too much where even the smallest legal ones do.
     """
     limit = budget.limit(kept)
+    if budget.cost(counts) <= limit:
+        return counts
 
     def less(multiple: float) -> Ints:
         return np.minimum(counts, budget.floor_to_legal(counts - multiple * steps))

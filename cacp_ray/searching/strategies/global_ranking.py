@@ -18,7 +18,12 @@ POWERS = (1.0, 0.5, 0.0)  # of the cost freed
 
 
 def make_global(problem: Problem) -> Procedure:
-    """The strategy."""
+    """The strategy.
+
+    Raises:
+        ConfigError: Too few evaluations for every reading at every rate.
+    """
+    problem.check_evaluations("global", 2 * len(POWERS))
 
     def steps() -> Steps:
         raw = problem.scores("")

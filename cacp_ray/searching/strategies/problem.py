@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from cacp_ray.errors import ConfigError
 from cacp_ray.pruning.cost import CostModel
 from cacp_ray.searching.allocation import Prior
 from cacp_ray.searching.budget import Budget, Ints
@@ -45,3 +46,20 @@ class Problem:
     def prunable(self) -> Ints:
         """(P,) groups that may be cut, in forward order."""
         return np.flatnonzero(self.budget.min_counts < self.budget.num_channels)
+
+    def check_evaluations(self, name: str, per_rate: int) -> None:
+        """Refuses a search that would end before every rate has all of its candidates.
+
+        Args:
+            name: Of the strategy.
+            per_rate: Candidates that it measures at every rate, at most.
+
+        Raises:
+            ConfigError: Too few evaluations.
+        """
+        enough = per_rate * len(self.rates)
+        if self.evaluations < enough:
+            raise ConfigError(
+                f"strategy {name} measures {per_rate} candidates at every rate: raise evaluations "
+                f"to {enough}, or choose another"
+            )

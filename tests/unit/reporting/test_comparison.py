@@ -12,15 +12,14 @@ from PIL import Image
 from rich.console import Console
 
 from cacp_ray.errors import ArtifactError
-from cacp_ray.reporting.comparison import (
-    ComparedRun,
-    Comparison,
-    comparison_table,
+from cacp_ray.reporting.comparison import ComparedRun, Comparison
+from cacp_ray.reporting.comparison_figure import (
     draw_comparison,
     plot_frontiers,
     plot_rate,
     write_comparison,
 )
+from cacp_ray.reporting.comparison_table import comparison_table
 from cacp_ray.reporting.summary import DASH
 
 RATES = (0.3, 0.5, 0.7)

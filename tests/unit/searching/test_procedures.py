@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from cacp_ray.errors import ConfigError
 from cacp_ray.evaluation.measurement import LocalEvaluator, Measurement
 from cacp_ray.searching.allocation import uniform_prior
-from cacp_ray.searching.budget import Budget, minimum_counts
+from cacp_ray.searching.budget import Budget, minimum_counts, scale_to_budget, spend, uniform
 from cacp_ray.searching.loop import SearchLoop
 from cacp_ray.searching.ranking import cut_at_threshold
 from cacp_ray.searching.run_directory import RunDirectory
-from cacp_ray.searching.strategies import make_strategy
+from cacp_ray.searching.strategies import cap, make_strategy
 from cacp_ray.searching.strategies.cap import one_pass
 from cacp_ray.searching.strategies.descent import plan_targets, shrink
 from cacp_ray.searching.strategies.problem import Problem
@@ -134,6 +134,27 @@ def test_a_pass_of_cap_ends_at_the_smallest_network_that_is_tolerated():
     assert 0.9 * CHANNELS[0] <= counts[0] < 0.9 * CHANNELS[0] + CHANNELS[0] / 16 + 1
 
 
+def test_a_pass_of_cap_serves_every_rate_that_it_ends_near_to(monkeypatch):
+    budget = problem().budget
+    ends = [CHANNELS // 3, CHANNELS // 2]
+    shares = [int(budget.cost(counts)) / budget.total for counts in ends]
+    # The smaller rate's own pass ends far below it, the other's just above.
+    rates = (round(shares[1] - 0.005, 4), 0.9)
+    passes = iter(ends)
+
+    def one_pass(*_):
+        yield [Proposal(1.0, tuple(CHANNELS.tolist()))]
+        return next(passes, CHANNELS)
+
+    monkeypatch.setattr(cap, "one_pass", one_pass)
+    asked = [c for c, _ in search("cap", rates=rates) if c.rate == rates[0]]
+    expected = spend(
+        budget, scale_to_budget(budget, (ends[1] / CHANNELS)[None], rates[:1]), rates[:1]
+    )
+    assert tuple(expected[0].tolist()) in {c.keep_counts for c in asked}
+    assert shares[0] < rates[0] - 0.05
+
+
 @given(st.lists(st.integers(5, 100), min_size=1, max_size=5, unique=True), st.integers(0, 40))
 def test_targets_pass_through_every_rate_and_never_rise(percent, extra):
     rates = np.array(percent) / 100
@@ -155,6 +176,13 @@ def test_shrinking_fits_and_takes_no_step_too_many(kept, seed):
     assert budget.cost(counts) <= budget.limit(max(kept, 0.02 + budget.smallest / budget.total))
     assert (counts <= CHANNELS).all()
     assert (counts >= budget.min_counts).all()
+
+
+def test_nothing_is_taken_from_a_network_that_fits_already():
+    budget = problem().budget
+    counts = budget.num_channels // 2
+    kept = int(budget.cost(counts)) / budget.total + 1e-9
+    assert (shrink(budget, counts, CHANNELS / 2, kept) == counts).all()
 
 
 def test_a_threshold_keeps_what_is_above_it():
@@ -215,16 +243,34 @@ def test_a_kill_at_any_point_changes_nothing(name, mode, tmp_path):
     assert len(rows(tmp_path / "whole")) > 60
 
 
-@pytest.mark.parametrize("name", ["pcp", "greedy", "sensitivity"])
+@pytest.mark.parametrize("name", sorted({*BY_STEPS} - {"cap"}))
 def test_too_few_evaluations_are_refused_with_the_number_that_is_enough(name):
     with pytest.raises(ConfigError, match=r"raise evaluations to (at least )?(\d+)") as caught:
-        search(name, evaluations=10)
+        search(name, evaluations=5)
     enough = int("".join(filter(str.isdigit, str(caught.value).split("raise evaluations to")[1])))
     with pytest.raises(ConfigError):
         search(name, evaluations=enough - 1)
     results = search(name, evaluations=enough)
     assert sorted(delivered(results)) == list(RATES)
     assert len({candidate.subnet for candidate, _ in results}) <= enough
+
+
+@pytest.mark.parametrize("evaluations", [9, 40, 70])
+def test_cap_names_the_rates_that_it_leaves_uniform(evaluations, caplog):
+    results = search("cap", evaluations=evaluations)
+    assert len({candidate.subnet for candidate, _ in results}) <= evaluations
+    budget = problem().budget
+    even = dict(zip(RATES, uniform(budget, RATES, np.ones(8)).tolist(), strict=True))
+    answers = {c.rate: list(c.keep_counts) for c, _ in results if c.rate in RATES}
+    assert sorted(answers) == list(RATES)
+    left = [rate for rate in RATES if answers[rate] == even[rate]]
+    (line,) = caplog.messages
+    assert f"{evaluations} evaluations" in line
+    assert f"for {', '.join(f'{rate:.2f}' for rate in left)} (kept)" in line
+    caplog.clear()
+    enough = int(line.split()[-3])
+    assert {c.rate for c, _ in search("cap", evaluations=enough)} == {*RATES, 1.0}
+    assert not caplog.messages
 
 
 def test_procedures_side_by_side_see_their_own_measurements():

@@ -6,7 +6,9 @@ import types
 from pathlib import Path
 
 import pytest
+import typer.main
 
+from cacp_ray.cli import app
 from cacp_ray.config import RunConfig, load_config
 from cacp_ray.errors import ConfigError
 from cacp_ray.searching.strategies import AGENTS, SEPARATE, STRATEGIES, make_strategy
@@ -20,7 +22,17 @@ def test_the_page_lists_every_strategy_and_how_it_serves_rates():
     rows = re.findall(r"^\| `([\w-]+)` \|.*\| ([^|]+) \|[^|]*\|$", PAGE, re.MULTILINE)
     assert sorted(name for name, _ in rows) == sorted({*AGENTS, *STRATEGIES})
     for name, rates in rows:
-        assert (rates == "separately") == (name in SEPARATE), name
+        # The words of `cacp-ray compare`.
+        assert rates == ("separately" if name in SEPARATE else "together"), name
+
+
+def test_help_of_search_lists_every_strategy():
+    (option,) = [
+        each for each in typer.main.get_command(app).commands["search"].params
+        if each.name == "strategy"
+    ]  # fmt: skip
+    listed = option.help.split("or package.module:function")[0].split(", ")
+    assert {name for name in listed if name} == {*AGENTS, *STRATEGIES}
 
 
 def test_a_strategy_of_the_user_s_own_is_named_in_the_configuration(monkeypatch, capsys):
