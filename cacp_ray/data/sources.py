@@ -194,16 +194,23 @@ class _Readable:
 
 @dataclass(frozen=True)
 class FolderSource:
-    """A folder of images for each class; classes and images in the order of their names."""
+    """A folder of images for each class; classes and images in the order of their names.
+
+    A class folder without images is a class too, so that a part of a data set keeps its labels.
+    """
 
     name: str
     filesystem: fs.FileSystem
     root: str
 
     @cached_property
+    def _found(self) -> list[fs.FileInfo]:
+        return self.filesystem.get_file_info(fs.FileSelector(self.root, recursive=True))
+
+    @cached_property
     def _files(self) -> list[str]:
-        found = self.filesystem.get_file_info(fs.FileSelector(self.root, recursive=True))
-        files = sorted(each.path for each in found if each.path.lower().endswith(IMAGE_SUFFIXES))
+        paths = sorted(each.path for each in self._found)
+        files = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
         return [file for file in files if posixpath.dirname(self._inside(file))]
 
     @property
@@ -213,7 +220,14 @@ class FolderSource:
 
     @cached_property
     def _classes(self) -> tuple[str, ...]:
-        return tuple(sorted({self._class(file) for file in self._files}))
+        folders = {
+            name
+            for each in self._found
+            if each.type == fs.FileType.Directory
+            and not (name := self._inside(each.path)).startswith((".", "__"))
+            and "/" not in name
+        }
+        return tuple(sorted(folders | {self._class(file) for file in self._files}))
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -263,7 +277,7 @@ def open_source(path: str) -> Source:
         filesystem, where = (
             fs.FileSystem.from_uri(path)
             if "://" in path
-            else (fs.LocalFileSystem(), str(Path(path)))
+            else (fs.LocalFileSystem(), absolute(path))
         )
         folder, pattern = posixpath.split(where)
         if any(sign in pattern for sign in "*?["):
@@ -290,6 +304,11 @@ def open_source(path: str) -> Source:
             f"data {path}: neither Parquet files nor folders of images; give one of them"
         )
     return source
+
+
+def absolute(path: str) -> str:
+    """The path as every process of this machine understands it; a URI as it is."""
+    return path if "://" in path else str(Path(path).absolute())
 
 
 def _list_files(filesystem: fs.FileSystem, folder: str, pattern: str) -> tuple[str, ...]:

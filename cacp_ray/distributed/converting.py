@@ -20,7 +20,7 @@ from pyarrow import fs
 from ray.exceptions import RayTaskError
 
 from cacp_ray.data.images import Rows, read_labels
-from cacp_ray.data.sources import open_source
+from cacp_ray.data.sources import absolute, open_source
 from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError
 
 SEED = 0
@@ -49,6 +49,7 @@ def convert(
         CacpError: Images cannot be read, or shards cannot be written.
     """
     source = open_source(path)
+    path, out = absolute(path), absolute(out)  # workers may run elsewhere
     rows, labels, classes = read_labels(source, Rows())
     if not 1 <= num_shards <= len(rows):
         raise ConfigError(f"--shards {num_shards}: give 1 to {len(rows)}, the number of images")

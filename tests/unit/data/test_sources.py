@@ -99,6 +99,26 @@ def test_folders_are_classes(folders):
     assert values(found) == sorted(range(21), key=lambda value: (LABELS[value], value))
 
 
+def test_a_class_without_images_keeps_its_place(folders):
+    for name in ("class1b", ".cache", "__MACOSX", "class0/inner"):
+        (folders / name).mkdir()
+    source = open_source(str(folders))
+    before = sorted(set(LABELS))
+    assert source.classes == ("class0", "class1", "class1b", *(f"class{n}" for n in before[2:]))
+    expected = [label + (label > 1) for label in sorted(LABELS)]
+    assert sorted(source.labels.tolist()) == expected
+
+
+def test_a_source_opened_by_a_relative_path_is_read_from_another_folder(
+    folders, shards, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    sources = [open_source("folders"), open_source("shards"), open_source("shards/train-*.parquet")]
+    monkeypatch.chdir("/")
+    for source in sources:
+        assert next(source.read(np.arange(1)))[1] is not None
+
+
 def test_what_holds_no_images_is_refused(tmp_path, folders):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ArtifactError, match="neither Parquet files nor folders of images"):
