@@ -26,6 +26,7 @@ from cacp_ray.loading import (
     load_model,
     read_split,
     read_train,
+    rebuild_model,
 )
 from cacp_ray.pruning.subnet import load_subnet, read_description
 from cacp_ray.results import read_result
@@ -218,7 +219,11 @@ def _finetune(
     connect(address)
     check_cpus(cpus, address)
     probe_nodes()
-    load_base_model: Callable[[], nn.Module] = partial(load_model, model, len(train.classes))
+    # The weights themselves: their file may be on this machine alone.
+    tensors = load_model(model, len(train.classes)).state_dict()
+    load_base_model: Callable[[], nn.Module] = partial(
+        rebuild_model, model.name, len(train.classes), tensors
+    )
     rates = sorted(folders, reverse=True)
     one_by_one = settings.finetune.teacher == "larger"  # which has to be fine-tuned before
     found: dict[float, Any] = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from cacp_ray.config import DataConfig, ModelConfig, PruningConfig, RunConfig
 from cacp_ray.data.images import ImageSet, Rows, Shape, read_images, read_labels
@@ -142,6 +142,13 @@ def load_model(config: ModelConfig, num_classes: int) -> nn.Module:
         copy_weights(model, tensors, f"{config.weights} of {config.name}")
     elif config.weights is not None:
         load_weights(model, config.weights)
+    return model.eval()
+
+
+def rebuild_model(name: str, num_classes: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The network of `load_model` where its file of weights may not be, such as on another node."""
+    model = build_model(name, num_classes)
+    copy_weights(model, tensors, f"the base network {name}")
     return model.eval()
 
 
