@@ -86,6 +86,8 @@ def summary_rows(result: dict[str, Any]) -> list[Row]:
         "latency_ms": base.get("latency_ms"),
         "speedup": None if is_missing(base.get("latency_ms")) else 1.0,
         "batch_speedup": None if is_missing(base.get("batch_latency_ms")) else 1.0,
+        "predicted_latency_ms": base.get("predicted_latency_ms"),
+        "measured_latency_ms": base.get("measured_latency_ms"),
     }
     rows = sorted(result["rates"], key=lambda row: row["rate"])
     return [whole, *({"label": f"{row['rate']:.2f}"} | row for row in rows)]
@@ -104,7 +106,23 @@ def size_columns(result: dict[str, Any]) -> list[Column]:
             f"{result.get('latency_batch', 'batch')} images",
             lambda row: _format_speedup(row.get("batch_speedup")),
         ),
+        *_prediction_columns(result),
     ]
+
+
+def _prediction_columns(result: dict[str, Any]) -> list[Column]:
+    """What the latency table says, and what was measured with the table's settings."""
+    if not (table := result.get("latency_table")):
+        return []
+    images = f"{table['batch']} image" + ("s" if table["batch"] > 1 else "")
+    return [
+        Column(
+            head, f"ms, {images}", lambda row, key=key: format_number(row.get(key), 2)
+        )
+        for head, key in (
+            ("predicted", "predicted_latency_ms"), ("measured", "measured_latency_ms")
+        )
+    ]  # fmt: skip
 
 
 def accuracy_columns(result: dict[str, Any]) -> list[Column]:
