@@ -15,7 +15,6 @@ from cacp_ray.config import RunConfig
 from cacp_ray.data.transforms import from_shared
 from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.latency import Latency, measure_latency, speedup
-from cacp_ray.evaluation.latency_table import LatencyTable
 from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement
 from cacp_ray.evaluation.preparation import Cutters, Prepared
 from cacp_ray.loading import Base
@@ -258,16 +257,24 @@ def add_latencies(result: dict[str, Any], base: Base, run_dir: Path) -> None:
             row[f"{prefix}latency_ms"] = found[row["path"]].median_ms
             row[f"{prefix}speedup"] = speedup(found["base"], found[row["path"]])
     result["latency_batch"] = len(images)
-    if base.latency is not None:
-        _add_predictions(result, base, base.latency, models)
+    predict_latencies(result, base, models)
 
 
-def _add_predictions(
-    result: dict[str, Any], base: Base, table: LatencyTable, models: dict[str, nn.Module]
+def predict_latencies(
+    result: dict[str, Any], base: Base, models: Mapping[str, nn.Module], seconds: float = 10.0
 ) -> None:
-    """What the table says of each network, beside a measurement with the table's settings."""
-    cost_model, settings = base.plan.cost_model, table.settings
-    assert cost_model.latency is not None
+    """Adds what a run's latency table says of each network, and a measurement made as the table.
+
+    Args:
+        result: Content of result.json; left alone where the run has no table.
+        base: Of the run.
+        models: `base`, and each rate's subnet by its path.
+        seconds: For the measurement, which is left out where the table's device is not here.
+    """
+    table, cost_model = base.latency, base.plan.cost_model
+    if table is None or cost_model.latency is None:
+        return
+    settings = table.settings
     result["latency_table"] = {
         **vars(settings), "processor": table.processor, "error": table.error
     }  # fmt: skip
@@ -281,7 +288,7 @@ def _add_predictions(
             x,
             threads=settings.threads,
             repeats=100,
-            seconds=10.0,
+            seconds=seconds,
             clock=settings.clock,
         )
     for name, (row, counts) in rows.items():

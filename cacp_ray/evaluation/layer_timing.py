@@ -132,7 +132,9 @@ def choose_widths(
     return {
         shape: (
             _spread(inputs, points, round_to),
-            _spread(outputs, points, int(np.lcm(shape.part[1], round_to))),
+            _spread(
+                outputs, points, int(np.lcm.reduce([shape.groups or 1, shape.part[1], round_to]))
+            ),
         )
         for shape, (inputs, outputs) in sides.items()
     }

@@ -6,7 +6,7 @@ falls when a width grows. What a network adds to its layers (sums, activations, 
 calibration of three numbers: latency = constant + scale * layers + per_activation * activations.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -178,16 +178,27 @@ def _locate(widths: Floats, grid_of: Ints, nodes: Ints, below: Ints) -> tuple[In
 
 
 def make_latency_cost(
-    layers: Sequence[Layer], grids: Mapping[LayerShape, Grid], calibration: Calibration
+    layers: Sequence[Layer],
+    grids: Mapping[LayerShape, Grid],
+    calibration: Calibration,
+    surface: Callable[[Floats], Ints] = monotone,
 ) -> LatencyCost:
-    """The cost of a network whose layers are all in `grids`."""
+    """The cost of a network.
+
+    Args:
+        layers: Of the network.
+        grids: At least of these layers.
+        calibration: Of whole networks.
+        surface: Makes whole numbers of the times (Q, P) of a grid. Only where it makes them rise
+            both ways can a search rest on the cost.
+    """
     shapes = list(dict.fromkeys(layer.shape for layer in layers))
     chosen = [grids[shape] for shape in shapes]
     input_nodes, below_input = _pad([grid.inputs for grid in chosen])
     output_nodes, below_output = _pad([grid.outputs for grid in chosen])
     times = np.zeros((len(chosen), output_nodes.shape[1], input_nodes.shape[1]), dtype=np.int64)
     for number, grid in enumerate(chosen):
-        found = monotone(grid.nanoseconds)
+        found = surface(grid.nanoseconds)
         right, down = (len(nodes) for nodes in (grid.inputs, grid.outputs))
         missing = ((0, times.shape[1] - down), (0, times.shape[2] - right))
         times[number] = np.pad(found, missing, mode="edge")
