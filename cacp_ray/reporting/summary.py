@@ -112,17 +112,12 @@ def size_columns(result: dict[str, Any]) -> list[Column]:
 
 def _prediction_columns(result: dict[str, Any]) -> list[Column]:
     """What the latency table says, and what was measured with the table's settings."""
-    if not (table := result.get("latency_table")):
+    if not result.get("latency_table"):
         return []
-    images = f"{table['batch']} image" + ("s" if table["batch"] > 1 else "")
     return [
-        Column(
-            head, f"ms, {images}", lambda row, key=key: format_number(row.get(key), 2)
-        )
-        for head, key in (
-            ("predicted", "predicted_latency_ms"), ("measured", "measured_latency_ms")
-        )
-    ]  # fmt: skip
+        Column("predicted", "ms", lambda row: format_number(row.get("predicted_latency_ms"), 2)),
+        Column("measured", "ms", lambda row: format_number(row.get("measured_latency_ms"), 2)),
+    ]
 
 
 def accuracy_columns(result: dict[str, Any]) -> list[Column]:
@@ -205,6 +200,7 @@ def _standard_error(split: str, shares: Iterable[float | None], images: int | No
 
 def _cost_columns(result: dict[str, Any]) -> list[Column]:
     cost = "MACs" if result["cost"] == "macs" else result["cost"]
+    cost = "limits" if " and " in cost else cost  # of several costs
     return [
         Column("cost kept", f"% of {cost}", lambda row: format_percent(row["cost_kept"])),
         _count_column("MACs", *_macs_unit(result["base"]["macs"])),
