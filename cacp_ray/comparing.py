@@ -10,6 +10,7 @@ from cacp_ray.evaluation.measurement import Measurement, Subnet
 from cacp_ray.evaluation.preparation import hash_weights
 from cacp_ray.files import changed_keys, read_json
 from cacp_ray.loading import load_model, read_split
+from cacp_ray.pruning.cost import describe_cost
 from cacp_ray.reporting.comparison import ComparedRun, Comparison, Point
 from cacp_ray.reporting.comparison_figure import JSON_FILE
 from cacp_ray.results import read_result
@@ -59,7 +60,7 @@ def compare_runs(configs: Mapping[Path, RunConfig]) -> Comparison:
     models = {path: _read_model(path) for path in configs}
     settings = {
         path: _measured(config, models[path]["sha256"])
-        | {"cost": config.cost, "pruning": _search_space(config)}
+        | {"cost": _limits(config), "pruning": _search_space(config)}
         for path, config in configs.items()
     }
     first, *others = configs
@@ -81,7 +82,8 @@ def compare_runs(configs: Mapping[Path, RunConfig]) -> Comparison:
     base = models[first]["base"]
     images = max((row.images for rows in records.values() for row in rows), default=0)
     found = base["search"]
-    return Comparison(configs[first].cost, found["top1"], found["images"], images, tuple(runs))
+    cost = describe_cost(configs[first].cost)
+    return Comparison(cost, found["top1"], found["images"], images, tuple(runs))
 
 
 def find_known(config: RunConfig, sha256: str, run_dirs: Mapping[Path, RunConfig]) -> Known:
@@ -145,6 +147,13 @@ def _search_space(config: RunConfig) -> dict[str, Any]:
     return resolved(config)["pruning"] | {"sequential": None}
 
 
+def _limits(config: RunConfig) -> Any:
+    """What a rate limits, with the table that latency is read from."""
+    names = [config.cost] if isinstance(config.cost, str) else list(config.cost)
+    table = [config.latency_table] if "latency" in names else []
+    return [config.cost, *table] if table else config.cost
+
+
 def _label(configs: Mapping[Path, RunConfig]) -> dict[Path, str]:
     """The strategy; with the folder's name, or where that is not enough its path, if shared."""
     strategies = [config.strategy for config in configs.values()]
@@ -166,7 +175,7 @@ def _summarise(
     records: Sequence[EpisodeRecord],
     base: Mapping[str, Any],
 ) -> ComparedRun:
-    archive = Archive(base[config.cost])
+    archive = Archive(base.get("cost") or base[str(config.cost)])
     for row in records:
         archive.add(row)
     best = {rate: archive.best(rate) for rate in config.rates}

@@ -22,6 +22,7 @@ from pydantic import (
 
 from cacp_ray.data import cifar10
 from cacp_ray.errors import ConfigError, nearest_names
+from cacp_ray.pruning.cost import COSTS
 from cacp_ray.reporting.scalars import Logger
 from cacp_ray.searching.settings import AgentSettings, Mode, PaperSettings
 from cacp_ray.searching.strategies import AGENTS, STRATEGIES
@@ -166,7 +167,15 @@ class RunConfig(Section):
     rates: tuple[Rate, ...] = Field(
         default=(0.3, 0.5, 0.7), min_length=1, description="share of cost KEPT"
     )
-    cost: Literal["macs", "params"] = "macs"
+    cost: str | dict[str, float] = Field(
+        default="macs",
+        description="what a rate limits: macs, params or latency; or several at once, each with "
+        "its weight, the smallest 1: {macs: 1.0, latency: 1.2} keeps at most 1.2 times the rate of "
+        "the latency",
+    )
+    latency_table: str | None = Field(
+        default=None, description="Parquet file of `cacp-ray latency measure`, for cost latency"
+    )
     strategy: str = Field(
         default="cacp",
         description="one of docs/strategies.md, or package.module:function, which makes one",
@@ -212,12 +221,33 @@ class RunConfig(Section):
             raise ValueError("rates have at most two decimals, as subnets/rate-0.50 has")
         return tuple(sorted(rates))
 
+    @field_validator("cost")
+    @classmethod
+    def _known_costs(cls, cost: str | dict[str, float]) -> str | dict[str, float]:
+        for name in [cost] if isinstance(cost, str) else cost:
+            if name not in COSTS:
+                raise ValueError(nearest_names(name, COSTS))
+        if not isinstance(cost, str) and (not cost or min(cost.values()) != 1):
+            raise ValueError(
+                "the smallest weight must be 1, that of the cost whose share the rate is"
+            )
+        return cost
+
     @field_validator("strategy")
     @classmethod
     def _known_strategy(cls, name: str) -> str:
         if ":" not in name and name not in (*AGENTS, *STRATEGIES):
             raise ValueError(nearest_names(name, (*AGENTS, *STRATEGIES)))
         return name
+
+    @model_validator(mode="after")
+    def _has_latency_table(self) -> "RunConfig":
+        names = [self.cost] if isinstance(self.cost, str) else list(self.cost)
+        if "latency" in names and self.latency_table is None:
+            raise ValueError(
+                "cost: latency needs latency_table, a file that `cacp-ray latency measure` made"
+            )
+        return self
 
     @model_validator(mode="after")
     def _enough_evaluations(self) -> "RunConfig":

@@ -105,14 +105,15 @@ def describe_environment(seed: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in packages},
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": read_processor(),
         "cpus": os.cpu_count(),
         "commit": _commit(),
         "seed": seed,
     }
 
 
-def _processor() -> str:
+def read_processor() -> str:
+    """The name of this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

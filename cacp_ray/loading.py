@@ -1,6 +1,7 @@
 """From a configuration to objects: the base network, its data, the slicing plan, the budget."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +16,20 @@ from cacp_ray.data.images import ImageSet, Rows, Shape, read_images, read_labels
 from cacp_ray.data.sources import Source, open_source
 from cacp_ray.data.streams import ImageStream, open_stream
 from cacp_ray.errors import ArtifactError, ConfigError
+from cacp_ray.evaluation.latency_table import LatencyTable, load_table
 from cacp_ray.evaluation.preparation import Prepared, hash_weights, needed_kinds, prepare
 from cacp_ray.files import read_json
 from cacp_ray.models.factory import build_model, copy_weights, load_weights
 from cacp_ray.models.pretrained import is_published, read_weights
+from cacp_ray.pruning.cost import Limited
 from cacp_ray.pruning.criteria import get_criterion
 from cacp_ray.pruning.plan import Plan, make_plan
 from cacp_ray.pruning.statistics import Statistics, collect_statistics
 from cacp_ray.pruning.statistics_file import load_statistics, save_statistics, statistics_key
 from cacp_ray.searching.budget import Budget, minimum_counts
 from cacp_ray.searching.strategies import OTHER_ORDERS
+
+logger = logging.getLogger(__name__)
 
 STATISTICS_FILE = "statistics.safetensors"
 
@@ -40,6 +45,7 @@ class Base:
         budget: Of the run's cost; every rate of the run is reachable.
         calibration: Training images, for statistics only.
         search: The search split.
+        latency: Table of the run's layers, if it names one.
     """
 
     model: nn.Module
@@ -48,6 +54,7 @@ class Base:
     budget: Budget
     calibration: ImageSet
     search: ImageSet
+    latency: LatencyTable | None = None
 
 
 def read_split(data: DataConfig, name: str, count: int | None = None) -> ImageSet:
@@ -167,10 +174,16 @@ def load_base(config: RunConfig) -> Base:
     if config.model.weights is None:
         raise ConfigError("model.weights is missing: a search starts from a trained network")
     plan = make_plan(model, search.take(1).tensors()[0])
+    table = None
+    if config.latency_table is not None:
+        table = load_table(config.latency_table)
+        plan = with_latency(plan, table)
+        for difference in table.differences(config.model.name):
+            logger.warning("latency table %s: %s", config.latency_table, difference)
     budget = make_budget(plan, config.cost, config.pruning)
     for rate in config.rates:
         budget.check(rate)
-    return Base(model, hash_weights(model.state_dict()), plan, budget, calibration, search)
+    return Base(model, hash_weights(model.state_dict()), plan, budget, calibration, search, table)
 
 
 def key_of_statistics(base: Base, config: RunConfig) -> str:
@@ -240,8 +253,20 @@ def read_orders(model: dict[str, Any]) -> dict[str, list[list[int]]]:
     return {"": [group["order"] for group in model["groups"]], **model.get("orders", {})}
 
 
-def make_budget(plan: Plan, cost: str, pruning: PruningConfig) -> Budget:
-    """The budget of `macs` or `params`; groups that match a keep pattern stay whole."""
+def with_latency(plan: Plan, table: LatencyTable) -> Plan:
+    """The same plan, whose cost model knows the latency of keep counts.
+
+    Raises:
+        ConfigError: The table lacks layers of the network.
+    """
+    latency = table.cost(plan.cost_model)
+    return dataclasses.replace(
+        plan, cost_model=dataclasses.replace(plan.cost_model, latency=latency)
+    )
+
+
+def make_budget(plan: Plan, cost: Limited, pruning: PruningConfig) -> Budget:
+    """The budget of a cost (`CostModel.kind`); groups that match a keep pattern stay whole."""
     num_channels = plan.cost_model.num_channels
     least = np.maximum(
         minimum_counts(num_channels, pruning.floor, pruning.round_to), plan.least_counts

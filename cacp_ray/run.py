@@ -32,6 +32,7 @@ from cacp_ray.loading import (
     prepare_base,
     read_orders,
 )
+from cacp_ray.pruning.cost import describe_cost, describe_total
 from cacp_ray.pruning.statistics import Statistics
 from cacp_ray.pruning.statistics_file import save_statistics
 from cacp_ray.reporting.scalars import ScalarLog, check_loggers
@@ -142,7 +143,7 @@ def run_search(
     result = {
         "name": config.name,
         "strategy": config.strategy,
-        "cost": config.cost,
+        "cost": describe_cost(config.cost),
         "base": saved["base"],
         "rates": rows,
         "frontier": [
@@ -321,7 +322,7 @@ def describe_base(base: Base, config: RunConfig) -> str:
     budget = base.budget
     return (
         f"{config.model.name}: {len(base.plan.groups)} channel groups, "
-        f"{budget.total:,} {config.cost}, reachable rates "
+        f"{describe_total(config.cost, budget.total)}, reachable rates "
         f"{budget.smallest / budget.total:.3f}-1, asked (kept): "
         f"{', '.join(f'{rate:.2f}' for rate in config.rates)}"
     )
@@ -355,6 +356,7 @@ def describe_model(base: Base, prepared: Prepared, config: RunConfig) -> dict[st
             "model": config.model.name,
             "macs": int(base.plan.macs(counts)),
             "params": int(base.plan.params(counts)),
+            "cost": base.budget.total,
             "search": dict(vars(accuracy)),
             "test": None,
             "latency_ms": None,

@@ -1,5 +1,6 @@
 """What a search leaves: the policy's answers, and the winner of every rate, built and measured."""
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from cacp_ray.config import RunConfig
 from cacp_ray.data.transforms import from_shared
 from cacp_ray.errors import EvaluationError
-from cacp_ray.evaluation.latency import measure_latency, speedup
+from cacp_ray.evaluation.latency import Latency, measure_latency, speedup
 from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement
 from cacp_ray.evaluation.preparation import Cutters, Prepared
 from cacp_ray.loading import Base
+from cacp_ray.pruning.cost import describe_cost
 from cacp_ray.pruning.sequential import recover_sequentially
 from cacp_ray.pruning.subnet import describe_kept, load_subnet, save_subnet
 from cacp_ray.pruning.surgery import build_subnet
@@ -216,7 +219,7 @@ def build_winners(
             "mean": list(base.search.mean),
             "std": list(base.search.std),
             "base_sha256": base.sha256,
-            "cost": config.cost,
+            "cost": describe_cost(config.cost),
             "rate": rate,
             "cost_kept": winner.cost_kept,
             "macs": winner.macs,
@@ -254,3 +257,40 @@ def add_latencies(result: dict[str, Any], base: Base, run_dir: Path) -> None:
             row[f"{prefix}latency_ms"] = found[row["path"]].median_ms
             row[f"{prefix}speedup"] = speedup(found["base"], found[row["path"]])
     result["latency_batch"] = len(images)
+    predict_latencies(result, base, models)
+
+
+def predict_latencies(
+    result: dict[str, Any], base: Base, models: Mapping[str, nn.Module], seconds: float = 10.0
+) -> None:
+    """Adds what a run's latency table says of each network, and a measurement made as the table.
+
+    Args:
+        result: Content of result.json; left alone where the run has no table.
+        base: Of the run.
+        models: `base`, and each rate's subnet by its path.
+        seconds: For the measurement, which is left out where the table's device is not here.
+    """
+    table, cost_model = base.latency, base.plan.cost_model
+    if table is None or cost_model.latency is None:
+        return
+    settings = table.settings
+    result["latency_table"] = {
+        **vars(settings), "processor": table.processor, "error": table.error
+    }  # fmt: skip
+    rows = {"base": (result["base"], cost_model.num_channels)}
+    rows |= {row["path"]: (row, np.array(row["keep_counts"])) for row in result["rates"]}
+    found: dict[str, Latency] = {}
+    if settings.device != "cuda" or torch.cuda.is_available():
+        x = torch.zeros(settings.batch, *base.plan.input_shape, device=settings.device)
+        found = measure_latency(
+            {name: copy.deepcopy(model).to(settings.device) for name, model in models.items()},
+            x,
+            threads=settings.threads,
+            repeats=100,
+            seconds=seconds,
+            clock=settings.clock,
+        )
+    for name, (row, counts) in rows.items():
+        row["predicted_latency_ms"] = int(cost_model.latency(counts)) / 1e6
+        row["measured_latency_ms"] = found[name].median_ms if found else None

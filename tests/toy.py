@@ -1,5 +1,6 @@
 """A toy problem for tests: the cost model of a small chain CNN, and accuracy as a formula."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -8,6 +9,13 @@ from numpy.typing import NDArray
 
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.pruning.cost import BilinearCost, ChannelGroup, CostModel
+from cacp_ray.pruning.latency_cost import (
+    Calibration,
+    Grid,
+    Layer,
+    LayerShape,
+    make_latency_cost,
+)
 from cacp_ray.searching.allocation import uniform_prior
 from cacp_ray.searching.budget import Budget, minimum_counts
 from cacp_ray.searching.mdp import AllocationMDP
@@ -63,6 +71,34 @@ def toy_cost_model(num_groups: int = 8, seed: int = 0) -> CostModel:
             np.concatenate([output_bias, np.ones(num_groups + 1)]),
         ),
     )
+
+
+def toy_layers(cost_model: CostModel) -> tuple[Layer, ...]:
+    """The layers of the chain: a shape each."""
+    macs, one = cost_model.macs, (1, 1)
+    return tuple(
+        Layer(
+            LayerShape("conv", (3, 3), one, one, one, 1, one, False, True, 8 + t, 8),
+            macs.left[t],
+            float(macs.left_bias[t]),
+            macs.right[t],
+            float(macs.right_bias[t]),
+        )
+        for t in range(len(macs.coefficient))
+    )
+
+
+def with_toy_latency(cost_model: CostModel, seed: int = 0) -> CostModel:
+    """The same with a noisy table of its layers, whose steps are no steps of the keep counts."""
+    rng = np.random.default_rng(seed)
+    layers = toy_layers(cost_model)
+    grids = {}
+    for layer in layers:
+        inputs, outputs = (np.unique(rng.integers(1, 41, size)) for size in (5, 7))
+        times = 100 * outputs[:, None] * inputs * rng.lognormal(0, 0.5, (len(outputs), len(inputs)))
+        grids[layer.shape] = Grid(inputs, outputs, 1000 + times)
+    latency = make_latency_cost(layers, grids, Calibration(5000.0, 1.3))
+    return dataclasses.replace(cost_model, layers=layers, latency=latency)
 
 
 def toy_score(cost_model: CostModel, seed: int = 0) -> Callable[[tuple[int, ...]], float]:

@@ -4,11 +4,17 @@ A convolution of C_out filters over C_in channels costs c * C_out * C_in, and af
 affine in the keep counts K of the channel groups: cost(K) = sum_t c_t (L_t K + l_t) (R_t K + r_t).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from cacp_ray.pruning.latency_cost import LatencyCost, Layer
+
+Limited = str | Mapping[str, float]  # what a rate limits: one cost, or several with their weights
+COSTS = ("macs", "params", "latency")
+UNIT = 10**9  # of a combined cost: the whole network
 
 
 @dataclass(frozen=True)
@@ -67,21 +73,77 @@ class ChannelGroup:
 
 
 @dataclass(frozen=True)
+class CombinedCost:
+    """Several costs limited at once: at rate r, cost i is at most r times its weight of its whole.
+
+    It is the largest of cost_i / whole_i / weight_i in billionths, rounded up, so that a budget of
+    it is never above the budget of any of them.
+
+    Attributes:
+        parts: Each cost, what the whole network costs, and its weight; the smallest weight is 1.
+    """
+
+    parts: tuple[tuple[Callable[[ArrayLike], NDArray[np.int64]], int, float], ...]
+
+    def __call__(self, keep_counts: ArrayLike) -> NDArray[np.int64]:
+        """Int (..., G) -> int64 (...)."""
+        shares = [cost(keep_counts) / whole / weight for cost, whole, weight in self.parts]
+        return np.ceil(UNIT * np.max(shares, axis=0)).astype(np.int64)
+
+
+@dataclass(frozen=True)
 class CostModel:
-    """What keep counts cost: MACs for one input, and parameters."""
+    """What keep counts cost.
+
+    Attributes:
+        groups: Channel groups in the order of the forward pass.
+        macs: For one input.
+        params: Parameters.
+        layers: Convolutions and linear layers in the order of the forward pass.
+        latency: In nanoseconds, None without a table of measured layers.
+    """
 
     groups: tuple[ChannelGroup, ...]
     macs: BilinearCost
     params: BilinearCost
+    layers: tuple[Layer, ...] = ()
+    latency: LatencyCost | None = None
 
     @property
     def num_channels(self) -> NDArray[np.int64]:
         """(G,) channels of the whole network."""
         return np.array([group.num_channels for group in self.groups], dtype=np.int64)
 
-    def kind(self, cost: str) -> BilinearCost:
-        """The cost that a rate limits: `macs` or `params`."""
-        return {"macs": self.macs, "params": self.params}[cost]
+    def kind(self, cost: Limited) -> Callable[[ArrayLike], NDArray[np.int64]]:
+        """The cost that a rate limits.
+
+        Args:
+            cost: `macs`, `params` or `latency`; or several of them, each with its weight: at rate r
+                a cost of weight w is at most w r of the whole network's. The smallest weight is 1.
+        """
+        if not isinstance(cost, str):
+            whole = self.num_channels
+            kinds = {name: self.kind(name) for name in cost}
+            return CombinedCost(
+                tuple((kinds[name], int(kinds[name](whole)), cost[name]) for name in cost)
+            )
+        found = {"macs": self.macs, "params": self.params, "latency": self.latency}[cost]
+        assert found is not None, "latency is a cost only with a table"
+        return found
+
+
+def describe_cost(cost: Limited) -> str:
+    """What a rate limits, in a few words: `macs`, `macs and latency / 1.2`."""
+    if isinstance(cost, str):
+        return cost
+    return " and ".join(name if w == 1 else f"{name} / {w:g}" for name, w in cost.items())
+
+
+def describe_total(cost: Limited, total: int) -> str:
+    """What the whole network costs, with its unit."""
+    if not isinstance(cost, str):
+        return describe_cost(cost)
+    return f"{total / 1e6:.3f} ms latency" if cost == "latency" else f"{total:,} {cost}"
 
 
 def freed_by_one_channel(

@@ -1,5 +1,6 @@
 """From the labels of one forward pass to channel groups and their cost in closed form."""
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from cacp_ray.errors import UnsupportedModelError
 from cacp_ray.pruning.axis import Axis
 from cacp_ray.pruning.cost import BilinearCost, ChannelGroup, CostModel
 from cacp_ray.pruning.labels import FROZEN
+from cacp_ray.pruning.latency_cost import Layer
 from cacp_ray.pruning.tracer import LayerCall, Trace
 
 Key = tuple[str, int]  # a dimension of a parameter or buffer
@@ -126,11 +128,24 @@ def make_cost_model(
         ]
         pairs += [(None, 1)] * (2 - len(pairs))
         params.append((rest, *pairs[0], *pairs[1]))
+    cost = _bilinear(macs, num_groups)
     return CostModel(
         groups=describe_groups(found, grouping),
-        macs=_bilinear(macs, num_groups),
+        macs=cost,
         params=_bilinear(params, num_groups),
+        layers=_describe_layers(found, cost),
     )
+
+
+def _describe_layers(found: Trace, macs: BilinearCost) -> tuple[Layer, ...]:
+    """Convolutions and linear layers; row t of `macs` is call t."""
+    layers = []
+    for t, call in enumerate(found.calls):
+        if call.shape is not None:
+            shape = dataclasses.replace(call.shape, batch_norm=call.weight in found.batch_norms)
+            outputs, inputs = (macs.left[t], macs.left_bias[t]), (macs.right[t], macs.right_bias[t])
+            layers.append(Layer(shape, *inputs, *outputs))
+    return tuple(layers)
 
 
 def _bilinear(

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 
 from cacp_ray.pruning.labels import NEUTRAL, compact, varying_dims
+from cacp_ray.pruning.latency_cost import LayerShape
 from cacp_ray.pruning.surgery import drops_groups
 from cacp_ray.pruning.tracer import LayerCall, Tracer
 
@@ -114,10 +115,31 @@ def _convolution(tracer: Tracer, op: Op) -> bool:
         is_mixing=groups == 1 and not transposed and x.ndim == 4
         and tracer.is_weight_itself(weight, name),
         height=out.shape[2], width=out.shape[-1], stride=stride[0], kernel=weight.shape[2],
+        shape=_conv_shape(op, width_in, width_out),
     )  # fmt: skip
     tracer.add_layer(call, out)
     tracer.put(out, outputs.view(1, -1, *[1] * (out.ndim - 2)).expand(out.shape))
     return True
+
+
+def _conv_shape(op: Op, width_in: int, width_out: int) -> LayerShape | None:
+    x, weight, bias, stride, padding, dilation, transposed, _, groups = op.args
+    if x.ndim != 4 or transposed:
+        return None
+    goes_whole = groups > 1 and drops_groups(x.shape[1], groups)
+    return LayerShape(
+        kind="conv",
+        kernel=tuple(weight.shape[2:]),
+        stride=tuple(stride),
+        padding=tuple(padding),
+        dilation=tuple(dilation),
+        groups=0 if goes_whole else groups,
+        part=(width_in, width_out) if goes_whole else (1, 1),
+        bias=bias is not None,
+        batch_norm=False,
+        height=x.shape[2],
+        width=x.shape[3],
+    )
 
 
 def _constant_filter(tracer: Tracer, op: Op) -> bool:
@@ -149,7 +171,12 @@ def _linear(tracer: Tracer, op: Op) -> bool:
     inputs = tracer.bind(name, 1, tracer.channels(x))
     _bias(tracer, bias, outputs)
     is_mixing = tracer.is_weight_itself(weight, name)
-    tracer.add_layer(LayerCall(name, out.shape[0], outputs, inputs, is_mixing=is_mixing), out)
+    one = (1, 1)
+    shape = LayerShape(
+        "linear", one, one, (0, 0), one, 1, one, bias is not None, False, out.shape[0], 1
+    )
+    call = LayerCall(name, out.shape[0], outputs, inputs, is_mixing=is_mixing, shape=shape)
+    tracer.add_layer(call, out)
     tracer.put(out, outputs.view(1, -1).expand(out.shape))
     return True
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cacp_ray.pruning.labels import NEUTRAL, LabelSets, compact, varying_dims
+from cacp_ray.pruning.latency_cost import LayerShape
 
 SHARED = 64  # channels in one place; of more, such as tokens for channels, nothing is left to cut
 
@@ -30,6 +31,7 @@ class LayerCall:
         width: Columns of the output.
         stride: Of a convolution, 1 for linear.
         kernel: Height of the kernel, 1 for linear.
+        shape: What its time depends on; None where it is neither a 2-D convolution nor linear.
     """
 
     weight: str | None
@@ -41,6 +43,7 @@ class LayerCall:
     width: int = 1
     stride: int = 1
     kernel: int = 1
+    shape: LayerShape | None = None
 
 
 @dataclass

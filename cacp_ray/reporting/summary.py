@@ -86,6 +86,8 @@ def summary_rows(result: dict[str, Any]) -> list[Row]:
         "latency_ms": base.get("latency_ms"),
         "speedup": None if is_missing(base.get("latency_ms")) else 1.0,
         "batch_speedup": None if is_missing(base.get("batch_latency_ms")) else 1.0,
+        "predicted_latency_ms": base.get("predicted_latency_ms"),
+        "measured_latency_ms": base.get("measured_latency_ms"),
     }
     rows = sorted(result["rates"], key=lambda row: row["rate"])
     return [whole, *({"label": f"{row['rate']:.2f}"} | row for row in rows)]
@@ -104,6 +106,17 @@ def size_columns(result: dict[str, Any]) -> list[Column]:
             f"{result.get('latency_batch', 'batch')} images",
             lambda row: _format_speedup(row.get("batch_speedup")),
         ),
+        *_prediction_columns(result),
+    ]
+
+
+def _prediction_columns(result: dict[str, Any]) -> list[Column]:
+    """What the latency table says, and what was measured with the table's settings."""
+    if not result.get("latency_table"):
+        return []
+    return [
+        Column("predicted", "ms", lambda row: format_number(row.get("predicted_latency_ms"), 2)),
+        Column("measured", "ms", lambda row: format_number(row.get("measured_latency_ms"), 2)),
     ]
 
 
@@ -187,6 +200,7 @@ def _standard_error(split: str, shares: Iterable[float | None], images: int | No
 
 def _cost_columns(result: dict[str, Any]) -> list[Column]:
     cost = "MACs" if result["cost"] == "macs" else result["cost"]
+    cost = "limits" if " and " in cost else cost  # of several costs
     return [
         Column("cost kept", f"% of {cost}", lambda row: format_percent(row["cost_kept"])),
         _count_column("MACs", *_macs_unit(result["base"]["macs"])),

@@ -21,7 +21,7 @@ from pathlib import Path
 from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement, Subnet
 from cacp_ray.files import read_json, write_json
-from cacp_ray.pruning.cost import CostModel
+from cacp_ray.pruning.cost import CostModel, Limited
 from cacp_ray.searching.archive import Archive
 from cacp_ray.searching.records import as_result, make_record
 from cacp_ray.searching.run_directory import EpisodeRecord, RunDirectory
@@ -69,7 +69,7 @@ class SearchLoop:
         *,
         rates: Sequence[float],
         evaluations: int,
-        cost: str = "macs",
+        cost: Limited = "macs",
         mode: Mode = "rounds",
         round_size: int = 6,
         checkpoint_seconds: float = 30.0,
@@ -87,7 +87,7 @@ class SearchLoop:
             run: Where measurements and checkpoints are kept.
             rates: The rates that are searched.
             evaluations: Distinct candidates to measure, over all rates.
-            cost: What a rate limits: `macs` or `params`.
+            cost: What a rate limits, as `CostModel.kind` takes it.
             mode: `rounds` or `async`.
             round_size: Candidates asked together in a round.
             checkpoint_seconds: Time between checkpoints.

@@ -3,7 +3,7 @@
 import dataclasses
 
 from cacp_ray.evaluation.measurement import Candidate, Measurement
-from cacp_ray.pruning.cost import CostModel
+from cacp_ray.pruning.cost import CostModel, Limited
 from cacp_ray.searching.run_directory import EpisodeRecord
 
 MEASUREMENT_FIELDS = tuple(field.name for field in dataclasses.fields(Measurement))
@@ -14,7 +14,7 @@ def make_record(
     found: Measurement,
     cost_model: CostModel,
     *,
-    cost: str,
+    cost: Limited,
     strategy: str,
     cached: bool = False,
 ) -> EpisodeRecord:
@@ -24,7 +24,7 @@ def make_record(
         candidate: Whose measurement it is.
         found: The measurement.
         cost_model: Of the whole network.
-        cost: What a rate limits: `macs` or `params`.
+        cost: What a rate limits, as `CostModel.kind` takes it.
         strategy: Name of what proposed the candidate.
         cached: Whether it was answered from memory.
     """

@@ -5,9 +5,13 @@ from hypothesis import strategies as st
 
 from cacp_ray.errors import InfeasibleRateError
 from cacp_ray.searching.budget import Budget, minimum_counts, spend, uniform
-from tests.toy import toy_cost_model
+from tests.toy import toy_cost_model, with_toy_latency
 
-COST_MODELS = [toy_cost_model(groups, seed) for groups, seed in ((1, 0), (5, 1), (12, 2))]
+COST_MODELS = [
+    with_toy_latency(toy_cost_model(groups, seed), seed)
+    for groups, seed in ((1, 0), (5, 1), (12, 2))
+]
+SEVERAL = {"macs": 1.0, "params": 1.5, "latency": 1.2}
 
 
 def make_budget(cost_model, round_to=1, floor=0.1, cost="macs") -> Budget:
@@ -22,7 +26,7 @@ budgets = st.builds(
     st.sampled_from(COST_MODELS),
     round_to=st.sampled_from([1, 3, 8, 16]),
     floor=st.sampled_from([0.01, 0.1, 0.5]),
-    cost=st.sampled_from(["macs", "params"]),
+    cost=st.sampled_from(["macs", "params", "latency", SEVERAL]),
 )
 
 
@@ -62,6 +66,18 @@ def test_uniform_is_never_above_the_budget_and_leaves_no_step(budget, data):
     size = len(budget.num_channels)
     weights = data.draw(st.lists(st.integers(0, 1), min_size=size, max_size=size))
     assert_exact(budget, uniform(budget, rates, weights), rates)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(COST_MODELS), st.data())
+def test_a_budget_of_several_costs_keeps_to_each_of_them(cost_model, data):
+    budget = make_budget(cost_model, cost=SEVERAL)
+    rates = reachable_rates(budget, data.draw, 4)
+    counts = uniform(budget, rates, np.ones(len(budget.num_channels)))
+    for name, weight in SEVERAL.items():
+        cost = cost_model.kind(name)
+        most = np.minimum(weight * rates, 1) * int(cost(budget.num_channels))
+        assert (cost(counts) <= most * (1 + 1e-12)).all()
 
 
 @settings(max_examples=40, deadline=None)

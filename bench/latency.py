@@ -1,0 +1,146 @@
+"""Predicted against measured latency of random subnets: python bench/latency.py [--network NAME].
+
+A table of the network is measured as `cacp-ray latency measure` does, without the networks that
+are judged. Then subnets at random keep counts, on budgets of 0.2 to 0.9 of the MACs, are measured
+in turn. For each the table's prediction stands beside the measurement. For comparison, two
+predictions by a line that is fitted to the very networks that are judged: *not monotone*, of the
+table as it was measured, which no search could rest on (the difference is what monotone costs), and
+*MACs*. What the odd rounds of the measurement say of the even ones is what nothing can beat.
+Passes are timed by the processor time of the one thread, so other processes do not lengthen them.
+Each --network gives rows of its own; a second table at multiples of 8 channels, and subnets of
+those widths, tell how much of the error comes from widths that the kernels dislike.
+"""
+
+import argparse
+import statistics
+import time
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from report import print_environment, print_table
+
+from cacp_ray.config import ModelConfig, PruningConfig
+from cacp_ray.evaluation.latency import measure_latency
+from cacp_ray.evaluation.latency_table import LatencyTable, Settings
+from cacp_ray.evaluation.layer_timing import fit_calibration, measure_table
+from cacp_ray.loading import load_model, make_budget, with_latency
+from cacp_ray.models.factory import default_input_shape
+from cacp_ray.pruning.latency_cost import Calibration, make_latency_cost
+from cacp_ray.pruning.plan import Plan, make_plan
+from cacp_ray.pruning.surgery import Slicer, all_tensors, build_subnet
+from cacp_ray.searching.budget import spend
+
+NETWORKS = ("resnet20", "resnet56", "torchvision:resnet18@64")
+RATES = (0.2, 0.9)
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+def draw_subnets(plan: Plan, round_to: int, number: int, seed: int) -> Ints:
+    """(number, G) random keep counts that use up random budgets of MACs."""
+    rng = np.random.default_rng(seed)
+    budget = make_budget(plan, "macs", PruningConfig(floor=0.1, round_to=round_to))
+    least = 1.001 * budget.smallest / budget.total
+    rates = rng.uniform(max(RATES[0], least), RATES[1], number)
+    ratios = rng.lognormal(0, 0.4, (number, len(budget.num_channels)))
+    desired = np.minimum(np.sqrt(rates)[:, None] * ratios, 1) * budget.num_channels
+    return spend(budget, desired, rates)
+
+
+def compare(predicted: Floats, measured: Floats) -> list[str]:
+    """Median and largest relative error in %, and Spearman's rank correlation."""
+    errors = 100 * np.abs(predicted - measured) / measured
+    ranks = [np.argsort(np.argsort(values)) for values in (predicted, measured)]
+    rank = np.corrcoef(*ranks)[0, 1]
+    return [f"{np.median(errors):.1f}", f"{errors.max():.1f}", f"{rank:.3f}"]
+
+
+def sum_as_measured(plan: Plan, table: LatencyTable, counts: Ints) -> Ints:
+    """(N,) nanoseconds of the layers by the table as it is, not monotone."""
+    cost = make_latency_cost(
+        plan.cost_model.layers,
+        table.grids,
+        Calibration(),
+        surface=lambda times: np.rint(times).astype(np.int64),
+    )
+    return cost.sum_layers(counts)
+
+
+def on_a_line(values: Ints, measured: Floats) -> Floats:
+    """Predictions by the line from `values` that suits these very networks."""
+    line = fit_calibration(values, measured)
+    return line.constant + line.scale * values
+
+
+def bench_network(
+    spec: str, round_to: int, settings: Settings, options: argparse.Namespace
+) -> list[str]:
+    name, _, side = spec.partition("@")
+    weights = "embedded:resnet20_cifar10" if name == "resnet20" else None
+    model = load_model(ModelConfig(name=name, weights=weights), 10)
+    shape = default_input_shape(name, model)
+    shape = (shape[0], int(side), int(side)) if side else shape
+    plan = make_plan(model, torch.zeros(1, *shape))
+    started = time.perf_counter()
+    table = measure_table(name, model, plan, settings, round_to=round_to)
+    seconds = time.perf_counter() - started
+    plan = with_latency(plan, table)
+    counts = draw_subnets(plan, round_to, options.subnets, options.seed)
+    tensors, cut = all_tensors(model), Slicer(plan)
+    nets = {
+        str(i): build_subnet(model, tensors | cut(tensors, row))
+        for i, row in enumerate(counts.tolist())
+    }
+    x = torch.randn(settings.batch, *shape)
+    found = measure_latency(
+        nets,
+        x,
+        threads=settings.threads,
+        repeats=options.repeats,
+        seconds=60.0,
+        clock=settings.clock,
+    )
+    measured = np.array([1e6 * each.median_ms for each in found.values()])
+    halves = [
+        np.array([statistics.median(each.rounds_ms[first::2]) for each in found.values()])
+        for first in (0, 1)
+    ]
+    assert plan.cost_model.latency is not None
+    predicted = plan.cost_model.latency(counts).astype(np.float64)
+    return [
+        f"{name.rpartition(':')[2]}, {'x'.join(map(str, shape[1:]))}",
+        str(round_to),
+        f"{len(table.cells):,} in {seconds:.0f} s",
+        f"{measured.min() / 1e6:.2f}-{measured.max() / 1e6:.2f}",
+        *compare(predicted, measured),
+        *compare(on_a_line(sum_as_measured(plan, table, counts), measured), measured),
+        *compare(on_a_line(plan.macs(counts), measured), measured),
+        *compare(*halves),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--network", nargs="+", default=NETWORKS, help="NAME or NAME@SIDE")
+    parser.add_argument("--round-to", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--subnets", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    settings = Settings()
+    torch.set_num_threads(settings.threads)
+    rows = [
+        bench_network(spec, round_to, settings, options)
+        for spec in options.network
+        for round_to in options.round_to
+    ]
+    header = ["network", "widths in steps of", "table", "subnets, ms"]
+    for what in ("table", "not monotone", "MACs", "measured twice"):
+        header += [f"{what}: error, %", "largest, %", "rank"]
+    print_table("Predicted latency of random subnets", header, rows)
+    print_environment(options.seed)
+
+
+if __name__ == "__main__":
+    main()
