@@ -12,10 +12,11 @@ import sys
 from collections.abc import Iterator
 from importlib.util import cache_from_source
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import ray
+from ray._private import worker
 from ray._private.authentication import authentication_token_setup
 
 from cacp_ray.errors import ConfigError
@@ -51,6 +52,7 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> None:
     if address == "local":
         with _fast_start():
             _init(address, num_cpus=num_cpus, include_dashboard=False)
+        logger.info("Ray's own messages: %s", _log_folder())
         return
     target = check_address(address)
     _use_token()
@@ -102,6 +104,11 @@ def check_cpus(cpus: int, address: str | None) -> None:
         raise ConfigError(
             f"cluster.cpus_per_evaluator is {cpus}, this machine has {largest:g} CPUs: lower it"
         )
+
+
+def _log_folder() -> str:
+    node = cast(Any, worker)._global_node
+    return node.get_logs_dir_path()
 
 
 def _init(address: str, **options: Any) -> None:
