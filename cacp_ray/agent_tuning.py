@@ -21,13 +21,14 @@ from cacp_ray.agent_space import (
     read_settings,
     with_settings,
 )
+from cacp_ray.clock import Clock
 from cacp_ray.config import RunConfig, resolved
 from cacp_ray.evaluation.cache import key_of_scores
 from cacp_ray.evaluation.measurement import Evaluator
 from cacp_ray.evaluation.scorer import make_scorer, read_dtype
 from cacp_ray.files import describe_environment, write_file, write_json, write_yaml
 from cacp_ray.loading import Base, load_base, prepare_base
-from cacp_ray.run import Clock, scorer_arguments
+from cacp_ray.run import scorer_arguments
 from cacp_ray.searching.loop import SearchLoop
 from cacp_ray.searching.run_directory import RunDirectory
 from cacp_ray.strategies import check_strategy, make_run_strategy, num_searched

@@ -12,6 +12,7 @@ from cacp_ray import agent_tuning
 from cacp_ray.agent_space import AgentTuningConfig
 from cacp_ray.analysis import Analysis, analyze
 from cacp_ray.config import RunConfig, TrainConfig, load_config, resolved
+from cacp_ray.describing import describe_base
 from cacp_ray.errors import ArtifactError
 from cacp_ray.evaluation.cache import check_folder
 from cacp_ray.evaluation.measurement import Measurement, Subnet
@@ -24,7 +25,7 @@ from cacp_ray.planning import describe_estimate, estimate_search
 from cacp_ray.pruning.subnet import load_subnet
 from cacp_ray.reporting.tuning import write_tuning_report
 from cacp_ray.results import answer_rates, read_result, report_run
-from cacp_ray.run import check_run, describe_base, run_search
+from cacp_ray.run import check_run, run_search
 from cacp_ray.searching.loop import SearchProgress
 from cacp_ray.storage import RunStorage
 from cacp_ray.training.base import train_base

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from torch import nn
 
+from cacp_ray.clock import Clock
 from cacp_ray.config import (
     FINETUNE,
     DataConfig,
@@ -30,7 +31,6 @@ from cacp_ray.loading import (
 )
 from cacp_ray.pruning.subnet import load_subnet, read_description
 from cacp_ray.results import read_result
-from cacp_ray.run import Clock
 from cacp_ray.training.metrics import measure
 from cacp_ray.training.recipe import Recipe
 

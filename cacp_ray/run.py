@@ -1,15 +1,14 @@
 """A search, from a configuration to a filled run directory."""
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cacp_ray.clock import Clock
 from cacp_ray.config import RunConfig, resolved
+from cacp_ray.describing import describe_base, describe_model
 from cacp_ray.diagnostics import (
     NUM_IMAGES,
     LearningLog,
@@ -32,7 +31,7 @@ from cacp_ray.loading import (
     prepare_base,
     read_orders,
 )
-from cacp_ray.pruning.cost import describe_cost, describe_total
+from cacp_ray.pruning.cost import describe_cost
 from cacp_ray.pruning.statistics import Statistics
 from cacp_ray.pruning.statistics_file import save_statistics
 from cacp_ray.reporting.scalars import ScalarLog, check_loggers
@@ -41,7 +40,6 @@ from cacp_ray.searching.run_directory import RunDirectory
 from cacp_ray.searching.strategies import RACING
 from cacp_ray.storage import RunStorage
 from cacp_ray.strategies import check_strategy, make_run_strategy, num_searched
-from cacp_ray.training.metrics import measure
 from cacp_ray.winners import (
     add_latencies,
     build_winners,
@@ -49,23 +47,6 @@ from cacp_ray.winners import (
     measure_policy,
     measure_uniform,
 )
-
-
-@dataclass
-class Clock:
-    """Seconds spent in each phase."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the time of a `with` block to a phase."""
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            spent = time.monotonic() - started
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 2)
 
 
 def run_search(
@@ -315,50 +296,3 @@ def _measure_learning(
     )
     log.close(points)
     return {"images": images, "policy_top1": points}
-
-
-def describe_base(base: Base, config: RunConfig) -> str:
-    """One line: the network, its groups, and what is reachable."""
-    budget = base.budget
-    return (
-        f"{config.model.name}: {len(base.plan.groups)} channel groups, "
-        f"{describe_total(config.cost, budget.total)}, reachable rates "
-        f"{budget.smallest / budget.total:.3f}-1, asked (kept): "
-        f"{', '.join(f'{rate:.2f}' for rate in config.rates)}"
-    )
-
-
-def describe_model(base: Base, prepared: Prepared, config: RunConfig) -> dict[str, Any]:
-    """The content of model.json; measures the base network on the search split in float32."""
-    accuracy = measure(base.model, *base.search.tensors())
-    counts = base.plan.cost_model.num_channels
-    return {
-        "model": config.model.name,
-        "weights": config.model.weights,
-        "sha256": base.sha256,
-        "input_shape": list(base.plan.input_shape),
-        "classes": list(base.search.classes),
-        "groups": [
-            {
-                "name": group.name,
-                "members": list(group.members),
-                "num_channels": group.num_channels,
-                "is_residual": group.is_residual,
-                "order": order.tolist(),
-            }
-            for group, order in zip(base.plan.groups, prepared.orders, strict=True)
-        ],
-        "orders": {
-            name: [order.tolist() for order in other.orders]
-            for name, other in prepared.others.items()
-        },
-        "base": {
-            "model": config.model.name,
-            "macs": int(base.plan.macs(counts)),
-            "params": int(base.plan.params(counts)),
-            "cost": base.budget.total,
-            "search": dict(vars(accuracy)),
-            "test": None,
-            "latency_ms": None,
-        },
-    }

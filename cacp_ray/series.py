@@ -9,12 +9,13 @@ from typing import Any
 from cacp_ray.api import Run, search
 from cacp_ray.comparing import compare_runs, find_known, find_runs, hash_base
 from cacp_ray.config import RunConfig, load_config, resolved
+from cacp_ray.describing import describe_base
 from cacp_ray.errors import ArtifactError, ConfigError, nearest_names
 from cacp_ray.folders import is_run, open_folder, read_run_config
 from cacp_ray.loading import load_base
 from cacp_ray.reporting.comparison import Comparison
 from cacp_ray.reporting.comparison_figure import check_out, write_comparison
-from cacp_ray.run import check_run, describe_base
+from cacp_ray.run import check_run
 from cacp_ray.searching.loop import SearchProgress
 from cacp_ray.searching.strategies import AGENTS, STRATEGIES
 

@@ -9,11 +9,11 @@ import yaml
 
 from cacp_ray.cli.app import state
 from cacp_ray.config import RunConfig, load_config
+from cacp_ray.describing import describe_base
 from cacp_ray.evaluation.latency_table import load_table, save_table
 from cacp_ray.evaluation.measurement import LocalEvaluator, Measurement
 from cacp_ray.loading import load_base
 from cacp_ray.reporting.summary import size_columns, summary_rows
-from cacp_ray.run import describe_base
 from cacp_ray.searching.budget import uniform
 from cacp_ray.searching.loop import SearchLoop
 from cacp_ray.searching.run_directory import RunDirectory

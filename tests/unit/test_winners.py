@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from cacp_ray.config import RunConfig, load_config
+from cacp_ray.describing import describe_model
 from cacp_ray.evaluation.measurement import Candidate
 from cacp_ray.evaluation.scorer import make_scorer
 from cacp_ray.loading import load_base, prepare_base, read_orders
 from cacp_ray.pruning.subnet import load_subnet, read_description
-from cacp_ray.run import describe_model
 from cacp_ray.searching.budget import uniform
 from cacp_ray.searching.run_directory import EpisodeRecord
 from cacp_ray.training.metrics import measure

@@ -1,0 +1,56 @@
+"""What a run says of its base network: a line for the user, and the content of model.json."""
+
+from typing import Any
+
+from cacp_ray.config import RunConfig
+from cacp_ray.evaluation.preparation import Prepared
+from cacp_ray.loading import Base
+from cacp_ray.pruning.cost import describe_total
+from cacp_ray.training.metrics import measure
+
+
+def describe_base(base: Base, config: RunConfig) -> str:
+    """One line: the network, its groups, and what is reachable."""
+    budget = base.budget
+    return (
+        f"{config.model.name}: {len(base.plan.groups)} channel groups, "
+        f"{describe_total(config.cost, budget.total)}, reachable rates "
+        f"{budget.smallest / budget.total:.3f}-1, asked (kept): "
+        f"{', '.join(f'{rate:.2f}' for rate in config.rates)}"
+    )
+
+
+def describe_model(base: Base, prepared: Prepared, config: RunConfig) -> dict[str, Any]:
+    """The content of model.json; measures the base network on the search split in float32."""
+    accuracy = measure(base.model, *base.search.tensors())
+    counts = base.plan.cost_model.num_channels
+    return {
+        "model": config.model.name,
+        "weights": config.model.weights,
+        "sha256": base.sha256,
+        "input_shape": list(base.plan.input_shape),
+        "classes": list(base.search.classes),
+        "groups": [
+            {
+                "name": group.name,
+                "members": list(group.members),
+                "num_channels": group.num_channels,
+                "is_residual": group.is_residual,
+                "order": order.tolist(),
+            }
+            for group, order in zip(base.plan.groups, prepared.orders, strict=True)
+        ],
+        "orders": {
+            name: [order.tolist() for order in other.orders]
+            for name, other in prepared.others.items()
+        },
+        "base": {
+            "model": config.model.name,
+            "macs": int(base.plan.macs(counts)),
+            "params": int(base.plan.params(counts)),
+            "cost": base.budget.total,
+            "search": dict(vars(accuracy)),
+            "test": None,
+            "latency_ms": None,
+        },
+    }
