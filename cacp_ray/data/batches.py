@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cacp_ray.data.images import ImageSet
-from cacp_ray.data.transforms import augment, erase
+from cacp_ray.data.transforms import augment, erase, from_shared
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,11 @@ class Augmentation:
         """The only source of an epoch's order; and of the crops of each worker."""
         return torch.Generator().manual_seed(self.seed * 100_003 + epoch + rank * 1_000_003)
 
-    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Crops, flips and perhaps erases a batch of normalised images."""
-        x = augment(x, generator, self.padding)
-        return erase(x, self.erasing, generator) if self.erasing else x
+    def __call__(self, batch: ImageSet, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Cropped, flipped, perhaps erased images float32 (B, C, H, W), normalised, and labels."""
+        x = augment(batch.images, batch.mean, batch.std, generator, self.padding)
+        x = erase(x, self.erasing, generator) if self.erasing else x
+        return x, from_shared(batch.labels)
 
 
 class Batches(Protocol):
@@ -79,5 +80,4 @@ class ImageBatches:
         for batch in order.split(self.augmentation.batch_size):
             if len(batch) < size:
                 return  # a few images would leave workers without any
-            x, y = self.images.at(batch[rank::size].numpy()).tensors()
-            yield self.augmentation(x, generator), y
+            yield self.augmentation(self.images.at(batch[rank::size].numpy()), generator)

@@ -115,8 +115,7 @@ class StreamBatches:
         for share in shares[rank]:
             while not buffer.is_full(share) and (part := next(parts, None)) is not None:
                 buffer.add(part)
-            x, y = buffer.draw(share).tensors()
-            yield self.augmentation(x, generator), y
+            yield self.augmentation(buffer.draw(share), generator)
 
     def _share_sizes(self, rank: int) -> list[int]:
         """Images of each batch of a worker; a last batch that leaves one without is left out."""
@@ -142,35 +141,44 @@ class _Buffer:
     def __init__(self, num_bytes: int, rng: np.random.Generator) -> None:
         self._num_bytes = num_bytes
         self._rng = rng
-        self._held: ImageSet | None = None
+        self._count = 0
+        self._held: ImageSet | None = None  # the first `_count` rows; the others are room
+
+    def __len__(self) -> int:
+        return self._count
 
     def is_full(self, share: int) -> bool:
         """Whether a batch of `share` images can be drawn from enough others."""
-        held = self._held
-        if held is None or len(held) < share:
+        if self._held is None or self._count < share:
             return False
-        return held.images.nbytes >= self._num_bytes
+        return self._held.images[: self._count].nbytes >= self._num_bytes
 
     def add(self, part: ImageSet) -> None:
-        """Takes images in."""
-        held = self._held
-        if held is not None:
-            images = np.concatenate([held.images, part.images])
-            labels = np.concatenate([held.labels, part.labels])
-            part = dataclasses.replace(part, images=images, labels=labels)
-        self._held = part
+        """Takes images in; only where there is no room left are those there copied."""
+        count = self._count + len(part)
+        if self._held is None or count > len(self._held):
+            rows = max(count, self._num_bytes // part.images[:1].nbytes + len(part))
+            images = np.empty((rows, *part.images.shape[1:]), part.images.dtype)
+            labels = np.empty(rows, part.labels.dtype)
+            if self._held is not None:
+                images[: self._count] = self._held.images[: self._count]
+                labels[: self._count] = self._held.labels[: self._count]
+            self._held = dataclasses.replace(part, images=images, labels=labels)
+        self._held.images[self._count : count] = part.images
+        self._held.labels[self._count : count] = part.labels
+        self._count = count
 
     def draw(self, share: int) -> ImageSet:
         """Gives `share` of them; the last ones take their places."""
         held = self._held
         assert held is not None
-        chosen = self._rng.choice(len(held), share, replace=False)
+        chosen = self._rng.choice(self._count, share, replace=False)
         drawn = held.at(chosen)
-        left = len(held) - share
+        left = self._count - share
         holes = chosen[chosen < left]
-        last = np.setdiff1d(np.arange(left, len(held)), chosen)
+        last = np.setdiff1d(np.arange(left, self._count), chosen)
         held.images[holes], held.labels[holes] = held.images[last], held.labels[last]
-        self._held = held.take(left)
+        self._count = left
         return drawn
 
 

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cacp_ray.data.transforms import augment
 from cacp_ray.errors import UnsupportedModelError
 from cacp_ray.training.loop import learning_rate, make_optimizer
 from cacp_ray.training.metrics import fast_dtype, predict
@@ -41,6 +40,30 @@ class _Reverse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
         return -ctx.strength * gradients[0], None
+
+
+def crop_and_flip(x: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
+    """What `cacp_ray.data.transforms.augment` does, on images that are normalised already.
+
+    Args:
+        x: (N, C, H, W), already normalised, so the padding is the mean colour.
+        generator: The only source of randomness.
+        padding: Pixels added on each side before the crop.
+    """
+    n, _, height, width = x.shape
+    padded = functional.pad(x, (padding,) * 4)
+    span = 2 * padding + 1
+    top = torch.randint(span, (n, 1), generator=generator)
+    left = torch.randint(span, (n, 1), generator=generator)
+    flip = torch.rand(n, 1, generator=generator) < 0.5
+    columns = torch.arange(width)
+    columns = torch.where(flip, width - 1 - columns, columns) + left  # (N, W)
+    rows = torch.arange(height) + top  # (N, H)
+    image = torch.arange(n).view(n, 1, 1)
+    # Advanced indexing on the channels-last view keeps the fast memory layout.
+    return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(
+        0, 3, 1, 2
+    )
 
 
 def reverse_gradient(features: Tensor, strength: float) -> Tensor:
@@ -129,7 +152,7 @@ def train_dann(
     Raises:
         UnsupportedModelError: The network has no linear layer.
     """
-    transform = transform or partial(augment, padding=recipe.padding)
+    transform = transform or partial(crop_and_flip, padding=recipe.padding)
     torch.manual_seed(recipe.seed)  # the head's weights
     head = make_domain_head(last_linear(model).in_features)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
