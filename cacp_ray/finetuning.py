@@ -1,6 +1,7 @@
 """Fine-tuning of what a search found, or of one subnet folder: which subnets, by which recipes."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,9 @@ from cacp_ray.training.metrics import measure
 from cacp_ray.training.recipe import Recipe
 
 Logger = Literal["tensorboard", "csv", "json", "wandb", "mlflow"]
+
+
+logger = logging.getLogger(__name__)
 
 
 class TrialsConfig(Section):
@@ -213,6 +217,7 @@ def _finetune(
     trials = settings.trials
     make_loggers(trials.logging, experiment_dir)
     check_address(address)
+    logger.info("reading images, starting the trials")
     train = read_train(data)
     splits = {name: read_split(data, name) for name in ("search", "test")}
     check_splits({"train": train, **splits})

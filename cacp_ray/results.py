@@ -1,6 +1,7 @@
 """What a finished search is good for: fine-tuning, other rates, re-scoring, the report."""
 
 import dataclasses
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ from cacp_ray.training.metrics import Accuracy, measure
 from cacp_ray.winners import as_record, build_winners, measure_candidates
 
 BEAM_WIDTH = 4  # best candidates so far, near which the next are sought
+
+logger = logging.getLogger(__name__)
 
 
 def read_result(run_dir: Path) -> dict[str, Any]:
@@ -108,6 +111,7 @@ def answer_rates(
         folder = run_dir / "subnets" / f"rate-{rate:.2f}"
         if save and folder.exists():
             raise ArtifactError(f"{folder} exists: load it, or ask for another rate")
+    logger.info("loading network, images and agent")
     base = load_base(config)
     check_weights(base, run_dir)
     for rate in rates:
@@ -142,6 +146,7 @@ def answer_rates(
                 "params": record.params,
                 "keep_counts": list(record.keep_counts),
                 "policy_top1": found[0][1].top1,
+                "scored_top1": measured.top1,
                 "top1": measured.top1,
             }
         )
@@ -151,7 +156,7 @@ def answer_rates(
         for answer, row in zip(
             answers, build_winners(config, base, prepared, best, run_dir), strict=True
         ):
-            answer |= {"path": row["path"], "top1": row["top1"]}
+            answer |= {"path": row["path"], "top1": row["top1"], "final_top1": row["top1"]}
     return answers
 
 

@@ -59,7 +59,11 @@ def measure_policy(
     budget = base.budget
     grid = sorted({*FRONTIER, *config.rates})
     rates = [rate for rate in grid if budget.limit(rate) >= budget.smallest]
-    logger.info("measuring the policy's answers at %d rates", len(rates))
+    logger.info(
+        "the policy answers: %d rates, of which %d count as the last evaluations",
+        len(rates),
+        len(config.rates),
+    )
     counts = np.asarray(policy(rates))
     candidates = [
         Candidate(index, rate, tuple(row), images=len(base.search))
@@ -181,7 +185,6 @@ def build_winners(
     Raises:
         EvaluationError: A rate has no candidate.
     """
-    logger.info("repairing and saving the best of every rate")
     own: dict[float, EpisodeRecord] = {answer["rate"]: answer["record"] for answer in answers}
     build = Builder(config, base, prepared)
     rows = []
@@ -189,6 +192,7 @@ def build_winners(
         records = [record for record in (best, own.get(rate)) if record is not None]
         if not records:
             raise EvaluationError(f"no candidate of rate {rate:.2f} was measured: see the journal")
+        logger.info("rate %.2f: repairing %d networks", rate, len({r.subnet for r in records}))
         built = {
             record.subnet: Built(record, *build(record.keep_counts, record.order))
             for record in records

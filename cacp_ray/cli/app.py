@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 state = {"quiet": False}
 INTERRUPTED = 130  # exit code
+RESUMABLE = ("demo", "search", "train", "finetune", "tune-agent")
 
 
 class _PrintHandler(logging.Handler):
@@ -45,7 +46,9 @@ def main() -> None:
     try:
         code = app(standalone_mode=False) or 0
         if code == INTERRUPTED:  # typer turns Ctrl-C into this exit code
-            typer.echo("cacp-ray: interrupted; go on with --resume", err=True)
+            is_resumable = any(name in sys.argv for name in RESUMABLE)
+            step = "; go on with --resume" if is_resumable else ""
+            typer.echo(f"cacp-ray: interrupted{step}", err=True)
         sys.exit(code)
     except Exception as error:
         if "--debug" in sys.argv:

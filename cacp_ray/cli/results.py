@@ -26,13 +26,13 @@ def subnet(
 ) -> None:
     """Answer a rate that was never searched from the trained policy."""
     from cacp_ray.folders import read_run_config
-    from cacp_ray.reporting.tables import frontier_table, make_console
+    from cacp_ray.reporting.tables import answers_table, make_console
     from cacp_ray.results import answer_rates, parse_rates, read_result
 
     rates = parse_rates(rate)
     config, result = read_run_config(run), read_result(run)
     answers = answer_rates(config, run, rates, evaluations, save=len(rates) == 1)
-    make_console().print(frontier_table(result | {"frontier": answers}))
+    make_console().print(answers_table(result, answers))
     if "path" in answers[0]:
         typer.echo(f"saved: {run / answers[0]['path']}")
 

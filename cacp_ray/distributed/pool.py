@@ -179,6 +179,7 @@ class RayEvaluatorPool:
     def close(self) -> None:
         """Ends the actors; outstanding candidates are dropped."""
         slots, self._slots = self._slots, []
+        self._metrics.show(waiting=0, scoring=0, alive=0)
         if ray.is_initialized():
             for slot in slots:
                 ray.kill(slot.actor)

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from cacp_ray.files import write_file
+from cacp_ray.reporting.summary import search_images
 
 # Narrow figures with large letters stay readable on a phone.
 WIDTH = 5.8
@@ -111,7 +112,7 @@ def plot_accuracy(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=10, frameon=False, loc="lower right")
     below = f" {num_hidden:,} of them lie below the axis." if num_hidden else ""
-    return f"Dots: measured candidates, {len(episodes.top1):,} in all.{below}"
+    return f"Dots: measured candidates, {len(episodes.top1):,} in all.{below}{_part(result)}"
 
 
 def plot_latency(axes: Axes, result: dict[str, Any]) -> str:
@@ -177,7 +178,7 @@ def plot_learning(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str
     rate_legend(axes)
     return (
         "Solid: best so far within the budget of the rate. Dashed: mean of the last "
-        f"{window} candidates proposed for it."
+        f"{window} candidates proposed for it.{_part(result)}"
     )
 
 
@@ -218,6 +219,12 @@ def limit_y(axes: Axes, shown: NDArray[np.float64], dots: NDArray[np.float64]) -
     margin = max(0.05 * (high - low), 1.0)
     axes.set_ylim(max(0.0, low - margin), min(100.5, high + margin))
     return int((dots < low - margin).sum())
+
+
+def _part(result: dict[str, Any]) -> str:
+    """That candidates were scored on fewer images than the saved networks, where they were."""
+    images = search_images(result)
+    return "" if images is None else f" Candidates are scored on {images:,} images of the split."
 
 
 def _running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:

@@ -136,6 +136,7 @@ def render_page(
         frontier=_cells(frontier_columns(result), result["frontier"]),
         errors=standard_errors(result),
         words=words(result),
+        has_importance=any(drawing.path.stem == "importance" for drawing in drawings),
         figures=[embed_figure(drawing) for drawing in drawings],
         learning=[embed_figure(drawing) for drawing in learning],
         loading=_loading(run_dir, rows[1:]),

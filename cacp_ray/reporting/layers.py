@@ -53,6 +53,7 @@ def plot_keep_counts(axes: Axes, result: dict[str, Any]) -> str:
     for row, colour, width in zip(rates, colours, widths, strict=True):
         axes.bar(places, row["keep_counts"], width=width, color=colour, label=f"{row['rate']:.2f}")
     style(axes, "", "channels")
+    axes.set_axisbelow(True)
     left_out = _name_groups(axes, groups)
     axes.legend(fontsize=9, frameon=False, title="rate (kept)", loc="upper left")
     return f"Grey: channels of the whole network.{left_out}"
@@ -119,6 +120,7 @@ def plot_importance(
     axes.errorbar(np.arange(len(groups)), lost, errors, fmt="none", ecolor=GREY, elinewidth=1)
     axes.axhline(0, color="black", linewidth=0.6)
     style(axes, "", "top-1 lost (points)")
+    axes.set_axisbelow(True)
     left_out = _name_groups(axes, groups)
     return (
         "Points of top-1 lost where one group keeps a tenth fewer channels and all others stay: "

@@ -51,7 +51,7 @@ def read_learning(path: Path) -> list[Line]:
 
 
 def draw_learning(result: dict[str, Any], lines: Sequence[Line], folder: Path) -> list[Drawing]:
-    """Writes the PNG files of the agent's learning; none where it left no lines.
+    """Writes the PNG and SVG files of the agent's learning; none where it left no lines.
 
     Args:
         result: Content of result.json; its `learning` is read, where it has one.

@@ -173,7 +173,8 @@ class SearchDisplay(Display):
     def update(self, progress: SearchProgress) -> None:
         """Takes where the search stands; may be called at any pace."""
         self._waiting = progress
-        if time.monotonic() - self._shown_at >= self._pause:
+        is_last = progress.evaluations == progress.total
+        if is_last or time.monotonic() - self._shown_at >= self._pause:
             self._flush()
 
     def _flush(self) -> None:

@@ -4,7 +4,7 @@ Takes the content of result.json. A value that was not measured (yet) becomes a 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,7 +147,7 @@ def words(result: dict[str, Any]) -> list[tuple[str, str]]:
     has_policy, has_search = _has(result, "policy_top1"), _has(result, "search_top1")
     layers = any(row.get("sequential") for row in result["rates"])
     repaired = "repaired layer by layer where that is better" if layers else "repaired alike"
-    images = _search_images(result)
+    images = search_images(result)
     part = f", on {images:,} images" if images else ""
     known = [
         ("uniform", "every group keeps the same share.", _has(result, "uniform_top1")),
@@ -175,11 +175,23 @@ def frontier_columns(result: dict[str, Any]) -> list[Column]:
     ]
 
 
+def answer_columns(result: dict[str, Any], answers: Sequence[Row]) -> list[Column]:
+    """What `cacp-ray subnet` found: the policy's own answer, the best around it, what is saved."""
+    searched = [_accuracy_column("best", "scored", "scored_top1")]
+    saved = [_accuracy_column("saved", "final", "final_top1")]
+    return [
+        *frontier_columns(result)[:-1],
+        _accuracy_column("policy", "scored", "policy_top1"),
+        *(searched if any(row["scored_top1"] != row["policy_top1"] for row in answers) else []),
+        *(saved if any("final_top1" in row for row in answers) else []),
+    ]
+
+
 def standard_errors(result: dict[str, Any]) -> list[str]:
     """One sentence a split: the binomial standard errors of its accuracies in the tables."""
     base, rates = result["base"], result["rates"]
     search = [row.get(key) for row in rates for key in ON_SEARCH]
-    if not _search_images(result):
+    if not search_images(result):
         search += [row.get("search_top1") for row in rates]
     test = [row.get("test_top1") for row in rates]
     return [
@@ -229,7 +241,7 @@ def _digits(largest: float) -> int:
     return 1 if largest >= 100 else 2 if largest >= 10 else 3
 
 
-def _search_images(result: dict[str, Any]) -> int | None:
+def search_images(result: dict[str, Any]) -> int | None:
     """Images that scored the candidates of the search, None where that is the whole split."""
     images = max((row.get("search_images") or 0 for row in result["rates"]), default=0)
     return images if 0 < images < (_images(result["base"], "search") or 0) else None

@@ -17,6 +17,7 @@ from cacp_ray.reporting.summary import (
     Column,
     Row,
     accuracy_columns,
+    answer_columns,
     frontier_columns,
     size_columns,
     standard_errors,
@@ -67,6 +68,12 @@ def frontier_table(result: dict[str, Any]) -> Table:
     """What the policy answers without a further search; no rows where it was not asked."""
     title = "The policy's answers, top-1 in %"
     return _table(title, frontier_columns(result), result["frontier"])
+
+
+def answers_table(result: dict[str, Any], answers: Sequence[Row]) -> Table:
+    """What `cacp-ray subnet` found at its rates."""
+    title = "Subnets from the policy, top-1 in % on the search split"
+    return _table(title, answer_columns(result, answers), answers)
 
 
 def groups_table(

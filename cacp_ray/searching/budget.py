@@ -68,7 +68,7 @@ class Budget:
         if self.limit(rate) < self.smallest:
             raise InfeasibleRateError(
                 f"rate {rate:.4f} is below the reachable {reachable:.4f} of the whole cost: "
-                "raise the rate, lower `floor`, or let more groups be pruned"
+                "raise the rate, lower pruning.floor, or let more groups be pruned"
             )
         if rate > 1:
             raise InfeasibleRateError(

@@ -225,12 +225,15 @@ def test_bad_input_of_export_is_refused_in_one_line(run, tmp_path, arguments, me
 
 
 def test_ctrl_c_says_how_to_go_on(run, monkeypatch):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("cacp_ray.cli.results.print_report", interrupted)
     code, _, err = run("report", "anything")
     assert code == 130
+    assert err == "cacp-ray: interrupted\n"
+    monkeypatch.setattr("cacp_ray.cli.searching._search", interrupted)
+    _, _, err = run("search", "tune_configs/quickstart.yaml", "--run-dir", "nowhere")
     assert err == "cacp-ray: interrupted; go on with --resume\n"
 
 

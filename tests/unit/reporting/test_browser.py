@@ -26,6 +26,8 @@ MEASURE = (
     "<script>document.title = document.documentElement.scrollWidth + '/' + innerWidth</script>"
 )
 
+TABLE = {"device": "cpu", "threads": 1, "batch": 1, "processor": "a CPU", "error": 0.05}
+
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 
 
@@ -37,11 +39,15 @@ def load(folder, page, width=1400):
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
+@pytest.fixture(scope="module", params=["macs", "latency"])
+def report(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("run")
     lines = make_lines(20)
     result = make_result(num_groups=40) | {"learning": make_learning(lines)}
+    if request.param == "latency":
+        result |= {"cost": "latency and macs / 1.2", "latency_table": TABLE}
+        for row in (result["base"], *result["rates"]):
+            row |= {"predicted_latency_ms": 1.25, "measured_latency_ms": 1.31}
     return write_report(make_run(folder, result, lines), make_episodes(120))
 
 

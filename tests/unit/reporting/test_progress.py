@@ -95,6 +95,15 @@ def test_a_terminal_is_not_redrawn_for_every_result(clock):
     assert "999/300" in file.getvalue()
 
 
+def test_the_last_evaluation_is_shown_at_once(clock):
+    file = io.StringIO()
+    with SearchDisplay(console=make_terminal(file)) as display:
+        for evaluations in (298, 299, 300):
+            display.update(State(evaluations=evaluations))
+        assert "300/300" in file.getvalue()
+        assert "299/300" not in file.getvalue()
+
+
 def test_an_error_leaves_the_last_state_and_goes_on(clock):
     file = io.StringIO()
 
