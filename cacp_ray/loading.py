@@ -178,7 +178,7 @@ def load_base(config: RunConfig) -> Base:
     if config.latency_table is not None:
         table = load_table(config.latency_table)
         plan = with_latency(plan, table)
-        for difference in table.differences(config.model.name):
+        for difference in table.differences(config.model.name, config.pruning.round_to):
             logger.warning("latency table %s: %s", config.latency_table, difference)
     budget = make_budget(plan, config.cost, config.pruning)
     for rate in config.rates:

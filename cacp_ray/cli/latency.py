@@ -33,7 +33,7 @@ def measure_layers(
     points: Annotated[int, typer.Option(min=2, help="Widths a side of a layer, at most.")] = 17,
     round_to: Annotated[
         int, typer.Option(min=1, help="Widths are multiples of this, as pruning.round_to.")
-    ] = 1,
+    ] = 8,
     seconds: Annotated[float, typer.Option(min=0, help="About how long, if it must.")] = 120.0,
 ) -> None:
     """Time the layers of a network over a grid of widths, for searches with cost: latency."""

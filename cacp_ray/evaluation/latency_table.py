@@ -141,9 +141,14 @@ class LatencyTable:
                 )
         return make_latency_cost(cost_model.layers, self.grids, self.calibration)
 
-    def differences(self, network: str) -> list[str]:
-        """How a network and this machine differ from those that were measured."""
+    def differences(self, network: str, round_to: int) -> list[str]:
+        """How a network, its steps of widths and this machine differ from what was measured."""
         found = []
+        if round_to % self.round_to:
+            found.append(
+                f"it was measured at multiples of {self.round_to}, pruning.round_to is {round_to}: "
+                "what lies between is interpolated, and may be slower"
+            )
         if network != self.network:
             found.append(f"it was calibrated on {self.network}, this is {network}")
         if self.settings.device == "cuda" and not torch.cuda.is_available():

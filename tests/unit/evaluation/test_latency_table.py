@@ -98,16 +98,24 @@ def test_a_table_of_another_network_is_refused(measured):
 
 def test_what_differs_from_the_measurement_is_said(measured):
     _, table, _ = measured
-    assert table.differences("small") == []
+    assert table.differences("small", table.round_to) == []
     other = dataclasses.replace(
         table, processor="abacus", torch="0.1", settings=Settings(threads=10_000)
     )
-    assert [line.split(",")[0] for line in other.differences("large")] == [
+    assert [line.split(",")[0] for line in other.differences("large", 1)] == [
         "it was calibrated on small",
         "it was measured on abacus",
         "it was measured with 10000 threads",
         "it was measured with torch 0.1",
     ]
+
+
+def test_steps_between_those_measured_are_said(measured):
+    _, table, _ = measured
+    coarse = dataclasses.replace(table, round_to=8)
+    assert coarse.differences("small", 16) == []
+    (line,) = coarse.differences("small", 12)
+    assert line.startswith("it was measured at multiples of 8, pruning.round_to is 12")
 
 
 def test_a_file_that_is_no_table_is_refused(measured, tmp_path):
