@@ -1,5 +1,7 @@
 """Several runs side by side as a figure, and the files of a comparison."""
 
+import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ from matplotlib.ticker import MaxNLocator
 from cacp_ray.errors import ArtifactError
 from cacp_ray.files import write_file, write_json
 from cacp_ray.reporting.comparison import UNFINISHED, Comparison, Point
-from cacp_ray.reporting.figures import DPI, GREY, style
+from cacp_ray.reporting.comparison_table import TITLE, comparison_columns, comparison_notes
+from cacp_ray.reporting.figures import DPI, GREY, Drawing, style
+from cacp_ray.reporting.html import embed_figure, fill_page
 
 JSON_FILE = "comparison.json"
 # Okabe and Ito without the yellow, which is faint on white.
@@ -41,7 +45,7 @@ def _is_empty(path: Path) -> bool:
 
 
 def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
-    """Writes comparison.png, comparison.svg and comparison.json, over those of an earlier one.
+    """Writes report.html, and comparison.png, .svg and .json, over those of an earlier one.
 
     Raises:
         ArtifactError: `out` holds something else.
@@ -58,7 +62,28 @@ def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
         vector = FigureCanvasSVG(figure)
         plain = {"Date": None, "Creator": None}
         write_file(svg, lambda file: vector.print_svg(file, metadata=plain))
-    return [png, svg, out / JSON_FILE]
+    page = render_comparison(comparison, png)
+    report = out / "report.html"
+    write_file(report, lambda file: file.write_text(page, encoding="utf-8"))
+    return [report, png, svg, out / JSON_FILE]
+
+
+def render_comparison(comparison: Comparison, png: Path) -> str:
+    """The HTML of a comparison: table, notes, figure; needs nothing beside it."""
+    name, effort, blocks = comparison_columns(comparison)
+    columns = [name, *effort, *itertools.chain(*blocks)]
+    rows = [dataclasses.asdict(run) for run in comparison.runs]
+    chance = "Full markers: the best candidate within each rate. Hollow: the policy's own answer."
+    drawing = Drawing(png, "Accuracy against cost", chance)
+    return fill_page(
+        "comparison.html.jinja",
+        title=TITLE,
+        columns=columns,
+        rows=[[column.text(row) for column in columns] for row in rows],
+        paths=[(run.label, run.path) for run in comparison.runs],
+        notes=comparison_notes(comparison),
+        figure=embed_figure(drawing),
+    )
 
 
 def draw_comparison(comparison: Comparison) -> Figure:

@@ -14,22 +14,15 @@ from cacp_ray.reporting.comparison import UNFINISHED, ByRate, ComparedRun, Compa
 from cacp_ray.reporting.summary import Column, format_percent, format_seconds
 from cacp_ray.reporting.tables import PLAIN_WIDTH
 
+TITLE = "Before fine-tuning: top-1 in % on the search split, by rate (kept)"
 MAX_NAME = 34  # columns; a longer path is folded
 
 
 def comparison_table(comparison: Comparison, width: int = PLAIN_WIDTH) -> RenderableType:
     """A row a run; what does not fit `width` columns goes on in tables below, a row a run again."""
     rows = [dataclasses.asdict(run) for run in comparison.runs]
-    title = "Before fine-tuning: top-1 in % on the search split, by rate (kept)"
-    name = Column("run", "", lambda r: r["label"] + ("" if r["is_finished"] else f"\n{UNFINISHED}"))
-    effort = [
-        Column("rates", "", lambda row: row["searched"]),
-        Column("evalua-", "tions", lambda row: f"{row['evaluations']:,}"),
-        Column("search", "time", lambda row: format_seconds(row["seconds"])),
-    ]
-    blocks = [_accuracy_columns(comparison, "best", "search_top1")]
-    if any(run.policy_top1 for run in comparison.runs):
-        blocks.append(_accuracy_columns(comparison, "policy", "policy_top1"))
+    title = TITLE
+    name, effort, blocks = comparison_columns(comparison)
     tables = [_table(title, [name, *effort, *itertools.chain(*blocks)], rows)]
     if _width(tables[0]) > width:
         tables, columns = [], [name, *effort]
@@ -42,7 +35,21 @@ def comparison_table(comparison: Comparison, width: int = PLAIN_WIDTH) -> Render
             tables.append(_table("" if tables else title, columns, rows))
             columns = [name]
     spaced = [part for table in tables for part in (table, Text(""))]
-    return Group(*spaced, Text("\n".join(_notes(comparison))))
+    return Group(*spaced, Text("\n".join(comparison_notes(comparison))))
+
+
+def comparison_columns(comparison: Comparison) -> tuple[Column, list[Column], list[list[Column]]]:
+    """Of a row a run, as `dataclasses.asdict` gives it: its name, its effort, its accuracies."""
+    name = Column("run", "", lambda r: r["label"] + ("" if r["is_finished"] else f"\n{UNFINISHED}"))
+    effort = [
+        Column("rates", "", lambda row: row["searched"]),
+        Column("evalua-", "tions", lambda row: f"{row['evaluations']:,}"),
+        Column("search", "time", lambda row: format_seconds(row["seconds"])),
+    ]
+    blocks = [_accuracy_columns(comparison, "best", "search_top1")]
+    if any(run.policy_top1 for run in comparison.runs):
+        blocks.append(_accuracy_columns(comparison, "policy", "policy_top1"))
+    return name, effort, blocks
 
 
 def _accuracy_columns(comparison: Comparison, head: str, key: str) -> list[Column]:
@@ -90,7 +97,7 @@ def _width(table: Table) -> int:
     return Console(width=1000).measure(table).maximum
 
 
-def _notes(comparison: Comparison) -> list[str]:
+def comparison_notes(comparison: Comparison) -> list[str]:
     """What the table leaves open, a sentence or two a line."""
     runs, common = comparison.runs, comparison.common_rates
     notes = [

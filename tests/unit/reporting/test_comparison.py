@@ -163,15 +163,27 @@ def test_figures_are_written_equal_for_equal_runs(tmp_path, names):
     written = [write_comparison(comparison, tmp_path / name) for name in ("a", "b")]
     assert dict(mpl.rcParams) == before
     assert [path.name for path in written[0]] == [
+        "report.html",
         "comparison.png",
         "comparison.svg",
         "comparison.json",
     ]
     for first, second in zip(*written, strict=True):
         assert first.read_bytes() == second.read_bytes()
-    with Image.open(written[0][0]) as image:
+    with Image.open(written[0][1]) as image:
         assert image.format == "PNG"
-    assert written[0][1].read_text().startswith("<?xml")
+    assert written[0][2].read_text().startswith("<?xml")
+
+
+def test_the_page_shows_every_run_escaped_and_loads_nothing(tmp_path):
+    nasty = dataclasses.replace(make_run("cacp"), label="<script>alert(1)</script>")
+    report, *_ = write_comparison(make_comparison(nasty, make_run("random")), tmp_path)
+    html = report.read_text()
+    assert "<script" not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    for text in ("random", "72.00", "together", "Base network", "data:image/png;base64,"):
+        assert text in html
+    assert not re.search(r"https?://|@import|url\(", html)
 
 
 def test_a_comparison_replaces_only_a_comparison(tmp_path):
