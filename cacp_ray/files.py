@@ -4,7 +4,9 @@ import json
 import logging
 import os
 import platform
+import resource
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -110,6 +112,16 @@ def describe_environment(seed: int) -> dict[str, Any]:
         "commit": _commit(),
         "seed": seed,
     }
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage says of a new process there includes its parent's
+        line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def read_processor() -> str:

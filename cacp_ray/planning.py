@@ -2,9 +2,7 @@
 
 import math
 import os
-import resource
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 
@@ -14,6 +12,7 @@ import torch
 from cacp_ray.config import RunConfig
 from cacp_ray.evaluation.fusion import fuse
 from cacp_ray.evaluation.scorer import default_batch_size, read_dtype
+from cacp_ray.files import peak_memory
 from cacp_ray.loading import Base
 from cacp_ray.pruning.surgery import Skeleton, Slicer, all_tensors
 from cacp_ray.reporting.summary import format_seconds
@@ -66,15 +65,13 @@ def estimate_search(config: RunConfig, base: Base) -> Estimate:
     threads = config.cluster.cpus_per_evaluator
     cores = max(1, (os.cpu_count() or 1) // threads)
     split_bytes = base.search.images.nbytes
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return Estimate(
         evaluations=config.evaluations,
         images=images,
         seconds_per_evaluation=per_image * images,
         evaluators=min(config.cluster.max_evaluators or cores, config.evaluations),
         threads=threads,
-        evaluator_bytes=max(0, largest - split_bytes),
+        evaluator_bytes=max(0, peak_memory() - split_bytes),
         split_bytes=split_bytes,
     )
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 SCRIPT = """
-import resource, sys
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 
 from cacp_ray.evaluation.racing import encode_hits
+from cacp_ray.files import peak_memory
 from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.plan import make_plan
 from cacp_ray.searching.loop import SearchLoop
@@ -54,7 +55,7 @@ run = RunDirectory(folder)
 loop = SearchLoop(nothing, plan.cost_model, run, rates=(0.5,), evaluations=200_000, mode="async")
 loop.restore(nothing)
 loop.checkpoint(nothing)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+peak = peak_memory() / 2**30
 print(nothing.told, loop.progress.evaluations, len(run.read_records()), peak)
 """
 
