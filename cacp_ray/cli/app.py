@@ -46,8 +46,8 @@ def main() -> None:
     try:
         code = app(standalone_mode=False) or 0
         if code == INTERRUPTED:  # typer turns Ctrl-C into this exit code
-            is_resumable = any(name in sys.argv for name in RESUMABLE)
-            step = "; go on with --resume" if is_resumable else ""
+            command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+            step = "; go on with --resume" if command in RESUMABLE else ""
             typer.echo(f"cacp-ray: interrupted{step}", err=True)
         sys.exit(code)
     except Exception as error:

@@ -232,6 +232,9 @@ def test_ctrl_c_says_how_to_go_on(run, monkeypatch):
     code, _, err = run("report", "anything")
     assert code == 130
     assert err == "cacp-ray: interrupted\n"
+    monkeypatch.setattr("cacp_ray.folders.read_run_config", interrupted)
+    _, _, err = run("evaluate", "anything", "--split", "search")
+    assert err == "cacp-ray: interrupted\n"
     monkeypatch.setattr("cacp_ray.cli.searching._search", interrupted)
     _, _, err = run("search", "tune_configs/quickstart.yaml", "--run-dir", "nowhere")
     assert err == "cacp-ray: interrupted; go on with --resume\n"
