@@ -110,12 +110,20 @@ def check_data(data: DataConfig) -> None:
 
 
 def check_weights(base: Base, run_dir: Path) -> None:
-    """Refuses to go on with other base weights than a run was started with.
+    """Refuses to go on with other base weights, or another latency table, than a run began with.
 
     Raises:
-        ArtifactError: The hash in model.json differs.
+        ArtifactError: The hash in model.json differs, or what the whole network costs.
     """
-    if read_json(run_dir / "model.json")["sha256"] != base.sha256:
+    model = read_json(run_dir / "model.json")
+    cost = model.get("base", {}).get("cost", base.budget.total)
+    if cost != base.budget.total:
+        raise ArtifactError(
+            f"{run_dir}: the whole network cost {cost:,} when the search began and costs "
+            f"{base.budget.total:,} now: put the latency table back, or search again in another "
+            "--run-dir"
+        )
+    if model["sha256"] != base.sha256:
         raise ArtifactError(
             f"{run_dir} was searched from other weights than model.weights holds now: put them "
             "back or search again in another --run-dir"

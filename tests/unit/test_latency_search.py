@@ -1,6 +1,7 @@
 """From a measured table to a search: the command, the configuration, the budget, the report."""
 
 import dataclasses
+import json
 import re
 
 import numpy as np
@@ -10,9 +11,10 @@ import yaml
 from cacp_ray.cli.app import state
 from cacp_ray.config import RunConfig, load_config
 from cacp_ray.describing import describe_base
+from cacp_ray.errors import ArtifactError
 from cacp_ray.evaluation.latency_table import load_table, save_table
 from cacp_ray.evaluation.measurement import LocalEvaluator, Measurement
-from cacp_ray.loading import load_base
+from cacp_ray.loading import check_weights, load_base
 from cacp_ray.reporting.summary import size_columns, summary_rows
 from cacp_ray.searching.budget import uniform
 from cacp_ray.searching.loop import SearchLoop
@@ -165,6 +167,19 @@ def test_the_base_is_described_by_its_latency(table_path):
     assert " ms latency, reachable rates 0." in describe_base(load_base(config), config)
     config = read_config(table_path, BOTH)
     assert "macs and latency / 1.2, reachable rates" in describe_base(load_base(config), config)
+
+
+def test_a_run_is_not_continued_with_another_table(table_path, tmp_path):
+    base = load_base(read_config(table_path, "latency"))
+    described = {"sha256": base.sha256, "base": {"cost": base.budget.total}}
+    (tmp_path / "model.json").write_text(json.dumps(described))
+    check_weights(base, tmp_path)
+    table = load_table(table_path)
+    slower = dataclasses.replace(table.calibration, constant=6000.0)
+    save_table(dataclasses.replace(table, calibration=slower), tmp_path / "other.parquet")
+    other = load_base(read_config(tmp_path / "other.parquet", "latency"))
+    with pytest.raises(ArtifactError, match="put the latency table back"):
+        check_weights(other, tmp_path)
 
 
 def test_the_report_shows_predicted_beside_measured_latency(table_path):
