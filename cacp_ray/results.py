@@ -156,7 +156,7 @@ def answer_rates(
         for answer, row in zip(
             answers, build_winners(config, base, prepared, best, run_dir), strict=True
         ):
-            answer |= {"path": row["path"], "top1": row["top1"], "final_top1": row["top1"]}
+            answer |= {"path": row["path"], "top1": row["top1"]}
     return answers
 
 

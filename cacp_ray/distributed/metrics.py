@@ -25,7 +25,8 @@ class PoolMetrics:
     def count(self, measurements: Sequence[Measurement]) -> None:
         """Adds finished measurements."""
         for measurement in measurements:
-            (self._measurements if measurement.status == "ok" else self._failed).inc()
+            # One that fell behind in a race was scored as well.
+            (self._failed if measurement.status == "failed" else self._measurements).inc()
 
     def show(self, *, waiting: int, scoring: int, alive: int) -> None:
         """Takes the state of the pool."""

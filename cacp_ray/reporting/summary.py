@@ -178,12 +178,12 @@ def frontier_columns(result: dict[str, Any]) -> list[Column]:
 def answer_columns(result: dict[str, Any], answers: Sequence[Row]) -> list[Column]:
     """What `cacp-ray subnet` found: the policy's own answer, the best around it, what is saved."""
     searched = [_accuracy_column("best", "scored", "scored_top1")]
-    saved = [_accuracy_column("saved", "final", "final_top1")]
+    saved = [_accuracy_column("saved", "final", "top1")]
     return [
         *frontier_columns(result)[:-1],
         _accuracy_column("policy", "scored", "policy_top1"),
         *(searched if any(row["scored_top1"] != row["policy_top1"] for row in answers) else []),
-        *(saved if any("final_top1" in row for row in answers) else []),
+        *(saved if any("path" in row for row in answers) else []),
     ]
 
 

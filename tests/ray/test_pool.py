@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import signal
 import time
@@ -253,8 +254,11 @@ def test_the_pool_tells_ray_what_it_does(shared, monkeypatch):
     monkeypatch.setattr(
         Gauge, "set", lambda self, value: shown.setdefault(self.info["name"], []).append(value)
     )
-    shared.score([SLEEP_LONG] * 10 + [RAISE])
+    found = shared.score([SLEEP_LONG] * 10 + [RAISE])
     assert counted == {"cacp_measurements": 10, "cacp_failed_measurements": 1}
+    stopped = [dataclasses.replace(found[0], status="stopped")]
+    shared.pool._metrics.count(stopped)
+    assert counted == {"cacp_measurements": 11, "cacp_failed_measurements": 1}
     assert shown["cacp_evaluators_alive"][-1] == 2
     assert max(shown["cacp_candidates_waiting"]) > 0
     assert max(shown["cacp_candidates_scoring"]) > 0

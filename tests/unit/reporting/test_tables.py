@@ -12,6 +12,7 @@ from rich.console import Console
 from cacp_ray.reporting.tables import (
     MANY_GROUPS,
     accuracy_table,
+    answers_table,
     final_table,
     frontier_table,
     groups_table,
@@ -195,3 +196,15 @@ def test_shortened_names_stand_for_exactly_the_names(names):
 def test_whole_blocks_become_one_name():
     names = [f"layer{i}.{j}.conv{k}" for i in (1, 2) for j in range(3) for k in (1, 2)]
     assert list(shorten_names(names)) == ["layer{1..2}.{0..2}.conv1", "layer{1..2}.{0..2}.conv2"]
+
+
+def test_the_answers_of_a_policy_are_told_apart_from_what_was_searched_and_saved():
+    scored = {"rate": 0.5, "cost_kept": 0.499, "macs": 19_960_000, "policy_top1": 0.8}
+    alone = scored | {"scored_top1": 0.8, "top1": 0.8}
+    text = render(answers_table(make_result(), [alone]))
+    assert "policy" in text
+    assert not {"best", "saved"} & set(text.split())
+    found = scored | {"scored_top1": 0.82, "top1": 0.85, "path": "subnets/rate-0.50"}
+    text = render(answers_table(make_result(), [found]))
+    row = next(line for line in text.splitlines() if line.strip().startswith("0.50"))
+    assert row.split()[-3:] == ["80.00", "82.00", "85.00"]
