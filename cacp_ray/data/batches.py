@@ -42,6 +42,11 @@ class Batches(Protocol):
     """Training images that are read again every epoch."""
 
     @property
+    def shard(self) -> tuple[int, int]:
+        """Number of this worker and of all."""
+        ...
+
+    @property
     def num_batches(self) -> int:
         """Of an epoch."""
         ...

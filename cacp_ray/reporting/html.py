@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from cacp_ray.errors import ArtifactError
 from cacp_ray.files import read_json, write_file
+from cacp_ray.reporting.effort import list_facts, list_phases
 from cacp_ray.reporting.figures import (
     Drawing,
     Plot,
@@ -28,6 +29,7 @@ from cacp_ray.reporting.layers import (
     plot_keep_ratios,
 )
 from cacp_ray.reporting.learning import LEARNING_FILE, draw_learning, read_learning
+from cacp_ray.reporting.subnets import Metrics, find_later, plot_finetuning, read_metrics
 from cacp_ray.reporting.summary import (
     Column,
     Row,
@@ -35,20 +37,12 @@ from cacp_ray.reporting.summary import (
     format_macs,
     format_seconds,
     frontier_columns,
+    short_columns,
     size_columns,
     standard_errors,
     summary_rows,
     words,
 )
-
-PHASES = {
-    "start": "cluster and statistics",
-    "prepare": "data and channel groups",
-    "search": "search",
-    "frontier": "policy's answers",
-    "build": "winners",
-    "finetune": "fine-tuning",
-}
 
 
 def write_report(run_dir: Path, episodes: pa.Table) -> Path:
@@ -76,20 +70,24 @@ def write_report(run_dir: Path, episodes: pa.Table) -> Path:
         config = (run_dir / "config.yaml").read_text()
     except OSError as error:
         raise ArtifactError(f"{run_dir / 'config.yaml'}: {error.strerror}") from error
-    drawings = draw_figures(result, episodes, run_dir / "figures")
+    metrics = read_metrics(run_dir, result)
+    drawings = draw_figures(result, episodes, metrics, run_dir / "figures")
     learning = draw_learning(result, read_learning(run_dir / LEARNING_FILE), run_dir / "figures")
-    page = render_page(run_dir, result, environment, config, episodes, drawings, learning)
+    page = render_page(run_dir, result, environment, config, episodes, metrics, drawings, learning)
     path = run_dir / "report.html"
     write_file(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     return path
 
 
-def draw_figures(result: dict[str, Any], table: pa.Table, folder: Path) -> list[Drawing]:
+def draw_figures(
+    result: dict[str, Any], table: pa.Table, metrics: Metrics, folder: Path
+) -> list[Drawing]:
     """Writes the PNG and SVG files of a run.
 
     Args:
         result: Content of result.json.
         table: The episodes; columns of which rate, cost_kept, top1, status, keep_counts are read.
+        metrics: Of the rates that are fine-tuned.
         folder: Where the files are written.
     """
     episodes = read_episodes(table)
@@ -100,6 +98,9 @@ def draw_figures(result: dict[str, Any], table: pa.Table, folder: Path) -> list[
         ("keep-ratios", "Where channels were cut", lambda axes: plot_keep_ratios(axes, result)),
         ("keep-counts", "How many channels stay", lambda axes: plot_keep_counts(axes, result)),
     ]
+    if metrics:
+        draw: Plot = lambda axes: plot_finetuning(axes, result, metrics)  # noqa: E731
+        plots.insert(3, ("finetuning", "Fine-tuning", draw))
     if (found := fit_importance(result, table)) is not None:
         title = "Which channels matter"
         plots.append(("importance", title, lambda axes: plot_importance(axes, result, *found)))
@@ -112,6 +113,7 @@ def render_page(
     environment: dict[str, Any],
     config: str,
     episodes: pa.Table,
+    metrics: Metrics,
     drawings: list[Drawing],
     learning: list[Drawing],
 ) -> str:
@@ -123,6 +125,7 @@ def render_page(
         environment: Content of environment.json.
         config: Text of config.yaml.
         episodes: All measurements of the run.
+        metrics: Of the rates that are fine-tuned.
         drawings: Figures of any run.
         learning: Figures of an agent's learning; without them there is no such section.
     """
@@ -131,6 +134,7 @@ def render_page(
         "report.html.jinja",
         result=result,
         base_macs=format_macs(result["base"]["macs"]),
+        short=_cells(short_columns(result), rows),
         size=_cells(size_columns(result), rows),
         accuracy=_cells(accuracy_columns(result), rows),
         frontier=_cells(frontier_columns(result), result["frontier"]),
@@ -140,10 +144,11 @@ def render_page(
         figures=[embed_figure(drawing) for drawing in drawings],
         learning=[embed_figure(drawing) for drawing in learning],
         loading=_loading(run_dir, rows[1:]),
+        later=_loading(run_dir, find_later(run_dir, result)),
         has_finetuned=any(row.get("finetuned_top1") is not None for row in rows[1:]),
-        phases=_phases(result["seconds"]),
+        phases=list_phases(result["seconds"]),
         total_seconds=format_seconds(sum(s for s in result["seconds"].values() if s is not None)),
-        facts=_facts(episodes),
+        facts=list_facts(result, episodes, metrics),
         environment=_flatten(environment),
         config=config,
         rates=rows[1:],
@@ -189,39 +194,8 @@ def _loading(run_dir: Path, rows: list[Row]) -> list[dict[str, str]]:
     for row in rows:
         path = json.dumps((run_dir / row["path"]).as_posix(), ensure_ascii=False)
         code = f"import cacp_ray\nnet = cacp_ray.load_subnet({path})"
-        loading.append({"label": row["label"], "code": code})
+        loading.append({"label": f"{row['rate']:.2f}", "code": code})
     return loading
-
-
-def _phases(seconds: dict[str, float | None]) -> list[dict[str, Any]]:
-    longest = max((s for s in seconds.values() if s is not None), default=0.0)
-    return [
-        {
-            "name": PHASES.get(name, name),
-            "text": format_seconds(value),
-            "width": round(100 * value / longest, 1) if value and longest else 0,
-        }
-        for name, value in seconds.items()
-    ]
-
-
-def _facts(episodes: pa.Table) -> list[str]:
-    """What the episodes tell beside their accuracies."""
-    if episodes.num_rows == 0:
-        return ["no measurement is recorded"]
-    status = episodes["status"].to_pylist()
-    evaluators = len(set(episodes["evaluator"].to_pylist()))
-    nodes = len(set(episodes["node"].to_pylist()))
-    return [
-        f"{_plural(episodes.num_rows, 'measurement')} recorded",
-        f"{sum(episodes['cached'].to_pylist()):,} answered from memory",
-        f"{len(status) - status.count('ok'):,} failed",
-        f"{_plural(evaluators, 'evaluator')} on {_plural(nodes, 'node')}",
-    ]
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def _flatten(values: dict[str, Any]) -> list[tuple[str, str]]:

@@ -93,6 +93,19 @@ def summary_rows(result: dict[str, Any]) -> list[Row]:
     return [whole, *({"label": f"{row['rate']:.2f}"} | row for row in rows)]
 
 
+def short_columns(result: dict[str, Any]) -> list[Column]:
+    """The result in five columns: on the test split once fine-tuned, on the search split before."""
+    split, key = ("test", "test_top1") if _has(result, "test_top1") else ("search", "top1")
+    base_top1 = _top1(result["base"], split)
+    return [
+        Column("rate", "kept", lambda row: row["label"]),
+        _count_column("MACs", *_macs_unit(result["base"]["macs"])),
+        Column("speed-up", "1 image", lambda row: _format_speedup(row.get("speedup"))),
+        Column("top-1", f"%, {split}", lambda row: format_percent(row.get(key))),
+        Column("change", "points", lambda row: _format_change(row, key, base_top1)),
+    ]
+
+
 def size_columns(result: dict[str, Any]) -> list[Column]:
     """What you got: how small and how fast. Units fit the base network and hold for all rows."""
     return [
@@ -138,7 +151,7 @@ def accuracy_columns(result: dict[str, Any]) -> list[Column]:
         _accuracy_column("winner", "final", "top1"),
         _accuracy_column("fine-tuned", "on search", "finetuned_top1"),
         _accuracy_column("fine-tuned", "on test", "test_top1"),
-        Column("change", "on test", lambda row: _format_change(row, base_top1)),
+        Column("change", "on test", lambda row: _format_change(row, "test_top1", base_top1)),
     ]
 
 
@@ -265,8 +278,8 @@ def _format_speedup(factor: float | None) -> str:
     return text if text == DASH else text + TIMES
 
 
-def _format_change(row: Row, base_top1: float | None) -> str:
-    top1 = row.get("test_top1")
+def _format_change(row: Row, key: str, base_top1: float | None) -> str:
+    top1 = row.get(key)
     if row["label"] == "base" or top1 is None or base_top1 is None:
         return DASH
     return f"{100 * (top1 - base_top1):+.2f}".replace("-", MINUS)

@@ -84,7 +84,7 @@ def train_epoch(
         after_step: Called after every step.
     """
     epoch_seed = recipe.seed * 100_003 + epoch
-    torch.manual_seed(epoch_seed)  # dropout
+    torch.manual_seed(epoch_seed + batches.shard[0] * 1_000_003)  # dropout, each worker its own
     rng = np.random.default_rng(epoch_seed)
     device = find_device(model)
     dtype = fast_dtype(device.type)

@@ -23,7 +23,7 @@ from cacp_ray.distributed.broker import BrokeredEvaluator
 from cacp_ray.errors import ConfigError
 from cacp_ray.evaluation.measurement import Evaluator
 from cacp_ray.files import read_json, write_json
-from cacp_ray.tuning.finetune import MAX_FAILURES, check_trials, quiet_tune
+from cacp_ray.tuning.experiment import MAX_FAILURES, check_trials, quiet_tune
 
 CURVE_FILE = "curve.json"
 TRIAL_CPUS = 0.05  # reserved by a trial; it learns while its candidates are scored
@@ -179,7 +179,8 @@ def tune_agents(
         seed: Of the settings drawn.
         max_concurrent: Trials at once.
         experiment_dir: Of Tune's own files; one that holds trials is continued.
-        on_progress: Called with every report of a trial.
+        on_progress: Called with every report of a trial; of a continued tuning, first with the
+            last one of each.
 
     Returns:
         Where each trial ended.
@@ -202,6 +203,10 @@ def tune_agents(
                     resume_unfinished=True,
                     resume_errored=True,
                 )
+                for each in tuner.get_results():
+                    if "evaluations" in (each.metrics or {}):
+                        name = Path(each.path).name
+                        on_progress(_read_progress(name, each.config, each.metrics))
             else:
                 tuner = tune.Tuner(
                     trainable,

@@ -6,29 +6,25 @@ object store once and read by all trials without a copy.
 """
 
 import dataclasses
-import logging
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
 import ray
 from ray import tune
 from ray.tune.experiment import Trial
-from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback, TBXLoggerCallback
 from ray.tune.schedulers import TrialScheduler
 from torch import nn
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.streams import ImageStream
-from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError
+from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.files import changed_keys, read_json, write_json
 from cacp_ray.training.recipe import Recipe
+from cacp_ray.tuning.experiment import MAX_FAILURES, check_trials, make_loggers, quiet_tune
 from cacp_ray.tuning.scheduler import SchedulerPerRate, make_asha
 from cacp_ray.tuning.trial import (
     PATH_KEY,
@@ -40,22 +36,7 @@ from cacp_ray.tuning.trial import (
 )
 from cacp_ray.tuning.workers import COORDINATOR_CPUS
 
-# A trial may die this often and is restarted from its last epoch.
-MAX_FAILURES = 2
 CHOICE_FILE = "chosen.json"  # by rate, the variant; there once all is written
-LOGGERS = {"tensorboard": TBXLoggerCallback, "csv": CSVLoggerCallback, "json": JsonLoggerCallback}
-
-# Read by Tune while `fit` runs, in this process and (the first) in the trials.
-TUNE_ENVIRONMENT = {
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in a trial
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C raises KeyboardInterrupt as anywhere else
-    # Saved often, the experiment stays in line with the checkpoints on disk; a save takes 9 ms.
-    "TUNE_GLOBAL_CHECKPOINT_S": "1",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-}
 
 
 @dataclass(frozen=True)
@@ -70,6 +51,7 @@ class FinetuneProgress:
         train_loss: Mean over the epoch.
         search_top1: On the search split, share in [0, 1].
         seconds: Of this epoch.
+        is_restored: The last one before the fine-tuning was interrupted, shown again.
     """
 
     rate: float
@@ -79,6 +61,7 @@ class FinetuneProgress:
     train_loss: float
     search_top1: float
     seconds: float
+    is_restored: bool = False
 
 
 # Tune pickles its callbacks with the experiment and restores those, not the ones of the new driver,
@@ -96,16 +79,19 @@ class _ProgressCallback(tune.Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         """Called by Tune in the driver, once an epoch of a trial."""
-        progress = FinetuneProgress(
-            rate=trial.config["rate"],
-            variant=trial.config["variant"],
-            epoch=result["epoch"],
-            epochs=self.epochs[trial.config["variant"]],
-            train_loss=result["train_loss"],
-            search_top1=result["search_top1"],
-            seconds=result["epoch_seconds"],
-        )
-        _on_epoch.get()(progress)
+        _on_epoch.get()(_read_progress(trial.config, result, self.epochs))
+
+
+def _read_progress(config: Any, metrics: Any, epochs: Mapping[str, int]) -> FinetuneProgress:
+    return FinetuneProgress(
+        rate=config["rate"],
+        variant=config["variant"],
+        epoch=metrics["epoch"],
+        epochs=epochs[config["variant"]],
+        train_loss=metrics["train_loss"],
+        search_top1=metrics["search_top1"],
+        seconds=metrics["epoch_seconds"],
+    )
 
 
 def finetune_subnets(
@@ -143,7 +129,8 @@ def finetune_subnets(
         experiment_dir: Of Tune's own files.
         resources: Of a trial.
         resume: Go on with what `experiment_dir` holds; an empty one is begun.
-        on_epoch: Called in this process with every finished epoch.
+        on_epoch: Called in this process with every finished epoch; of a continued fine-tuning,
+            first with the last one of each trial.
         stops_poor: ASHA stops the poorer variants of each rate.
         loggers: Of Tune: `tensorboard`, `csv`, `json`, `wandb`, `mlflow`.
 
@@ -170,7 +157,8 @@ def finetune_subnets(
         ),
         _ask(resources),
     )
-    callbacks.insert(0, _ProgressCallback({name: each.epochs for name, each in recipes.items()}))
+    epochs = {name: each.epochs for name, each in recipes.items()}
+    callbacks.insert(0, _ProgressCallback(epochs))
     scheduler = _make_scheduler(recipes) if stops_poor else None
     space = {
         "rate": tune.grid_search(sorted(subnet_folders, reverse=True)),
@@ -179,7 +167,13 @@ def finetune_subnets(
     listener = _on_epoch.set(on_epoch)
     try:
         with quiet_tune():
-            results = _make_tuner(trainable, space, experiment_dir, callbacks, scheduler).fit()
+            tuner = _restore_tuner(trainable, space, experiment_dir)
+            for each in tuner.get_results() if tuner else ():
+                if "epoch" in (each.metrics or {}):
+                    progress = _read_progress(each.config, each.metrics, epochs)
+                    on_epoch(dataclasses.replace(progress, is_restored=True))
+            tuner = tuner or _make_tuner(trainable, space, experiment_dir, callbacks, scheduler)
+            results = tuner.fit()
     finally:
         _on_epoch.reset(listener)
     check_trials(results, "fine-tuning of")
@@ -259,6 +253,28 @@ def _open_experiment(
         )
 
 
+def _restore_tuner(
+    trainable: Any, space: dict[str, Any], experiment_dir: Path
+) -> tune.Tuner | None:
+    """To go on with; None where there is nothing to go on with."""
+    # A driver that was killed before its first save left nothing to restore.
+    has_state = any(experiment_dir.glob("experiment_state-*.json"))
+    if not has_state or not tune.Tuner.can_restore(str(experiment_dir)):
+        return None
+    tuner = tune.Tuner.restore(
+        str(experiment_dir),
+        trainable=trainable,
+        param_space=space,
+        resume_unfinished=True,
+        resume_errored=True,
+    )
+    # One killed between replacing a checkpoint and saving that names a checkpoint that is gone.
+    # Training is repeatable, so starting over ends with the same weights.
+    checkpoints = [result.checkpoint for result in tuner.get_results()]
+    is_whole = all(Path(checkpoint.path).exists() for checkpoint in checkpoints if checkpoint)
+    return tuner if is_whole else None
+
+
 def _make_tuner(
     trainable: Any,
     space: dict[str, Any],
@@ -266,21 +282,6 @@ def _make_tuner(
     callbacks: list[tune.Callback],
     scheduler: TrialScheduler | None,
 ) -> tune.Tuner:
-    # A driver that was killed before its first save left nothing to restore.
-    has_state = any(experiment_dir.glob("experiment_state-*.json"))
-    if has_state and tune.Tuner.can_restore(str(experiment_dir)):
-        tuner = tune.Tuner.restore(
-            str(experiment_dir),
-            trainable=trainable,
-            param_space=space,
-            resume_unfinished=True,
-            resume_errored=True,
-        )
-        # One killed between replacing a checkpoint and saving that names a checkpoint that is gone.
-        # Training is repeatable, so starting over ends with the same weights.
-        checkpoints = [result.checkpoint for result in tuner.get_results()]
-        if all(Path(checkpoint.path).exists() for checkpoint in checkpoints if checkpoint):
-            return tuner
     return tune.Tuner(
         trainable,
         param_space=space,
@@ -302,79 +303,9 @@ def _make_tuner(
     )
 
 
-def make_loggers(names: Sequence[str], folder: Path) -> list[tune.Callback]:
-    """Callbacks of Tune that log every epoch of every trial.
-
-    Args:
-        names: `tensorboard`, `csv`, `json` (beside each trial), `wandb`, `mlflow`.
-        folder: Of the experiment; the last two take its parent's name for the project, and MLflow
-            its tracking server from MLFLOW_TRACKING_URI.
-
-    Raises:
-        ConfigError: One is not installed.
-    """
-    project = folder.parent.name
-    found: list[tune.Callback] = []
-    for name in names:
-        try:
-            if name == "wandb":
-                from ray.air.integrations.wandb import WandbLoggerCallback
-
-                import_module("wandb")
-                found.append(WandbLoggerCallback(project=project))
-            elif name == "mlflow":
-                from ray.air.integrations.mlflow import MLflowLoggerCallback
-
-                import_module("mlflow")
-                found.append(MLflowLoggerCallback(experiment_name=project))
-            else:
-                found.append(LOGGERS[name]())
-        except (ImportError, RuntimeError) as error:
-            raise ConfigError(f"logger {name} is not installed: pip install {name}") from error
-    return found
-
-
 def _name_trial(trial: Trial) -> str:
     variant = trial.config["variant"]
     return f"rate-{trial.config['rate']:g}" + (f"-{variant}" if variant else "")
-
-
-@contextmanager
-def quiet_tune() -> Iterator[None]:
-    """Tune neither prints nor changes folders; its errors reach the caller as exceptions."""
-    before = {key: os.environ.get(key) for key in TUNE_ENVIRONMENT}
-    tune_logger = logging.getLogger("ray.tune")
-    level = tune_logger.level
-    os.environ.update(TUNE_ENVIRONMENT)
-    tune_logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        tune_logger.setLevel(level)
-        for key, value in before.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
-
-
-def check_trials(results: Any, what: str) -> None:
-    """Names the first of Tune's results whose trial failed for good.
-
-    Args:
-        results: Of `Tuner.fit`.
-        what: Stands before the trial's name.
-
-    Raises:
-        EvaluationError: With the trial's reason.
-    """
-    for result in results:
-        if result.error is not None:
-            reason = (str(result.error).strip().splitlines() or [type(result.error).__name__])[-1]
-            raise EvaluationError(
-                f"{what} {Path(result.path).name} failed {MAX_FAILURES + 1} times ({reason}); see "
-                f"{result.path}, then continue with --resume"
-            )
 
 
 def _read_result(folder: Path) -> FinetuneResult:

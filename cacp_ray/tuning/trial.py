@@ -162,8 +162,10 @@ def train_subnet(
         weights = measured_weights({"model": model.state_dict()})
         best = {"model": weights, "epoch": 0, "top1": before}
         seconds = 0.0
+        history = []
     else:
         before, best, seconds = state["before"], state["best"], state["seconds"]
+        history = state["history"]
 
     def finish_epoch(result: EpochResult, training: dict[str, Any]) -> None:
         nonlocal best, seconds, started
@@ -181,7 +183,9 @@ def train_subnet(
             "best_top1": best["top1"],
             "epoch_seconds": elapsed,
         }
-        saved = training | {"before": before, "best": best, "seconds": seconds}
+        history.append(metrics)
+        about = {"before": before, "best": best, "seconds": seconds, "history": history}
+        saved = training | about
         with tempfile.TemporaryDirectory() as directory:
             torch.save(saved, Path(directory) / STATE_FILE)
             report(metrics, directory)
@@ -241,6 +245,10 @@ def keep_best(
         seconds=state["seconds"] + time.monotonic() - started,
     )
     write_tensors(folder / "finetuned.safetensors", all_tensors(model))
-    more = {"recipe": dataclasses.asdict(recipe), "variants": variants}
+    more = {
+        "recipe": dataclasses.asdict(recipe),
+        "variants": variants,
+        "history": state["history"],
+    }
     write_json(folder / "metrics.json", dataclasses.asdict(result) | more)
     return result

@@ -158,8 +158,9 @@ def save_trained(folder: Path) -> nn.Module:
 
 
 def epochs_by_rate(events: list[FinetuneProgress]) -> dict[float, list[int]]:
-    rates = {event.rate for event in events}
-    return {rate: [event.epoch for event in events if event.rate == rate] for rate in rates}
+    """Trained, not shown again after a kill."""
+    new = [event for event in events if not event.is_restored]
+    return {rate: [e.epoch for e in new if e.rate == rate] for rate in {e.rate for e in new}}
 
 
 def read_finetuned(folder: Path) -> dict[str, Tensor]:
@@ -203,6 +204,7 @@ def test_the_best_weights_by_search_accuracy_are_kept_and_tested_once(
         accuracies = [result.search_top1_before, *reached]
         assert result.search_top1 == max(accuracies)
         assert result.best_epoch == accuracies.index(max(accuracies))
+        assert [epoch["search_top1"] for epoch in metrics["history"]] == reached
     # Training improves the fresh network; the trained one was perfect and stays as it was.
     assert results[0.3].best_epoch > 0
     assert results[0.5].best_epoch == 0
@@ -284,6 +286,11 @@ def test_after_a_killed_trial_and_a_killed_driver_all_end_with_the_same_weights(
     )
 
     assert list(results) == [0.3, 0.5]
+    restored = [event for event in events if event.is_restored]
+    assert {event.rate: event.epoch for event in restored} == {
+        rate: epochs[-1] for rate, epochs in seen.items() if epochs
+    }
+    assert events[: len(restored)] == restored
     again = epochs_by_rate(events)
     assert again[0.3][-1] == recipe.epochs
     for rate, before in seen.items():

@@ -107,6 +107,8 @@ def make_episodes(count: int, rates: tuple[float, ...] = RATES) -> pa.Table:
             "top1": pa.array(np.where(index % 50 == 49, 0.0, top1), pa.float64()),
             "cached": pa.array(index % 20 == 19, pa.bool_()),
             "status": pa.array(np.where(index % 50 == 49, "failed", "ok").tolist(), pa.string()),
+            "seconds": pa.array(np.where(index % 20 == 19, 0.0, 4.0), pa.float64()),
+            "images": pa.array(np.full(count, 5000), pa.int64()),
             "evaluator": pa.array([f"evaluator-{i % 2}" for i in index], pa.string()),
             "node": pa.array(["local"] * count, pa.string()),
         }
@@ -147,6 +149,19 @@ def make_learning(lines: list[dict[str, Any]]) -> dict[str, Any]:
     return {"images": 1500, "policy_top1": points}
 
 
+def make_metrics(row: dict[str, Any], epochs: int = 8) -> dict[str, Any]:
+    """What fine-tuning leaves beside a subnet."""
+    before, best = row["top1"], row["finetuned_top1"]
+    top1 = [best - (best - before) * 0.5**epoch for epoch in range(1, epochs)]
+    return {
+        "epochs": epochs,
+        "best_epoch": epochs - 1,
+        "search_top1_before": before,
+        "history": [{"search_top1": value} for value in (*top1, top1[-1] - 0.001)],
+        "seconds": 1200.0,
+    }
+
+
 def make_run(
     folder: Path, result: dict[str, Any], lines: list[dict[str, Any]] | None = None
 ) -> Path:
@@ -159,4 +174,7 @@ def make_run(
     environment = {"python": "3.11.0", "packages": {"torch": "2.9"}, "commit": None, "seed": 0}
     write_json(folder / "environment.json", environment)
     write_yaml(folder / "config.yaml", {"name": result["name"], "rates": [0.3, 0.5, 0.7]})
+    for row in result["rates"]:
+        if row["finetuned_top1"] is not None:
+            write_json(folder / row["path"] / "metrics.json", make_metrics(row))
     return folder

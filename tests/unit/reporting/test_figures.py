@@ -27,7 +27,7 @@ MANY_RATES = tuple(round(0.08 * i, 2) for i in range(1, 13))
     ids=["three-rates", "nothing-measured", "one-of-each", "many"],
 )
 def test_every_run_has_its_figures_as_png_and_svg(tmp_path, result, count, rates):
-    drawings = draw_figures(result, make_episodes(count, rates), tmp_path / "figures")
+    drawings = draw_figures(result, make_episodes(count, rates), {}, tmp_path / "figures")
     names = ["accuracy", "latency", "learning", "keep-ratios", "keep-counts"]
     assert [drawing.path.name for drawing in drawings] == [f"{name}.png" for name in names]
     for name in names:
@@ -42,14 +42,14 @@ def test_every_run_has_its_figures_as_png_and_svg(tmp_path, result, count, rates
 
 def test_equal_runs_give_equal_files(tmp_path):
     for name in ("a", "b"):
-        draw_figures(make_result(), make_episodes(30), tmp_path / name)
+        draw_figures(make_result(), make_episodes(30), {}, tmp_path / name)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
 
 def test_settings_of_matplotlib_are_left_alone(tmp_path):
     before = dict(mpl.rcParams)
-    draw_figures(make_result(), make_episodes(30), tmp_path)
+    draw_figures(make_result(), make_episodes(30), {}, tmp_path)
     assert dict(mpl.rcParams) == before
 
 

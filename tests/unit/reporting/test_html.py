@@ -2,8 +2,10 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from torch import nn
 
 from cacp_ray.errors import ArtifactError
+from cacp_ray.pruning.subnet import save_subnet
 from cacp_ray.reporting.html import write_report
 from tests.unit.reporting.synthetic import (
     RATES,
@@ -15,6 +17,13 @@ from tests.unit.reporting.synthetic import (
 )
 
 MANY_RATES = tuple(round(0.08 * i, 2) for i in range(1, 13))
+DESCRIPTION = {
+    "model": "resnet20",
+    "cost": "macs",
+    "rate": 0.42,
+    "cost_kept": 0.4199,
+    "input_shape": [3, 32, 32],
+}
 VOID = {"meta", "img", "br", "link", "input"}
 
 
@@ -59,10 +68,35 @@ def test_the_file_loads_nothing_from_elsewhere(tmp_path):
     html = report(tmp_path, make_result())
     page = Page(html)
     loaded = [value for _, a in page.tags for key, value in a.items() if key in ("src", "href")]
-    assert len(loaded) == 5
+    assert len(loaded) == 6
     assert all(value.startswith("data:image/png;base64,") for value in loaded)
     assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
     assert not re.search(r"https?://|@import|url\(", html)
+
+
+def test_a_subnet_that_was_asked_for_later_is_there_to_load(tmp_path):
+    run_dir = make_run(tmp_path, make_result())
+    assert "after the search" not in Page(write_report(run_dir, make_episodes(9)).read_text()).text
+    later = run_dir / "subnets" / "rate-0.42"
+    save_subnet(later, nn.Linear(2, 2), DESCRIPTION)
+    text = Page(write_report(run_dir, make_episodes(9)).read_text()).text
+    assert f'net = cacp_ray.load_subnet("{later.as_posix()}")' in text.split("after the search")[1]
+
+
+def test_the_short_table_is_of_the_best_split_that_is_known(tmp_path):
+    before = report(tmp_path / "before", make_result(is_finetuned=False))
+    after = report(tmp_path / "after", make_result())
+    short = [page.split('class="short"')[1].split("</table>")[0] for page in (before, after)]
+    assert "%, search" in short[0]
+    assert "<td>81.71</td><td>\N{MINUS SIGN}10.29</td>" in short[0]
+    assert "%, test" in short[1]
+
+
+def test_fine_tuning_is_drawn_once_it_is_done(tmp_path):
+    before = report(tmp_path / "before", make_result(is_finetuned=False))
+    after = report(tmp_path / "after", make_result())
+    assert ("Fine-tuning" in headings(before), "Fine-tuning" in headings(after)) == (False, True)
+    assert (tmp_path / "after" / "figures" / "finetuning.svg").exists()
 
 
 def headings(html: str) -> list[str]:
@@ -133,9 +167,11 @@ def test_words_errors_phases_versions_and_configuration_are_stated(tmp_path):
         "Standard error",
         "3 rates",
         "1 h 06 min",
-        "60 measurements recorded",
-        "1 failed",
-        "2 evaluators on 1 node",
+        "60 recorded, 3 answered from memory, 1 failed",
+        "2 processes on 1 node",
+        "4.0 s (median) to build, repair and score on 5,000 images",
+        "3 min 48 s of all evaluators, 47 % of the time of the search",
+        "3 networks, 24 epochs, 1 h 00 min in trials",
         "torch",
         "rates:",
     ):

@@ -176,6 +176,20 @@ def test_workers_share_every_batch_between_them() -> None:
         assert torch.equal(y[1::2], second)
 
 
+def test_each_worker_drops_units_of_its_own() -> None:
+    recipe = dataclasses.replace(RECIPE, epochs=1, padding=0)
+    seen = []
+    for rank in range(2):
+        model = make_model(dropout=0.5)
+        model[5].register_forward_hook(
+            lambda layer, x, y: seen.append(torch.random.get_rng_state())
+        )
+        batches = make_batches(make_images(48, 0), recipe, (rank, 2))
+        train(model, batches, make_split(32, 1), recipe)
+    first, second = seen[0], seen[len(seen) // 2]
+    assert not torch.equal(first, second)
+
+
 def test_erased_rectangles_are_as_large_and_as_many_as_they_should_be() -> None:
     x = torch.ones(4000, 2, 20, 30)
     result = erase(x, 0.25, torch.Generator().manual_seed(0))

@@ -1,0 +1,64 @@
+"""What the subnet folders of a run tell: how fine-tuning went, and who came after the search."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from cacp_ray.files import read_json
+from cacp_ray.pruning.subnet import read_description
+from cacp_ray.reporting.figures import limit_y, rate_colours, rate_legend, style
+
+Metrics = dict[float, dict[str, Any]]  # rate -> content of metrics.json
+
+
+def read_metrics(run_dir: Path, result: dict[str, Any]) -> Metrics:
+    """The metrics.json of every fine-tuned rate, smallest first.
+
+    Raises:
+        ArtifactError: One is unreadable.
+    """
+    rows = sorted(result["rates"], key=lambda row: row["rate"])
+    files = {row["rate"]: run_dir / row["path"] / "metrics.json" for row in rows}
+    return {rate: read_json(file) for rate, file in files.items() if file.exists()}
+
+
+def find_later(run_dir: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Subnets that `cacp-ray subnet` saved: their subnet.json, and `path` within the run.
+
+    Raises:
+        ArtifactError: One is unreadable.
+    """
+    known = {row["path"] for row in result["rates"]}
+    files = sorted((run_dir / "subnets").glob("*/subnet.json"))
+    paths = [file.parent.relative_to(run_dir).as_posix() for file in files]
+    return [
+        read_description(run_dir / path) | {"path": path} for path in paths if path not in known
+    ]
+
+
+def plot_finetuning(axes: Axes, result: dict[str, Any], metrics: Metrics) -> str:
+    """Top-1 on the search split after every epoch; returns the caption."""
+    shown: list[float] = []
+    epochs = 0
+    for (rate, found), colour in zip(metrics.items(), rate_colours(len(metrics)), strict=True):
+        values = [100 * found["search_top1_before"]]
+        values += [100 * epoch["search_top1"] for epoch in found["history"]]
+        axes.plot(range(len(values)), values, color=colour, label=f"{rate:.2f}")
+        best = found["best_epoch"]
+        axes.plot([best], [values[best]], color=colour, marker="o")
+        shown += values
+        epochs = max(epochs, len(values) - 1)
+    top1 = (result["base"].get("search") or {}).get("top1")
+    if top1 is not None:
+        axes.axhline(100 * top1, color="black", linestyle=":", linewidth=1.3)
+        shown.append(100 * top1)
+    limit_y(axes, np.array(shown), np.empty(0))
+    axes.set_xlim(0, max(1, epochs) * 1.02)
+    style(axes, "epochs", "top-1, search split (%)")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+    rate_legend(axes)
+    whole = " Dotted: the base network." if top1 is not None else ""
+    return f"From the network as the search left it. Dot: the epoch whose weights are kept.{whole}"
