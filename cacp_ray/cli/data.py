@@ -45,17 +45,13 @@ def convert_data(
     from cacp_ray.distributed.cluster import check_address, connect
     from cacp_ray.distributed.converting import convert
     from cacp_ray.distributed.probe import probe_nodes
+    from cacp_ray.reporting.converting_progress import ConvertDisplay
 
     if kind != "imagefolder":
         raise ConfigError(f"data convert {kind}: only imagefolder can be converted")
     check_address(address)
     connect(address)
     probe_nodes()
-    rows = convert(
-        source,
-        out,
-        shards,
-        prefix,
-        lambda done, total: None if state["quiet"] else typer.echo(f"shard {done:,}/{total:,}"),
-    )
+    with ConvertDisplay(quiet=state["quiet"]) as display:
+        rows = convert(source, out, shards, prefix, display.update)
     typer.echo(f"{rows:,} images in {shards:,} shards: {out}")

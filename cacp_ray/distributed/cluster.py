@@ -4,6 +4,7 @@
 first. Its own start is mostly the start of Python processes: see `_fast_start`.
 """
 
+import atexit
 import contextlib
 import logging
 import os
@@ -52,7 +53,7 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> None:
     if address == "local":
         with _fast_start():
             _init(address, num_cpus=num_cpus, include_dashboard=False)
-        logger.info("Ray's own messages: %s", _log_folder())
+        atexit.register(logger.info, "Ray's own messages: %s", _log_folder())
         return
     target = check_address(address)
     _use_token()

@@ -30,7 +30,7 @@ IN_FLIGHT = 2  # shards a CPU, so that none waits for the driver
 
 
 def convert(
-    path: str, out: str, num_shards: int, prefix: str, on_shard: Callable[[int, int], object]
+    path: str, out: str, num_shards: int, prefix: str, on_shard: Callable[[int, int, int], object]
 ) -> int:
     """Writes `PREFIX-00000-of-NNNNN.parquet` ... with a column `image` and a column `label`.
 
@@ -39,7 +39,8 @@ def convert(
         out: Folder or URI of the shards, writable on every node.
         num_shards: Files.
         prefix: Of their names.
-        on_shard: Called with how many shards are whole, and of how many.
+        on_shard: Called with how many shards are whole, of how many, and how many images the last
+            one was given; 0 for one that was there already.
 
     Returns:
         Rows in all.
@@ -68,7 +69,7 @@ def convert(
             flights.append(write.remote(shared, out, file, part))
         finished, flights = ray.wait(flights, num_returns=1)
         try:
-            ray.get(finished)
+            (written,) = ray.get(finished)
         except RayTaskError as error:
             if isinstance(error.cause, ArtifactError):
                 raise error.cause from error
@@ -77,7 +78,7 @@ def convert(
                 "can write to, then run the command again"
             ) from error
         done += 1
-        on_shard(done, num_shards)
+        on_shard(done, num_shards, written)
     return len(rows)
 
 
@@ -86,8 +87,8 @@ def _write_shard(
     out: str,
     name: str,
     rows: NDArray[np.int64],
-) -> None:
-    """Writes one shard, unless it is there, and reads it back."""
+) -> int:
+    """Writes one shard, unless it is there, and reads it back; returns the images written."""
     path, labels, classes = shared
     filesystem, folder = (
         fs.FileSystem.from_uri(out) if "://" in out else (fs.LocalFileSystem(), out)
@@ -95,7 +96,7 @@ def _write_shard(
     file = posixpath.join(folder, name)
     digest = hashlib.sha256(f"{path} {classes}".encode() + rows.tobytes()).hexdigest().encode()
     if _is_whole(filesystem, file, digest, len(rows)):
-        return
+        return 0
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     features = {
         "label": {"names": list(classes), "_type": "ClassLabel"},
@@ -121,6 +122,7 @@ def _write_shard(
     filesystem.move(f"{file}.tmp", file)
     if not _is_whole(filesystem, file, digest, len(rows)):
         raise ArtifactError(f"{file}: not as it was written; is the disk full or faulty?")
+    return len(rows)
 
 
 def _is_whole(filesystem: fs.FileSystem, file: str, digest: bytes, num_rows: int) -> bool:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -35,7 +36,8 @@ def test_shards_hold_the_images_of_the_folder(folder, tmp_path):
     seen = []
     out = tmp_path / "shards"
     assert convert(str(folder), str(out), 7, "train", lambda *done: seen.append(done)) == 120
-    assert seen == [(number, 7) for number in range(1, 8)]
+    assert [row[:2] for row in seen] == [(number, 7) for number in range(1, 8)]
+    assert sum(images for _, _, images in seen) == 120
     files = sorted(out.iterdir())
     assert files[0].name == "train-00000-of-00007.parquet"
     assert len(files) == 7
@@ -61,7 +63,9 @@ def test_what_is_whole_is_left_alone_and_what_is_not_is_written_again(folder, tm
     second.write_bytes(second.read_bytes()[:1000])
     third.unlink()
     os.utime(first, (1, 1))
-    convert(str(folder), str(out), 4, "train", lambda *done: None)
+    seen = []
+    convert(str(folder), str(out), 4, "train", lambda *done: seen.append(done))
+    assert sorted(images for _, _, images in seen) == [0, 0, 30, 30]
     again = read_images(open_source(str(out)), Rows())
     assert np.array_equal(again.images, whole.images)
     assert first.stat().st_mtime == 1
@@ -73,12 +77,11 @@ def test_a_killed_conversion_goes_on(folder, tmp_path):
     address = ray.get_runtime_context().gcs_address
     command = [sys.executable, "-m", "cacp_ray.cli", "data", "convert", "imagefolder"]
     command += [str(folder), str(out), "--shards", "40", "--address", address]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if "shard 3/" in line:
-                process.send_signal(signal.SIGKILL)
-                break
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while not (out / "train-00002-of-00040.parquet").exists():
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
     assert not all((out / f"train-{i:05d}-of-00040.parquet").exists() for i in range(40))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from cacp_ray.reporting import progress
+from cacp_ray.reporting.converting_progress import ConvertDisplay
 from cacp_ray.reporting.progress import FinetuneDisplay, SearchDisplay
 from cacp_ray.reporting.tables import make_console
 
@@ -163,3 +164,30 @@ def test_on_a_terminal_every_rate_shows_its_last_epoch():
     last = file.getvalue().rsplit("(kept)", 1)[1]
     assert last.index("4/10") < last.index("2/10")
     assert "1/10" not in last
+
+
+def test_a_conversion_counts_what_was_there_and_estimates_from_what_it_writes(clock):
+    file = io.StringIO()
+    with ConvertDisplay(console=make_console(file)) as display:
+        display.update(1, 10, 0)
+        clock[0] = 4.0
+        display.update(2, 10, 500)  # too soon for another line
+        clock[0] = 10.0
+        display.update(3, 10, 500)
+        display.update(10, 10, 100)
+    assert file.getvalue().splitlines() == [
+        "convert 1/10 shards  1 were there  0 images/s  \N{EN DASH} left",
+        "convert 3/10 shards  1 were there  100 images/s  35 s left",
+        "convert 10/10 shards  1 were there  110 images/s  0.0 s left",
+    ]
+
+
+def test_a_conversion_is_one_line_in_place_on_a_terminal(clock):
+    file = io.StringIO()
+    with ConvertDisplay(console=make_terminal(file)) as display:
+        display.update(3, 10, 500)
+    assert "3/10 shards" in file.getvalue()
+    quiet = io.StringIO()
+    with ConvertDisplay(quiet=True, console=make_console(quiet)) as display:
+        display.update(3, 10, 500)
+    assert quiet.getvalue() == ""
