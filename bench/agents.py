@@ -185,7 +185,7 @@ def run(job: Job, options: argparse.Namespace) -> None:
     score = make_scorer(prepared, base.search, recovery="compensate", dtype="auto", threads=1)
     evaluator: Evaluator = LocalEvaluator(score)
     if not config.evaluation.racing:  # which is to be seen with what it leaves out
-        key = key_of_scores(prepared, base.search, recovery="compensate", dtype=fast_dtype())
+        key = key_of_scores(prepared, base.search, recovery="compensate", dtype=str(fast_dtype()))
         cache = MeasurementCache(options.out / "cache", key)
         evaluator = CachedEvaluator(evaluator, cache, len(base.search))
     directory = RunDirectory(job.folder)

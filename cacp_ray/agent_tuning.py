@@ -23,12 +23,11 @@ from cacp_ray.agent_space import (
 )
 from cacp_ray.clock import Clock
 from cacp_ray.config import RunConfig, resolved
-from cacp_ray.evaluation.cache import key_of_scores
 from cacp_ray.evaluation.measurement import Evaluator
-from cacp_ray.evaluation.scorer import make_scorer, read_dtype
+from cacp_ray.evaluation.scorer import make_scorer
+from cacp_ray.evaluators import images_scored, key_of_run, scorer_arguments
 from cacp_ray.files import describe_environment, write_file, write_json, write_yaml
 from cacp_ray.loading import Base, load_base, prepare_base
-from cacp_ray.run import scorer_arguments
 from cacp_ray.searching.loop import SearchLoop
 from cacp_ray.searching.run_directory import RunDirectory
 from cacp_ray.strategies import check_strategy, make_run_strategy, num_searched
@@ -171,11 +170,13 @@ def _run_trials(
     from ray import tune
 
     from cacp_ray.distributed.broker import start_broker
-    from cacp_ray.distributed.cluster import available_cpus
+    from cacp_ray.distributed.room import find_room
     from cacp_ray.tuning.agents import TRIAL_CPUS, AgentTask, tune_agents
 
     cpus = search.cluster.cpus_per_evaluator
-    num_evaluators = search.cluster.max_evaluators or max(1, available_cpus() // cpus)
+    wanted = search.cluster.max_evaluators
+    room = find_room(cpus, search.cluster.gpus_per_evaluator, wanted, search.evaluations)
+    num_evaluators = room.total
     max_concurrent = min(config.trials, 2 * num_evaluators)
     if config.scheduler == "pbt":
         max_concurrent = config.trials
@@ -183,18 +184,15 @@ def _run_trials(
     broker = start_broker(
         make_scorer,
         scorer_arguments(search, base, prepared),
-        num_evaluators=num_evaluators,
+        num_evaluators=room.on_cpus,
+        num_gpu_evaluators=room.on_gpus,
+        gpus_per_evaluator=room.gpu_share,
         # The trials' share comes off the evaluators': all together they fill the machine.
         cpus_per_evaluator=cpus - TRIAL_CPUS * max_concurrent / num_evaluators,
-        follows_nodes=search.cluster.max_evaluators is None,
+        follows_nodes=wanted is None,
         cache_folder=(folder / "cache").resolve(),
-        cache_key=key_of_scores(
-            prepared,
-            base.search,
-            recovery=search.pruning.recovery,
-            dtype=read_dtype(search.evaluation.dtype),
-        ),
-        images=min(search.evaluation.images or len(base.search), len(base.search)),
+        cache_key=key_of_run(search, base, prepared, room.device),
+        images=images_scored(search, base),
     )
     try:
         trials = tune_agents(

@@ -156,6 +156,9 @@ class ClusterConfig(Section):
         "room for, and for more when nodes join",
     )
     cpus_per_evaluator: int = Field(default=1, ge=1, description="threads of one evaluator")
+    gpus_per_evaluator: float = Field(
+        default=0.0, ge=0, le=1, description="share of a GPU, 0.25: four on each; 0: on CPUs"
+    )
 
 
 class RunConfig(Section):

@@ -11,7 +11,8 @@ import torch
 
 from cacp_ray.config import RunConfig
 from cacp_ray.evaluation.fusion import fuse
-from cacp_ray.evaluation.scorer import default_batch_size, read_dtype
+from cacp_ray.evaluation.network import default_batch_size
+from cacp_ray.evaluation.scorer import read_dtype
 from cacp_ray.files import peak_memory
 from cacp_ray.loading import Base
 from cacp_ray.pruning.surgery import Skeleton, Slicer, all_tensors

@@ -16,10 +16,9 @@ from cacp_ray.diagnostics import (
     measure_answers,
     unseen_rates,
 )
-from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache, key_of_scores
 from cacp_ray.evaluation.measurement import Evaluator, Measurement, Subnet
 from cacp_ray.evaluation.preparation import Prepared
-from cacp_ray.evaluation.scorer import make_scorer, read_dtype
+from cacp_ray.evaluators import start_evaluators
 from cacp_ray.files import describe_environment, read_json, write_json
 from cacp_ray.loading import (
     STATISTICS_FILE,
@@ -96,9 +95,8 @@ def run_search(
         probe_nodes()
         prepared, statistics = preparing.result()
     with clock.phase("start"):
-        evaluator = _start_evaluators(config, base, prepared, say)
+        evaluator, kept = start_evaluators(config, base, prepared, cache, say)
         if cache is not None:
-            evaluator, kept = _put_cache_before(evaluator, cache, base, prepared, config)
             known = kept | dict(known or {})
             say(f"{len(kept):,} measurements are known from {cache}")
     try:
@@ -172,56 +170,6 @@ def _begin(
     run.write_environment(describe_environment(config.seed))
     run.write_model(model)
     return model
-
-
-def _start_evaluators(
-    config: RunConfig, base: Base, prepared: Prepared, say: Callable[[str], object]
-) -> Evaluator:
-    """Actors on the connected cluster, as many as its CPUs hold unless the run says how many.
-
-    Never more than could work at once, since nodes may be started for them.
-    """
-    from cacp_ray.distributed.cluster import available_cpus
-    from cacp_ray.distributed.pool import RayEvaluatorPool
-
-    per_evaluator = config.cluster.cpus_per_evaluator
-    wanted, room = config.cluster.max_evaluators, max(1, available_cpus() // per_evaluator)
-    useful = config.round_size if config.mode == "rounds" else config.evaluations
-    num_evaluators = min(wanted or room, useful)
-    say(f"{num_evaluators} evaluators with {per_evaluator} CPU each, room for {room} now")
-    return RayEvaluatorPool(
-        make_scorer,
-        scorer_arguments(config, base, prepared),
-        num_evaluators=num_evaluators,
-        cpus_per_evaluator=per_evaluator,
-        follows_nodes=wanted is None,
-    )
-
-
-def scorer_arguments(config: RunConfig, base: Base, prepared: Prepared) -> dict[str, Any]:
-    """What an evaluator builds its score function from."""
-    return {
-        "prepared": prepared,
-        "split": base.search,
-        "recovery": config.pruning.recovery,
-        "batch_size": config.evaluation.batch_size,
-        "dtype": config.evaluation.dtype,
-        "images": config.evaluation.images,
-        "threads": config.cluster.cpus_per_evaluator,
-    }
-
-
-def _put_cache_before(
-    evaluator: Evaluator, folder: Path, base: Base, prepared: Prepared, config: RunConfig
-) -> tuple[Evaluator, dict[Subnet, Measurement]]:
-    """An evaluator that asks the cache first, and what the search need not ask for."""
-    settings = config.evaluation
-    key = key_of_scores(
-        prepared, base.search, recovery=config.pruning.recovery, dtype=read_dtype(settings.dtype)
-    )
-    images = min(settings.images or len(base.search), len(base.search))
-    found = MeasurementCache(folder, key)
-    return CachedEvaluator(evaluator, found, images), found.on(images)
 
 
 def _search(

@@ -20,9 +20,16 @@ def to_normalized(
     images: NDArray[np.uint8], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Tensor:
     """uint8 (N, H, W, 3) -> float32 (N, 3, H, W), channels_last, normalised."""
-    x = from_shared(np.ascontiguousarray(images)).permute(0, 3, 1, 2)  # NHWC memory stays
-    x = x.to(torch.float32).div_(255.0)
-    return x.sub_(torch.tensor(mean).view(1, -1, 1, 1)).div_(torch.tensor(std).view(1, -1, 1, 1))
+    return normalize(from_shared(np.ascontiguousarray(images)), mean, std)
+
+
+def normalize(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """The same of a tensor (N, H, W, 3), on its device."""
+    x = pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255.0)  # NHWC memory stays
+    centre, spread = (
+        torch.tensor(values, device=x.device).view(1, -1, 1, 1) for values in (mean, std)
+    )
+    return x.sub_(centre).div_(spread)
 
 
 def augment(

@@ -13,7 +13,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -21,14 +20,14 @@ from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from cacp_ray.distributed.evaluator import NotPreparedError, RayEvaluator
 from cacp_ray.distributed.metrics import PoolMetrics
-from cacp_ray.distributed.nodes import read_nodes
+from cacp_ray.distributed.nodes import Nodes, read_nodes
 from cacp_ray.distributed.outcomes import as_failed, describe, get_outcome
+from cacp_ray.distributed.slots import PLACES, Flight, Kind, Slot, Work
 from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
 
 logger = logging.getLogger(__name__)
 
-PLACES = 2  # candidates in flight per actor: one is scored, the next one waits beside it
 MAX_START_CRASHES = 3
 RETRY_DELAY_S = 1.0
 MAX_RETRY_DELAY_S = 32.0
@@ -36,52 +35,6 @@ WATCH_S = 1.0
 PATIENCE_S = 20.0
 WITHDRAW_S = 60.0
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
-
-@dataclass(eq=False)
-class _Slot:
-    """A place for an actor, whichever process or actor fills it now."""
-
-    name: str
-    actor: Any
-    node: str = ""  # id, once the process runs
-    is_ready: bool = False
-    is_draining: bool = False
-    starting: ray.ObjectRef | None = None  # `locate`, then `prepare`
-    start_at: float = 0.0
-    num_free: int = PLACES
-    num_crashes: int = 0  # consecutive process deaths while starting
-    start_error: str = ""
-    waiting_since: float = field(default_factory=time.monotonic)
-
-    def lose(self) -> None:
-        """Its process is gone."""
-        self.is_ready, self.node, self.waiting_since = False, "", time.monotonic()
-
-
-@dataclass(eq=False)
-class _Work:
-    """A candidate that has no measurement yet.
-
-    One that failed before travels alone: should it crash its process again, nobody else is hit.
-    """
-
-    candidate: Candidate
-    attempt: int = 1
-    tried: set[str] = field(default_factory=set)
-
-    @property
-    def num_places(self) -> int:
-        return PLACES if self.tried else 1
-
-
-@dataclass(eq=False)
-class _Flight:
-    """A candidate on an actor."""
-
-    slot: _Slot
-    work: _Work
-    num_places: int
 
 
 class RayEvaluatorPool:
@@ -97,6 +50,8 @@ class RayEvaluatorPool:
         *,
         num_evaluators: int,
         cpus_per_evaluator: float,
+        num_gpu_evaluators: int = 0,
+        gpus_per_evaluator: float = 0.0,
         max_attempts: int = 3,
         follows_nodes: bool = False,
     ) -> None:
@@ -109,27 +64,26 @@ class RayEvaluatorPool:
                 also inside containers, without a copy and read-only.
             num_evaluators: Actors to ask for, whether there is room for them yet or not.
             cpus_per_evaluator: CPUs an actor reserves; also its threads, at least 1.
+            num_gpu_evaluators: Actors with a share of a GPU to ask for beside them;
+                `make_score(**payload, gpu=share)` is called in those.
+            gpus_per_evaluator: That share.
             max_attempts: Tries of one candidate before it is given up as failed; a try lost to an
                 announced preemption does not count.
-            follows_nodes: Ask for as many as there is room for instead: `num_evaluators` at first,
-                more when nodes join, and none that has found no room for a minute.
+            follows_nodes: Ask for as many as there is room for instead: these at first, more when
+                nodes join, and none that has found no room for a minute. Where actors have shares
+                of GPUs, those without are asked for nodes that have no GPU.
         """
         self._make_score = make_score
         self._payload = {name: ray.put(value) for name, value in payload.items()}
-        self._cpus = cpus_per_evaluator
         self._max_attempts = max_attempts
-        threads = str(max(1, math.ceil(cpus_per_evaluator)))  # a broker reserves a little less
-        self._actor_class = ray.remote(RayEvaluator).options(
-            num_cpus=cpus_per_evaluator,
-            max_restarts=-1,
-            max_task_retries=0,
-            scheduling_strategy="DEFAULT",  # inside a Tune trial: not in the trial's bundle
-            runtime_env={"env_vars": dict.fromkeys(THREAD_VARIABLES, threads)},
-        )
+        self._plain = Kind(cpus_per_evaluator)
+        self._fast = Kind(cpus_per_evaluator, gpus_per_evaluator) if gpus_per_evaluator else None
+        if self._fast is not None:
+            self._payload["gpu"] = ray.put(gpus_per_evaluator)
         self._metrics = PoolMetrics()
-        self._queue: deque[_Work] = deque()
-        self._flights: dict[ray.ObjectRef, _Flight] = {}
-        self._starting: dict[ray.ObjectRef, _Slot] = {}
+        self._queue: deque[Work] = deque()
+        self._flights: dict[ray.ObjectRef, Flight] = {}
+        self._starting: dict[ray.ObjectRef, Slot] = {}
         self._follows_nodes = follows_nodes
         self._known_nodes = set(read_nodes().cpus)
         self._watch_at = time.monotonic() + WATCH_S
@@ -138,10 +92,13 @@ class RayEvaluatorPool:
         self._was_ready = False
         self._has_warned = False
         self._num_slots_made = 0
-        self._slots: list[_Slot] = []
+        self._slots: list[Slot] = []
         room = ray.available_resources().get("CPU", 0) / cpus_per_evaluator
-        self._first_capacity = max(1, min(num_evaluators, int(room)))
-        self._add_slots(num_evaluators)
+        total = num_evaluators + num_gpu_evaluators
+        self._first_capacity = max(1, min(total, int(room)))
+        if self._fast is not None:  # before others take their CPUs
+            self._add_slots(self._fast, num_gpu_evaluators)
+        self._add_slots(self._plain, num_evaluators)
         self._start_due()
 
     @property
@@ -156,7 +113,7 @@ class RayEvaluatorPool:
 
     def submit(self, candidate: Candidate) -> None:
         """Queues a candidate; it leaves at once where an actor has a free place."""
-        self._queue.append(_Work(candidate))
+        self._queue.append(Work(candidate))
         self._dispatch()
 
     def results(self, timeout: float) -> list[Measurement]:
@@ -188,11 +145,11 @@ class RayEvaluatorPool:
         self._starting.clear()
         self._payload.clear()
 
-    def _add_slots(self, count: int) -> None:
+    def _add_slots(self, kind: Kind, count: int) -> None:
         for _ in range(count):
             name = f"evaluator-{self._num_slots_made}"
             self._num_slots_made += 1
-            self._slots.append(_Slot(name, self._actor_class.remote(name)))
+            self._slots.append(Slot(name, kind, _start_actor(kind, name)))
 
     def _start_due(self) -> None:
         """Asks actors that are not ready where they are, then to build their score function."""
@@ -201,7 +158,9 @@ class RayEvaluatorPool:
             if slot.is_ready or slot.starting is not None or slot.start_at > now:
                 continue
             if slot.node:
-                ref = slot.actor.prepare.remote(self._make_score, self._payload)
+                names = [name for name in self._payload if slot.kind.gpus or name != "gpu"]
+                payload = {name: self._payload[name] for name in names}
+                ref = slot.actor.prepare.remote(self._make_score, payload)
             else:
                 ref = slot.actor.locate.remote()
             slot.starting = ref
@@ -226,18 +185,26 @@ class RayEvaluatorPool:
         joined = nodes.cpus.keys() - self._known_nodes
         self._known_nodes |= joined
         if self._follows_nodes:
-            waiting = [slot for slot in self._slots if not slot.node]
-            room = sum(int(nodes.cpus[node] / self._cpus) for node in joined)
-            self._add_slots(max(0, room - len(waiting)))
-            for slot in waiting[: len(self._slots) - 1]:  # one always asks for a node
-                if not room and now - slot.waiting_since > WITHDRAW_S:
-                    self._slots.remove(slot)
-                    ray.kill(slot.actor)
+            for kind in filter(None, (self._fast, self._plain)):
+                own = [node for node in joined if self._kind_on(nodes, node) == kind]
+                self._follow(kind, sum(kind.room(nodes, node) for node in own), now)
 
-    def _replace(self, slot: _Slot) -> None:
+    def _kind_on(self, nodes: Nodes, node: str) -> Kind:
+        return self._fast if self._fast is not None and nodes.gpus[node] else self._plain
+
+    def _follow(self, kind: Kind, room: int, now: float) -> None:
+        """Actors of a kind for nodes that joined; those that wait in vain are taken back."""
+        waiting = [slot for slot in self._slots if not slot.node and slot.kind == kind]
+        self._add_slots(kind, max(0, room - len(waiting)))
+        for slot in waiting[: len(self._slots) - 1]:  # one always asks for a node
+            if not room and now - slot.waiting_since > WITHDRAW_S:
+                self._slots.remove(slot)
+                ray.kill(slot.actor)
+
+    def _replace(self, slot: Slot) -> None:
         """A new actor, which Ray places anew."""
         ray.kill(slot.actor)
-        slot.actor = self._actor_class.remote(slot.name)
+        slot.actor = _start_actor(slot.kind, slot.name)
         slot.starting = None  # what the old one answers no longer counts
         slot.lose()
 
@@ -248,8 +215,8 @@ class RayEvaluatorPool:
         there is a ready one, and that actor gets nothing new meanwhile.
         """
         ready = [slot for slot in self._slots if slot.is_ready and not slot.is_draining]
-        reserved: list[_Slot] = []
-        waiting: list[_Work] = []
+        reserved: list[Slot] = []
+        waiting: list[Work] = []
         while self._queue and any(slot.num_free for slot in ready if slot not in reserved):
             work = self._queue.popleft()
             untried = [slot for slot in ready if slot.name not in work.tried] or ready
@@ -261,7 +228,7 @@ class RayEvaluatorPool:
                 continue
             slot.num_free -= work.num_places
             ref = slot.actor.score.remote(work.candidate, work.attempt)
-            self._flights[ref] = _Flight(slot, work, work.num_places)
+            self._flights[ref] = Flight(slot, work, work.num_places)
         self._queue.extendleft(reversed(waiting))
 
     def _poll(self, timeout: float) -> list[Measurement]:
@@ -304,7 +271,7 @@ class RayEvaluatorPool:
         finished, _ = ray.wait(pending, num_returns=1, timeout=min(timeout, RETRY_DELAY_S))
         return finished
 
-    def _fail(self, flight: _Flight, error: Exception) -> list[Measurement]:
+    def _fail(self, flight: Flight, error: Exception) -> list[Measurement]:
         """Queues the candidate for another actor, or gives it up."""
         work, slot = flight.work, flight.slot
         is_counted = True
@@ -325,7 +292,7 @@ class RayEvaluatorPool:
         self._queue.appendleft(work)
         return []
 
-    def _note_started(self, slot: _Slot, outcome: Any) -> None:
+    def _note_started(self, slot: Slot, outcome: Any) -> None:
         slot.starting = None
         if isinstance(outcome, str):
             slot.node = outcome
@@ -368,11 +335,29 @@ class RayEvaluatorPool:
             )
         if now - self._none_ready_since > PATIENCE_S and not self._has_warned:
             self._has_warned = True
+            has = ray.cluster_resources()
             logger.warning(
-                "no evaluator is ready after %.0f s: %d of them ask for %g CPU each and the "
-                "cluster has %g; still waiting (add nodes, or lower the CPUs of an evaluator)",
+                "no evaluator is ready after %.0f s: %d of them ask for %s each and the cluster "
+                "has %g CPU and %g GPU; still waiting (add nodes, or lower what an evaluator asks)",
                 now - self._none_ready_since,
                 len(self._slots),
-                self._cpus,
-                ray.cluster_resources().get("CPU", 0),
+                self._slots[0].kind,
+                has.get("CPU", 0),
+                has.get("GPU", 0),
             )
+
+
+def _start_actor(kind: Kind, name: str) -> Any:
+    threads = str(max(1, math.ceil(kind.cpus)))  # a broker reserves a little less
+    return (
+        ray.remote(RayEvaluator)
+        .options(
+            num_cpus=kind.cpus,
+            num_gpus=kind.gpus,
+            max_restarts=-1,
+            max_task_retries=0,
+            scheduling_strategy="DEFAULT",  # inside a Tune trial: not in the trial's bundle
+            runtime_env={"env_vars": dict.fromkeys(THREAD_VARIABLES, threads)},
+        )
+        .remote(name)
+    )

@@ -28,8 +28,15 @@ VERSION = 1  # to be raised when the same candidate scores otherwise
 Key = tuple[Subnet, int]  # what was scored, on how many images
 
 
-def key_of_scores(prepared: Prepared, split: ImageSet, *, recovery: str, dtype: torch.dtype) -> str:
-    """sha256 of all that a score depends on beside the candidate."""
+def key_of_scores(prepared: Prepared, split: ImageSet, *, recovery: str, dtype: str) -> str:
+    """sha256 of all that a score depends on beside the candidate.
+
+    Args:
+        prepared: Of the network.
+        split: The search split.
+        recovery: Of candidates.
+        dtype: What they are computed in, and the device where it is no CPU.
+    """
     digest = hashlib.sha256(f"{VERSION} {torch.__version__} {dtype} {recovery}\n".encode())
     digest.update(f"{prepared.model}\n{split.mean} {split.std}\n".encode())
     for each in (prepared, *(prepared.others[name] for name in sorted(prepared.others))):

@@ -4,13 +4,14 @@ A convolution of a small network is cheap, and the passes over memory after it a
 with a shortcut, the activation. Here a convolution and what follows it are one call of oneDNN, as
 torch.compile makes them on CPUs, but nothing is compiled: the graph is made once from the whole
 network, and a candidate only exchanges weights. Networks that torch.fx cannot trace, or whose graph
-gives other logits, are scored as they are.
+gives other logits, are scored as they are. On other devices BN is folded all the same, and the rest
+of a call is made of single ones.
 """
 
 import copy
 import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -30,6 +31,13 @@ ACTIVATIONS: dict[Any, Activation] = {
     **dict.fromkeys((nn.SiLU, functional.silu), ("swish", ())),
     **dict.fromkeys((nn.Hardswish, functional.hardswish), ("hardswish", ())),
 }
+APPLY: dict[str, Callable[..., Tensor]] = {
+    "none": lambda x: x,
+    "relu": functional.relu_,
+    "hardtanh": functional.hardtanh_,
+    "swish": lambda x: functional.silu(x, inplace=True),
+    "hardswish": lambda x: functional.hardswish(x, inplace=True),
+}
 SUMS = (operator.add, operator.iadd, torch.add)
 
 
@@ -41,6 +49,9 @@ class FusedConv2d(nn.Conv2d):
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """(N, C_in, H, W), and `other` of the result's shape -> (N, C_out, H', W')."""
         name, numbers = self.activation
+        if x.device.type != "cpu":
+            y = super().forward(x)
+            return APPLY[name](y if other is None else y.add_(other), *numbers)
         call = torch.ops.mkldnn._convolution_pointwise
         shape = (list(self.padding), list(self.stride), list(self.dilation), self.groups)
         if other is None:
@@ -101,7 +112,8 @@ def fuse(model: nn.Module) -> FusedNetwork | None:
     Args:
         model: Left as it is.
     """
-    if not torch.backends.mkldnn.is_available():
+    on_cpu = next((p.device.type for p in model.parameters()), "cpu") == "cpu"
+    if on_cpu and not torch.backends.mkldnn.is_available():
         return None
     whole = copy.deepcopy(model).eval().requires_grad_(False)
     try:
@@ -121,7 +133,8 @@ def fuse(model: nn.Module) -> FusedNetwork | None:
         user = _only_user(last)
         if user is not None and _is_foldable(norm := modules.get(str(user.target))):
             folds.append(Fold(name, str(user.target), norm.eps))
-            fused.bias = nn.Parameter(torch.zeros(fused.out_channels), requires_grad=False)
+            zeros = torch.zeros(fused.out_channels, device=fused.weight.device)
+            fused.bias = nn.Parameter(zeros, requires_grad=False)
             last = user
         last, other = _with_sum(last)
         user = _only_user(last)

@@ -104,25 +104,25 @@ def prepare(
 
 
 class Cutter:
-    """Keep counts -> network, repaired; holds the tensors of one process."""
+    """Keep counts -> network, repaired; holds the tensors of one process, on one device."""
 
-    def __init__(self, prepared: Prepared, recovery: str) -> None:
-        self.plan = prepared.plan
+    def __init__(self, prepared: Prepared, recovery: str, device: str = "cpu") -> None:
+        self.plan, self.device = prepared.plan, device
         self.skeleton = Skeleton(prepared.model)
         self.calibration = prepared.calibration
-        tensors = {name: from_shared(value) for name, value in prepared.tensors.items()}
+        tensors = {name: from_shared(value).to(device) for name, value in prepared.tensors.items()}
         # What is not exchanged with every candidate is copied: a forward pass may write to it, as
         # BN layers in training mode do to their batch counters, and shared memory is read-only.
         followed = {name for name, _ in self.plan.axes}
         tensors |= {name: t.clone() for name, t in tensors.items() if name not in followed}
         self.skeleton.load(tensors)
-        self.skeleton.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.skeleton.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         tensors = {
             name: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
             for name, t in tensors.items()
         }
         self.tensors: Mapping[str, Tensor] = tensors
-        calibration = prepared.calibration.tensors()[0] if recovery == "bn" else None
+        calibration = prepared.calibration.tensors()[0].to(device) if recovery == "bn" else None
         self.cut = make_cut(
             recovery,
             self.plan,
@@ -140,12 +140,12 @@ class Cutter:
 class Cutters(dict[str, Cutter]):
     """A cutter an importance order, made when it is first asked for."""
 
-    def __init__(self, prepared: Prepared, recovery: str) -> None:
-        super().__init__({"": Cutter(prepared, recovery)})
-        self._prepared, self._recovery = prepared, recovery
+    def __init__(self, prepared: Prepared, recovery: str, device: str = "cpu") -> None:
+        super().__init__({"": Cutter(prepared, recovery, device)})
+        self._prepared, self._recovery, self._device = prepared, recovery, device
 
     def __missing__(self, order: str) -> Cutter:
-        self[order] = Cutter(self._prepared.with_order(order), self._recovery)
+        self[order] = Cutter(self._prepared.with_order(order), self._recovery, self._device)
         return self[order]
 
 

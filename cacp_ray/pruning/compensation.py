@@ -136,7 +136,10 @@ class Compensator:
         self._tensors = tensors
         self._consumers = [c for c in plan.consumers if c.weight in factors]
         self._factors = {
-            name: {field: from_shared(value) for field, value in vars(layer).items()}
+            name: {
+                field: from_shared(value).to(tensors[name].device)
+                for field, value in vars(layer).items()
+            }
             for name, layer in factors.items()
         }
         self._slicer = Slicer(plan)
@@ -184,7 +187,7 @@ class Compensator:
             mean = factors["mean"][: kept * size]
         else:
             positions = torch.from_numpy(self._plan.axes[consumer.weight, 1].positions(keep_counts))
-            inputs = (positions[:, None] * size + torch.arange(size)).flatten()
+            inputs = (positions[:, None] * size + torch.arange(size)).flatten().to(original.device)
             solved, explained = _solve_any(factors, inputs[::num_taps] // num_taps)
             mean = factors["mean"][inputs]
         weight = solved.reshape(len(mean), -1)  # (|S|, N)

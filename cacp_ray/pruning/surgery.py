@@ -78,7 +78,7 @@ class Slicer:
         if (name, dim) not in self._plan.axes:
             return tensor
         positions = self._plan.axes[name, dim].positions(keep_counts)
-        return tensor.index_select(dim, torch.from_numpy(positions))
+        return tensor.index_select(dim, torch.from_numpy(positions).to(tensor.device))
 
     def __call__(
         self, tensors: Mapping[str, Tensor], keep_counts: Sequence[int]

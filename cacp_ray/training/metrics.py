@@ -25,7 +25,7 @@ class Accuracy:
 def fast_dtype(device: str = "cpu") -> torch.dtype:
     """bfloat16 where the device multiplies it natively, else float32."""
     if device == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float32
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
 

@@ -123,7 +123,7 @@ def test_the_key_is_of_all_that_a_score_depends_on():
     prepared, split = make_prepared(randomize(Plain(torch.nn.ReLU())))
 
     def key(prepared=prepared, split=split, recovery="none", dtype=torch.float32):
-        return key_of_scores(prepared, split, recovery=recovery, dtype=dtype)
+        return key_of_scores(prepared, split, recovery=recovery, dtype=str(dtype))
 
     name = "conv1.weight"
     weights = {**prepared.tensors, name: prepared.tensors[name] + 1}

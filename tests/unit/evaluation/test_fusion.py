@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.evaluation.fusion import FusedConv2d, fuse
+from cacp_ray.evaluation.network import FastNetwork, put_pixels
 from cacp_ray.evaluation.preparation import Cutter, prepare
-from cacp_ray.evaluation.scorer import FastNetwork
 from cacp_ray.pruning.plan import make_plan
 from cacp_ray.pruning.statistics import collect_statistics
 from cacp_ray.pruning.surgery import all_tensors
@@ -190,7 +190,7 @@ def test_candidates_score_alike_fused_or_not(model, is_fused, dtype):
         is_fused = False  # scored all the same, by autocast
     assert is_fused is None or is_fused == (network._fused is not None)
     counts = [max(2, size // 2 + 1) for size in cutter.plan.cost_model.num_channels]
-    found = network.load(counts, 10)(split)
+    found = network.load(counts, 10)(put_pixels(split), 0, len(split))
     with torch.inference_mode():
         expected = cutter.load(counts)(split.tensors()[0])
     tolerance = (1e-4 if dtype == torch.float32 else 0.1) * float(expected.abs().max())

@@ -10,8 +10,9 @@ import torch
 from cacp_ray.config import RunConfig, load_config
 from cacp_ray.errors import ConfigError, EvaluationError
 from cacp_ray.evaluation.measurement import Candidate
+from cacp_ray.evaluation.network import FastNetwork
 from cacp_ray.evaluation.preparation import Cutter
-from cacp_ray.evaluation.scorer import FastNetwork, make_scorer
+from cacp_ray.evaluation.scorer import make_scorer
 from cacp_ray.loading import STATISTICS_FILE, find_statistics, load_base, prepare_base
 from cacp_ray.results import parse_rates
 from cacp_ray.searching.budget import uniform

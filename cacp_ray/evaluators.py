@@ -1,0 +1,99 @@
+"""The evaluators of a run: actors on a connected cluster, and the cache before them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cacp_ray.config import ClusterConfig, RunConfig
+from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache, key_of_scores
+from cacp_ray.evaluation.measurement import Evaluator, Measurement, Subnet
+from cacp_ray.evaluation.preparation import Prepared
+from cacp_ray.evaluation.scorer import make_scorer, read_dtype
+from cacp_ray.loading import Base
+
+
+def start_evaluators(
+    config: RunConfig,
+    base: Base,
+    prepared: Prepared,
+    cache: Path | None,
+    say: Callable[[str], object],
+) -> tuple[Evaluator, dict[Subnet, Measurement]]:
+    """The evaluator of a search, and the measurements that it need not ask for.
+
+    Args:
+        config: Of the run.
+        base: Its network and images.
+        prepared: What all candidates share.
+        cache: Folder of measurements by content; None measures all anew.
+        say: Takes a line.
+    """
+    from cacp_ray.distributed.pool import RayEvaluatorPool
+    from cacp_ray.distributed.room import Room, find_room
+
+    cluster = config.cluster
+    # Never more than could work at once, since nodes may be started for them.
+    useful = config.round_size if config.mode == "rounds" else config.evaluations
+    room: Room = find_room(
+        cluster.cpus_per_evaluator, cluster.gpus_per_evaluator, cluster.max_evaluators, useful
+    )
+    say(describe_evaluators(cluster, room))
+    pool = RayEvaluatorPool(
+        make_scorer,
+        scorer_arguments(config, base, prepared),
+        num_evaluators=room.on_cpus,
+        cpus_per_evaluator=cluster.cpus_per_evaluator,
+        num_gpu_evaluators=room.on_gpus,
+        gpus_per_evaluator=room.gpu_share,
+        follows_nodes=cluster.max_evaluators is None,
+    )
+    if cache is None:
+        return pool, {}
+    found = MeasurementCache(cache, key_of_run(config, base, prepared, room.device))
+    images = images_scored(config, base)
+    return CachedEvaluator(pool, found, images), found.on(images)
+
+
+def describe_evaluators(cluster: ClusterConfig, room: Any) -> str:
+    """How many are asked for, what each reserves, and how many can begin.
+
+    Args:
+        cluster: Of the run.
+        room: See `cacp_ray.distributed.room`.
+    """
+    kinds = [
+        (room.on_gpus, f"{cluster.cpus_per_evaluator} CPU and {room.gpu_share:g} GPU"),
+        (room.on_cpus, f"{cluster.cpus_per_evaluator} CPU"),
+    ]
+    asked = ", ".join(f"{number:,} with {what} each" for number, what in kinds if number)
+    return f"evaluators: {asked}, room for {room.now:,} now"
+
+
+def scorer_arguments(config: RunConfig, base: Base, prepared: Prepared) -> dict[str, Any]:
+    """What an evaluator builds its score function from."""
+    return {
+        "prepared": prepared,
+        "split": base.search,
+        "recovery": config.pruning.recovery,
+        "batch_size": config.evaluation.batch_size,
+        "dtype": config.evaluation.dtype,
+        "images": config.evaluation.images,
+        "threads": config.cluster.cpus_per_evaluator,
+    }
+
+
+def key_of_run(config: RunConfig, base: Base, prepared: Prepared, device: str) -> str:
+    """Of the measurements on a device, see `key_of_scores`."""
+    dtype = config.evaluation.dtype
+    return key_of_scores(
+        prepared,
+        base.search,
+        recovery=config.pruning.recovery,
+        # The driver may have no GPU to ask.
+        dtype=str(read_dtype(dtype)) if device == "cpu" else f"{device} {dtype}",
+    )
+
+
+def images_scored(config: RunConfig, base: Base) -> int:
+    """Images of a whole measurement."""
+    return min(config.evaluation.images or len(base.search), len(base.search))
