@@ -20,7 +20,7 @@ from cacp_ray.exporting.subnet import export_subnet as export
 from cacp_ray.files import describe_environment, read_json, write_json, write_yaml
 from cacp_ray.finetuning import FinetuneConfig, finetune_folder, finetune_run
 from cacp_ray.folders import is_run, open_folder, read_run_config
-from cacp_ray.loading import check_splits, load_base, load_model, read_split, read_train
+from cacp_ray.loading import check_splits, load_base, load_model, open_split, read_split
 from cacp_ray.planning import describe_estimate, estimate_search
 from cacp_ray.pruning.subnet import load_subnet
 from cacp_ray.reporting.tuning import write_tuning_report
@@ -59,8 +59,8 @@ def train_model(
         CacpError: Bad input, in one line, before anything is written.
     """
     open_folder(run_dir, config, resume=resume)
-    train = read_train(config.data)
-    search, test = read_split(config.data, "search"), read_split(config.data, "test")
+    train, test = open_split(config.data, "train"), open_split(config.data, "test")
+    search = read_split(config.data, "search")
     check_splits({"train": train, "search": search, "test": test})
     torch.manual_seed(config.training.seed)
     model = load_model(config.model, len(train.classes))
@@ -69,8 +69,8 @@ def train_model(
     return train_base(
         model,
         train,
-        search.tensors(),
-        test.tensors(),
+        search,
+        test,
         config.training,
         run_dir,
         on_epoch=on_epoch,

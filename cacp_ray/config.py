@@ -89,8 +89,8 @@ class DataConfig(Section):
     crop: int | None = Field(default=None, ge=1, description="side of the square in the middle")
     stream: bool = Field(
         default=False,
-        description="training reads and decodes its images anew every epoch, for data sets that "
-        "memory does not hold",
+        description="training and the test split read and decode their images when they need "
+        "them, for data sets that memory does not hold",
     )
     mean: Channels = Field(default=cifar10.MEAN, description="of red, green, blue in [0, 1]")
     std: tuple[Positive, Positive, Positive] = Field(

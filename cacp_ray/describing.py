@@ -6,7 +6,7 @@ from cacp_ray.config import RunConfig
 from cacp_ray.evaluation.preparation import Prepared
 from cacp_ray.loading import Base
 from cacp_ray.pruning.cost import describe_total
-from cacp_ray.training.metrics import measure
+from cacp_ray.training.metrics import measure_split
 
 
 def describe_base(base: Base, config: RunConfig) -> str:
@@ -22,7 +22,7 @@ def describe_base(base: Base, config: RunConfig) -> str:
 
 def describe_model(base: Base, prepared: Prepared, config: RunConfig) -> dict[str, Any]:
     """The content of model.json; measures the base network on the search split in float32."""
-    accuracy = measure(base.model, *base.search.tensors())
+    accuracy = measure_split(base.model, base.search)
     counts = base.plan.cost_model.num_channels
     return {
         "model": config.model.name,

@@ -26,13 +26,13 @@ from cacp_ray.loading import (
     check_weights,
     load_base,
     load_model,
+    open_split,
     read_split,
-    read_train,
     rebuild_model,
 )
 from cacp_ray.pruning.subnet import load_subnet, read_description
 from cacp_ray.results import read_result
-from cacp_ray.training.metrics import measure
+from cacp_ray.training.metrics import measure_split
 from cacp_ray.training.recipe import Recipe
 
 Logger = Literal["tensorboard", "csv", "json", "wandb", "mlflow"]
@@ -134,7 +134,7 @@ def finetune_run(
             on_epoch=on_epoch,
         )
         base = load_model(config.model, len(splits["test"].classes))
-        result["base"]["test"] = dict(vars(measure(base, *splits["test"].tensors())))
+        result["base"]["test"] = dict(vars(measure_split(base, splits["test"])))
     for row in result["rates"]:
         tuned = found[row["rate"]]
         row["finetuned_top1"] = tuned.search_top1
@@ -218,8 +218,8 @@ def _finetune(
     make_loggers(trials.logging, experiment_dir)
     check_address(address)
     logger.info("reading images, starting the trials")
-    train = read_train(data)
-    splits = {name: read_split(data, name) for name in ("search", "test")}
+    train = open_split(data, "train")
+    splits = {"search": read_split(data, "search"), "test": open_split(data, "test")}
     check_splits({"train": train, **splits})
     connect(address)
     check_cpus(cpus, address)

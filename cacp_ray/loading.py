@@ -65,11 +65,11 @@ def read_split(data: DataConfig, name: str, count: int | None = None) -> ImageSe
     return dataclasses.replace(images, mean=data.mean, std=data.std)
 
 
-def read_train(data: DataConfig) -> ImageSet | ImageStream:
-    """The training split for training: in memory, or with `data.stream` where it lies."""
+def open_split(data: DataConfig, name: str) -> ImageSet | ImageStream:
+    """A split in memory, or with `data.stream` where it lies."""
     if not data.stream:
-        return read_split(data, "train")
-    source, rows = _find_rows(data, "train")
+        return read_split(data, name)
+    source, rows = _find_rows(data, name)
     stream = open_stream(source, rows, Shape(data.resize, data.crop))
     return dataclasses.replace(stream, mean=data.mean, std=data.std)
 

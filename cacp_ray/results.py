@@ -24,15 +24,15 @@ from cacp_ray.loading import (
     check_weights,
     find_statistics,
     load_base,
+    open_split,
     prepare_base,
     read_orders,
-    read_split,
 )
 from cacp_ray.pruning.subnet import load_subnet, read_description
 from cacp_ray.reporting.html import write_report
 from cacp_ray.searching.run_directory import EpisodeRecord, RunDirectory
 from cacp_ray.strategies import CONDITIONAL, make_run_strategy
-from cacp_ray.training.metrics import Accuracy, measure
+from cacp_ray.training.metrics import Accuracy, measure_split
 from cacp_ray.winners import as_record, build_winners, measure_candidates
 
 BEAM_WIDTH = 4  # best candidates so far, near which the next are sought
@@ -214,10 +214,10 @@ def rescore_candidate(
 def evaluate_subnet(folder: Path, config: RunConfig, split: str) -> tuple[dict[str, Any], Accuracy]:
     """Loads a subnet folder as a user would and measures it in float32 on a split of the run."""
     description = read_description(folder)
-    data = read_split(config.data, split)
+    data = open_split(config.data, split)
     if data.classes != tuple(description["classes"]):
         raise ConfigError(
             f"{folder} has the classes {', '.join(description['classes'][:3])} ..., "
             f"data.{split} others: give the configuration it was searched with"
         )
-    return description, measure(load_subnet(folder), *data.tensors())
+    return description, measure_split(load_subnet(folder), data)

@@ -25,7 +25,7 @@ from cacp_ray.pruning.surgery import build_subnet
 from cacp_ray.searching.budget import uniform
 from cacp_ray.searching.records import make_record
 from cacp_ray.searching.run_directory import EpisodeRecord
-from cacp_ray.training.metrics import Accuracy, measure
+from cacp_ray.training.metrics import Accuracy, measure_split
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,6 @@ class Builder:
     def __init__(self, config: RunConfig, base: Base, prepared: Prepared) -> None:
         self._config, self._base, self._prepared = config, base, prepared
         self._cutters = Cutters(prepared, config.pruning.recovery)
-        self._split = base.search.tensors()
 
     def __call__(
         self, keep_counts: Sequence[int], order: str = ""
@@ -123,7 +122,7 @@ class Builder:
         base, prepared = self._base, self._prepared.with_order(order)
         cutter = self._cutters[order]
         tensors = cutter.cut(keep_counts)
-        accuracy = measure(cutter.skeleton.load(tensors), *self._split)
+        accuracy = measure_split(cutter.skeleton.load(tensors), base.search)
         is_sequential = False
         pruning = self._config.pruning
         if pruning.sequential and pruning.recovery == "compensate":
@@ -136,7 +135,7 @@ class Builder:
                 base.calibration.tensors()[0],
                 seed=self._config.seed,
             )
-            found = measure(cutter.skeleton.load(repaired), *self._split)
+            found = measure_split(cutter.skeleton.load(repaired), base.search)
             is_sequential = (found.top1, -found.loss) > (accuracy.top1, -accuracy.loss)
             if is_sequential:
                 tensors, accuracy = repaired, found

@@ -7,6 +7,7 @@ an integer. Class names are read from the schema metadata `huggingface` or `clas
 import dataclasses
 import io
 import itertools
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -56,6 +57,10 @@ class ImageSet:
     def at(self, rows: NDArray[np.int64]) -> "ImageSet":
         """A copy of the images at `rows` (M,)."""
         return dataclasses.replace(self, images=self.images[rows], labels=self.labels[rows])
+
+    def parts(self, size: int) -> Iterator["ImageSet"]:
+        """All images in their order, `size` at a time."""
+        return (self.slice(start, start + size) for start in range(0, len(self), size))
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Normalised images float32 (N, C, H, W), channels_last, and labels (N,)."""

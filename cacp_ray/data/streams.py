@@ -7,7 +7,7 @@ drawn at random. The next part is read and decoded while the network trains.
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -60,6 +60,11 @@ class ImageStream:
         images = decode(self.source, self.rows[places], self.shape)
         return ImageSet(images, self.labels[places], self.classes, self.mean, self.std)
 
+    def parts(self, size: int) -> Iterator[ImageSet]:
+        """All images in their order, `size` at a time; the next ones are decoded meanwhile."""
+        places = np.arange(len(self))
+        return _read_ahead(self, (places[i : i + size] for i in range(0, len(places), size)))
+
     def blocks(self) -> list[NDArray[np.int64]]:
         """Places of `rows`, by what the source reads together."""
         numbers = np.searchsorted(self.source.blocks, self.rows, side="right")
@@ -111,7 +116,7 @@ class StreamBatches:
         start = sum(map(sum, shares[:rank]))
         mine = _cut([blocks[i] for i in order], start, start + sum(shares[rank]))
         buffer = _Buffer(self.buffer_bytes, rng)
-        parts = self._read(mine)
+        parts = _read_ahead(self.stream, _join(mine))
         for share in shares[rank]:
             while not buffer.is_full(share) and (part := next(parts, None)) is not None:
                 buffer.add(part)
@@ -122,17 +127,6 @@ class StreamBatches:
         count, batch_size, size = len(self.stream), self.augmentation.batch_size, self.shard[1]
         whole = [min(batch_size, count - start) for start in range(0, count, batch_size)]
         return [len(range(rank, each, size)) for each in whole if each >= size]
-
-    def _read(self, blocks: list[NDArray[np.int64]]) -> Iterator[ImageSet]:
-        parts = iter(_join(blocks))
-        waiting = deque()
-        with ThreadPoolExecutor(1) as pool:
-            while True:
-                while len(waiting) < PARTS_AHEAD and (part := next(parts, None)) is not None:
-                    waiting.append(pool.submit(self.stream.at, part))
-                if not waiting:
-                    return
-                yield waiting.popleft().result()
 
 
 class _Buffer:
@@ -180,6 +174,18 @@ class _Buffer:
         held.images[holes], held.labels[holes] = held.images[last], held.labels[last]
         self._count = left
         return drawn
+
+
+def _read_ahead(stream: ImageStream, places: Iterable[NDArray[np.int64]]) -> Iterator[ImageSet]:
+    parts = iter(places)
+    waiting = deque()
+    with ThreadPoolExecutor(1) as pool:
+        while True:
+            while len(waiting) < PARTS_AHEAD and (part := next(parts, None)) is not None:
+                waiting.append(pool.submit(stream.at, part))
+            if not waiting:
+                return
+            yield waiting.popleft().result()
 
 
 def _cut(blocks: list[NDArray[np.int64]], start: int, stop: int) -> list[NDArray[np.int64]]:

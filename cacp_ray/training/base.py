@@ -13,19 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.streams import ImageStream
 from cacp_ray.errors import ArtifactError
 from cacp_ray.files import write_file, write_json, write_tensors
 from cacp_ray.training.loop import EpochResult, make_batches, train
-from cacp_ray.training.metrics import Accuracy, fast_dtype, measure
+from cacp_ray.training.metrics import Accuracy, Split, fast_dtype, measure_split
 from cacp_ray.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
-
-Split = tuple[Tensor, Tensor]
 
 
 def train_base(
@@ -43,8 +41,7 @@ def train_base(
     Args:
         model: With fresh weights, already seeded.
         train_split: Images to learn from.
-        search_split: Normalised images (N, C, H, W) and labels (N,), measured after each epoch; it
-            chooses nothing, the last epoch is kept.
+        search_split: Measured after each epoch; it chooses nothing, the last epoch is kept.
         test_split: Measured once.
         recipe: Schedule.
         folder: Where everything is written; a `state.pt` in it is continued.
@@ -69,9 +66,9 @@ def train_base(
     train(model, batches, search_split, recipe, state=state, on_epoch=finish_epoch)
     # The accuracies of the table are float32: bf16 is for speed.
     accuracies = {
-        "search": measure(model, *search_split),
-        "test": measure(model, *test_split),
-        "test_bf16": measure(model, *test_split, dtype=fast_dtype()),
+        "search": measure_split(model, search_split),
+        "test": measure_split(model, test_split),
+        "test_bf16": measure_split(model, test_split, dtype=fast_dtype()),
     }
     write_tensors(folder / "model.safetensors", model.state_dict())
     result = {"epochs": recipe.epochs} | {k: _rounded(v) for k, v in accuracies.items()}

@@ -17,7 +17,7 @@ from torch.nn import functional
 from cacp_ray.data.batches import Augmentation, Batches, ImageBatches
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.streams import ImageStream, StreamBatches
-from cacp_ray.training.metrics import Accuracy, fast_dtype, find_device, measure
+from cacp_ray.training.metrics import Accuracy, Split, fast_dtype, find_device, measure_split
 from cacp_ray.training.optimizer import SGD
 from cacp_ray.training.recipe import Recipe
 
@@ -135,7 +135,7 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
 def train(
     model: nn.Module,
     batches: Batches,
-    search_split: tuple[Tensor, Tensor],
+    search_split: Split,
     recipe: Recipe,
     *,
     teacher: nn.Module | None = None,
@@ -148,7 +148,7 @@ def train(
     Args:
         model: Moved to channels_last; where the recipe averages weights, it ends with those.
         batches: To learn from, see `make_batches`.
-        search_split: Normalised images and labels that each epoch is measured on.
+        search_split: That each epoch is measured on.
         recipe: Schedule and loss.
         teacher: For distillation.
         state: What `on_epoch` was given after an earlier epoch, to continue from there.
@@ -180,7 +180,7 @@ def train(
             teacher=teacher,
             after_step=lambda: None if average is None else average.update_parameters(model),
         )
-        accuracy = measure(measured, *search_split, dtype=fast_dtype(find_device(model).type))
+        accuracy = measure_split(measured, search_split, dtype=fast_dtype(find_device(model).type))
         if on_epoch is not None:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             if average is not None:

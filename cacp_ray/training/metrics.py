@@ -1,6 +1,8 @@
 """Accuracy and loss of a network on images in memory."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +58,34 @@ def score_logits(logits: Tensor, labels: Tensor) -> Accuracy:
         loss=functional.cross_entropy(logits, labels).item(),
         images=len(labels),
     )
+
+
+class Part(Protocol):
+    """Images that memory holds; `ImageSet` fits."""
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Normalised images (N, C, H, W) and labels (N,)."""
+        ...
+
+
+class Split(Protocol):
+    """Labelled images in their order; `ImageSet` and `ImageStream` fit."""
+
+    def parts(self, size: int) -> Iterator[Part]:
+        """`size` at a time."""
+        ...
+
+
+def measure_split(
+    model: nn.Module, split: Split, *, batch_size: int = 500, dtype: torch.dtype = torch.float32
+) -> Accuracy:
+    """Accuracy of `model` on a split, of which one batch at a time is held in float32."""
+    logits, labels = [], []
+    for part in split.parts(batch_size):
+        images, own = part.tensors()
+        logits.append(predict(model, images, batch_size, dtype))
+        labels.append(own)
+    return score_logits(torch.cat(logits), torch.cat(labels))
 
 
 def measure(

@@ -101,7 +101,7 @@ def finetune_subnets(
     subnet_folders: dict[float, Path],
     train_split: ImageSet | ImageStream,
     search_split: ImageSet,
-    test_split: ImageSet,
+    test_split: ImageSet | ImageStream,
     recipes: Mapping[str, Recipe],
     experiment_dir: Path,
     resources: Resources,

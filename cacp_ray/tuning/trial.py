@@ -23,7 +23,7 @@ from cacp_ray.data.streams import ImageStream
 from cacp_ray.files import write_json, write_tensors
 from cacp_ray.pruning.surgery import all_tensors
 from cacp_ray.training.loop import EpochResult, make_batches, measured_weights, train
-from cacp_ray.training.metrics import fast_dtype, measure
+from cacp_ray.training.metrics import fast_dtype, measure_split
 from cacp_ray.training.recipe import Recipe
 
 STATE_FILE = "state.pt"
@@ -153,12 +153,11 @@ def train_subnet(
     started = time.monotonic()
     recipe = task.recipes[config["variant"]]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    search = search_split.tensors()
     model = task.load_subnet(task.subnet_folders[config["rate"]]).to(device)
     teacher = task.load_teacher().to(device) if recipe.distillation > 0 else None
     state = None if checkpoint is None else read_state(checkpoint)
     if state is None:
-        before = measure(model, *search, dtype=fast_dtype(device.type)).top1
+        before = measure_split(model, search_split, dtype=fast_dtype(device.type)).top1
         weights = measured_weights({"model": model.state_dict()})
         best = {"model": weights, "epoch": 0, "top1": before}
         seconds = 0.0
@@ -193,7 +192,7 @@ def train_subnet(
     train(
         model,
         make_batches(train_split, recipe, shard),
-        search,
+        search_split,
         recipe,
         teacher=teacher,
         state=state,
@@ -216,7 +215,7 @@ def keep_best(
     *,
     task: TrialTask,
     search_images: int,
-    test_split: ImageSet,
+    test_split: ImageSet | ImageStream,
 ) -> FinetuneResult:
     """Writes finetuned.safetensors beside the subnet of a finished trial, then metrics.json.
 
@@ -229,7 +228,7 @@ def keep_best(
     state = read_state(checkpoint)
     model = task.load_subnet(folder)
     model.load_state_dict(state["best"]["model"])
-    test = measure(model, *test_split.tensors())
+    test = measure_split(model, test_split)
     result = FinetuneResult(
         rate=config["rate"],
         variant=config["variant"],

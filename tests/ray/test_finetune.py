@@ -152,7 +152,7 @@ def save_trained(folder: Path) -> nn.Module:
     model = make_model()
     recipe = Recipe(epochs=12, batch_size=16, lr=0.2, padding=1)
     batches = make_batches(SPLITS["train_split"], recipe)
-    train(model, batches, SPLITS["search_split"].tensors(), recipe)
+    train(model, batches, SPLITS["search_split"], recipe)
     write_tensors(folder / "model.safetensors", model.state_dict())
     return model
 
@@ -303,7 +303,7 @@ def test_after_a_killed_trial_and_a_killed_driver_all_end_with_the_same_weights(
     train(
         whole,
         make_batches(SPLITS["train_split"], recipe),
-        SPLITS["search_split"].tensors(),
+        SPLITS["search_split"],
         recipe,
         on_epoch=lambda result, state: weights.append(copy.deepcopy(state["model"])),
     )

@@ -18,8 +18,9 @@ from cacp_ray.data.batches import Augmentation, ImageBatches
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.streams import StreamBatches
 from cacp_ray.errors import ArtifactError, ConfigError
-from cacp_ray.loading import check_splits, read_split, read_train
+from cacp_ray.loading import check_splits, open_split, read_split
 from cacp_ray.training import loop as training
+from cacp_ray.training.metrics import measure, measure_split
 from cacp_ray.training.recipe import Recipe
 
 COUNT, SIDE = 130, 4
@@ -46,7 +47,7 @@ def data(tmp_path, monkeypatch):
 
 
 def make_batches(data, **options):
-    stream = read_train(data)
+    stream = open_split(data, "train")
     return StreamBatches(stream, PLAIN, buffer_bytes=30 * IMAGE_BYTES, **options)
 
 
@@ -124,7 +125,7 @@ def test_rows_are_those_of_the_split_in_memory(data):
 
 def test_training_from_a_stream_is_resumed_to_the_same_weights(data):
     recipe = Recipe(epochs=3, batch_size=16, lr=0.01, padding=1, erasing=0.3, mixup=0.2)
-    search = read_split(data, "train", 20).tensors()
+    search = read_split(data, "train", 20)
 
     def run(seed, state=None):
         torch.manual_seed(seed)
@@ -134,7 +135,7 @@ def test_training_from_a_stream_is_resumed_to_the_same_weights(data):
         def keep(result, state):
             states.append(copy.deepcopy(state))
 
-        batches = training.make_batches(read_train(data), recipe)
+        batches = training.make_batches(open_split(data, "train"), recipe)
         assert isinstance(batches, StreamBatches)
         training.train(model, batches, search, recipe, state=state, on_epoch=keep)
         return model, states
@@ -146,13 +147,40 @@ def test_training_from_a_stream_is_resumed_to_the_same_weights(data):
         assert torch.equal(value, resumed.state_dict()[key]), key
 
 
+@pytest.mark.parametrize("size", [1, 7, 16, 1000])
+def test_a_split_is_measured_alike_in_memory_and_from_a_stream(data, size):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, COUNT))
+    stream, split = open_split(data, "train"), read_split(data, "train")
+    found = measure_split(model, stream, batch_size=size)
+    assert found.images == COUNT
+    assert found == measure_split(model, split, batch_size=size)
+    whole = measure(model, *split.tensors())
+    assert (found.top1, found.loss) == (whole.top1, pytest.approx(whole.loss, rel=1e-5))
+
+
+def test_measuring_a_stream_holds_few_images(data, monkeypatch):
+    held = []
+    decode = streams.decode
+
+    def watch(source, rows, shape):
+        held.append(len(rows))
+        return decode(source, rows, shape)
+
+    monkeypatch.setattr(streams, "decode", watch)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, COUNT))
+    measure_split(model, open_split(data, "train"), batch_size=9)
+    assert max(held) == 9
+    assert sum(held) == COUNT
+
+
 def test_a_folder_of_images_is_shuffled_image_by_image(data, tmp_path):
     root = tmp_path / "folders"
     for i in range(40):
         (root / f"c{i // 20}").mkdir(parents=True, exist_ok=True)
         (root / f"c{i // 20}" / f"{i:03d}.png").write_bytes(encode(i))
     folder = DataConfig.model_validate({"train": {"path": str(root)}, "stream": True})
-    batches = StreamBatches(read_train(folder), PLAIN, buffer_bytes=1)
+    batches = StreamBatches(open_split(folder, "train"), PLAIN, buffer_bytes=1)
     first, *_ = labels_of(batches)
     assert 0 < first.float().mean() < 1, "both classes in a batch, without any buffer"
     assert torch.cat(labels_of(batches)).sum() == 20
@@ -171,7 +199,7 @@ def test_a_broken_image_is_named_when_it_is_read(data, tmp_path):
 
 
 def test_a_stream_is_checked_against_the_other_splits(data):
-    stream = read_train(data)
+    stream = open_split(data, "train")
     other = ImageSet(np.zeros((3, 8, 8, 3), np.uint8), np.arange(3), stream.classes)
     with pytest.raises(ConfigError, match="all splits must be alike"):
         check_splits({"train": stream, "search": other})

@@ -71,7 +71,7 @@ def run_epochs(model: nn.Module, recipe: Recipe, **options: Any) -> list[dict[st
         states.append(saved_and_read(state))
 
     batches = make_batches(make_images(48, 0), recipe)
-    train(model, batches, make_split(32, 1), recipe, on_epoch=keep, **options)
+    train(model, batches, make_images(32, 1), recipe, on_epoch=keep, **options)
     return states
 
 
@@ -185,7 +185,7 @@ def test_each_worker_drops_units_of_its_own() -> None:
             lambda layer, x, y: seen.append(torch.random.get_rng_state())
         )
         batches = make_batches(make_images(48, 0), recipe, (rank, 2))
-        train(model, batches, make_split(32, 1), recipe)
+        train(model, batches, make_images(32, 1), recipe)
     first, second = seen[0], seen[len(seen) // 2]
     assert not torch.equal(first, second)
 
@@ -218,7 +218,7 @@ def test_each_epoch_reports_its_number_loss_and_search_accuracy() -> None:
     train(
         make_model(),
         make_batches(make_images(48, 0), RECIPE),
-        make_split(32, 1),
+        make_images(32, 1),
         RECIPE,
         on_epoch=lambda result, state: results.append(result),
     )
@@ -288,7 +288,7 @@ def test_pure_distillation_follows_the_teacher_not_the_labels() -> None:
     recipe = Recipe(epochs=8, batch_size=16, lr=0.1, padding=1, distillation=1.0)
     student = make_model(seed=7)
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
-    train(student, make_batches(wrong, recipe), make_split(32, 1), recipe, teacher=teacher)
+    train(student, make_batches(wrong, recipe), make_images(32, 1), recipe, teacher=teacher)
     assert measure(student, *make_split(64, 2)).top1 > 0.95
     for key, value in teacher.state_dict().items():
         assert torch.equal(value, before[key]), key
