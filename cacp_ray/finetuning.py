@@ -5,9 +5,9 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 from torch import nn
 
 from cacp_ray.clock import Clock
@@ -35,6 +35,7 @@ from cacp_ray.results import read_result
 from cacp_ray.training.metrics import measure_split
 from cacp_ray.training.recipe import Recipe
 
+Count = Annotated[int, Field(ge=1)]
 Logger = Literal["tensorboard", "csv", "json", "wandb", "mlflow"]
 
 
@@ -48,13 +49,24 @@ class TrialsConfig(Section):
         default=None, ge=1, description="of a trial or worker; cluster.cpus_per_evaluator if unset"
     )
     gpus: float = Field(default=0.0, ge=0, description="of a trial or worker; 0.25: four share one")
-    workers: int = Field(default=1, ge=1, description="processes that train one model")
+    workers: Count | tuple[Count, Count] = Field(
+        default=1,
+        description="processes that train one model; [2, 8]: as many as there is room for, from "
+        "epoch to epoch",
+    )
     scheduler: Literal["plain", "asha"] = Field(
         default="plain", description="asha stops the poorer half of a rate's variants at a third"
     )
     logging: tuple[Logger, ...] = Field(
         default=("tensorboard", "csv", "json"), description="beside each trial; wandb, mlflow"
     )
+
+    @field_validator("workers")
+    @classmethod
+    def _smaller_first(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(workers, tuple) and workers[0] > workers[1]:
+            raise ValueError("write the smaller number of workers first")
+        return workers
 
 
 class FinetuneConfig(Section):

@@ -220,7 +220,7 @@ def _find_checkpoint(result: Any) -> Any:
 
 
 def _ask(resources: Resources) -> Any:
-    if resources.workers > 1:
+    if resources.most_workers > 1:
         return {"cpu": COORDINATOR_CPUS}
     return {"cpu": resources.cpus, **({"gpu": resources.gpus} if resources.gpus else {})}
 

@@ -39,12 +39,18 @@ class Resources:
     Attributes:
         cpus: Reserved; torch uses as many threads.
         gpus: Reserved; a share lets several trials use one.
-        workers: Processes that train one model; more than one by DistributedDataParallel.
+        workers: Processes that train one model; more than one by DistributedDataParallel. A pair:
+            at least and at most so many, as nodes come and go.
     """
 
     cpus: int = 1
     gpus: float = 0.0
-    workers: int = 1
+    workers: int | tuple[int, int] = 1
+
+    @property
+    def most_workers(self) -> int:
+        """Processes of a trial, beside its own where there are several."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ def finetune_trial(
     Goes on from the trial's checkpoint where it has one.
     """
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # a line for every checkpoint
-    if task.resources.workers > 1:
+    if task.resources.most_workers > 1:
         from cacp_ray.tuning.workers import train_in_workers
 
         train_in_workers(config, task, ray.put(train_split), ray.put(search_split))
@@ -181,6 +187,7 @@ def train_subnet(
             "search_top1": result.search.top1,
             "best_top1": best["top1"],
             "epoch_seconds": elapsed,
+            "workers": shard[1],
         }
         history.append(metrics)
         about = {"before": before, "best": best, "seconds": seconds, "history": history}

@@ -3,6 +3,10 @@
 Each worker has its part of every batch, gradients are averaged by DistributedDataParallel (NCCL on
 GPUs, gloo on CPUs), and BN statistics stay each worker's own. Every worker measures the search
 split, on equal weights; the first one's report counts.
+
+Where a range of workers is asked for, Ray begins with those that there is room for, goes on with
+fewer from the last epoch when nodes are lost, and looks once a minute for room for more. A batch is
+shared by those that there are, so that the schedule stays the same.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -54,7 +58,7 @@ def train_in_workers(
             use_gpu=resources.gpus > 0,
             resources_per_worker={
                 # All together they fill a machine.
-                "CPU": resources.cpus - COORDINATOR_CPUS / resources.workers,
+                "CPU": resources.cpus - COORDINATOR_CPUS / resources.most_workers,
                 **({"GPU": resources.gpus} if resources.gpus else {}),
             },
         ),

@@ -122,7 +122,7 @@ def finetune(
     rates: tuple[float, ...] = (0.3, 0.5),
     recipe: Recipe = RECIPE,
     recipes: dict[str, Recipe] | None = None,
-    workers: int = 1,
+    workers: int | tuple[int, int] = 1,
     resume: bool = False,
     on_epoch: Callable[[FinetuneProgress], None] = lambda progress: None,
     **options: Any,
@@ -410,6 +410,48 @@ def test_two_workers_train_one_model_as_one_worker_does(tmp_path: Path) -> None:
         moved = (value - before[key]).abs().max()
         assert moved > 0
         assert (value - kept[1][key]).abs().max() < 0.1 * moved
+
+
+ELASTIC = """
+import sys, threading, time
+from pathlib import Path
+import ray
+from ray.cluster_utils import Cluster
+from cacp_ray.training.recipe import Recipe
+from tests.ray.test_finetune import finetune, load_slow
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+other = cluster.add_node(num_cpus=1)
+ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+recipe = Recipe(epochs=6, batch_size=16, lr=0.05, padding=1, seed=5)
+
+def watch(progress):
+    if progress.epoch == 2:
+        threading.Thread(target=cluster.remove_node, args=(other,)).start()
+
+finetune(Path(sys.argv[1]), load_subnet=load_slow, rates=(0.3,), recipe=recipe, workers=(1, 2),
+    on_epoch=watch)
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_training_goes_on_with_fewer_workers_when_a_node_is_lost(tmp_path: Path) -> None:
+    save_fresh(tmp_path / "rate-0.30")
+    done = subprocess.run(
+        [sys.executable, "-c", ELASTIC, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    history = json.loads((tmp_path / "rate-0.30" / "metrics.json").read_text())["history"]
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5, 6]
+    workers = [row["workers"] for row in history]
+    assert (workers[0], workers[-1]) == (2, 1)
+    assert workers == sorted(workers, reverse=True)
 
 
 def load_without_norm(folder: Path) -> nn.Sequential:

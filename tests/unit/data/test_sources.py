@@ -1,6 +1,9 @@
 """Shards, folders and URIs hold the same images; draws by class are what they say."""
 
 import io
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -179,6 +182,46 @@ def test_the_search_split_is_drawn_from_the_training_rows_and_missing_there(shar
     clash = data.model_copy(update={"test": data.train})
     with pytest.raises(ConfigError, match="share rows"):
         check_data(clash)
+
+
+DRAW = """
+import hashlib, sys
+from cacp_ray.config import DataConfig, load_config
+from cacp_ray.loading import read_split
+path = sys.argv[1]
+search = {"path": path, "images_per_class": 3, "seed": 5}
+values = {"train": {"path": path}, "search": search, "resize": 40, "crop": 32}
+split = read_split(load_config(DataConfig, values), "search")
+print(len(split), hashlib.sha256(split.images.tobytes() + split.labels.tobytes()).hexdigest())
+"""
+
+
+def test_the_search_split_is_the_same_to_the_bit_in_every_process_and_place(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    for part in range(4):
+        images = []
+        for _ in range(10):
+            image = rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)
+            buffer = io.BytesIO()
+            Image.fromarray(image).resize((60, 44)).save(buffer, "JPEG")
+            images.append(buffer.getvalue())
+        table = pa.table({"image": images, "label": rng.integers(0, 4, 10)})
+        for name in ("here", "there"):
+            pq.write_table(table, tmp_path / name / f"{part}.parquet", row_group_size=3)
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", DRAW, str(tmp_path / name)],
+            env=os.environ | {"PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": hash_seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for name, hash_seed in (("here", "1"), ("there", "2"), ("here", "3"))
+    }
+    assert len(found) == 1
+    assert found.pop().startswith("12 ")
 
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (37, 61), (64, 64)])
