@@ -31,7 +31,10 @@ from torch.nn.parallel import DistributedDataParallel
 if TYPE_CHECKING:
     from cacp_ray.tuning.trial import TrialTask
 
-COORDINATOR_CPUS = 0.05  # of the trial itself, which only waits for its workers
+COORDINATOR_CPUS = 0.01  # of the trial itself, which only waits for its workers
+# Left free by a worker, so that one fits beside the trials of all rates on a node: Ray counts the
+# workers that a node has room for as if it were empty.
+SPARE_CPUS = 0.1
 
 
 def train_in_workers(
@@ -57,8 +60,7 @@ def train_in_workers(
             num_workers=resources.workers,
             use_gpu=resources.gpus > 0,
             resources_per_worker={
-                # All together they fill a machine.
-                "CPU": resources.cpus - COORDINATOR_CPUS / resources.most_workers,
+                "CPU": resources.cpus - SPARE_CPUS,
                 **({"GPU": resources.gpus} if resources.gpus else {}),
             },
         ),
