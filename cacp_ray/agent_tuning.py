@@ -117,7 +117,7 @@ def tune_agent(
     Raises:
         CacpError: Bad input, before anything is written, or a trial that failed too often.
     """
-    from cacp_ray.distributed.cluster import check_address, check_cpus, connect
+    from cacp_ray.distributed.cluster import check_address, check_room, connect
     from cacp_ray.distributed.probe import probe_nodes
 
     clock = Clock()
@@ -128,7 +128,7 @@ def tune_agent(
         check_strategy(search, base)
         prepared = prepare_base(base, search)
         connect(address)
-        check_cpus(search.cluster.cpus_per_evaluator, address)
+        check_room(search.cluster.cpus_per_evaluator, search.cluster.gpus_per_evaluator, address)
         probe_nodes()
         write_yaml(folder / "config.yaml", resolved(config))
         write_json(folder / "environment.json", describe_environment(config.seed))
@@ -175,7 +175,8 @@ def _run_trials(
 
     cpus = search.cluster.cpus_per_evaluator
     wanted = search.cluster.max_evaluators
-    room = find_room(cpus, search.cluster.gpus_per_evaluator, wanted, search.evaluations)
+    useful = search.evaluations * config.trials * len(config.seeds)
+    room = find_room(cpus, search.cluster.gpus_per_evaluator, wanted, useful)
     num_evaluators = room.total
     max_concurrent = min(config.trials, 2 * num_evaluators)
     if config.scheduler == "pbt":

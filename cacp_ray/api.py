@@ -183,7 +183,10 @@ def check_search(config: RunConfig, run_dir: Path, *, resume: bool = False) -> s
     base = load_base(config)
     check_run(config, base)
     return "\n".join(
-        [describe_base(base, config), *describe_estimate(estimate_search(config, base))]
+        [
+            describe_base(base, config),
+            *describe_estimate(estimate_search(config, base), config.cluster.gpus_per_evaluator),
+        ]
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cacp_ray.config import ClusterConfig, RunConfig
 from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache, key_of_scores
@@ -10,6 +10,9 @@ from cacp_ray.evaluation.measurement import Evaluator, Measurement, Subnet
 from cacp_ray.evaluation.preparation import Prepared
 from cacp_ray.evaluation.scorer import make_scorer, read_dtype
 from cacp_ray.loading import Base
+
+if TYPE_CHECKING:
+    from cacp_ray.distributed.room import Room
 
 
 def start_evaluators(
@@ -29,12 +32,12 @@ def start_evaluators(
         say: Takes a line.
     """
     from cacp_ray.distributed.pool import RayEvaluatorPool
-    from cacp_ray.distributed.room import Room, find_room
+    from cacp_ray.distributed.room import find_room
 
     cluster = config.cluster
     # Never more than could work at once, since nodes may be started for them.
     useful = config.round_size if config.mode == "rounds" else config.evaluations
-    room: Room = find_room(
+    room = find_room(
         cluster.cpus_per_evaluator, cluster.gpus_per_evaluator, cluster.max_evaluators, useful
     )
     say(describe_evaluators(cluster, room))
@@ -54,7 +57,7 @@ def start_evaluators(
     return CachedEvaluator(pool, found, images), found.on(images)
 
 
-def describe_evaluators(cluster: ClusterConfig, room: Any) -> str:
+def describe_evaluators(cluster: ClusterConfig, room: "Room") -> str:
     """How many are asked for, what each reserves, and how many can begin.
 
     Args:

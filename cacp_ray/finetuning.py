@@ -221,7 +221,7 @@ def _finetune(
     on_epoch: Callable[[Any], None],
 ) -> tuple[Mapping[float, Any], Mapping[str, Any]]:
     """Results by rate, and the splits."""
-    from cacp_ray.distributed.cluster import check_address, check_cpus, connect
+    from cacp_ray.distributed.cluster import check_address, check_room, connect
     from cacp_ray.distributed.probe import probe_nodes
     from cacp_ray.tuning.finetune import finetune_subnets, make_loggers
     from cacp_ray.tuning.trial import Resources
@@ -234,7 +234,7 @@ def _finetune(
     splits = {"search": read_split(data, "search"), "test": open_split(data, "test")}
     check_splits({"train": train, **splits})
     connect(address)
-    check_cpus(cpus, address)
+    check_room(cpus, trials.gpus, address)
     probe_nodes()
     # The weights themselves: their file may be on this machine alone.
     tensors = load_model(model, len(train.classes)).state_dict()

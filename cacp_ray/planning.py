@@ -104,8 +104,13 @@ def time_image(config: RunConfig, base: Base, batch: int) -> float:
     return seconds / (batch * len(rows))
 
 
-def describe_estimate(found: Estimate) -> list[str]:
-    """Lines for a user."""
+def describe_estimate(found: Estimate, gpu_share: float) -> list[str]:
+    """Lines for a user.
+
+    Args:
+        found: The estimate.
+        gpu_share: Of a GPU, that the run asks for.
+    """
     cores = "core" if found.threads == 1 else "cores"
     rest = math.ceil(found.split_bytes / 2**20)
     return [
@@ -116,4 +121,5 @@ def describe_estimate(found: Estimate) -> list[str]:
         "repair of the winners and fine-tuning come on top",
         f"memory: about {found.evaluator_bytes / 2**30:.1f} GB an evaluator, and {rest:,} MB of "
         "images on each machine",
+        *(["on GPUs (cluster.gpus_per_evaluator) it is not estimated"] if gpu_share else []),
     ]

@@ -74,7 +74,7 @@ def run_search(
     Raises:
         CacpError: Bad input, before anything is written, or a failed run.
     """
-    from cacp_ray.distributed.cluster import check_address, check_cpus, connect
+    from cacp_ray.distributed.cluster import check_address, check_room, connect
     from cacp_ray.distributed.probe import probe_nodes
 
     clock = Clock()
@@ -91,7 +91,7 @@ def run_search(
         orders = None if saved is None else read_orders(saved)
         preparing = executor.submit(_prepare, base, config, orders, run_dir)
         connect(address)
-        check_cpus(config.cluster.cpus_per_evaluator, address)
+        check_room(config.cluster.cpus_per_evaluator, config.cluster.gpus_per_evaluator, address)
         probe_nodes()
         prepared, statistics = preparing.result()
     with clock.phase("start"):

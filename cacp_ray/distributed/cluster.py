@@ -53,6 +53,7 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> None:
     if address == "local":
         with _fast_start():
             _init(address, num_cpus=num_cpus, include_dashboard=False)
+        logger.debug("Ray's own messages: %s", _log_folder())
         atexit.register(logger.info, "Ray's own messages: %s", _log_folder())
         return
     target = check_address(address)
@@ -88,22 +89,29 @@ def disconnect() -> None:
     ray.shutdown()
 
 
-def available_cpus() -> int:
-    """CPUs of the cluster that nothing has reserved."""
-    return int(ray.available_resources().get("CPU", 0))
-
-
-def check_cpus(cpus: int, address: str | None) -> None:
+def check_room(cpus: int, gpus: float, address: str | None) -> None:
     """Refuses an actor that a local Ray can never start; a cluster may still grow.
 
+    Args:
+        cpus: Of the actor.
+        gpus: Of the actor.
+        address: As of `connect`.
+
     Raises:
-        ConfigError: More CPUs than this machine has.
+        ConfigError: More CPUs than this machine has, or a share of a GPU where there is none.
     """
-    is_local = (address or os.environ.get("RAY_ADDRESS") or "local") == "local"
-    largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes()), default=0)
-    if is_local and cpus > largest:
+    if (address or os.environ.get("RAY_ADDRESS") or "local") != "local":
+        return
+    has = [node["Resources"] for node in ray.nodes()]
+    largest = max((each.get("CPU", 0) for each in has), default=0)
+    if cpus > largest:
         raise ConfigError(
             f"cluster.cpus_per_evaluator is {cpus}, this machine has {largest:g} CPUs: lower it"
+        )
+    if gpus and not any(each.get("GPU", 0) for each in has):
+        raise ConfigError(
+            f"a share of {gpus:g} GPU is asked for (gpus_per_evaluator, trials.gpus), and Ray "
+            "finds no GPU on this machine: set it to 0, or join a cluster by --address"
         )
 
 

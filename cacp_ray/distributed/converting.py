@@ -39,8 +39,8 @@ def convert(
         out: Folder or URI of the shards, writable on every node.
         num_shards: Files.
         prefix: Of their names.
-        on_shard: Called with how many shards are whole, of how many, and how many images the last
-            one was given; 0 for one that was there already.
+        on_shard: Called before the first shard and after each with how many are whole, of how many,
+            and how many images the last one was given; 0 for one that was there already.
 
     Returns:
         Rows in all.
@@ -63,6 +63,7 @@ def convert(
     limit = max(2, IN_FLIGHT * int(ray.cluster_resources().get("CPU", 1)))
     flights: list[ray.ObjectRef] = []
     done = 0
+    on_shard(done, num_shards, 0)
     while waiting or flights:
         while waiting and len(flights) < limit:
             file, part = waiting.pop()

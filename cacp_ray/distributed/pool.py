@@ -11,7 +11,7 @@ on `close` or when the driver dies, and nothing has to be taken back.
 import logging
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +76,7 @@ class RayEvaluatorPool:
         self._make_score = make_score
         self._payload = {name: ray.put(value) for name, value in payload.items()}
         self._max_attempts = max_attempts
+        self._actor_class = ray.remote(RayEvaluator)
         self._plain = Kind(cpus_per_evaluator)
         self._fast = Kind(cpus_per_evaluator, gpus_per_evaluator) if gpus_per_evaluator else None
         if self._fast is not None:
@@ -149,7 +150,19 @@ class RayEvaluatorPool:
         for _ in range(count):
             name = f"evaluator-{self._num_slots_made}"
             self._num_slots_made += 1
-            self._slots.append(Slot(name, kind, _start_actor(kind, name)))
+            self._slots.append(Slot(name, kind, self._start_actor(kind, name)))
+
+    def _start_actor(self, kind: Kind, name: str) -> Any:
+        threads = str(max(1, math.ceil(kind.cpus)))  # a broker reserves a little less
+        chosen = self._actor_class.options(
+            num_cpus=kind.cpus,
+            num_gpus=kind.gpus,
+            max_restarts=-1,
+            max_task_retries=0,
+            scheduling_strategy="DEFAULT",  # inside a Tune trial: not in the trial's bundle
+            runtime_env={"env_vars": dict.fromkeys(THREAD_VARIABLES, threads)},
+        )
+        return chosen.remote(name)
 
     def _start_due(self) -> None:
         """Asks actors that are not ready where they are, then to build their score function."""
@@ -196,7 +209,8 @@ class RayEvaluatorPool:
         """Actors of a kind for nodes that joined; those that wait in vain are taken back."""
         waiting = [slot for slot in self._slots if not slot.node and slot.kind == kind]
         self._add_slots(kind, max(0, room - len(waiting)))
-        for slot in waiting[: len(self._slots) - 1]:  # one always asks for a node
+        own = [slot for slot in self._slots if slot.kind == kind]
+        for slot in waiting[: len(own) - 1]:  # one always asks for a node
             if not room and now - slot.waiting_since > WITHDRAW_S:
                 self._slots.remove(slot)
                 ray.kill(slot.actor)
@@ -204,7 +218,7 @@ class RayEvaluatorPool:
     def _replace(self, slot: Slot) -> None:
         """A new actor, which Ray places anew."""
         ray.kill(slot.actor)
-        slot.actor = _start_actor(slot.kind, slot.name)
+        slot.actor = self._start_actor(slot.kind, slot.name)
         slot.starting = None  # what the old one answers no longer counts
         slot.lose()
 
@@ -336,28 +350,12 @@ class RayEvaluatorPool:
         if now - self._none_ready_since > PATIENCE_S and not self._has_warned:
             self._has_warned = True
             has = ray.cluster_resources()
+            asked = Counter(str(slot.kind) for slot in self._slots)
             logger.warning(
-                "no evaluator is ready after %.0f s: %d of them ask for %s each and the cluster "
-                "has %g CPU and %g GPU; still waiting (add nodes, or lower what an evaluator asks)",
+                "no evaluator is ready after %.0f s: they ask for %s, the cluster has %g CPU and "
+                "%g GPU; still waiting (add nodes, or lower what an evaluator asks)",
                 now - self._none_ready_since,
-                len(self._slots),
-                self._slots[0].kind,
+                ", ".join(f"{n} x {kind}" for kind, n in asked.items()),
                 has.get("CPU", 0),
                 has.get("GPU", 0),
             )
-
-
-def _start_actor(kind: Kind, name: str) -> Any:
-    threads = str(max(1, math.ceil(kind.cpus)))  # a broker reserves a little less
-    return (
-        ray.remote(RayEvaluator)
-        .options(
-            num_cpus=kind.cpus,
-            num_gpus=kind.gpus,
-            max_restarts=-1,
-            max_task_retries=0,
-            scheduling_strategy="DEFAULT",  # inside a Tune trial: not in the trial's bundle
-            runtime_env={"env_vars": dict.fromkeys(THREAD_VARIABLES, threads)},
-        )
-        .remote(name)
-    )

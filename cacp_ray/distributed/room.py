@@ -17,17 +17,14 @@ class Room:
         on_gpus: Evaluators with that share.
         on_cpus: Evaluators without.
         now: That there is room for at this moment.
+        device: What they score on: `cpu`, `cuda`, or `cuda and cpu` where either may.
     """
 
     gpu_share: float
     on_gpus: int
     on_cpus: int
     now: int
-
-    @property
-    def device(self) -> str:
-        """That the first of them score on: `cuda` or `cpu`."""
-        return "cuda" if self.gpu_share else "cpu"
+    device: str = "cpu"
 
     @property
     def total(self) -> int:
@@ -56,8 +53,9 @@ def find_room(
     by_gpu = min(int(free.get("GPU", 0) / share + 1e-9), by_cpu)
     by_gpu = min(by_gpu, sum(fast.room(nodes, node) for node in with_gpu))
     if wanted is not None:
-        return Room(share, min(wanted, useful), 0, by_gpu)
+        return Room(share, min(wanted, useful), 0, by_gpu, "cuda")
     others = sum(plain.room(nodes, node) for node in nodes.cpus.keys() - with_gpu)
     on_cpus = min(others, by_cpu - by_gpu)
-    on_gpus = min(by_gpu if by_gpu or on_cpus else 1, useful)
-    return Room(share, on_gpus, min(on_cpus, useful - on_gpus), by_gpu + on_cpus)
+    on_gpus = min(max(1, by_gpu), useful)  # one asks for a node with a GPU, if there is none
+    rest = min(on_cpus, useful - on_gpus)
+    return Room(share, on_gpus, rest, by_gpu + on_cpus, "cuda and cpu")

@@ -25,7 +25,9 @@ class Kind:
     def room(self, nodes: Nodes, node: str) -> int:
         """Actors that a node holds, were it idle."""
         cpus = int(nodes.cpus[node] / self.cpus)
-        return min(cpus, int(nodes.gpus[node] / self.gpus + 1e-9)) if self.gpus else cpus
+        if not self.gpus:
+            return cpus
+        return min(cpus, int(nodes.gpus[node]) * int(1 / self.gpus + 1e-9))  # never across GPUs
 
 
 @dataclass(eq=False)

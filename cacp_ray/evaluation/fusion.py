@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from cacp_ray.pruning.surgery import Skeleton
+from cacp_ray.training.metrics import find_device
 
 # Activation -> oneDNN's name for it and its numbers. Only ReLU can follow a sum.
 Activation = tuple[str, tuple[float, ...]]
@@ -112,8 +113,7 @@ def fuse(model: nn.Module) -> FusedNetwork | None:
     Args:
         model: Left as it is.
     """
-    on_cpu = next((p.device.type for p in model.parameters()), "cpu") == "cpu"
-    if on_cpu and not torch.backends.mkldnn.is_available():
+    if find_device(model).type == "cpu" and not torch.backends.mkldnn.is_available():
         return None
     whole = copy.deepcopy(model).eval().requires_grad_(False)
     try:

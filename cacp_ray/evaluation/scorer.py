@@ -25,6 +25,7 @@ from cacp_ray.evaluation.racing import (
     has_fallen_behind,
     prefixes,
 )
+from cacp_ray.pruning.compensation import CACHE_BYTES
 from cacp_ray.training.metrics import fast_dtype, score_logits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -74,14 +75,23 @@ def make_scorer(
     device = "cuda" if gpu else "cpu"
     if gpu:
         open_gpu(gpu)
-    cutters = Cutters(prepared, recovery, device)
-    precision = read_dtype(dtype, device)
-    networks = {"": FastNetwork(cutters[""], precision)}  # by importance order
-    pixels = put_pixels(split, device)
-    size = batch_size or default_batch_size(split)
-    if gpu and batch_size is None:
-        whole = prepared.plan.cost_model.num_channels.tolist()
-        size = fit_batch(networks[""].load(whole, TRIED_IMAGES), pixels, gpu)
+    try:
+        cutters = Cutters(prepared, recovery, device)
+        precision = read_dtype(dtype, device)
+        # By importance order; on a GPU all at once, so that what they take is known.
+        orders = ("", *prepared.others) if gpu else ("",)
+        networks = {order: FastNetwork(cutters[order], precision) for order in orders}
+        pixels = put_pixels(split, device)
+        size = batch_size or default_batch_size(split)
+        if gpu and batch_size is None:
+            whole = prepared.plan.cost_model.num_channels.tolist()
+            kept = CACHE_BYTES * len(orders) if recovery == "compensate" else 0
+            size = fit_batch(networks[""].load(whole, TRIED_IMAGES), pixels, gpu, kept)
+    except torch.OutOfMemoryError as error:
+        raise EvaluationError(
+            f"network and search split do not fit into {gpu:g} of the GPU's memory: raise "
+            "cluster.gpus_per_evaluator"
+        ) from error
     labels_of_split = from_shared(split.labels)
     is_halved = False
 

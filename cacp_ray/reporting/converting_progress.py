@@ -23,13 +23,16 @@ class ConvertDisplay(Display):
         self._found = self._images = 0
 
     def update(self, done: int, total: int, images: int) -> None:
-        """Takes a shard that is whole.
+        """Takes a shard that is whole; before the first, that they begin.
 
         Args:
             done: Shards that are.
             total: All shards.
             images: Written into this one; 0 where it was there already.
         """
+        if not done:
+            self._started = time.monotonic()
+            return
         self._found += images == 0
         self._images += images
         now = time.monotonic()

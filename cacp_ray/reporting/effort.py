@@ -49,13 +49,14 @@ def list_facts(result: dict[str, Any], episodes: pa.Table, metrics: Metrics) -> 
     )
     is_own = ~cached.astype(bool)  # the others took no time
     is_scored = is_own & (status == "ok")
-    num_evaluators, num_nodes = len(set(evaluators)), len(set(nodes))
-    num_failed = int((status != "ok").sum())
+    num_evaluators, num_nodes = len(set(evaluators[is_own])), len(set(nodes[is_own]))
+    num_failed, num_stopped = (int((status == kind).sum()) for kind in ("failed", "stopped"))
+    stopped = f", {num_stopped:,} stopped early" if num_stopped else ""
     facts = [
         (
             "measurements",
             f"{len(status):,} recorded, {cached.sum():,} answered from memory, "
-            f"{num_failed:,} failed",
+            f"{num_failed:,} failed{stopped}",
         ),
         (
             "evaluators",
@@ -67,7 +68,7 @@ def list_facts(result: dict[str, Any], episodes: pa.Table, metrics: Metrics) -> 
         each = format_seconds(float(np.median(seconds[is_scored])))
         busy = float(seconds[is_own].sum())
         searched = result["seconds"].get("search")
-        share = 100 * busy / (searched * num_evaluators) if searched else math.nan
+        share = 100 * busy / (searched * num_evaluators) if searched and busy else math.nan
         facts += [
             (
                 "a candidate",

@@ -112,6 +112,11 @@ class FinetuneProgress(Protocol):
         """Of this epoch."""
         ...
 
+    @property
+    def is_restored(self) -> bool:
+        """Whether it was trained before an interruption."""
+        ...
+
 
 class Display:
     """A context that shows the latest state in place on a terminal, and prints lines elsewhere."""
@@ -257,6 +262,7 @@ def finetune_line(progress: FinetuneProgress) -> str:
         f"loss {progress.train_loss:.3f}  search split {format_percent(progress.search_top1)} %  "
         f"{format_seconds(progress.seconds)}  "
         f"{format_seconds(progress.seconds * (progress.epochs - progress.epoch))} left"
+        f"{', from before' if progress.is_restored else ''}"
     )
 
 

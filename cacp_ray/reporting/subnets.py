@@ -15,14 +15,17 @@ Metrics = dict[float, dict[str, Any]]  # rate -> content of metrics.json
 
 
 def read_metrics(run_dir: Path, result: dict[str, Any]) -> Metrics:
-    """The metrics.json of every fine-tuned rate, smallest first.
+    """The metrics.json of every fine-tuned rate that has one with all epochs, smallest first.
 
     Raises:
         ArtifactError: One is unreadable.
     """
     rows = sorted(result["rates"], key=lambda row: row["rate"])
     files = {row["rate"]: run_dir / row["path"] / "metrics.json" for row in rows}
-    return {rate: read_json(file) for rate, file in files.items() if file.exists()}
+    found = {rate: read_json(file) for rate, file in files.items() if file.exists()}
+    return {
+        rate: each for rate, each in found.items() if len(each.get("history", [])) == each["epochs"]
+    }
 
 
 def find_later(run_dir: Path, result: dict[str, Any]) -> list[dict[str, Any]]:

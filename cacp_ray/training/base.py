@@ -64,13 +64,13 @@ def train_base(
 
     batches = make_batches(train_split, recipe)
     train(model, batches, search_split, recipe, state=state, on_epoch=finish_epoch)
+    write_tensors(folder / "model.safetensors", model.state_dict())
     # The accuracies of the table are float32: bf16 is for speed.
     accuracies = {
         "search": measure_split(model, search_split),
         "test": measure_split(model, test_split),
         "test_bf16": measure_split(model, test_split, dtype=fast_dtype()),
     }
-    write_tensors(folder / "model.safetensors", model.state_dict())
     result = {"epochs": recipe.epochs} | {k: _rounded(v) for k, v in accuracies.items()}
     write_json(folder / "result.json", result)
     return result

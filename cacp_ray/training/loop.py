@@ -1,7 +1,8 @@
 """One epoch loop for base training and fine-tuning, with distillation and exact resume.
 
-The order of images, their augmentation and the dropout of an epoch depend on (seed, epoch) alone,
-so a run that is continued from an epoch's end repeats what the uninterrupted run would have done.
+The order of images, their augmentation and the dropout of an epoch depend on (seed, epoch, worker)
+alone, so a run that is continued from an epoch's end repeats what the uninterrupted run would have
+done.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Accuracy and loss of a network on images in memory."""
+"""Accuracy and loss of a network on labelled images."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -23,7 +23,7 @@ from cacp_ray.distributed.broker import BrokeredEvaluator
 from cacp_ray.errors import ConfigError
 from cacp_ray.evaluation.measurement import Evaluator
 from cacp_ray.files import read_json, write_json
-from cacp_ray.tuning.experiment import MAX_FAILURES, check_trials, quiet_tune
+from cacp_ray.tuning.experiment import MAX_FAILURES, can_restore, check_trials, quiet_tune
 
 CURVE_FILE = "curve.json"
 TRIAL_CPUS = 0.05  # reserved by a trial; it learns while its candidates are scored
@@ -195,7 +195,7 @@ def tune_agents(
     )
     try:
         with quiet_tune():
-            if tune.Tuner.can_restore(str(experiment_dir)):
+            if can_restore(experiment_dir):
                 tuner = tune.Tuner.restore(
                     str(experiment_dir),
                     trainable=trainable,

@@ -81,6 +81,12 @@ def quiet_tune() -> Iterator[None]:
                 os.environ[key] = value
 
 
+def can_restore(folder: Path) -> bool:
+    """Whether an experiment is there to go on with; one killed before its first save left none."""
+    has_state = any(folder.glob("experiment_state-*.json"))
+    return has_state and tune.Tuner.can_restore(str(folder))
+
+
 def check_trials(results: Any, what: str) -> None:
     """Names the first of Tune's results whose trial failed for good.
 

@@ -24,7 +24,13 @@ from cacp_ray.data.streams import ImageStream
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.files import changed_keys, read_json, write_json
 from cacp_ray.training.recipe import Recipe
-from cacp_ray.tuning.experiment import MAX_FAILURES, check_trials, make_loggers, quiet_tune
+from cacp_ray.tuning.experiment import (
+    MAX_FAILURES,
+    can_restore,
+    check_trials,
+    make_loggers,
+    quiet_tune,
+)
 from cacp_ray.tuning.scheduler import SchedulerPerRate, make_asha
 from cacp_ray.tuning.trial import (
     PATH_KEY,
@@ -34,7 +40,7 @@ from cacp_ray.tuning.trial import (
     finetune_trial,
     keep_best,
 )
-from cacp_ray.tuning.workers import COORDINATOR_CPUS
+from cacp_ray.tuning.workers import COORDINATOR_CPUS, MAX_TRIALS
 
 CHOICE_FILE = "chosen.json"  # by rate, the variant; there once all is written
 
@@ -172,7 +178,10 @@ def finetune_subnets(
                 if "epoch" in (each.metrics or {}):
                     progress = _read_progress(each.config, each.metrics, epochs)
                     on_epoch(dataclasses.replace(progress, is_restored=True))
-            tuner = tuner or _make_tuner(trainable, space, experiment_dir, callbacks, scheduler)
+            at_once = MAX_TRIALS if resources.most_workers > 1 else None
+            tuner = tuner or _make_tuner(
+                trainable, space, experiment_dir, callbacks, scheduler, at_once
+            )
             results = tuner.fit()
     finally:
         _on_epoch.reset(listener)
@@ -257,9 +266,7 @@ def _restore_tuner(
     trainable: Any, space: dict[str, Any], experiment_dir: Path
 ) -> tune.Tuner | None:
     """To go on with; None where there is nothing to go on with."""
-    # A driver that was killed before its first save left nothing to restore.
-    has_state = any(experiment_dir.glob("experiment_state-*.json"))
-    if not has_state or not tune.Tuner.can_restore(str(experiment_dir)):
+    if not can_restore(experiment_dir):
         return None
     tuner = tune.Tuner.restore(
         str(experiment_dir),
@@ -281,6 +288,7 @@ def _make_tuner(
     experiment_dir: Path,
     callbacks: list[tune.Callback],
     scheduler: TrialScheduler | None,
+    at_once: int | None,
 ) -> tune.Tuner:
     return tune.Tuner(
         trainable,
@@ -288,6 +296,7 @@ def _make_tuner(
         tune_config=tune.TuneConfig(
             reuse_actors=scheduler is None,
             scheduler=scheduler,
+            max_concurrent_trials=at_once,
             trial_dirname_creator=_name_trial,
         ),
         run_config=tune.RunConfig(

@@ -158,7 +158,7 @@ def train_subnet(
     torch.set_num_threads(task.resources.cpus)
     started = time.monotonic()
     recipe = task.recipes[config["variant"]]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if task.resources.gpus else "cpu")
     model = task.load_subnet(task.subnet_folders[config["rate"]]).to(device)
     teacher = task.load_teacher().to(device) if recipe.distillation > 0 else None
     state = None if checkpoint is None else read_state(checkpoint)
@@ -170,7 +170,7 @@ def train_subnet(
         history = []
     else:
         before, best, seconds = state["before"], state["best"], state["seconds"]
-        history = state["history"]
+        history = state.get("history", [])
 
     def finish_epoch(result: EpochResult, training: dict[str, Any]) -> None:
         nonlocal best, seconds, started
@@ -254,7 +254,7 @@ def keep_best(
     more = {
         "recipe": dataclasses.asdict(recipe),
         "variants": variants,
-        "history": state["history"],
+        "history": state.get("history", []),
     }
     write_json(folder / "metrics.json", dataclasses.asdict(result) | more)
     return result

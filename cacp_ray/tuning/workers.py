@@ -31,10 +31,11 @@ from torch.nn.parallel import DistributedDataParallel
 if TYPE_CHECKING:
     from cacp_ray.tuning.trial import TrialTask
 
-COORDINATOR_CPUS = 0.01  # of the trial itself, which only waits for its workers
-# Left free by a worker, so that one fits beside the trials of all rates on a node: Ray counts the
-# workers that a node has room for as if it were empty.
-SPARE_CPUS = 0.1
+COORDINATOR_CPUS = 0.001  # of the trial itself, which only waits for its workers
+MAX_TRIALS = 8  # at once
+# Left free by a worker, so that one fits beside these trials on a node: Ray counts the workers that
+# a node has room for as if it were empty.
+SPARE_CPUS = 0.01
 
 
 def train_in_workers(

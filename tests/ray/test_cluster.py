@@ -18,7 +18,7 @@ JOIN = """
 import sys
 from cacp_ray.distributed import cluster
 cluster.connect(sys.argv[1] or None)
-print(cluster.available_cpus())
+print(int(cluster.ray.available_resources()["CPU"]))
 cluster.disconnect()
 """
 

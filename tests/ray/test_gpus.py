@@ -4,10 +4,18 @@ No process computes on one: what is tried is who is placed where, and what each 
 """
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+import ray
+
+from cacp_ray.distributed import room
+from cacp_ray.distributed.cluster import check_room
+from cacp_ray.distributed.nodes import Nodes
+from cacp_ray.distributed.slots import Kind
+from cacp_ray.errors import ConfigError
 
 pytestmark = pytest.mark.ray
 
@@ -26,7 +34,7 @@ cluster.add_node(num_cpus=1)
 ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
 
 def as_list(room):
-    return [room.gpu_share, room.on_gpus, room.on_cpus, room.now]
+    return [room.gpu_share, room.on_gpus, room.on_cpus, room.now, room.device]
 
 rooms = {
     "all": as_list(find_room(1, 0.5, None, 100)),
@@ -81,18 +89,48 @@ def make_told(top1, gpu=0.0):
     return score
 
 
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "share", "room"),
+    [(8, 1, 0.25, 4), (2, 1, 0.25, 2), (16, 2, 0.6, 2), (16, 5, 0.4, 10), (8, 0, 0.5, 0)],
+)
+def test_a_share_is_never_across_two_gpus(cpus, gpus, share, room):
+    nodes = Nodes({"a": cpus}, {"a": gpus}, frozenset())
+    assert Kind(1, share).room(nodes, "a") == room
+    assert Kind(1).room(nodes, "a") == cpus
+
+
+def test_a_gpu_is_asked_for_where_a_cluster_has_none_yet(monkeypatch):
+    monkeypatch.setattr(room, "read_nodes", lambda: Nodes({"a": 4.0}, {"a": 0.0}, frozenset()))
+    monkeypatch.setattr(room.ray, "available_resources", lambda: {"CPU": 4.0})
+    found = room.find_room(1, 0.25, None, 100)
+    assert (found.on_gpus, found.on_cpus, found.device) == (1, 4, "cuda and cpu")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_share_of_no_gpu_is_refused_on_this_machine():
+    if any(node["Resources"].get("GPU") for node in ray.nodes()):
+        pytest.skip("a GPU is there")
+    with pytest.raises(ConfigError, match=r"finds no GPU on this machine: set it to 0"):
+        check_room(1, 0.25, "local")
+
+
 def test_gpu_nodes_get_evaluators_with_shares_and_others_get_plain_ones():
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER], capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, "-c", DRIVER],
+        env={name: text for name, text in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     rooms, first, later = json.loads(done.stdout.splitlines()[-1])
     assert rooms == {
-        "all": [0.5, 2, 1, 3],
-        "CPUs end first": [0.25, 2, 1, 3],
-        "no GPU": [0.0, 0, 3, 3],
-        "wanted": [0.5, 7, 0, 2],
-        "few useful": [0.5, 1, 0, 3],
+        "all": [0.5, 2, 1, 3, "cuda and cpu"],
+        "CPUs end first": [0.25, 2, 1, 3, "cuda and cpu"],
+        "no GPU": [0.0, 0, 3, 3, "cpu"],
+        "wanted": [0.5, 7, 0, 2, "cuda"],
+        "few useful": [0.5, 1, 0, 3, "cuda and cpu"],
     }
     told = {(name, share) for name, share, _ in first}
     assert told == {("evaluator-0", 0.5), ("evaluator-1", 0.5), ("evaluator-2", 0.0)}

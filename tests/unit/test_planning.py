@@ -40,7 +40,7 @@ def test_an_estimate_reads_as_lines(base, monkeypatch):
     found = dataclasses.replace(
         estimate_search(RunConfig(), base), evaluators=2, evaluator_bytes=2**30
     )
-    text = " ".join(describe_estimate(found))
+    text = " ".join(describe_estimate(found, 0.0))
     for part in (
         "1,500 images",
         "1.50 s on 1 core",
@@ -50,3 +50,5 @@ def test_an_estimate_reads_as_lines(base, monkeypatch):
         "5 MB",
     ):
         assert part in text
+    assert "GPU" not in text
+    assert "not estimated" in describe_estimate(found, 0.25)[-1]

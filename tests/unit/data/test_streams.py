@@ -169,9 +169,17 @@ def test_measuring_a_stream_holds_few_images(data, monkeypatch):
 
     monkeypatch.setattr(streams, "decode", watch)
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, COUNT))
+    ahead, seen = [], []
+
+    def count(module, inputs):
+        seen.append(len(inputs[0]))
+        ahead.append(sum(held) - sum(seen))
+
+    model.register_forward_pre_hook(count)
     measure_split(model, open_split(data, "train"), batch_size=9)
     assert max(held) == 9
-    assert sum(held) == COUNT
+    assert sum(held) == sum(seen) == COUNT
+    assert max(ahead) <= 9 * streams.PARTS_AHEAD
 
 
 def test_a_folder_of_images_is_shuffled_image_by_image(data, tmp_path):

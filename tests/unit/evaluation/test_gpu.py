@@ -6,9 +6,8 @@ import torch
 
 from cacp_ray.config import RunConfig, load_config
 from cacp_ray.errors import EvaluationError
-from cacp_ray.evaluation import gpu
+from cacp_ray.evaluation import gpu, scorer
 from cacp_ray.evaluation.measurement import Candidate
-from cacp_ray.evaluation.network import put_pixels
 from cacp_ray.evaluation.scorer import make_scorer
 from cacp_ray.loading import load_base, prepare_base
 from cacp_ray.searching.budget import uniform
@@ -25,34 +24,28 @@ def test_without_a_gpu_the_reason_and_the_next_step_are_one_line():
 
 @pytest.mark.parametrize(("each", "size"), [(2**20, 716), (2**30, 1), (1, 900)])
 def test_the_batch_is_what_the_memory_holds(monkeypatch, each, size):
-    """1 GB is the share; 100 of 1,024 MB are taken by weights and images."""
-    base = load_base(
-        load_config(RunConfig, {"data": {"search": {"path": "embedded:search", "rows": [0, 900]}}})
-    )
-    used = 100 * 2**20
-    memory = type("Properties", (), {"total_memory": 4 * (2**30 + used)})
+    """1 GB is left of a share of 2 GB less CUDA's own 0.5, weights and what comes later."""
+    used, later = 100 * 2**20, 412 * 2**20
+    memory = type("Properties", (), {"total_memory": 2**33})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: used)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: used + each * gpu.TRIED_IMAGES)
     seen = []
-    found = gpu.fit_batch(lambda *where: seen.append(where), put_pixels(base.search), 0.25)
+    found = gpu.fit_batch(lambda *where: seen.append(where), range(900), 0.25, later)
     assert [where[1:] for where in seen] == [(0, gpu.TRIED_IMAGES)]
     assert found == size
 
 
-def test_a_network_that_does_not_fit_is_named_with_the_next_step(monkeypatch):
-    memory = type("Properties", (), {"total_memory": 2**33})
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
-    for name in ("empty_cache", "reset_peak_memory_stats", "memory_allocated"):
-        monkeypatch.setattr(torch.cuda, name, lambda: 0)
-
-    def predict(pixels, start, stop):
+def test_what_does_not_fit_is_one_line_with_the_next_step(monkeypatch):
+    def run_out(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(EvaluationError, match=r"do not fit into 2.0 GB of GPU memory: raise"):
-        gpu.fit_batch(predict, range(50), 0.25)
+    monkeypatch.setattr(scorer, "open_gpu", lambda share: None)
+    monkeypatch.setattr(scorer, "Cutters", run_out)
+    with pytest.raises(EvaluationError, match=r"do not fit into 0\.25 .* raise cluster"):
+        make_scorer(None, None, recovery="none", dtype="auto", gpu=0.25)
 
 
 class TestOnAGpu:

@@ -37,6 +37,7 @@ class Epoch:
     train_loss: float = 0.51234
     search_top1: float = 0.8123
     seconds: float = 31.2
+    is_restored: bool = False
 
 
 @pytest.fixture
@@ -169,10 +170,12 @@ def test_on_a_terminal_every_rate_shows_its_last_epoch():
 def test_a_conversion_counts_what_was_there_and_estimates_from_what_it_writes(clock):
     file = io.StringIO()
     with ConvertDisplay(console=make_console(file)) as display:
+        clock[0] = 60.0  # the folder is listed
+        display.update(0, 10, 0)
         display.update(1, 10, 0)
-        clock[0] = 4.0
+        clock[0] = 64.0
         display.update(2, 10, 500)  # too soon for another line
-        clock[0] = 10.0
+        clock[0] = 70.0
         display.update(3, 10, 500)
         display.update(10, 10, 100)
     assert file.getvalue().splitlines() == [
