@@ -416,17 +416,24 @@ ELASTIC = """
 import sys, threading, time
 from pathlib import Path
 import ray
+from ray._private.state import actors
 from ray.cluster_utils import Cluster
 from cacp_ray.training.recipe import Recipe
 from tests.ray.test_finetune import finetune, load_slow
 
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-other = cluster.add_node(num_cpus=1)
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
 ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
 recipe = Recipe(epochs=6, batch_size=16, lr=0.05, padding=1, seed=5)
 
 def watch(progress):
     if progress.epoch == 2:
+        (trial,) = (
+            actor["Address"]["NodeID"]
+            for actor in actors().values()
+            if actor["ActorClassName"] == "ImplicitFunc"
+        )
+        (other,) = (node for node in nodes if node.node_id != trial)
         threading.Thread(target=cluster.remove_node, args=(other,)).start()
 
 finetune(Path(sys.argv[1]), load_subnet=load_slow, rates=(0.3,), recipe=recipe, workers=(1, 2),
