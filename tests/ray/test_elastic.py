@@ -3,6 +3,7 @@ begins, left without demand by a driver that dies, and a search under kills (slo
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -79,7 +80,8 @@ def test_auto_joins_the_cluster_of_this_machine_whose_head_scores_nothing(machin
     search = ("-m", "cacp_ray.cli", "search", config, "--address", "auto", "--run-dir", folder)
     done = run(machines, *search)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "room for 1 now" in done.stdout
+    # 0 where the head has not heard of the node's CPU yet.
+    assert re.search(r"room for [01] now", done.stdout), done.stdout
     rows = RunDirectory(folder).read_records()
     assert [row.status for row in rows] == 4 * ["ok"]
 
