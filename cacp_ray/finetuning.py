@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 from torch import nn
@@ -35,7 +35,6 @@ from cacp_ray.results import read_result
 from cacp_ray.training.metrics import measure_split
 from cacp_ray.training.recipe import Recipe
 
-Count = Annotated[int, Field(ge=1)]
 Logger = Literal["tensorboard", "csv", "json", "wandb", "mlflow"]
 
 
@@ -49,7 +48,7 @@ class TrialsConfig(Section):
         default=None, ge=1, description="of a trial or worker; cluster.cpus_per_evaluator if unset"
     )
     gpus: float = Field(default=0.0, ge=0, description="of a trial or worker; 0.25: four share one")
-    workers: Count | tuple[Count, Count] = Field(
+    workers: int | tuple[int, int] = Field(
         default=1,
         description="processes that train one model; [2, 8]: as many as there is room for, from "
         "epoch to epoch",
@@ -61,11 +60,13 @@ class TrialsConfig(Section):
         default=("tensorboard", "csv", "json"), description="beside each trial; wandb, mlflow"
     )
 
-    @field_validator("workers")
+    @field_validator("workers", mode="before")
     @classmethod
-    def _smaller_first(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
-        if isinstance(workers, tuple) and workers[0] > workers[1]:
-            raise ValueError("write the smaller number of workers first")
+    def _number_or_range(cls, workers: Any) -> Any:
+        numbers = workers if isinstance(workers, (list, tuple)) else [workers, workers]
+        is_range = len(numbers) == 2 and all(type(number) is int for number in numbers)
+        if not is_range or not 1 <= numbers[0] <= numbers[1]:
+            raise ValueError("write one number, or the least and the most: 4, or [2, 8]")
         return workers
 
 

@@ -20,6 +20,11 @@ def load(**values):
     return load_config(FinetuneConfig, {"finetune": {"epochs": 7, "lr": 0.05}, **values})
 
 
+def test_workers_are_a_number_or_a_range():
+    assert load(trials={"workers": 4}).trials.workers == 4
+    assert load(trials={"workers": [2, 8]}).trials.workers == (2, 8)
+
+
 def test_variants_say_what_differs():
     assert {name: recipe.lr for name, recipe in load().recipes.items()} == {"": 0.05}
     found = load(variants={"same": {}, "adam": {"optimizer": "adamw", "lr": "1e-3"}}).recipes
@@ -36,7 +41,13 @@ def test_variants_say_what_differs():
         ({"variants": {"a/b": {}}}, "'a/b' is no name"),
         ({"variants": {"a": {"teacher": "larger"}}}, "all variants have one teacher"),
         ({"trials": {"gpus": -1}}, r"trials\.gpus"),
-        ({"trials": {"workers": 0}}, r"trials\.workers"),
+        (
+            {"trials": {"workers": 0}},
+            r"trials\.workers: write one number, or the least and the most",
+        ),
+        ({"trials": {"workers": [3, 2]}}, r"trials\.workers: write one number"),
+        ({"trials": {"workers": [1, 2, 3]}}, r"trials\.workers: write one number"),
+        ({"trials": {"workers": "many"}}, r"trials\.workers: write one number"),
         ({"trials": {"logging": ["tensorbord"]}}, r"trials\.logging\.0"),
         ({"finetune": {"ema": 1.0}}, r"finetune\.ema"),
         ({"finetune": {"optimizer": "lion"}}, r"finetune\.optimizer"),
