@@ -7,7 +7,16 @@ alone imports neither torch nor ray.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cacp_ray.api import Analysis, Run, analyze, export, finetune, load_subnet, search
+    from cacp_ray.api import (
+        Analysis,
+        Run,
+        analyze,
+        export,
+        finetune,
+        load_subnet,
+        search,
+        tune_agent,
+    )
     from cacp_ray.series import compare, search_each
 
 __version__ = "0.1.0"
@@ -21,6 +30,7 @@ __all__ = [
     "load_subnet",
     "search",
     "search_each",
+    "tune_agent",
 ]
 
 

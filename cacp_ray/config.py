@@ -272,7 +272,7 @@ def load_config(
     """Reads and checks a configuration.
 
     Args:
-        kind: `RunConfig` or `TrainConfig`.
+        kind: Of the configuration: `RunConfig`, `TrainConfig` and others.
         source: YAML file, or its content.
         overrides: `key.path=value`, the value in YAML.
 
@@ -282,24 +282,22 @@ def load_config(
     if isinstance(source, dict):
         where, values = "configuration", dict(source)
     else:
-        where = str(source)
+        where = f"configuration {source}"
         try:
             values = yaml.safe_load(Path(source).read_text()) or {}
         except OSError as error:
-            raise ConfigError(
-                f"configuration {where}: {error.strerror}; give a YAML file"
-            ) from error
+            raise ConfigError(f"{where}: {error.strerror}; give a YAML file") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())
-            raise ConfigError(f"configuration {where}: not valid YAML ({reason})") from error
+            raise ConfigError(f"{where}: not valid YAML ({reason})") from error
         if not isinstance(values, dict):
-            raise ConfigError(f"configuration {where}: expected `key: value` lines")
+            raise ConfigError(f"{where}: expected `key: value` lines")
     for text in overrides:
         _override(values, text)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"configuration {where}: {_first_problem(kind, error)}") from error
+        raise ConfigError(f"{where}: {_first_problem(kind, error)}") from error
 
 
 def _override(values: dict[str, Any], text: str) -> None:

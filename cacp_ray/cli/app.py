@@ -54,6 +54,8 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         code, text = _explain(error)
+        if code == 2:  # the line says all; where Ray's messages are is no help
+            logging.getLogger("cacp_ray").setLevel(logging.ERROR)
         typer.echo(text, err=True)
         sys.exit(code)
 

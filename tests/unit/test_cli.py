@@ -1,6 +1,7 @@
 """Bad input ends in one line on standard error, exit code 2, and nothing is written."""
 
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import yaml
 from safetensors.torch import save_file
 
+from cacp_ray.errors import ConfigError, EvaluationError
 from cacp_ray.models.factory import build_model
 from tests.unit.exporting.folders import make_folder
 
@@ -238,6 +240,22 @@ def test_ctrl_c_says_how_to_go_on(run, monkeypatch):
     monkeypatch.setattr("cacp_ray.cli.searching._search", interrupted)
     _, _, err = run("search", "tune_configs/quickstart.yaml", "--run-dir", "nowhere")
     assert err == "cacp-ray: interrupted; go on with --resume\n"
+
+
+def test_bad_input_is_the_last_word(run, monkeypatch, caplog):
+    """What begins at exit, such as where Ray's messages are, is for runs that went further."""
+
+    def refused(*_, **__):
+        raise ConfigError("no GPU here")
+
+    def failed(*_, **__):
+        raise EvaluationError("an evaluator died")
+
+    for raised, said in ((refused, []), (failed, ["Ray's own messages: logs"])):
+        monkeypatch.setattr("cacp_ray.cli.searching._search", raised)
+        run("search", "tune_configs/quickstart.yaml", "--run-dir", "nowhere")
+        logging.getLogger("cacp_ray.distributed.cluster").info("Ray's own messages: logs")
+        assert caplog.messages == said
 
 
 def test_wrong_usage_is_one_line(run):
