@@ -40,7 +40,7 @@ from cacp_ray.tuning.trial import (
     finetune_trial,
     keep_best,
 )
-from cacp_ray.tuning.workers import COORDINATOR_CPUS, MAX_TRIALS
+from cacp_ray.tuning.workers import COORDINATOR_CPUS, MAX_TRIALS, FreeAbandoned, free_abandoned
 
 CHOICE_FILE = "chosen.json"  # by rate, the variant; there once all is written
 
@@ -165,6 +165,8 @@ def finetune_subnets(
     )
     epochs = {name: each.epochs for name, each in recipes.items()}
     callbacks.insert(0, _ProgressCallback(epochs))
+    if resources.most_workers > 1:
+        callbacks.append(FreeAbandoned())
     scheduler = _make_scheduler(recipes) if stops_poor else None
     space = {
         "rate": tune.grid_search(sorted(subnet_folders, reverse=True)),
@@ -196,12 +198,13 @@ def finetune_subnets(
     best = {  # the first of equals
         rate: max(mine, key=lambda each: each.metrics["best_top1"]) for rate, mine in trials.items()
     }
-    found = ray.get(
-        [
-            keep.remote(each.config, _find_checkpoint(each), _summary(trials[rate]), **shared)
-            for rate, each in best.items()
-        ]
-    )
+    kept = [
+        keep.remote(each.config, _find_checkpoint(each), _summary(trials[rate]), **shared)
+        for rate, each in best.items()
+    ]
+    while ray.wait(kept, num_returns=len(kept), timeout=1.0)[1]:
+        free_abandoned()  # by the trials that ended last
+    found = ray.get(kept)
     choice = {f"{rate:g}": each.config["variant"] for rate, each in best.items()}
     write_json(experiment_dir / CHOICE_FILE, choice)
     return dict(zip(best, found, strict=True))

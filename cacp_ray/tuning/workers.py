@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
+from ray._private.state import state
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.train import Checkpoint as TrainCheckpoint
 from ray.train import (
     CheckpointConfig,
@@ -24,7 +26,9 @@ from ray.train import (
     report,
 )
 from ray.train.torch import TorchTrainer, get_device
+from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import TuneReportCallback
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,6 +40,7 @@ MAX_TRIALS = 8  # at once
 # Left free by a worker, so that one fits beside these trials on a node: Ray counts the workers that
 # a node has room for as if it were empty.
 SPARE_CPUS = 0.01
+STEPS_BETWEEN = 10  # of Tune's loop, a tenth of a second each while nothing happens
 
 
 def train_in_workers(
@@ -101,3 +106,29 @@ def _work(shared: dict[str, Any]) -> None:
         shard=(rank, context.get_world_size()),
         wrap=wrap,
     )
+
+
+class FreeAbandoned(tune.Callback):
+    """Gives back what the workers of a trial that died had reserved.
+
+    Ray Train leaves that to an actor that asks the dashboard whether the trial's controller lives.
+    Where there is no dashboard, as on a laptop, the trial's next workers would wait for ever.
+    """
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Called by Tune in the driver."""
+        if iteration % STEPS_BETWEEN == 0:
+            free_abandoned()
+
+
+def free_abandoned() -> None:
+    """Removes placement groups of this job whose creator is dead; Ray waits for the job's end."""
+    job = ray.get_runtime_context().get_job_id()
+    # Ray's public tables leave out who made a group.
+    for row in state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(row)
+        # Of one that the driver itself made, Ray says so too.
+        is_orphan = group.creator_actor_dead and not ray.ActorID(group.creator_actor_id).is_nil()
+        is_held = group.state != group.REMOVED and not group.is_detached
+        if group.creator_job_id.hex() == job and is_orphan and is_held:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from ray._private.state import actors
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -412,6 +413,34 @@ def test_two_workers_train_one_model_as_one_worker_does(tmp_path: Path) -> None:
         assert (value - kept[1][key]).abs().max() < 0.1 * moved
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_of_trials_that_died_or_were_stopped_make_room(tmp_path: Path) -> None:
+    """Each trial takes the whole machine: what the dead and the stopped had is needed by all."""
+    save_fresh(tmp_path / "rate-0.30")
+    recipe = dataclasses.replace(RECIPE, distillation=0.0)
+    killed: list[int] = []
+
+    def kill_all_once(progress: FinetuneProgress) -> None:
+        if not killed and progress.epoch == 2:
+            alive = [actor for actor in actors().values() if actor["State"] == "ALIVE"]
+            killed.extend(a["Pid"] for a in alive if a["ActorClassName"] == "ImplicitFunc")
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    finetune(
+        tmp_path,
+        rates=(0.3,),
+        recipes={"first": recipe, "second": dataclasses.replace(recipe, seed=6)},
+        workers=2,
+        stops_poor=True,
+        on_epoch=kill_all_once,
+    )
+    assert killed
+    metrics = json.loads((tmp_path / "rate-0.30" / "metrics.json").read_text())
+    assert max(each["epochs"] for each in metrics["variants"].values()) == 3
+    assert set(metrics["variants"]) == {"first", "second"}
+
+
 ELASTIC = """
 import sys, threading, time
 from pathlib import Path
@@ -425,16 +454,19 @@ cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
 nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
 ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
 recipe = Recipe(epochs=6, batch_size=16, lr=0.05, padding=1, seed=5)
+lost_nodes = []
 
 def watch(progress):
     if progress.epoch == 2:
         (trial,) = (
             actor["Address"]["NodeID"]
             for actor in actors().values()
-            if actor["ActorClassName"] == "ImplicitFunc"
+            if (actor["ActorClassName"], actor["State"]) == ("ImplicitFunc", "ALIVE")
         )
-        (other,) = (node for node in nodes if node.node_id != trial)
-        threading.Thread(target=cluster.remove_node, args=(other,)).start()
+        (lost,) = (node for node in nodes if (node.node_id == trial) == (sys.argv[2] == "own"))
+        if not lost_nodes:
+            lost_nodes.append(lost)
+            threading.Thread(target=cluster.remove_node, args=(lost,)).start()
 
 finetune(Path(sys.argv[1]), load_subnet=load_slow, rates=(0.3,), recipe=recipe, workers=(1, 2),
     on_epoch=watch)
@@ -444,10 +476,11 @@ cluster.shutdown()
 
 
 @pytest.mark.slow
-def test_training_goes_on_with_fewer_workers_when_a_node_is_lost(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", ["a worker's", "own"])
+def test_training_goes_on_with_fewer_workers_when_a_node_is_lost(tmp_path: Path, lost: str) -> None:
     save_fresh(tmp_path / "rate-0.30")
     done = subprocess.run(
-        [sys.executable, "-c", ELASTIC, str(tmp_path)],
+        [sys.executable, "-c", ELASTIC, str(tmp_path), lost],
         capture_output=True,
         text=True,
         timeout=500,
