@@ -75,7 +75,7 @@ def parse_rates(text: str) -> list[float]:
             numbers = [round(low + step * i, 4) for i in range(count)]
         elif len(numbers) != 1:
             raise ValueError(text)
-    except (ValueError, ZeroDivisionError) as error:
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
         raise ConfigError(f"--rate {text}: write one rate such as 0.42, or 0.2:0.9:0.02") from error
     if not numbers:
         raise ConfigError(f"--rate {text}: write the smaller rate first")
@@ -87,9 +87,18 @@ def parse_rates(text: str) -> list[float]:
 
 
 def answer_rates(
-    config: RunConfig, run_dir: Path, rates: Sequence[float], evaluations: int, *, save: bool
+    config: RunConfig,
+    run_dir: Path,
+    rates: Sequence[float],
+    evaluations: int,
+    *,
+    save: bool,
+    out: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Subnets for any rates from the trained policy, without searching again.
+
+    Of the policy's greedy answer and the best candidate around it, that is saved which is better
+    after the repair.
 
     Args:
         config: Of the run.
@@ -98,6 +107,7 @@ def answer_rates(
         evaluations: 0 takes the policy's greedy answer; otherwise so many candidates a rate, the
             greedy one and a beam around it, and the best on the search split.
         save: Whether to write a subnet folder a rate.
+        out: That folder, of a single rate; by default `subnets/rate-R` in the run.
 
     Raises:
         ArtifactError: No policy in the run, or a folder exists already.
@@ -107,10 +117,10 @@ def answer_rates(
     checkpoint = run.find_checkpoint()
     if config.strategy not in CONDITIONAL or checkpoint is None:
         raise ArtifactError(f"{run_dir} has no trained policy: search with strategy cacp first")
-    for rate in rates:
-        folder = run_dir / "subnets" / f"rate-{rate:.2f}"
-        if save and folder.exists():
-            raise ArtifactError(f"{folder} exists: load it, or ask for another rate")
+    for rate in rates if save else ():
+        folder = out or run_dir / "subnets" / f"rate-{rate:.2f}"
+        if folder.exists():
+            raise ArtifactError(f"{folder} exists: load it, or give another folder (--out)")
     logger.info("loading network, images and agent")
     base = load_base(config)
     check_weights(base, run_dir)
@@ -132,7 +142,7 @@ def answer_rates(
         )
     )
     best: dict[float, EpisodeRecord | None] = {}
-    answers = []
+    answers, own = [], []
     for rate in rates:
         rng = np.random.default_rng([config.seed, round(1e4 * rate)])
         found = _measure_around_policy(agent, evaluator, rate, max(1, evaluations), rng)
@@ -151,12 +161,13 @@ def answer_rates(
             }
         )
         best[rate] = record
+        own.append({"rate": rate, "record": as_record(base, config, *found[0])})
     agent.stop()
     if save:
-        for answer, row in zip(
-            answers, build_winners(config, base, prepared, best, run_dir), strict=True
-        ):
-            answer |= {"path": row["path"], "top1": row["top1"]}
+        winners = build_winners(config, base, prepared, best, run_dir, own, out=out)
+        names = ("cost_kept", "macs", "params", "keep_counts", "top1", "path")
+        for answer, row in zip(answers, winners, strict=True):
+            answer |= {name: row[name] for name in names}
     return answers
 
 

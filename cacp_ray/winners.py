@@ -161,6 +161,7 @@ def build_winners(
     run_dir: Path,
     answers: Sequence[dict[str, Any]] = (),
     reference: Mapping[float, float] | None = None,
+    out: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Builds, measures in float32 on the search split, and saves the best subnet of every rate.
 
@@ -175,6 +176,7 @@ def build_winners(
         run_dir: Where the subnets are saved.
         answers: Of `measure_policy`.
         reference: Of `measure_uniform`.
+        out: Folder of the subnet of a single rate; by default `subnets/rate-R` in the run.
 
     Returns:
         What result.json says of each rate: `top1` of the saved subnet, `search_top1`,
@@ -199,7 +201,7 @@ def build_winners(
         won = max(built.values(), key=lambda each: (each.accuracy.top1, -each.accuracy.loss))
         winner, net, accuracy, is_sequential = won.record, won.net, won.accuracy, won.is_sequential
         counts = winner.keep_counts
-        folder = Path("subnets") / f"rate-{rate:.2f}"
+        folder = Path("subnets") / f"rate-{rate:.2f}" if out is None else out.absolute()
         row = {
             "rate": rate,
             "cost_kept": winner.cost_kept,

@@ -19,19 +19,26 @@ def report(run: RunFolder) -> None:
 @app.command()
 def subnet(
     run: RunFolder,
-    rate: Annotated[str, typer.Option(help="Share of the cost KEPT: 0.42, or LO:HI:STEP.")],
+    rate: Annotated[
+        str, typer.Option(help="Share of the cost KEPT: 0.42; of LO:HI:STEP nothing is saved.")
+    ],
     evaluations: Annotated[
         int, typer.Option(min=0, help="0: the policy's answer; N: the best of N around it.")
     ] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the subnet. Default: subnets/rate-R in the run.")
+    ] = None,
 ) -> None:
-    """Answer a rate that was never searched from the trained policy."""
+    """Answer any rate from the trained policy, without searching again."""
     from cacp_ray.folders import read_run_config
     from cacp_ray.reporting.tables import answers_table, make_console
     from cacp_ray.results import answer_rates, parse_rates, read_result
 
     rates = parse_rates(rate)
     config, result = read_run_config(run), read_result(run)
-    answers = answer_rates(config, run, rates, evaluations, save=len(rates) == 1)
+    if out is not None and len(rates) > 1:
+        raise ConfigError("--out is the folder of one subnet: give one rate")
+    answers = answer_rates(config, run, rates, evaluations, save=len(rates) == 1, out=out)
     make_console().print(answers_table(result, answers))
     if "path" in answers[0]:
         typer.echo(f"saved: {run / answers[0]['path']}")

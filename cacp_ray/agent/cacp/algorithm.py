@@ -132,16 +132,18 @@ class CACP(PruningAgent):
         """The actor's answers, or the mean of good allocations where the critics value it more.
 
         The actor imitates good allocations, and lags behind them; their mean is interpolated
-        between rates.
+        between rates. Critics that never learned have no say.
         """
         rates = np.asarray(rates, dtype=np.float64)
-        answers = [self._act(rates)]
-        if not self._is_early:
-            answers.append(self._behaviour.between(rates))
         space = self.mdp.space
-        counts = np.stack([space.decode(rates, each) for each in answers])  # (2, N, G)
-        values = np.stack([self._value(each) for each in counts])
-        return counts[values.argmax(axis=0), np.arange(len(rates))]
+        own = space.decode(rates, self._act(rates))
+        if self._is_early:
+            return own
+        mean = space.decode(rates, self._behaviour.between(rates))
+        if self.updates_per_episode == 0:
+            return mean
+        is_better = self._value(mean) > self._value(own)
+        return np.where(is_better[:, None], mean, own)
 
     def _near_policy(
         self, rate: float, noise: float, count: int, rng: np.random.Generator
