@@ -211,17 +211,32 @@ def run(job: Job, options: argparse.Namespace) -> None:
                 agent.train()
             else:
                 loop.tick(strategy)
-        answers = {}
+        answers, priors = {}, {}
         if reserve:
             rates = sorted({*RATES, *UNSEEN})
-            for rate, row in zip(rates, agent.policy(rates).tolist(), strict=True):
-                evaluator.submit(Candidate(0, rate, tuple(row)))
-                answers[rate] = (evaluator.results(0)[0].top1, (tuple(row), ""))
+            answers = measure(evaluator, rates, agent.policy(rates))
+        if config.strategy == "cacp":  # beside the policy in the tables; no candidate
+            priors = measure(evaluator, rates, agent.mdp.prior(rates))
         found = find_winners(directory, answers, number, config.rates)
         about = measure_effort(directory, number, reserve) | describe_sitting(options, job.seed)
         test = read_split(config.data, "test")
-        report(files[waiting.pop(0)], found, answers, base, prepared, test, about)
+        about |= {"policy": by_rate(answers), "prior": by_rate(priors)}
+        report(files[waiting.pop(0)], found, base, prepared, test, about)
     loop.checkpoint(strategy)
+
+
+def measure(evaluator: Evaluator, rates: Sequence[float], counts: Any) -> dict[float, Winner]:
+    """Scores one allocation a rate."""
+    found = {}
+    for rate, row in zip(rates, counts.tolist(), strict=True):
+        evaluator.submit(Candidate(0, rate, tuple(row)))
+        found[rate] = (evaluator.results(0)[0].top1, (tuple(row), ""))
+    return found
+
+
+def by_rate(found: dict[float, Winner]) -> dict[str, float]:
+    """The accuracies alone, for a file."""
+    return {str(rate): top1 for rate, (top1, _) in found.items()}
 
 
 def measure_effort(directory: RunDirectory, number: int, reserve: int) -> dict[str, Any]:
@@ -266,7 +281,6 @@ def find_winners(
 def report(
     file: Path,
     found: dict[float, Winner],
-    answers: dict[float, Winner],
     base: Base,
     prepared: Prepared,
     test: ImageSet,
@@ -285,12 +299,11 @@ def report(
             hits[name].append(is_right)
             row[f"{name}_top1"] = float(is_right.mean())
         rows.append(row)
-    policy = {str(rate): top1 for rate, (top1, _) in answers.items()}
     np.savez_compressed(
         file.with_suffix(".npz"), **{name: np.packbits(each, axis=1) for name, each in hits.items()}
     )
     images = {"search": len(base.search), "test": len(test)}
-    write_json(file, {"winners": rows, "policy": policy, "images": images, **about})
+    write_json(file, {"winners": rows, "images": images, **about})
 
 
 if __name__ == "__main__":

@@ -79,9 +79,11 @@ def print_policies(
     rates = [str(rate) for rate in (*RATES, *UNSEEN)]
     rows = []
     for method, runs in found.items():
-        if all(run["policy"] for run in runs.values()):
-            top1 = np.array([[run["policy"][rate] for rate in rates] for run in runs.values()])
-            rows.append([method, *(_cell(column) for column in top1.T)])
+        for name, title in (("policy", method), ("prior", f"the prior of {method}")):
+            told = [run[name] for run in runs.values() if run.get(name)]
+            if len(told) == len(runs):
+                top1 = np.array([[each[rate] for rate in rates] for each in told])
+                rows.append([title, *(_cell(column) for column in top1.T)])
     if own:
         top1 = np.array([[w["search_top1"] for w in run["winners"]] for run in own.values()])
         rows.append([OWN, *[""] * len(RATES), *(_cell(column) for column in top1.T)])

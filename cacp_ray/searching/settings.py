@@ -61,7 +61,7 @@ class PaperSettings:
         warmup_share: Of the evaluations, that are random: 300 of 800 in the paper.
         baseline: Subtracts the mean accuracy of the memory, of all rates alike, from the rewards
             (AMC's code, and CACP's).
-        prior: Actions around the uniform allocation, and the budget spent: a control (ours).
+        prior: Actions around the prior of `cacp`, and the budget spent: a control (ours).
         targets: `bootstrap` from the next step, or `monte_carlo`: what the rest of the episode
             really earned (ours).
         twin: TD3 (Fujimoto et al., 2018): the smaller of two critics, smoothed target actions, and
