@@ -107,6 +107,23 @@ def test_policy_answers_a_rate_that_was_never_searched(finished):
     assert all(a["rate"] - 0.02 < a["cost_kept"] <= a["rate"] for a in frontier)
 
 
+def test_a_beam_at_a_searched_rate_is_saved_elsewhere_and_no_worse_than_the_policy(
+    finished, tmp_path
+):
+    config = read_run_config(finished.path)
+    with pytest.raises(ArtifactError, match=r"rate-0\.40 exists: .*--out"):
+        answer_rates(config, finished.path, [0.4], 6, save=True)
+    saved = {
+        number: answer_rates(
+            config, finished.path, [0.4], number, save=True, out=tmp_path / f"of-{number}"
+        )[0]
+        for number in (0, 6)
+    }
+    assert saved[6]["scored_top1"] >= saved[6]["policy_top1"] == saved[0]["scored_top1"]
+    assert saved[6]["top1"] >= saved[0]["top1"]  # after the repair, too
+    assert cacp_ray.load_subnet(tmp_path / "of-6") is not None
+
+
 def test_rows_are_the_same_for_any_number_of_evaluators(finished, tmp_path):
     one = cacp_ray.search(SMALL | {"cluster": {"max_evaluators": 1}}, tmp_path / "one")
     assert rows(one.path) == rows(finished.path)

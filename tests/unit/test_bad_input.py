@@ -293,6 +293,11 @@ CASES = {
     "a run without a policy": (on_run("subnet", "--rate", "0.4"), "no trained policy"),
     "a damaged result": (on_run("report", **{"result.json": "{"}), "not valid JSON"),
     "a rate above one": (on_run("subnet", "--rate", "1.4"), r"in \(0, 1\]"),
+    "endless rates": (on_run("subnet", "--rate", "0.2:inf:0.1"), "write one rate"),
+    "one folder for many": (
+        on_run("subnet", "--rate", "0.2:0.9:0.1", "--out", "there"),
+        "give one rate",
+    ),
     "rates backwards": (on_run("subnet", "--rate", "0.9:0.2:0.1"), "smaller rate first"),
     # Subnets
     "a subnet of a newer version": (subnet(describe_otherwise(schema_version=9)), "version 9"),
