@@ -1,12 +1,14 @@
 """The configuration of `tune-agent`: a search, and which settings of its agent are tried."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
 from cacp_ray.config import RunConfig, Section, load_config, resolved
+from cacp_ray.errors import ConfigError
 from cacp_ray.searching.strategies import AGENTS
 
 SECTIONS = ("agent", "paper")  # of the configuration, that hold an agent's settings
@@ -28,7 +30,7 @@ class Distribution(Section):
             raise ValueError("give one of choice, uniform and log_uniform")
         if self.choice is None:
             low, high = getattr(self, given[0])
-            if not low < high or (given[0] == "log_uniform" and low <= 0):
+            if not low < high < math.inf or (given[0] == "log_uniform" and low <= 0):
                 raise ValueError(f"{given[0]}: [low, high], low first and above 0 for log_uniform")
         return self
 
@@ -39,6 +41,13 @@ class Distribution(Section):
         low, high = self.uniform or self.log_uniform or (0.0, 0.0)
         return low <= value <= high
 
+    def samples(self) -> tuple[Any, ...]:
+        """All choices, or both ends and a value between that is no whole number."""
+        if self.choice is not None:
+            return self.choice
+        low, high = self.uniform or self.log_uniform or (0.0, 0.0)
+        return low, low + (high - low) / math.pi, high
+
 
 class AgentTuningConfig(Section):
     """Searches with different settings of the agent, all else as in `search`."""
@@ -48,7 +57,9 @@ class AgentTuningConfig(Section):
     space: dict[str, Distribution] = Field(min_length=1, description="by key path: agent.lr")
     trials: int = Field(default=24, ge=2, description="the first has the settings of `search`")
     evaluations: int = Field(default=100, ge=1, description="of each search of a trial")
-    seeds: tuple[int, ...] = Field(default=(0, 1), min_length=1, description="a search each")
+    seeds: tuple[NonNegativeInt, ...] = Field(
+        default=(0, 1), min_length=1, description="a search each"
+    )
     objective: Literal["top1", "area"] = Field(
         default="top1",
         description="mean over rates and seeds of the best accuracy after all evaluations, or its "
@@ -56,7 +67,7 @@ class AgentTuningConfig(Section):
     )
     algorithm: Literal["random", "optuna"] = "random"
     scheduler: Literal["asha", "pbt", "none"] = "asha"
-    seed: int = Field(default=0, description="of the settings drawn")
+    seed: NonNegativeInt = Field(default=0, description="of the settings drawn first")
 
     @field_validator("space")
     @classmethod
@@ -70,6 +81,11 @@ class AgentTuningConfig(Section):
     def _fits(self) -> "AgentTuningConfig":
         if self.search.strategy not in AGENTS:
             raise ValueError(f"search.strategy {self.search.strategy} has no agent: {AGENTS}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {list(self.seeds)} name one twice: give different ones")
+        if (self.scheduler, self.algorithm) == ("pbt", "optuna"):
+            raise ValueError("pbt changes settings itself: leave algorithm optuna out")
+        section = SECTIONS[self.search.strategy != "cacp"]
         start = read_settings(self.search, self.space)
         for key, distribution in self.space.items():
             if self.scheduler == "pbt" and key.partition(".")[2] in FIXED:
@@ -79,6 +95,17 @@ class AgentTuningConfig(Section):
                     f"space.{key} leaves out the value of `search`, {start[key]}: widen it, so "
                     "that the tuned settings can be compared with those"
                 )
+            if not key.startswith(f"{section}."):
+                raise ValueError(
+                    f"space.{key} changes nothing in strategy {self.search.strategy}: name "
+                    f"settings of {section}"
+                )
+            for value in distribution.samples():
+                try:
+                    with_settings(self.search, {key: as_text(value)})
+                except ConfigError as error:
+                    reason = str(error).removeprefix("configuration: ")
+                    raise ValueError(f"space.{key} allows {value}: {reason}") from error
         return self
 
 

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -18,6 +19,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlgorithm, Searcher
+from ray.tune.search.sample import Categorical, Float
 
 from cacp_ray.distributed.broker import BrokeredEvaluator
 from cacp_ray.errors import ConfigError
@@ -216,7 +218,7 @@ def tune_agents(
                         mode="max",
                         num_samples=trials,
                         search_alg=_make_searcher(algorithm, start, seed, max_concurrent),
-                        scheduler=_make_scheduler(scheduler, space, evaluations),
+                        scheduler=make_scheduler(scheduler, space, evaluations),
                         trial_name_creator=_name_trial,
                         trial_dirname_creator=_name_trial,
                     ),
@@ -262,9 +264,10 @@ def _make_searcher(
     return ConcurrencyLimiter(searcher, max_concurrent)
 
 
-def _make_scheduler(
+def make_scheduler(
     scheduler: Scheduler, space: Mapping[str, Any], evaluations: int
 ) -> TrialScheduler | None:
+    """Tune's; None leaves the trials alone."""
     if scheduler == "asha":
         return ASHAScheduler(
             time_attr="evaluations",
@@ -276,6 +279,20 @@ def _make_scheduler(
         return PopulationBasedTraining(
             time_attr="training_iteration",
             perturbation_interval=PERTURBATION_ROUNDS,
-            hyperparam_mutations=dict(space),
+            # Tune would multiply a choice, as it does other values, by 0.8 or 1.2.
+            hyperparam_mutations={
+                key: list(each.categories) if isinstance(each, Categorical) else each
+                for key, each in space.items()
+            },
+            custom_explore_fn=partial(keep_inside, space),
         )
     return None
+
+
+def keep_inside(space: Mapping[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Changed settings of a population, where they left the space at its nearest end."""
+    inside = dict(settings)
+    for key, domain in space.items():
+        if isinstance(domain, Float):
+            inside[key] = min(max(settings[key], domain.lower), domain.upper)
+    return inside

@@ -1,17 +1,21 @@
 """Configuration of the agent's tuning: what is refused, and what a trial's settings become."""
 
+import math
+import random
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from ray import tune
+from ray.tune.schedulers.pbt import _explore
 
 from cacp_ray.agent_space import AgentTuningConfig, as_text, read_settings, with_settings
 from cacp_ray.config import RunConfig, load_config
 from cacp_ray.errors import ConfigError
 from cacp_ray.reporting.tuning import rank_correlation, tuning_rows
-from cacp_ray.tuning.agents import measure_area
+from cacp_ray.tuning.agents import make_scheduler, measure_area
 
 
 def load(**changes):
@@ -34,7 +38,20 @@ def load(**changes):
         ({"space": {"agent.lr": {"normal": [0, 1]}}}, "unknown key"),
         ({"search": {"strategy": "random"}}, "has no agent"),
         ({"search": {"rates": [2]}}, "search.rates.0"),
+        ({"space": {"agent.lr": {"uniform": [0, math.inf]}}}, "low first"),
+        ({"space": {"agent.elite_share": {"uniform": [0, 3]}}}, "elite_share allows .*less than"),
+        ({"space": {"agent.drafts": {"uniform": [8, 64]}}}, "drafts allows .*integer"),
+        ({"space": {"agent.lr": {"choice": [-1, 0.001]}}}, "lr allows -1: .*greater than 0"),
+        ({"space": {"agent.hidden": {"choice": [[64, 64], [0]]}}}, r"hidden allows \[0\]"),
+        ({"space": {"paper.tau": {"uniform": [0, 1]}}}, "nothing in strategy cacp: .*of agent"),
+        (
+            {"search": {"strategy": "amc"}, "space": {"agent.lr": {"uniform": [0, 1]}}},
+            "nothing in strategy amc: .*of paper",
+        ),
         ({"trials": 1}, "trials"),
+        ({"seeds": [0, 0]}, "one twice"),
+        ({"seeds": [-1]}, "seeds"),
+        ({"scheduler": "pbt", "algorithm": "optuna"}, "leave algorithm optuna out"),
         ({"seeds": []}, "seeds"),
         (
             {
@@ -117,3 +134,32 @@ def test_the_example_of_the_page_loads():
     (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     config = load_config(AgentTuningConfig, yaml.safe_load(block))
     assert set(config.space) == {"agent.lr", "agent.noise", "agent.drafts"}
+
+
+def test_a_population_changes_settings_within_the_space():
+    """By Tune's own steps, which multiply values by 0.8 and 1.2."""
+    space = {
+        "agent.elite_share": tune.uniform(0.2, 0.9),
+        "agent.lr": tune.loguniform(3e-4, 1e-2),
+        "agent.drafts": tune.choice([8, 16, 32]),
+        "agent.noise_decay": tune.uniform(0.95, 1.0),
+    }
+    scheduler = make_scheduler("pbt", space, 100)
+    settings = {"agent.elite_share": 0.85, "agent.lr": 9e-3, "agent.drafts": 32}
+    settings["agent.noise_decay"] = 0.99
+    seen = set()
+    random.seed(0)
+    for _ in range(200):
+        settings, _ = _explore(
+            settings,
+            scheduler._hyperparam_mutations,
+            scheduler._resample_probability,
+            scheduler._perturbation_factors,
+            scheduler._custom_explore_fn,
+        )
+        load_config(RunConfig, {}, [f"{key}={value}" for key, value in settings.items()])
+        assert 0.2 <= settings["agent.elite_share"] <= 0.9
+        assert 3e-4 <= settings["agent.lr"] <= 1e-2
+        assert settings["agent.drafts"] in (8, 16, 32)
+        seen.add(settings["agent.elite_share"])
+    assert len(seen) > 10
