@@ -43,7 +43,10 @@ def main() -> None:
         for seed in options.seeds
         for name, values in list_settings(config, options.out / "tuning").items()
     }
-    print_savings(config, tuned, read_rows(alone))
+    if (options.out / "tuning" / "stopped").exists():
+        print("\nThe tuning was stopped once, so that its time says nothing: sharing not measured.")
+    else:
+        print_savings(config, tuned, read_rows(alone))
     print_searches(results, config.search)
     print_settings(tuned)
     print_environment(config.seed)
@@ -78,6 +81,8 @@ def tune(config: AgentTuningConfig, folder: Path) -> dict[str, Any]:
     """Runs all trials, or what is left of them."""
     with TuningDisplay(config.trials) as display:
         resume = (folder / "config.yaml").exists()
+        if resume and not (folder / "result.json").exists():
+            (folder / "stopped").touch()
         return cacp_ray.tune_agent(config, folder, resume=resume, on_progress=display.update)
 
 
@@ -93,7 +98,7 @@ def search_alone(config: AgentTuningConfig, trial: dict[str, Any], log: Path, ou
     for seed in config.seeds:
         if (trial["name"], seed) in done:
             continue
-        values = {"evaluations": trial["evaluations"], "seed": seed}
+        values = {"evaluations": trial["evaluations"], "seed": seed, "mode": "rounds"}
         search = with_settings(config.search, trial["settings"], **values)
         folder = out / f"alone-{trial['name']}-{seed}"
         run = cacp_ray.search(search, folder, resume=(folder / "config.yaml").exists())
@@ -131,16 +136,17 @@ def print_savings(
     asked = sum(answers.values())
     evaluations = len(config.seeds) * sum(trial["evaluations"] for trial in tuned["trials"])
     shared = sum(tuned["seconds"].values()) / evaluations
-    each = sum(row["start"] + row["search"] for row in alone) / sum(
-        row["evaluations"] for row in alone
-    )
+    number = sum(row["evaluations"] for row in alone)
+    search = sum(row["search"] for row in alone) / number
+    start = sum(row["start"] for row in alone) / len(config.seeds) / number  # once a trial
     rows = [
         ["trials; evaluations of all searches", f"{len(tuned['trials'])}; {evaluations:,}"],
         ["candidates asked for", f"{asked:,}"],
         *([f"answered: {name}", f"{100 * n / asked:.1f} %"] for name, n in answers.items()),
         ["seconds an evaluation, shared", f"{shared:.3f}"],
-        [f"seconds an evaluation, alone ({len(alone)} searches)", f"{each:.3f}"],
-        ["alone / shared", f"{each / shared:.2f}"],
+        [f"seconds an evaluation, alone ({len(alone)} searches)", f"{search:.3f}"],
+        ["alone / shared", f"{search / shared:.2f}"],
+        ["alone with the start of every trial / shared", f"{(search + start) / shared:.2f}"],
     ]
     print_table("One pool and cache for all trials", ["", ""], rows)
 

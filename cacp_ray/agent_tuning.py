@@ -171,16 +171,20 @@ def _run_trials(
 
     from cacp_ray.distributed.broker import start_broker
     from cacp_ray.distributed.room import find_room
-    from cacp_ray.tuning.agents import TRIAL_CPUS, AgentTask, tune_agents
+    from cacp_ray.tuning.agents import TRIAL_CPUS, TRIALS_SHARE, AgentTask, tune_agents
 
     cpus = search.cluster.cpus_per_evaluator
     wanted = search.cluster.max_evaluators
     useful = search.evaluations * config.trials * len(config.seeds)
     room = find_room(cpus, search.cluster.gpus_per_evaluator, wanted, useful)
+    if wanted is not None and room.total > max(1, room.now):
+        # Evaluators that wait for room would take what the trials need.
+        room = find_room(cpus, search.cluster.gpus_per_evaluator, max(1, room.now), useful)
     num_evaluators = room.total
     max_concurrent = min(config.trials, 2 * num_evaluators)
     if config.scheduler == "pbt":
         max_concurrent = config.trials
+    trial_cpus = min(TRIAL_CPUS, TRIALS_SHARE * cpus * num_evaluators / max_concurrent)
     say(f"{num_evaluators} evaluators, {max_concurrent} of {config.trials} trials at once")
     broker = start_broker(
         make_scorer,
@@ -189,7 +193,7 @@ def _run_trials(
         num_gpu_evaluators=room.on_gpus,
         gpus_per_evaluator=room.gpu_share,
         # The trials' share comes off the evaluators': all together they fill the machine.
-        cpus_per_evaluator=cpus - TRIAL_CPUS * max_concurrent / num_evaluators,
+        cpus_per_evaluator=cpus - trial_cpus * max_concurrent / num_evaluators,
         follows_nodes=wanted is None,
         cache_folder=(folder / "cache").resolve(),
         cache_key=key_of_run(search, base, prepared, room.device),
@@ -208,6 +212,7 @@ def _run_trials(
             scheduler=config.scheduler,
             seed=config.seed,
             max_concurrent=max_concurrent,
+            trial_cpus=trial_cpus,
             experiment_dir=(folder / "tune").resolve(),
             on_progress=on_progress,
         )

@@ -60,7 +60,8 @@ def cached_share(result: dict[str, Any]) -> float:
 
 def tuning_header(result: dict[str, Any]) -> list[str]:
     """Heads of the columns of `tuning_rows`."""
-    return ["trial", *result["start"], "evaluations", "best top-1 (%)", "mean over the search (%)"]
+    settings = [key.partition(".")[2].replace("_", " ") for key in result["start"]]
+    return ["trial", *settings, "evaluations", "best top-1 (%)", "mean over time (%)"]
 
 
 def tuning_rows(result: dict[str, Any]) -> list[list[str]]:

@@ -29,6 +29,7 @@ from cacp_ray.tuning.experiment import MAX_FAILURES, can_restore, check_trials, 
 
 CURVE_FILE = "curve.json"
 TRIAL_CPUS = 0.05  # reserved by a trial; it learns while its candidates are scored
+TRIALS_SHARE = 0.25  # of the CPUs, that all trials together reserve at most
 # Of trials at ASHA's only rung: agents begin to learn after dozens of evaluations, and say nothing
 # about their settings before.
 REDUCTION = 2
@@ -162,6 +163,7 @@ def tune_agents(
     scheduler: Scheduler,
     seed: int,
     max_concurrent: int,
+    trial_cpus: float,
     experiment_dir: Path,
     on_progress: Callable[[TrialProgress], object],
 ) -> list[TrialProgress]:
@@ -180,6 +182,7 @@ def tune_agents(
             settings, `none` leaves them alone.
         seed: Of the settings drawn.
         max_concurrent: Trials at once.
+        trial_cpus: That each reserves.
         experiment_dir: Of Tune's own files; one that holds trials is continued.
         on_progress: Called with every report of a trial; of a continued tuning, first with the
             last one of each.
@@ -193,7 +196,7 @@ def tune_agents(
     """
     listener = _on_progress.set(on_progress)
     trainable = tune.with_resources(
-        tune.with_parameters(agent_trial, task=task, broker=broker), {"cpu": TRIAL_CPUS}
+        tune.with_parameters(agent_trial, task=task, broker=broker), {"cpu": trial_cpus}
     )
     try:
         with quiet_tune():
