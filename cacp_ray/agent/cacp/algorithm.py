@@ -129,21 +129,19 @@ class CACP(PruningAgent):
         return self._behaviour.noise(rate)
 
     def _policy(self, rates: ArrayLike) -> Ints:
-        """The actor's answers, or the mean of good allocations where the critics value it more.
+        """The mean of those drafts around the actor and good allocations that the critics favour.
 
-        The actor imitates good allocations, and lags behind them; their mean is interpolated
-        between rates. Critics that never learned have no say.
+        Before anything was learned the actor's answers, which are the prior's; without learning the
+        mean of good allocations, interpolated between rates.
         """
         rates = np.asarray(rates, dtype=np.float64)
-        space = self.mdp.space
-        own = space.decode(rates, self._act(rates))
         if self._is_early:
-            return own
-        mean = space.decode(rates, self._behaviour.between(rates))
-        if self.updates_per_episode == 0:
-            return mean
-        is_better = self._value(mean) > self._value(own)
-        return np.where(is_better[:, None], mean, own)
+            offsets = self._act(rates)
+        elif self.updates_per_episode == 0:
+            offsets = self._behaviour.between(rates)
+        else:
+            offsets = np.stack([self._behaviour.favoured(rate) for rate in rates.tolist()])
+        return self.mdp.space.decode(rates, offsets)
 
     def _near_policy(
         self, rate: float, noise: float, count: int, rng: np.random.Generator

@@ -21,12 +21,16 @@ from cacp_ray.searching.strategy import Proposal
 
 OWN_RATE_SHARE = 0.75  # of elites; the others are of another rate
 NUM_ELITES = 10  # best distinct allocations kept a rate
-NUM_AVERAGED = 5  # of them, in an answer without evaluations
+NUM_AVERAGED = 5  # of them, in an answer without evaluations and learning
 MAX_CHANGED = 4  # groups of an elite
 FINALISTS = 4  # drafts of a proposal that are rounded with care and valued once more
 NOISE_FLOOR = 0.05
 MAX_RETRIES = 8  # for a candidate that was asked before, each with more noise
 NOISE_GROWTH = 1.4  # of a retry
+# Of an answer without evaluations: drafts, their noise, how many of the most valued are averaged.
+ANSWER_DRAFTS = 256
+ANSWER_NOISE = 0.1
+ANSWER_AVERAGED = 16
 
 Counts = tuple[int, ...]
 Act = Callable[[NDArray[np.floating]], Float32s]  # rates (N,) -> actions (N, P)
@@ -107,6 +111,12 @@ class Behaviour:
         """At most `count` candidates of drafts (M, P), the most valued first."""
         (ranked,) = self._rank([rate], [drafts], count)
         return ranked
+
+    def favoured(self, rate: float) -> Float32s:
+        """(P,) mean offsets of the most valued of many drafts with little noise; draws nothing."""
+        drafts = self.draft(rate, ANSWER_NOISE, ANSWER_DRAFTS, np.random.default_rng(0))
+        values = self._value(self._space.scaled(np.full(len(drafts), rate), drafts))
+        return drafts[np.argsort(-values, kind="stable")[:ANSWER_AVERAGED]].mean(axis=0)
 
     def between(self, rates: ArrayLike) -> Float32s:
         """(N, P) mean offsets of the best elites of the nearest rates, interpolated in between.
