@@ -1,6 +1,7 @@
 """What the accuracy benchmarks share: options, the network and its images, uniform widths."""
 
 import argparse
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,18 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     return parser
+
+
+def run_values(options: argparse.Namespace) -> dict[str, Any]:
+    """Network and splits of a run's configuration, by these options and --test."""
+    return {
+        "model": {"name": options.model, "weights": options.weights},
+        "data": {
+            "train": {"path": options.train, "rows": options.train_rows},
+            "search": {"path": options.search, "rows": options.search_rows},
+            "test": {"path": options.test},
+        },
+    }
 
 
 def load(options: argparse.Namespace) -> tuple[nn.Module, ImageSet]:

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiment import make_parser
+from experiment import make_parser, run_values
 from report import append_row, print_environment, print_table, read_rows
 
 import cacp_ray
@@ -71,12 +71,7 @@ def search_once(method: str, run: Path, options: argparse.Namespace, times: Path
     started = time.monotonic()
     values = {
         "name": run.name,
-        "model": {"name": options.model, "weights": options.weights},
-        "data": {
-            "train": {"path": options.train, "rows": options.train_rows},
-            "search": {"path": options.search, "rows": options.search_rows},
-            "test": {"path": options.test},
-        },
+        **run_values(options),
         "rates": options.rates,
         "evaluations": options.evaluations,
         "seed": options.seed,

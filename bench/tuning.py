@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from experiment import make_parser
+from experiment import make_parser, run_values
 from report import append_row, print_environment, print_table, read_rows
 
 import cacp_ray
@@ -66,14 +66,7 @@ def parse_options() -> argparse.Namespace:
 def read_tuning(options: argparse.Namespace) -> AgentTuningConfig:
     """The configuration of the tuning on the network and images of the options."""
     values = yaml.safe_load(options.config.read_text())
-    values["search"] |= {
-        "model": {"name": options.model, "weights": options.weights},
-        "data": {
-            "train": {"path": options.train, "rows": options.train_rows},
-            "search": {"path": options.search, "rows": options.search_rows},
-            "test": {"path": options.test},
-        },
-    }
+    values["search"] |= run_values(options)
     return load_config(AgentTuningConfig, values, options.set)
 
 
