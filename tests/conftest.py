@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import logging
 import sys
 from collections.abc import Iterator
 
@@ -28,4 +29,6 @@ def run(monkeypatch, capsys):
             main()
         return caught.value.code, *capsys.readouterr()
 
-    return call
+    level = logging.getLogger("cacp_ray").level  # which the command line sets
+    yield call
+    logging.getLogger("cacp_ray").setLevel(level)
