@@ -235,7 +235,9 @@ def _finetune(
     splits = {"search": read_split(data, "search"), "test": open_split(data, "test")}
     check_splits({"train": train, **splits})
     connect(address)
-    check_room(cpus, trials.gpus, address)
+    least = trials.workers if isinstance(trials.workers, int) else trials.workers[0]
+    asked_by = "trials.cpus, trials.gpus, trials.workers"
+    check_room(cpus, trials.gpus, address, actors=least, asked_by=asked_by)
     probe_nodes()
     # The weights themselves: their file may be on this machine alone.
     tensors = load_model(model, len(train.classes)).state_dict()

@@ -89,30 +89,36 @@ def disconnect() -> None:
     ray.shutdown()
 
 
-def check_room(cpus: int, gpus: float, address: str | None) -> None:
-    """Refuses an actor that a local Ray can never start; a cluster may still grow.
+def check_room(
+    cpus: int,
+    gpus: float,
+    address: str | None,
+    *,
+    actors: int = 1,
+    asked_by: str = "cluster.cpus_per_evaluator, gpus_per_evaluator",
+) -> None:
+    """Refuses actors that a local Ray can never run at once; a cluster may still grow.
 
     Args:
-        cpus: Of the actor.
-        gpus: Of the actor.
+        cpus: Of an actor.
+        gpus: Of an actor.
         address: As of `connect`.
+        actors: That have to run at once.
+        asked_by: Settings that the message names.
 
     Raises:
-        ConfigError: More CPUs than this machine has, or a share of a GPU where there is none.
+        ConfigError: More CPUs or GPUs than this machine has.
     """
     if (address or os.environ.get("RAY_ADDRESS") or "local") != "local":
         return
     has = [node["Resources"] for node in ray.nodes()]
-    largest = max((each.get("CPU", 0) for each in has), default=0)
-    if cpus > largest:
-        raise ConfigError(
-            f"cluster.cpus_per_evaluator is {cpus}, this machine has {largest:g} CPUs: lower it"
-        )
-    if gpus and not any(each.get("GPU", 0) for each in has):
-        raise ConfigError(
-            f"a share of {gpus:g} GPU is asked for (gpus_per_evaluator, trials.gpus), and Ray "
-            "finds no GPU on this machine: set it to 0, or join a cluster by --address"
-        )
+    for kind, asked in (("CPU", cpus * actors), ("GPU", gpus * actors)):
+        there = max((each.get(kind, 0) for each in has), default=0)
+        if asked > there:
+            raise ConfigError(
+                f"{asked:g} {kind}s at once are asked for ({asked_by}), Ray finds {there:g} on "
+                "this machine: lower it, or join a cluster by --address"
+            )
 
 
 def _log_folder() -> str:

@@ -61,10 +61,10 @@ class SGD:
         return {"state": state}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Takes a `state_dict` of this class or of `torch.optim.SGD`."""
+        """Takes a `state_dict` of this class or of `torch.optim.SGD`, from any device."""
         parameters = self._parameters()
         self._buffers = {
-            parameters[position]: entry["momentum_buffer"]
+            parameters[position]: entry["momentum_buffer"].to(parameters[position].device)
             for position, entry in saved["state"].items()
         }
 

@@ -202,8 +202,9 @@ def finetune_subnets(
         keep.remote(each.config, _find_checkpoint(each), _summary(trials[rate]), **shared)
         for rate, each in best.items()
     ]
-    while ray.wait(kept, num_returns=len(kept), timeout=1.0)[1]:
-        free_abandoned()  # by the trials that ended last
+    if resources.most_workers > 1:
+        while ray.wait(kept, num_returns=len(kept), timeout=1.0)[1]:
+            free_abandoned()  # by the trials that ended last
     found = ray.get(kept)
     choice = {f"{rate:g}": each.config["variant"] for rate, each in best.items()}
     write_json(experiment_dir / CHOICE_FILE, choice)

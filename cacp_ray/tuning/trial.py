@@ -6,6 +6,7 @@ from, and the best weights so far, to keep. So the last checkpoint alone survive
 
 import dataclasses
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -189,7 +190,9 @@ def train_subnet(
             "epoch_seconds": elapsed,
             "workers": shard[1],
         }
-        history.append(metrics)
+        # Of a training that diverges; a file of JSON has no such number.
+        loss = result.train_loss if math.isfinite(result.train_loss) else None
+        history.append(metrics | {"train_loss": loss})
         about = {"before": before, "best": best, "seconds": seconds, "history": history}
         saved = training | about
         with tempfile.TemporaryDirectory() as directory:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import tune
 from ray._private.state import state
-from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
 from ray.train import Checkpoint as TrainCheckpoint
 from ray.train import (
     CheckpointConfig,

@@ -336,6 +336,18 @@ def test_an_experiment_is_not_overwritten_or_continued_for_something_else(tmp_pa
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_training_that_diverged_leaves_the_subnet_as_it_was(tmp_path: Path) -> None:
+    save_fresh(tmp_path / "rate-0.30")
+    recipe = dataclasses.replace(RECIPE, distillation=0.0, lr=1e30)
+    (result,) = finetune(tmp_path, rates=(0.3,), recipe=recipe).values()
+    assert result.best_epoch == 0
+    assert result.search_top1 == result.search_top1_before
+    metrics = json.loads((tmp_path / "rate-0.30" / "metrics.json").read_text())
+    assert [row["epoch"] for row in metrics["history"]] == [1, 2, 3]
+    assert metrics["history"][-1]["train_loss"] is None  # JSON has no NaN
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_the_best_variant_by_search_accuracy_is_kept(tmp_path: Path) -> None:
     save_fresh(tmp_path / "rate-0.30")
     idle = Recipe(epochs=2, batch_size=16, lr=1e-9, padding=1)

@@ -1,9 +1,10 @@
+import copy
 import dataclasses
 import io
 import itertools
 import subprocess
 import sys
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -245,6 +246,91 @@ def test_the_optimizer_steps_as_that_of_torch(momentum: float) -> None:
         if step == 1:
             optimizer.load_state_dict(saved_and_read(torch_optimizer.state_dict()))
     assert_same_weights(ours, reference)
+
+
+class OneBatch:
+    """An epoch of one given batch."""
+
+    num_batches = 1
+    shard = (0, 1)
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.batch = images, labels
+
+    def epoch(self, epoch: int) -> Any:
+        yield self.batch
+
+
+def take_step(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float, Any]:
+    """Loss and length of one float32 step, and (model before it, teacher, images, labels)."""
+    monkeypatch.setattr("cacp_ray.training.loop.fast_dtype", lambda device: torch.float32)
+    torch.manual_seed(0)
+    model, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
+    images, labels = 3 * torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    before = copy.deepcopy(model)
+    optimizer = make_optimizer(model, recipe)
+    batch = cast(Any, OneBatch(images, labels))
+    loss = train_epoch(model, optimizer, batch, recipe, 0, teacher=teacher)
+    moved = [(a - b).detach() for a, b in zip(model.parameters(), before.parameters(), strict=True)]
+    length = float(torch.cat([each.flatten() for each in moved]).norm())
+    return loss, length, (before, teacher, images, labels)
+
+
+PLAIN = Recipe(epochs=1, warmup=0.0, momentum=0.0, weight_decay=0.0, label_smoothing=0.0, seed=7)
+
+
+def test_smoothed_labels_are_in_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, _, (model, _, images, labels) = take_step(
+        dataclasses.replace(PLAIN, label_smoothing=0.3), monkeypatch
+    )
+    target = 0.7 * functional.one_hot(labels, 3) + 0.1
+    expected = -(target * model(images).detach().log_softmax(1)).sum(1).mean()
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_mixed_images_have_both_labels_by_their_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = dataclasses.replace(PLAIN, mixup=0.8)
+    loss, _, (model, _, images, labels) = take_step(recipe, monkeypatch)
+    rng = np.random.default_rng(recipe.seed * 100_003)
+    share, other = rng.beta(0.8, 0.8), rng.permutation(6)
+    assert 0.05 < share < 0.95
+    hot = functional.one_hot(labels, 3).float()
+    target = share * hot + (1 - share) * hot[other]
+    logits = model((share * images + (1 - share) * images[other]).float()).detach()
+    expected = -(target * logits.log_softmax(1)).sum(1).mean()
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_teacher_counts_by_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = dataclasses.replace(PLAIN, distillation=0.25, temperature=2.0)
+    loss, _, (model, teacher, images, labels) = take_step(recipe, monkeypatch)
+    with torch.no_grad():
+        hard = functional.cross_entropy(model(images), labels)
+        soft = distillation_loss(model(images), teacher(images), 2.0)
+    assert loss == pytest.approx(float(0.75 * hard + 0.25 * soft), rel=1e-5)
+    assert float(soft) != pytest.approx(float(hard), rel=0.1)
+
+
+def test_a_long_gradient_is_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, whole, _ = take_step(PLAIN, monkeypatch)
+    _, clipped, _ = take_step(dataclasses.replace(PLAIN, clip_norm=0.01), monkeypatch)
+    assert whole > 0.02 * PLAIN.lr
+    assert clipped == pytest.approx(0.01 * learning_rate(PLAIN, 0, 1), rel=1e-3)
+
+
+def test_momentum_goes_where_the_parameters_are() -> None:
+    """Checkpoints are read on the CPU, whatever trains."""
+    model = make_model()
+    optimizer = make_optimizer(model, RECIPE)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    elsewhere = make_optimizer(make_model().to("meta"), RECIPE)
+    elsewhere.load_state_dict(saved)
+    moved = [each["momentum_buffer"] for each in elsewhere.state_dict()["state"].values()]
+    assert {each.device.type for each in moved} == {"meta"}
+    assert len(moved) == len(saved["state"]) > 0
 
 
 def test_training_does_not_import_the_compiler() -> None:
