@@ -55,7 +55,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "cacp, uniform prior": {},
     "cacp, no screening": {"agent": {"drafts": 1}},
     "cacp, no elites": {"agent": {"elite_share": 0.0}},
-    "cacp, no imitation": {"agent": {"imitation": 0.0}},
     "cacp, racing": {"evaluation": {"racing": True}},
     "cacp-paper": {"strategy": "cacp-paper"},
     "amc": {"strategy": "amc"},

@@ -30,7 +30,7 @@ class Distribution(Section):
             raise ValueError("give one of choice, uniform and log_uniform")
         if self.choice is None:
             low, high = getattr(self, given[0])
-            if not low < high < math.inf or (given[0] == "log_uniform" and low <= 0):
+            if not low < high or (given[0] == "log_uniform" and low <= 0):
                 raise ValueError(f"{given[0]}: [low, high], low first and above 0 for log_uniform")
         return self
 

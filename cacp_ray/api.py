@@ -1,7 +1,7 @@
 """What a Python user calls and the command line calls too: the one place that wires objects."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,14 @@ from cacp_ray.exporting.subnet import export_subnet as export
 from cacp_ray.files import describe_environment, read_json, write_json, write_yaml
 from cacp_ray.finetuning import FinetuneConfig, finetune_folder, finetune_run
 from cacp_ray.folders import is_run, open_folder, read_run_config
-from cacp_ray.loading import check_splits, load_base, load_model, open_split, read_split
+from cacp_ray.loading import (
+    check_padding,
+    check_splits,
+    load_base,
+    load_model,
+    open_split,
+    read_split,
+)
 from cacp_ray.planning import describe_estimate, estimate_search
 from cacp_ray.pruning.subnet import load_subnet
 from cacp_ray.reporting.tuning import write_tuning_report
@@ -62,6 +69,7 @@ def train_model(
     train, test = open_split(config.data, "train"), open_split(config.data, "test")
     search = read_split(config.data, "search")
     check_splits({"train": train, "search": search, "test": test})
+    check_padding(config.training, search, "training.padding")
     torch.manual_seed(config.training.seed)
     model = load_model(config.model, len(train.classes))
     write_yaml(run_dir / "config.yaml", resolved(config))
@@ -235,7 +243,8 @@ def finetune(
     *,
     resume: bool = False,
     address: str | None = None,
-    config: FinetuneConfig | None = None,
+    config: FinetuneConfig | dict[str, Any] | str | Path | None = None,
+    overrides: Sequence[str] = (),
     on_epoch: Callable[[Any], None] | None = None,
 ) -> dict[str, Any]:
     """Fine-tunes the subnets of a finished search, all rates side by side, or one subnet.
@@ -244,7 +253,9 @@ def finetune(
         folder: A run directory, or a subnet folder.
         resume: Go on with an interrupted fine-tuning.
         address: Of a Ray cluster.
-        config: Instead of the run's own `finetune` section.
+        config: A configuration, its content, or the path of its YAML file. A `finetune` section in
+            it replaces the one that the run was searched with.
+        overrides: `key.path=value` on top of both.
         on_epoch: Called with every finished epoch.
 
     Returns:
@@ -259,17 +270,17 @@ def finetune(
         "address": address,
         "on_epoch": on_epoch or (lambda progress: None),
     }
-    if not (where / "subnet.json").exists():
-        run_config = read_run_config(where)
-        settings = config or FinetuneConfig(finetune=run_config.finetune)
-        return finetune_run(run_config, where, settings, **options)
-    run_dir = where.resolve().parent.parent
-    own = read_run_config(run_dir) if is_run(run_dir) else None
-    settings = config or FinetuneConfig(finetune=RunConfig().finetune)
-    if own is not None:
-        settings = settings.model_copy(
-            update={"model": settings.model or own.model, "data": settings.data or own.data}
-        )
-        if config is None:
-            settings = settings.model_copy(update={"finetune": own.finetune})
-    return finetune_folder(where, settings, **options)
+    is_subnet = (where / "subnet.json").exists()
+    run_dir = where.resolve().parent.parent if is_subnet else where
+    own = None if is_subnet and not is_run(run_dir) else read_run_config(run_dir)
+    source = config.model_dump(exclude_unset=True) if isinstance(config, FinetuneConfig) else config
+    settings = load_config(
+        FinetuneConfig,
+        {} if source is None else source,
+        overrides,
+        defaults=None if own is None else own.model_dump(include={"finetune", "model", "data"}),
+    )
+    if is_subnet:
+        return finetune_folder(where, settings, **options)
+    assert own is not None
+    return finetune_run(own, where, settings, **options)

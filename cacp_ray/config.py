@@ -4,6 +4,7 @@ Defaults live here and in the settings dataclasses; a YAML file says what differ
 changes one value.
 """
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +46,7 @@ FinetuneRecipe = Annotated[
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values cannot be changed afterwards."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -74,7 +75,7 @@ class SplitConfig(Section):
     images_per_class: int | None = Field(
         default=None, ge=1, description="drawn by seed; of data.search, taken from data.train"
     )
-    seed: int = Field(default=0, description="of images_per_class")
+    seed: int = Field(default=0, ge=0, description="of images_per_class")
 
 
 class DataConfig(Section):
@@ -186,7 +187,7 @@ class RunConfig(Section):
     evaluations: int = Field(default=240, ge=1, description="distinct candidates, over all rates")
     mode: Mode = Field(default="async", description="rounds repeats bit for bit; async never waits")
     round_size: int = Field(default=6, ge=1, description="candidates asked together")
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     pruning: PruningConfig = PruningConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     agent: AgentSettings = Field(default=AgentSettings(), description="of strategy cacp")
@@ -267,7 +268,11 @@ AnyConfig = TypeVar("AnyConfig", bound=Section)
 
 
 def load_config(
-    kind: type[AnyConfig], source: str | Path | dict[str, Any], overrides: Sequence[str] = ()
+    kind: type[AnyConfig],
+    source: str | Path | dict[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    defaults: dict[str, Any] | None = None,
 ) -> AnyConfig:
     """Reads and checks a configuration.
 
@@ -275,12 +280,13 @@ def load_config(
         kind: Of the configuration: `RunConfig`, `TrainConfig` and others.
         source: YAML file, or its content.
         overrides: `key.path=value`, the value in YAML.
+        defaults: Sections that the source may leave out.
 
     Raises:
         ConfigError: The file cannot be read, or a key or value is not allowed.
     """
     if isinstance(source, dict):
-        where, values = "configuration", dict(source)
+        where, values = "configuration", copy.deepcopy(source)
     else:
         where = f"configuration {source}"
         try:
@@ -292,6 +298,7 @@ def load_config(
             raise ConfigError(f"{where}: not valid YAML ({reason})") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{where}: expected `key: value` lines")
+    values = copy.deepcopy(defaults or {}) | values
     for text in overrides:
         _override(values, text)
     try:

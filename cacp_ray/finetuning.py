@@ -22,6 +22,7 @@ from cacp_ray.config import (
 from cacp_ray.errors import ConfigError
 from cacp_ray.files import read_json, write_json
 from cacp_ray.loading import (
+    check_padding,
     check_splits,
     check_weights,
     load_base,
@@ -59,6 +60,13 @@ class TrialsConfig(Section):
     logging: tuple[Logger, ...] = Field(
         default=("tensorboard", "csv", "json"), description="beside each trial; wandb, mlflow"
     )
+
+    @field_validator("gpus")
+    @classmethod
+    def _share_or_whole(cls, gpus: float) -> float:
+        if gpus > 1:
+            raise ValueError("at most 1, as a process trains on one; more `workers` take more")
+        return gpus
 
     @field_validator("workers", mode="before")
     @classmethod
@@ -132,6 +140,10 @@ def finetune_run(
     """
     clock = Clock()
     result = read_result(run_dir)
+    if (settings.model, settings.data) != (config.model, config.data):
+        raise ConfigError(
+            f"{run_dir} was searched with another `model` or `data`: leave both out of --config"
+        )
     check_weights(load_base(config), run_dir)
     folders = {row["rate"]: run_dir / row["path"] for row in result["rates"]}
     with clock.phase("finetune"):
@@ -234,6 +246,9 @@ def _finetune(
     train = open_split(data, "train")
     splits = {"search": read_split(data, "search"), "test": open_split(data, "test")}
     check_splits({"train": train, **splits})
+    for name, recipe in settings.recipes.items():
+        key = f"variants.{name}.padding" if name else "finetune.padding"
+        check_padding(recipe, splits["search"], key)
     connect(address)
     least = trials.workers if isinstance(trials.workers, int) else trials.workers[0]
     asked_by = "trials.cpus, trials.gpus, trials.workers"
@@ -267,5 +282,6 @@ def _finetune(
             on_epoch=on_epoch,
             stops_poor=trials.scheduler == "asha",
             loggers=trials.logging,
+            source={"model": model.model_dump(), "data": data.model_dump(mode="json")},
         )
     return found, splits

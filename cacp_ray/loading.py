@@ -28,6 +28,7 @@ from cacp_ray.pruning.statistics import Statistics, collect_statistics
 from cacp_ray.pruning.statistics_file import load_statistics, save_statistics, statistics_key
 from cacp_ray.searching.budget import Budget, minimum_counts
 from cacp_ray.searching.strategies import OTHER_ORDERS
+from cacp_ray.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +148,17 @@ def check_splits(splits: Mapping[str, ImageSet | ImageStream]) -> None:
                 f"data.{first_name} {len(first.classes)} of {first.images.shape[1:]}: "
                 "all splits must be alike"
             )
+
+
+def check_padding(recipe: Recipe, split: ImageSet, key: str) -> None:
+    """Refuses random crops that would hold nothing of some images.
+
+    Raises:
+        ConfigError: Naming `key`.
+    """
+    side = min(split.images.shape[1:3])
+    if recipe.padding >= side:
+        raise ConfigError(f"{key}: {recipe.padding} pixels, but images have {side}; give fewer")
 
 
 def load_model(config: ModelConfig, num_classes: int) -> nn.Module:

@@ -85,15 +85,13 @@ def finetune(
         Path | None,
         typer.Option("--config", help="YAML file, such as tune_configs/finetune_variants.yaml"),
     ] = None,
+    overrides: Overrides = None,
     address: Address = None,
     resume: Resume = False,
 ) -> None:
     """Fine-tune the subnets of a search, all rates side by side on Ray Tune, or one subnet."""
-    from cacp_ray.config import load_config
-    from cacp_ray.finetuning import FinetuneConfig
-
-    settings = load_config(FinetuneConfig, config) if config else None
-    result = run_finetune(folder, config=settings, address=address, resume=resume)
+    options = {"overrides": overrides or [], "address": address, "resume": resume}
+    result = run_finetune(folder, config=config, **options)
     if "rates" in result:
         print_report(folder)
         return

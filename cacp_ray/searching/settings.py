@@ -16,8 +16,6 @@ class AgentSettings:
         lr: Adam's step of both.
         batch_size: Episodes a gradient step, for each critic.
         updates_per_episode: Critic steps for each told episode; 0 switches learning off.
-        imitation: Weight of the measured allocations in the actor's loss, the better the more;
-            0 leaves the critics alone to lead it.
         noise: Standard deviation of the action noise at a rate's first episode.
         noise_decay: Factor on the noise after every episode of the same rate.
         action_scale: s in keep count = prior * exp(s * a), a in [-1, 1].
@@ -26,13 +24,12 @@ class AgentSettings:
         warmup: Episodes a rate of noise around the prior before the networks are used.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     hidden: Annotated[tuple[Annotated[int, Ge(1)], ...], MinLen(1)] = (64, 64)
     lr: Annotated[float, Gt(0)] = 1e-3
     batch_size: Annotated[int, Ge(1)] = 128
     updates_per_episode: Annotated[int, Ge(0)] = 16
-    imitation: Annotated[float, Ge(0)] = 10.0
     noise: Annotated[float, Ge(0)] = 0.45
     noise_decay: Annotated[float, Gt(0), Le(1)] = 0.99
     action_scale: Annotated[float, Gt(0)] = 0.8
@@ -68,7 +65,7 @@ class PaperSettings:
             an actor that moves on every other step.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     hidden: Annotated[tuple[Annotated[int, Ge(1)], ...], MinLen(1)] = (300, 300)
     actor_lr: Annotated[float, Gt(0)] = 1e-4

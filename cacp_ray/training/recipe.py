@@ -32,7 +32,7 @@ class Recipe:
         seed: Of order and augmentation.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     epochs: Annotated[int, Ge(1)] = 24
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -50,4 +50,4 @@ class Recipe:
     mixup: Annotated[float, Ge(0)] = 0.0
     erasing: Annotated[float, Ge(0), Le(1)] = 0.0
     padding: Annotated[int, Ge(0)] = 4
-    seed: int = 0
+    seed: Annotated[int, Ge(0)] = 0

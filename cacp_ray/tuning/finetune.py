@@ -6,7 +6,7 @@ object store once and read by all trials without a copy.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -115,6 +115,7 @@ def finetune_subnets(
     on_epoch: Callable[[FinetuneProgress], None],
     stops_poor: bool = False,
     loggers: Sequence[str] = (),
+    source: Mapping[str, Any] | None = None,
 ) -> dict[float, FinetuneResult]:
     """Fine-tunes every subnet; `finetuned.safetensors` and `metrics.json` appear beside each.
 
@@ -139,15 +140,23 @@ def finetune_subnets(
             first with the last one of each trial.
         stops_poor: ASHA stops the poorer variants of each rate.
         loggers: Of Tune: `tensorboard`, `csv`, `json`, `wandb`, `mlflow`.
+        source: Where images and teacher come from, in JSON: resumed with the same alone.
 
     Raises:
         ArtifactError: `experiment_dir` holds an experiment and `resume` is off.
-        ConfigError: That experiment has other rates or recipes, or a logger is not installed.
+        ConfigError: That experiment has other rates, recipes, scheduler, loggers or source, or a
+            logger is not installed.
         EvaluationError: A trial died more often than it is restarted.
     """
     experiment_dir = experiment_dir.resolve()
     callbacks = make_loggers(loggers, experiment_dir)
-    _open_experiment(experiment_dir, subnet_folders, recipes, resume=resume)
+    content = {
+        **(source or {}),
+        "rates": sorted(subnet_folders),
+        "recipes": {name: dataclasses.asdict(recipe) for name, recipe in recipes.items()},
+        "trials": {"scheduler": "asha" if stops_poor else "plain", "logging": list(loggers)},
+    }
+    _open_experiment(experiment_dir, content, resume=resume)
     task = TrialTask(
         subnet_folders={rate: folder.resolve() for rate, folder in subnet_folders.items()},
         load_subnet=load_subnet,
@@ -159,7 +168,7 @@ def finetune_subnets(
         return {rate: _read_result(folder) for rate, folder in task.subnet_folders.items()}
     trainable = tune.with_resources(
         tune.with_parameters(
-            finetune_trial, task=task, train_split=train_split, search_split=search_split
+            finetune_trial, task=task, splits=[ray.put(train_split), ray.put(search_split)]
         ),
         _ask(resources),
     )
@@ -243,15 +252,9 @@ def _make_scheduler(recipes: Mapping[str, Recipe]) -> TrialScheduler:
     return SchedulerPerRate(partial(make_asha, longest, max(1, longest // 3)))
 
 
-def _open_experiment(
-    experiment_dir: Path, rates: Iterable[float], recipes: Mapping[str, Recipe], *, resume: bool
-) -> None:
-    """Writes or checks what the experiment is of: Tune itself would go on with the old rates."""
+def _open_experiment(experiment_dir: Path, content: dict[str, Any], *, resume: bool) -> None:
+    """Writes or checks what the experiment is of: Tune itself would go on with the old one."""
     file = experiment_dir / "finetune.json"
-    content = {
-        "rates": sorted(rates),
-        "recipes": {name: dataclasses.asdict(recipe) for name, recipe in recipes.items()},
-    }
     if not file.exists():
         write_json(file, content)
     elif not resume:

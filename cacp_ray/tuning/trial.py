@@ -110,24 +110,28 @@ def finetune_trial(
     config: dict[str, Any],
     *,
     task: TrialTask,
-    train_split: ImageSet | ImageStream,
-    search_split: ImageSet,
+    splits: list[Any],
 ) -> None:
     """Trains the subnet of `config["rate"]` by the recipe of `config["variant"]`, to its end.
 
     Goes on from the trial's checkpoint where it has one.
+
+    Args:
+        config: Of the trial.
+        task: Of the experiment.
+        splits: References of the images to learn from and of the search split.
     """
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # a line for every checkpoint
     if task.resources.most_workers > 1:
         from cacp_ray.tuning.workers import train_in_workers
 
-        train_in_workers(config, task, ray.put(train_split), ray.put(search_split))
+        train_in_workers(config, task, splits)
         return
 
     def report(metrics: dict[str, Any], folder: str) -> None:
         tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
 
-    train_subnet(config, task, train_split, search_split, tune.get_checkpoint(), report)
+    train_subnet(config, task, *ray.get(splits), tune.get_checkpoint(), report)
 
 
 def train_subnet(

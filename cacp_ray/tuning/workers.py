@@ -43,16 +43,13 @@ SPARE_CPUS = 0.01
 STEPS_BETWEEN = 10  # of Tune's loop, a tenth of a second each while nothing happens
 
 
-def train_in_workers(
-    config: dict[str, Any], task: "TrialTask", train_split: Any, search_split: Any
-) -> None:
+def train_in_workers(config: dict[str, Any], task: "TrialTask", splits: list[Any]) -> None:
     """Runs a trial's workers to the end; those that were killed start again at their last epoch.
 
     Args:
         config: Of the trial.
         task: Of the experiment.
-        train_split: Reference of the images to learn from.
-        search_split: Reference of the images that measure.
+        splits: References of the images to learn from and of the search split.
     """
     resources = task.resources
     trainer = TorchTrainer(
@@ -60,7 +57,7 @@ def train_in_workers(
         train_loop_config={
             "config": dict(config),
             "task": task,
-            "splits": [train_split, search_split],
+            "splits": splits,
         },
         scaling_config=ScalingConfig(
             num_workers=resources.workers,

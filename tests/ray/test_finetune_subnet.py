@@ -59,9 +59,30 @@ def test_a_subnet_outside_its_run_is_trained_by_a_file_with_its_data(subnet, tmp
 def test_a_subnet_of_a_run_takes_data_and_recipe_from_it(subnet, run):
     config = RunConfig.model_validate({"data": DATA, "finetune": RECIPE | {"seed": 3}})
     write_yaml(subnet.parent.parent / "config.yaml", resolved(config))
-    code, _, errors = run("finetune", subnet)
+    file = subnet / "cpus.yaml"
+    file.write_text("trials: {cpus: 1}")
+    code, _, errors = run("finetune", subnet, "--config", file, "--set", "finetune.lr=0.2")
     assert code == 0, errors
-    assert json.loads((subnet / "metrics.json").read_text())["recipe"]["seed"] == 3
+    recipe = json.loads((subnet / "metrics.json").read_text())["recipe"]
+    assert (recipe["seed"], recipe["lr"], recipe["epochs"]) == (3, 0.2, 1)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_other_data_or_another_scheduler_are_not_gone_on_with(subnet):
+    config = {"data": DATA, "finetune": RECIPE}
+    cacp_ray.finetune(subnet, config=config)
+    assert cacp_ray.finetune(subnet, config=config, resume=True)["epochs"] == 1
+    with pytest.raises(ConfigError, match=r"other settings \(data\.train\.rows"):
+        cacp_ray.finetune(subnet, config=config, overrides=["data.train.rows=[0,300]"], resume=True)
+    with pytest.raises(ConfigError, match=r"other settings \(trials\.scheduler"):
+        cacp_ray.finetune(subnet, config=config, overrides=["trials.scheduler=asha"], resume=True)
+
+
+def test_crops_larger_than_the_images_are_refused(subnet):
+    variants = {"wide": {"padding": 32}}
+    with pytest.raises(ConfigError, match=r"wide\.padding: 32 pixels, but images have 32"):
+        cacp_ray.finetune(subnet, config={"data": DATA, "finetune": RECIPE, "variants": variants})
+    assert not (subnet / "finetune").exists()
 
 
 def test_data_of_other_classes_is_refused_before_anything_is_written(subnet):

@@ -38,7 +38,7 @@ def load(**changes):
         ({"space": {"agent.lr": {"normal": [0, 1]}}}, "unknown key"),
         ({"search": {"strategy": "random"}}, "has no agent"),
         ({"search": {"rates": [2]}}, "search.rates.0"),
-        ({"space": {"agent.lr": {"uniform": [0, math.inf]}}}, "low first"),
+        ({"space": {"agent.lr": {"uniform": [0, math.inf]}}}, "finite"),
         ({"space": {"agent.elite_share": {"uniform": [0, 3]}}}, "elite_share allows .*less than"),
         ({"space": {"agent.drafts": {"uniform": [8, 64]}}}, "drafts allows .*integer"),
         ({"space": {"agent.lr": {"choice": [-1, 0.001]}}}, "lr allows -1: .*greater than 0"),

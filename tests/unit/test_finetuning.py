@@ -41,6 +41,9 @@ def test_variants_say_what_differs():
         ({"variants": {"a/b": {}}}, "'a/b' is no name"),
         ({"variants": {"a": {"teacher": "larger"}}}, "all variants have one teacher"),
         ({"trials": {"gpus": -1}}, r"trials\.gpus"),
+        ({"trials": {"gpus": 1.5}}, r"trials\.gpus: at most 1"),
+        ({"finetune": {"seed": -1}}, r"finetune\.seed: .*greater than or equal to 0"),
+        ({"finetune": {"lr": float("inf")}}, r"finetune\.lr: .*finite"),
         (
             {"trials": {"workers": 0}},
             r"trials\.workers: write one number, or the least",

@@ -7,10 +7,8 @@ layer's action and bootstrap.
 
 The actor's gradient is taken where the critics have data: at recorded episodes with the action of
 one group replaced by the policy's, as MADDPG (Lowe et al., 2017) does for cooperating agents. All
-groups pay for it alike: critics that do not know the budget would only ask for more.
-The actor also imitates measured allocations, the better their return the more, as in
-advantage-weighted regression (Peng et al., 2019), beside the critics' gradient as in TD3+BC
-(Fujimoto and Gu, 2021). The delayed actor is that of TD3 (Fujimoto et al., 2018).
+groups pay for it alike: critics that do not know the budget would only ask for more. The delayed
+actor is that of TD3 (Fujimoto et al., 2018).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -25,14 +23,11 @@ if TYPE_CHECKING:
     from cacp_ray.agent.cacp.algorithm import CACPConfig
 
 VALUES = "values"
-RETURNS = "returns"
 SPREADS = "spreads"
 SHARES = "shares"
 WEIGHTS = "weights"
 REPLACED = "replaced"
 ACTOR_EVERY = 4  # critic steps to one actor step
-IMITATION_SHARPNESS = 4.0  # of exp(sharpness * normalised return)
-MAX_RETURN = 3.0  # spreads above the mean: one lucky episode must not be all that is imitated
 
 
 class CACPLearner(TorchLearner):
@@ -65,7 +60,7 @@ class CACPLearner(TorchLearner):
         """
         module = self.module[module_id]
         assert isinstance(module, ActorCritic)
-        returns, recorded, rates = batch[RETURNS], batch[Columns.ACTIONS], batch[Columns.OBS]
+        recorded, rates = batch[Columns.ACTIONS], batch[Columns.OBS]
         errors = batch[WEIGHTS] * (fwd_out["values"] - batch[VALUES]) ** 2  # (E, N)
         # Every critic learns from its own rows, so that they differ where data are few.
         owner = torch.arange(errors.shape[1]) % errors.shape[0]
@@ -82,8 +77,5 @@ class CACPLearner(TorchLearner):
             )
             value = (module.policy_values(moved) / batch[SPREADS]).mean()
             self.metrics.log_value((module_id, "policy_value"), value.item(), window=1)
-            merit = (IMITATION_SHARPNESS * returns.clamp(max=MAX_RETURN)).exp()
-            distance = ((actions - recorded) ** 2).mean(dim=1)  # (N,)
-            imitation = (merit / merit.mean() * distance).mean()
-            loss = loss - actions.shape[1] * value + config.settings.imitation * imitation
+            loss = loss - actions.shape[1] * value
         return loss

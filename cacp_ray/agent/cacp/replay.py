@@ -1,10 +1,10 @@
 """Everything the agent has seen: plain arrays, one row an episode.
 
 Accuracy and loss are stored raw and made values when sampled: one scale for all rates, which the
-critics learn, and returns normalised a rate, so that an easy rate does not look like a good action
-(ours; the published code shares one baseline over all rates). A value is the mean of the logit of
-top1 and of -log(loss), both standardised: the loss of a few thousand images tells networks apart
-that top1 does not.
+critics learn, while the actor's gradient is divided by the spread of its own rate, so that an easy
+rate does not look like a good action (ours; the published code shares one baseline over all rates).
+A value is the mean of the logit of top1 and of -log(loss), both standardised: the loss of a few
+thousand images tells networks apart that top1 does not.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from ray.rllib.core.columns import Columns
 
-from cacp_ray.agent.cacp.learner import RETURNS, SHARES, SPREADS, VALUES, WEIGHTS
+from cacp_ray.agent.cacp.learner import SHARES, SPREADS, VALUES, WEIGHTS
 from cacp_ray.agent.cacp.module import LOG_RATIOS
 
 MIN_SPREAD = 0.03  # of values at one rate; near the noise of a few thousand images
@@ -80,7 +80,6 @@ class Replay:
         `WEIGHTS` (N,) of the squared errors: the share of images scored, and 1 for failures.
         """
         rows = rng.integers(len(self), size=count)
-        returns, spreads = self.returns()
         weights = np.where(self.images > 0, self.images / max(1.0, self.images.max()), 1)
         columns = {
             Columns.OBS: self.rates[:, None],
@@ -88,8 +87,7 @@ class Replay:
             LOG_RATIOS: self.log_ratios,
             SHARES: self.shares,
             VALUES: self.values(),
-            RETURNS: returns,
-            SPREADS: spreads,
+            SPREADS: self.returns()[1],
             WEIGHTS: weights,
         }
         return {name: column[rows].astype(np.float32) for name, column in columns.items()}
