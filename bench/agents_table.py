@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 from agents import METHODS, OPTIONS, OWN, RATES, UNSEEN, folder_name
-from report import print_table
-
-RESAMPLES = 2000
+from report import bootstrap, print_table
 
 
 def main() -> None:
@@ -156,14 +154,6 @@ def describe(environment: dict[str, Any]) -> str:
 
 def _text(value: Any) -> str:
     return ":".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def bootstrap(gains: np.ndarray) -> tuple[float, float]:
-    """2.5 and 97.5 % quantiles of the mean of resampled images."""
-    rng = np.random.default_rng(0)
-    counts = rng.multinomial(len(gains), np.full(len(gains), 1 / len(gains)), size=RESAMPLES)
-    low, high = np.quantile(counts @ gains / len(gains), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def _cell(values: np.ndarray) -> str:

@@ -20,8 +20,8 @@ RATES = (0.3, 0.5, 0.7)
 GROUP_SETS = ("all", "inner")
 
 
-def make_parser(doc: str) -> argparse.ArgumentParser:
-    """The options of all accuracy benchmarks."""
+def make_data_parser(doc: str) -> argparse.ArgumentParser:
+    """The network and its images."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--weights", default="embedded:resnet20_cifar10")
@@ -29,6 +29,12 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--train-rows", type=parse_rows, help="START:STOP, by default all")
     parser.add_argument("--search", default="embedded:search", help="Parquet of scored images")
     parser.add_argument("--search-rows", type=parse_rows, help="START:STOP, by default all")
+    return parser
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """The options of all benchmarks that score in this process."""
+    parser = make_data_parser(doc)
     parser.add_argument("--images", type=int, help="score on so many of them, evenly spaced")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

@@ -1,164 +1,264 @@
 """Fine-tuned accuracy of searched, random and uniform subnets: python bench/finetune.py --out DIR.
 
-Every method searches once, at the same evaluations; its subnets are fine-tuned by one recipe, once
-a seed, all rates side by side on Ray Tune. The table says what the fine-tuning left of the base
-network's accuracy on the test split, which is measured once a subnet. With the same command, a run
-that was stopped goes on: finished searches and fine-tunings are not repeated.
+Every seed is a search and a fine-tuning of what it found, all rates side by side on Ray Tune, the
+same recipe for all. The searches of one seed have the same number of evaluations; uniform widths
+need none. With the same command, a benchmark that was stopped goes on; what is in DIR/results is
+not run again, so that the tables of committed results can be printed anywhere.
 
-- cacp: the default search of this package;
+- cacp: the default search of this package. Its two answers, the policy's and the best candidate,
+  are both repaired layer by layer, and the better on the search split is kept;
 - random: the best of as many random allocations, all else as in the default search;
-- uniform l1: the same share of all channels, or of the inner ones, those of least L1 norm cut.
+- uniform cap: the same share of all channels, or of the inner ones, the default order and repair;
+- uniform l1: the same with those of least L1 norm cut;
+- base: the base network itself, trained on by the recipe: what the further epochs alone give.
 
-The sample that the package embeds shows that it works; figures worth reading need all of CIFAR-10:
---train, --train-rows, --search, --search-rows, --test.
+The table says what the fine-tuning left of the base network's accuracy on the test split, which is
+measured once a subnet. The sample that the package embeds shows that it works; figures worth
+reading need all of CIFAR-10: --train, --train-rows, --search, --search-rows, --test.
 """
 
 import argparse
-import shutil
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
-from experiment import make_parser, run_values
-from report import append_row, print_environment, print_table, read_rows
+import numpy as np
+import torch
+from experiment import make_data_parser, run_values
+from report import bootstrap, print_environment, print_table
 
 import cacp_ray
-from cacp_ray.config import RunConfig, load_config
-from cacp_ray.files import read_json, write_json
+from cacp_ray.config import ModelConfig, RunConfig, load_config
+from cacp_ray.files import describe_environment, read_json, write_file, write_json
 from cacp_ray.finetuning import FinetuneConfig
+from cacp_ray.loading import load_model, read_split
+from cacp_ray.pruning.subnet import save_subnet
 from cacp_ray.reporting.progress import FinetuneDisplay
+from cacp_ray.training.metrics import predict
 
+BASE = "base"
 METHODS: dict[str, dict[str, Any]] = {
     "cacp": {"strategy": "cacp"},
     "random": {"strategy": "random"},
+    "uniform cap": {"strategy": "uniform"},
     "uniform l1": {"strategy": "uniform", "pruning": {"criterion": "l1"}},
+    BASE: {},
 }
-COPIED = ("config.yaml", "environment.json", "model.json", "result.json", "subnets")
 
 
 def main() -> None:
     options = parse_options()
-    recipe = load_config(FinetuneConfig, options.config, options.set)
-    times = options.out / "times.jsonl"
-    results: dict[tuple[str, int], dict[str, Any]] = {}
-    for method in options.methods:
-        run = options.out / method.replace(" ", "-")
-        search_once(method, run, options, times)
-        for seed in options.seeds:
-            place = run.with_name(f"{run.name}-seed-{seed}")
-            results[method, seed] = finetune_once(run, place, recipe, seed, times)
-    print_results(results, recipe, options)
-    print_times(times)
-    print_environment(options.seed)
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for seed in options.seeds:
+        for method in options.methods:
+            name = f"{method.replace(' ', '-')}-seed-{seed}"
+            file = options.out / "results" / f"{name}.json"
+            if not file.exists():
+                run(method, seed, options.out / name, file, options)
+            found[method, seed] = read_result(file)
+    print_results(found, options)
+    print_differences(found, options)
+    print_environment(options.seeds[0])
 
 
 def parse_options() -> argparse.Namespace:
-    parser = make_parser(__doc__ or "")
+    parser = make_data_parser(__doc__ or "")
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs; gone on with")
     parser.add_argument("--test", default="embedded:test", help="Parquet of test images")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--rates", nargs="+", type=float, default=[0.3, 0.5, 0.7])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the fine-tuning")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--evaluations", type=int, default=300, help="of each search")
     parser.add_argument("--config", type=Path, default=Path("tune_configs/finetune_plain.yaml"))
     parser.add_argument("--set", nargs="*", default=[], help="of the recipe: finetune.epochs=8")
     return parser.parse_args()
 
 
-def search_once(method: str, run: Path, options: argparse.Namespace, times: Path) -> None:
-    """Searches, or goes on with a search; one under other options is refused."""
-    started = time.monotonic()
+def run(method: str, seed: int, folder: Path, file: Path, options: argparse.Namespace) -> None:
+    """Searches, fine-tunes and writes accuracies and seconds; the hits of each image beside."""
+    recipe = load_config(FinetuneConfig, options.config, [*options.set, f"finetune.seed={seed}"])
+    model = ModelConfig(name=options.model, weights=options.weights)
+    with FinetuneDisplay() as display:
+        if method == BASE:
+            rows = train_on(folder, model, recipe, options, display.update)
+        else:
+            rows = search_and_finetune(method, seed, folder, recipe, options, display.update)
+    test = read_split(recipe_data(options), "test")
+    hits = {"base": find_hits(load_model(model, len(test.classes)), test)}
+    for row in rows:
+        hits[f"{row['rate']:g}"] = find_hits(cacp_ray.load_subnet(folder / row.pop("path")), test)
+    packed = {name: np.packbits(each) for name, each in hits.items()}
+    write_file(file.with_suffix(".npz"), lambda path: save_arrays(path, packed))
+    about = {"epochs": recipe.finetune.epochs, "evaluations": options.evaluations}
+    environment = describe_environment(seed)
+    write_json(file, {**about, "test_images": len(test), "rates": rows, "environment": environment})
+
+
+def search_and_finetune(
+    method: str, seed: int, folder: Path, recipe: FinetuneConfig, options: Any, on_epoch: Any
+) -> list[dict[str, Any]]:
+    """A run directory, searched and fine-tuned, or gone on with: a row a rate."""
     values = {
-        "name": run.name,
+        "name": folder.name,
         **run_values(options),
         "rates": options.rates,
         "evaluations": options.evaluations,
-        "seed": options.seed,
+        "seed": seed,
         **METHODS[method],
     }
-    config = load_config(RunConfig, values)
-    is_done = (run / "result.json").exists()
-    cacp_ray.search(config, run, resume=(run / "config.yaml").exists())
-    if is_done:
-        return
-    append_row(times, {"part": f"search {method}", "seconds": time.monotonic() - started})
+    search = load_config(RunConfig, values)
+    cacp_ray.search(search, folder, resume=(folder / "config.yaml").exists())
+    resume = (folder / "finetune").exists()
+    result = cacp_ray.finetune(folder, config=recipe, resume=resume, on_epoch=on_epoch)
+    seconds = sum(result["seconds"].values()) - result["seconds"]["finetune"]
+    keys = ("rate", "path", "cost_kept", "macs", "top1", "finetuned_top1", "test_top1")
+    return [
+        {key: row[key] for key in keys}
+        | {
+            "search_seconds": round(seconds, 1),  # of all rates, since it last went on
+            "finetune_seconds": round(
+                read_json(folder / row["path"] / "metrics.json")["seconds"], 1
+            ),
+        }
+        for row in result["rates"]
+    ]
 
 
-def finetune_once(
-    run: Path, place: Path, recipe: FinetuneConfig, seed: int, times: Path
-) -> dict[str, Any]:
-    """Fine-tunes a copy of the run by the recipe with another seed, or goes on with that."""
-    if not (place / "copied").exists():
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        for name in COPIED:
-            copy = shutil.copytree if (run / name).is_dir() else shutil.copy
-            copy(run / name, place / name)
-        (place / "copied").touch()
-    values = recipe.model_dump(mode="json")
-    values["finetune"]["seed"] = seed
-    asked = place / "finetuning.json"
-    if asked.exists() and read_json(asked) != values:
-        raise SystemExit(f"{place} was fine-tuned by another recipe: delete it, or give that one")
-    write_json(asked, values)
-    saved = read_json(place / "result.json")
-    if all(row["test_top1"] is not None for row in saved["rates"]):
-        return saved
-    settings = FinetuneConfig.model_validate(values)
-    started = time.monotonic()
-    resume = (place / "finetune").exists()
-    with FinetuneDisplay() as display:
-        result = cacp_ray.finetune(place, config=settings, resume=resume, on_epoch=display.update)
-    append_row(times, {"part": f"fine-tune {place.name}", "seconds": time.monotonic() - started})
-    return result
+def train_on(
+    folder: Path, model: ModelConfig, recipe: FinetuneConfig, options: Any, on_epoch: Any
+) -> list[dict[str, Any]]:
+    """The base network as a subnet that keeps all, trained by the recipe."""
+    whole, data = folder / "rate-1.00", recipe_data(options)
+    if not (whole / "subnet.json").exists():
+        split = read_split(data, "search")
+        network = load_model(model, len(split.classes))
+        description = {
+            "model": model.name,
+            "num_classes": len(split.classes),
+            "classes": split.classes,
+            "input_shape": list(split.tensors()[0].shape[1:]),
+            "cost": "macs",
+            "rate": 1.0,
+            "cost_kept": 1.0,
+        }
+        save_subnet(whole, network, description)
+    settings = recipe.model_copy(update={"model": model, "data": data})
+    resume = (whole / "finetune").exists()
+    metrics = cacp_ray.finetune(whole, config=settings, resume=resume, on_epoch=on_epoch)
+    return [
+        {
+            "rate": 1.0,
+            "path": whole.name,
+            "cost_kept": 1.0,
+            "macs": None,
+            "top1": metrics["search_top1_before"],
+            "finetuned_top1": metrics["search_top1"],
+            "test_top1": metrics["test_top1"],
+            "search_seconds": 0.0,
+            "finetune_seconds": round(metrics["seconds"], 1),
+        }
+    ]
 
 
-def print_results(
-    results: dict[tuple[str, int], dict[str, Any]],
-    recipe: FinetuneConfig,
-    options: argparse.Namespace,
-) -> None:
+def recipe_data(options: argparse.Namespace) -> Any:
+    """The three splits of these options."""
+    return load_config(RunConfig, run_values(options)).data
+
+
+def find_hits(model: torch.nn.Module, split: Any) -> np.ndarray:
+    """(N,) whether each image is recognised, in float32 as `test_top1`."""
+    hits = []
+    for part in split.parts(500):
+        images, labels = part.tensors()
+        hits.append(predict(model, images, 500, torch.float32).argmax(1) == labels)
+    return torch.cat(hits).numpy()
+
+
+def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """NumPy would add a suffix to a path."""
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def read_result(file: Path) -> dict[str, Any]:
+    """What `run` wrote, `hits` (N,) by rate and `base` included."""
+    row = read_json(file)
+    with np.load(file.with_suffix(".npz")) as packed:
+        row["hits"] = {
+            name: np.unpackbits(packed[name], count=row["test_images"]).astype(float)
+            for name in packed.files
+        }
+    return row
+
+
+def print_results(found: dict[tuple[str, int], dict[str, Any]], options: Any) -> None:
     """One row a rate and method: means over the seeds, and their standard deviation."""
-    base = next(iter(results.values()))["base"]
-    whole = 100 * base["test"]["top1"]
+    first = next(iter(found.values()))
+    whole = 100 * first["hits"]["base"].mean()
     rows = []
-    for rate in sorted(options.rates):
+    for rate in [*sorted(options.rates), 1.0]:
         for method in options.methods:
-            found = [
-                next(row for row in results[method, seed]["rates"] if row["rate"] == rate)
+            mine = [
+                row
                 for seed in options.seeds
+                for row in found[method, seed]["rates"]
+                if row["rate"] == rate
             ]
-            test = [100 * row["test_top1"] for row in found]
-            spread = f" ± {statistics.stdev(test):.2f}" if len(test) > 1 else ""
-            rows.append(
-                [
-                    f"{rate:.2f}",
-                    method,
-                    f"{100 * found[0]['cost_kept']:.2f}",
-                    f"{found[0]['macs'] / 1e6:.2f}",
-                    f"{100 * found[0]['top1']:.2f}",
-                    f"{100 * statistics.mean(row['finetuned_top1'] for row in found):.2f}",
-                    f"{statistics.mean(test):.2f}{spread}",
-                    f"{statistics.mean(test) - whole:+.2f}",
-                ]
-            )
-    images = base["test"]["images"]
+            if mine:
+                rows.append([f"{rate:.2f}", method, *describe(mine, whole)])
+    images = first["test_images"]
     title = (
-        f"{options.model}, base {whole:.2f} % on {images:,} test images; {recipe.finetune.epochs} "
-        f"epochs, {len(options.seeds)} seed(s), {options.evaluations} evaluations a search"
+        f"{options.model}, base {whole:.2f} % on {images:,} test images; {first['epochs']} epochs, "
+        f"{len(options.seeds)} seed(s), {first['evaluations']} evaluations a search"
     )
-    header = ["kept", "method", "% MACs", "M MACs", "before, search", "search", "test", "change"]
+    header = [
+        "kept", "method", "% MACs", "M MACs", "before, search", "search", "test", "change",
+        "search, min", "fine-tuning, min",
+    ]  # fmt: skip
     print_table(title, header, rows)
     error = 100 * (whole / 100 * (1 - whole / 100) / images) ** 0.5
     print(f"\nTop-1 in %; standard error of one test accuracy near the base: {error:.2f} points.")
 
 
-def print_times(times: Path) -> None:
-    """Wall time of every part, of a stopped one after it went on."""
-    rows = [[row["part"], f"{row['seconds'] / 60:.1f}"] for row in read_rows(times)]
-    title = "Wall time; of a part that was stopped, since it last went on"
-    print_table(title, ["part", "minutes"], rows)
+def describe(mine: list[dict[str, Any]], whole: float) -> list[str]:
+    """Cells of one rate and method, `mine` its seeds; the base's accuracy `whole` in %."""
+
+    def mean(key: str) -> float:
+        return float(np.mean([row[key] for row in mine]))
+
+    test = [100 * row["test_top1"] for row in mine]
+    spread = f" ± {np.std(test, ddof=1):.2f}" if len(test) > 1 else ""
+    return [
+        f"{100 * mean('cost_kept'):.2f}",
+        "" if mine[0]["macs"] is None else f"{mean('macs') / 1e6:.2f}",
+        f"{100 * mean('top1'):.2f}",
+        f"{100 * mean('finetuned_top1'):.2f}",
+        f"{np.mean(test):.2f}{spread}",
+        f"{np.mean(test) - whole:+.2f}",
+        f"{mean('search_seconds') / 60:.1f}",
+        f"{mean('finetune_seconds') / 60:.1f}",
+    ]
+
+
+def print_differences(found: dict[tuple[str, int], dict[str, Any]], options: Any) -> None:
+    """The first method less each other at the same rate: paired bootstrap over test images."""
+    reference, *others = [method for method in options.methods if method != BASE]
+    rows = []
+    for method in others:
+        for rate in sorted(options.rates):
+            key = f"{rate:g}"
+            gains = np.array(
+                [
+                    found[reference, seed]["hits"][key] - found[method, seed]["hits"][key]
+                    for seed in options.seeds
+                ]
+            )
+            low, high = bootstrap(gains.mean(0))
+            interval = f"{100 * gains.mean():+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+            by_seed = " ".join(f"{100 * gain:+.2f}" for gain in gains.mean(1))
+            rows.append([method, f"{rate:.2f}", interval, by_seed])
+    if rows:
+        title = f"{reference} less the method on the test split, points, 95 % interval over images"
+        print_table(title, ["method", "kept", "difference", "by seed"], rows)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from cacp_ray.files import describe_environment
+
+RESAMPLES = 2000
+
+
+def bootstrap(gains: np.ndarray) -> tuple[float, float]:
+    """2.5 and 97.5 % quantiles of the mean of resampled images; gains (images,)."""
+    rng = np.random.default_rng(0)
+    counts = rng.multinomial(len(gains), np.full(len(gains), 1 / len(gains)), size=RESAMPLES)
+    low, high = np.quantile(counts @ gains / len(gains), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from experiment import make_parser, run_values
+from experiment import make_data_parser, run_values
 from report import append_row, print_environment, print_table, read_rows
 
 import cacp_ray
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = make_parser(__doc__ or "")
+    parser = make_data_parser(__doc__ or "")
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs; gone on with")
     parser.add_argument("--test", default="embedded:test", help="Parquet of test images")
     parser.add_argument("--config", type=Path, default=Path("tune_configs/agent_asha.yaml"))

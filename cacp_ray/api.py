@@ -60,7 +60,9 @@ def train_model(
     resume: bool = False,
     on_epoch: Callable[[EpochResult, float], None] | None = None,
 ) -> dict[str, Any]:
-    """Trains a base network; `cacp_ray.training.base` says what the folder holds.
+    """Trains a base network, on a GPU where there is one.
+
+    `cacp_ray.training.base` says what the folder holds.
 
     Raises:
         CacpError: Bad input, in one line, before anything is written.
@@ -72,6 +74,7 @@ def train_model(
     check_padding(config.training, search, "training.padding")
     torch.manual_seed(config.training.seed)
     model = load_model(config.model, len(train.classes))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     write_yaml(run_dir / "config.yaml", resolved(config))
     write_json(run_dir / "environment.json", describe_environment(config.training.seed))
     return train_base(

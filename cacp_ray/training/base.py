@@ -39,7 +39,7 @@ def train_base(
     """Trains, measures the test split once at the end, and writes weights and result.
 
     Args:
-        model: With fresh weights, already seeded.
+        model: With fresh weights, already seeded; where it lies, it is trained.
         train_split: Images to learn from.
         search_split: Measured after each epoch; it chooses nothing, the last epoch is kept.
         test_split: Measured once.
@@ -81,7 +81,7 @@ def read_state(file: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        return torch.load(file, weights_only=True)
+        return torch.load(file, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises many kinds for a broken file
         raise ArtifactError(f"{file}: not a readable state; delete it to start again") from error
 

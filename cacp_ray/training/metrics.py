@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+MOST_PIXELS = 50 * 224**2  # at once: ResNet-50's largest feature map then takes 160 MB
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -79,11 +81,16 @@ class Split(Protocol):
 def measure_split(
     model: nn.Module, split: Split, *, batch_size: int = 500, dtype: torch.dtype = torch.float32
 ) -> Accuracy:
-    """Accuracy of `model` on a split, of which one batch at a time is held in float32."""
+    """Accuracy of `model` on a split, of which one batch at a time is held in float32.
+
+    Large images go through the network in smaller batches: feature maps are larger still.
+    """
     logits, labels = [], []
     for part in split.parts(batch_size):
         images, own = part.tensors()
-        logits.append(predict(model, images, batch_size, dtype))
+        pixels = images.shape[2] * images.shape[3]
+        at_once = min(batch_size, max(1, MOST_PIXELS // pixels))
+        logits.append(predict(model, images, at_once, dtype))
         labels.append(own)
     return score_logits(torch.cat(logits), torch.cat(labels))
 

@@ -131,7 +131,8 @@ def finetune_trial(
     def report(metrics: dict[str, Any], folder: str) -> None:
         tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
 
-    train_subnet(config, task, *ray.get(splits), tune.get_checkpoint(), report)
+    train_split, search_split = ray.get(splits)
+    train_subnet(config, task, train_split, search_split, tune.get_checkpoint(), report)
 
 
 def train_subnet(

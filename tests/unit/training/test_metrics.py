@@ -1,8 +1,10 @@
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
 
-from cacp_ray.training.metrics import Accuracy, measure, predict, score_logits
+from cacp_ray.training.metrics import Accuracy, measure, measure_split, predict, score_logits
 
 
 def test_scores_count_the_images_whose_label_is_on_top() -> None:
@@ -48,3 +50,24 @@ def test_measuring_leaves_the_model_as_it_was(training: bool) -> None:
     assert model.training is training
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize(("side", "largest"), [(32, 500), (224, 50), (2000, 1)])
+def test_large_images_are_measured_in_smaller_batches(side: int, largest: int) -> None:
+    class Part:
+        def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.zeros(1, 3, 1, 1).expand(501, 3, side, side), torch.zeros(501).long()
+
+    class Split:
+        def parts(self, size: int) -> Iterator[Part]:
+            yield Part()
+
+    seen: list[int] = []
+
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(len(x))
+            return torch.zeros(len(x), 2)
+
+    assert measure_split(Model(), Split()).images == 501
+    assert (max(seen), sum(seen)) == (largest, 501)
