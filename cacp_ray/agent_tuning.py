@@ -156,6 +156,18 @@ def tune_agent(
     return result
 
 
+def trials_at_once(config: AgentTuningConfig, num_evaluators: int) -> int:
+    """Two for every evaluator, so that none waits for a trial that learns.
+
+    A population needs all its trials. Optuna draws settings from the trials that have ended, so it
+    never begins more than a quarter of them together.
+    """
+    if config.scheduler == "pbt":
+        return config.trials
+    most = max(1, config.trials // 4) if config.algorithm == "optuna" else config.trials
+    return min(most, 2 * num_evaluators)
+
+
 def _run_trials(
     config: AgentTuningConfig,
     search: RunConfig,
@@ -181,9 +193,7 @@ def _run_trials(
         # Evaluators that wait for room would take what the trials need.
         room = find_room(cpus, search.cluster.gpus_per_evaluator, max(1, room.now), useful)
     num_evaluators = room.total
-    max_concurrent = min(config.trials, 2 * num_evaluators)
-    if config.scheduler == "pbt":
-        max_concurrent = config.trials
+    max_concurrent = trials_at_once(config, num_evaluators)
     trial_cpus = min(TRIAL_CPUS, TRIALS_SHARE * cpus * num_evaluators / max_concurrent)
     say(f"{num_evaluators} evaluators, {max_concurrent} of {config.trials} trials at once")
     broker = start_broker(

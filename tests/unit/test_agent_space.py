@@ -12,6 +12,7 @@ from ray import tune
 from ray.tune.schedulers.pbt import _explore
 
 from cacp_ray.agent_space import AgentTuningConfig, as_text, read_settings, with_settings
+from cacp_ray.agent_tuning import trials_at_once
 from cacp_ray.config import RunConfig, load_config
 from cacp_ray.errors import ConfigError
 from cacp_ray.reporting.tuning import rank_correlation, tuning_rows
@@ -163,3 +164,17 @@ def test_a_population_changes_settings_within_the_space():
         assert settings["agent.drafts"] in (8, 16, 32)
         seen.add(settings["agent.elite_share"])
     assert len(seen) > 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "evaluators", "expected"),
+    [
+        ({}, 2, 4),
+        ({}, 64, 24),
+        ({"algorithm": "optuna"}, 64, 6),
+        ({"algorithm": "optuna", "trials": 3}, 64, 1),
+        ({"scheduler": "pbt"}, 2, 24),
+    ],
+)
+def test_trials_that_run_at_once(changes, evaluators, expected):
+    assert trials_at_once(load(**{"trials": 24} | changes), evaluators) == expected
