@@ -98,6 +98,16 @@ def first_of(replay: Replay, count: int, *, loss: bool = True) -> Replay:
     return part
 
 
+def a_rate(replay: Replay) -> Array:
+    """(N,) values normalised by those of the same rate."""
+    values = replay.values()
+    means = np.empty(len(replay))
+    for rate in np.unique(replay.rates):
+        mask = replay.rates == rate
+        means[mask] = values[mask].mean()
+    return (values - means) / replay.spreads(values)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path)
@@ -119,9 +129,9 @@ def main() -> None:
             steps = SETTINGS.updates_per_episode * cut
             ways = {
                 "rate and offsets -> accuracy, normalised a rate": (
-                    learn, of_rate, accuracies.returns()[0]),
+                    learn, of_rate, a_rate(accuracies)),
                 "rate and offsets -> accuracy and loss, normalised a rate": (
-                    learn, of_rate, known.returns()[0]),
+                    learn, of_rate, a_rate(known)),
                 "keep ratios -> accuracy": (learn, ratios, accuracies.values()),
                 "keep ratios -> accuracy and loss (ours)": (learn, ratios, known.values()),
                 "the same, a Gaussian process": (learn_process, ratios, known.values()),

@@ -115,8 +115,13 @@ def answer_rates(
     """
     run = RunDirectory(run_dir)
     checkpoint = run.find_checkpoint()
-    if config.strategy not in CONDITIONAL or checkpoint is None:
-        raise ArtifactError(f"{run_dir} has no trained policy: search with strategy cacp first")
+    if config.strategy not in CONDITIONAL:
+        raise ArtifactError(
+            f"{run_dir} was searched by {config.strategy}, which has no policy for every rate: "
+            f"search with strategy {' or '.join(CONDITIONAL)}"
+        )
+    if checkpoint is None:
+        raise ArtifactError(f"{run_dir} has no trained policy yet: continue it with --resume")
     for rate in rates if save else ():
         folder = out or run_dir / "subnets" / f"rate-{rate:.2f}"
         if folder.exists():

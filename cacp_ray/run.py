@@ -1,6 +1,6 @@
 """A search, from a configuration to a filled run directory."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -133,8 +133,7 @@ def run_search(
             for g in base.plan.groups
         ],
         "learning": learning,
-        "evaluations": loop.progress.evaluations
-        + len({answer["rate"] for answer in answers} & set(config.rates)),
+        "evaluations": loop.progress.evaluations + _count_new(answers, config, run),
         "seconds": clock.seconds,
     }
     add_latencies(result, base, run_dir)
@@ -152,6 +151,12 @@ def check_run(config: RunConfig, base: Base) -> None:
     """
     check_strategy(config, base)
     check_loggers(config.logging)
+
+
+def _count_new(answers: Sequence[dict[str, Any]], config: RunConfig, run: RunDirectory) -> int:
+    """Of the policy's answers at the searched rates, those that the search had not measured."""
+    own = {answer["record"].subnet for answer in answers if answer["rate"] in config.rates}
+    return len(own - {record.subnet for record in run.read_records()})
 
 
 def _prepare(

@@ -1,7 +1,6 @@
 """The strategy of a run, from its configuration: agents on Ray, and all others."""
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,11 @@ from cacp_ray.searching.mdp import AllocationMDP
 from cacp_ray.searching.strategies import AGENTS, FROM_A_PRIOR, make_strategy
 from cacp_ray.searching.strategies.prior import PriorFirst
 from cacp_ray.searching.strategies.problem import Problem, Scores
-from cacp_ray.searching.strategy import Strategy
+from cacp_ray.searching.strategy import Strategy, Tick
 
 logger = logging.getLogger(__name__)
 
 CONDITIONAL = ("cacp", "cacp-paper")  # one policy for every rate
-
-Tick = Callable[[Strategy], object]
 
 
 def make_run_strategy(

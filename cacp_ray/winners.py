@@ -180,8 +180,8 @@ def build_winners(
 
     Returns:
         What result.json says of each rate: `top1` of the saved subnet, `search_top1`,
-        `policy_top1` and `uniform_top1` as candidates are scored, `policy_recovered_top1` of the
-        policy's own.
+        `policy_top1` and `uniform_top1` as candidates are scored, `policy_recovered_top1` and
+        `search_recovered_top1` of both repaired as the saved one.
 
     Raises:
         EvaluationError: A rate has no candidate.
@@ -235,9 +235,14 @@ def build_winners(
             "keep_counts": list(counts),
             "groups": describe_kept(base.plan, prepared.with_order(winner.order).orders, counts),
             "search": dict(vars(accuracy)),
+            "candidates": {
+                "policy_top1": own[rate].top1 if rate in own else None,
+                "search_top1": None if best is None else best.top1,
+            },
         }
         save_subnet(run_dir / folder, net, description)
         row["search_top1"] = None if best is None else best.top1
+        row["search_recovered_top1"] = None if best is None else built[best.subnet].accuracy.top1
         row["search_images"] = None if best is None else best.images
         if rate in own:
             row["policy_top1"] = own[rate].top1

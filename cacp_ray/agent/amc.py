@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from cacp_ray.agent.ddpg.algorithm import DDPG, DDPGConfig
-from cacp_ray.errors import ConfigError
 from cacp_ray.evaluation.measurement import Candidate, Measurement
-from cacp_ray.searching.budget import Ints
 from cacp_ray.searching.mdp import AllocationMDP
 from cacp_ray.searching.settings import PaperSettings
 from cacp_ray.searching.strategy import Proposal
@@ -82,24 +79,7 @@ class AMC:
         for rate, agent in self.agents.items():
             agent.restore(folder / str(rate))
 
-    def policy(self, rates: ArrayLike) -> Ints:
-        """(B, G) greedy keep counts, each of its rate's own agent.
-
-        Raises:
-            ConfigError: A rate that was not searched: no agent knows it.
-        """
-        return np.concatenate([self._agent(rate).policy([rate]) for rate in np.asarray(rates)])
-
     def stop(self) -> None:
         """Frees all agents."""
         for agent in self.agents.values():
             agent.stop()
-
-    def _agent(self, rate: float) -> DDPG:
-        if rate not in self.agents:
-            known = ", ".join(map(str, self.agents))
-            raise ConfigError(
-                f"amc has no policy for rate {rate}, only for {known}: search that rate too, or "
-                "use a conditional strategy (cacp, cacp-paper)"
-            )
-        return self.agents[rate]

@@ -8,7 +8,7 @@ and learns only then: evaluators are busy meanwhile, as each has a second candid
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ray.rllib.utils.checkpoints import Checkpointable
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.searching.budget import Ints
 from cacp_ray.searching.mdp import AllocationMDP
-from cacp_ray.searching.strategy import Proposal, Strategy
+from cacp_ray.searching.strategy import Counts, Proposal, Tick
 
 AGENT_STATE = "agent"
 SAMPLE_NOISE = 0.05
@@ -34,9 +34,6 @@ SAMPLE_NOISE_GROWTH = 1.4  # of every round that finds too few
 MAX_SAMPLE_ROUNDS = 20
 MAX_UPDATES_A_CALL = 64
 MAX_UPDATES_A_STEP = 256  # under a second, which the evaluators' second candidates bridge
-
-Tick = Callable[[Strategy], object]
-Counts = tuple[int, ...]
 
 
 class AgentConfig(AlgorithmConfig):

@@ -112,7 +112,7 @@ def plot_accuracy(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=10, frameon=False, loc="lower right")
     below = f" {num_hidden:,} of them lie below the axis." if num_hidden else ""
-    return f"Dots: measured candidates, {len(episodes.top1):,} in all.{below}{_part(result)}"
+    return f"Dots: the {len(episodes.top1):,} episodes of the search.{below}{_part(result)}"
 
 
 def plot_latency(axes: Axes, result: dict[str, Any]) -> str:

@@ -34,6 +34,7 @@ from cacp_ray.reporting.summary import (
     Column,
     Row,
     accuracy_columns,
+    answer_columns,
     format_macs,
     format_seconds,
     frontier_columns,
@@ -129,7 +130,7 @@ def render_page(
         drawings: Figures of any run.
         learning: Figures of an agent's learning; without them there is no such section.
     """
-    rows = summary_rows(result)
+    rows, later = summary_rows(result), find_later(run_dir, result)
     return fill_page(
         "report.html.jinja",
         result=result,
@@ -144,7 +145,8 @@ def render_page(
         figures=[embed_figure(drawing) for drawing in drawings],
         learning=[embed_figure(drawing) for drawing in learning],
         loading=_loading(run_dir, rows[1:]),
-        later=_loading(run_dir, find_later(run_dir, result)),
+        later=_loading(run_dir, later),
+        later_answers=_cells(answer_columns(result, later), later),
         has_finetuned=any(row.get("finetuned_top1") is not None for row in rows[1:]),
         phases=list_phases(result["seconds"]),
         total_seconds=format_seconds(sum(s for s in result["seconds"].values() if s is not None)),

@@ -29,7 +29,7 @@ def read_metrics(run_dir: Path, result: dict[str, Any]) -> Metrics:
 
 
 def find_later(run_dir: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Subnets that `cacp-ray subnet` saved: their subnet.json, and `path` within the run.
+    """Rows of the subnets that `cacp-ray subnet` saved in the run, as `answer_columns` takes them.
 
     Raises:
         ArtifactError: One is unreadable.
@@ -37,9 +37,16 @@ def find_later(run_dir: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
     known = {row["path"] for row in result["rates"]}
     files = sorted((run_dir / "subnets").glob("*/subnet.json"))
     paths = [file.parent.relative_to(run_dir).as_posix() for file in files]
-    return [
-        read_description(run_dir / path) | {"path": path} for path in paths if path not in known
-    ]
+    rows = []
+    for path in (path for path in paths if path not in known):
+        found = read_description(run_dir / path)
+        scored = found.get("candidates", {})
+        rows.append(
+            {key: found[key] for key in ("rate", "cost_kept", "macs")}
+            | {"policy_top1": scored.get("policy_top1"), "scored_top1": scored.get("search_top1")}
+            | {"path": path, "top1": found.get("search", {}).get("top1")}
+        )
+    return rows
 
 
 def plot_finetuning(axes: Axes, result: dict[str, Any], metrics: Metrics) -> str:

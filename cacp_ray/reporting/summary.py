@@ -16,6 +16,7 @@ ON_SEARCH = (  # accuracies of a rate on the whole search split
     "uniform_top1",
     "policy_top1",
     "policy_recovered_top1",
+    "search_recovered_top1",
     "top1",
     "finetuned_top1",
 )
@@ -140,17 +141,18 @@ def accuracy_columns(result: dict[str, Any]) -> list[Column]:
     """
     base_top1 = _top1(result["base"], "test")
     measured = [
-        _accuracy_column("uniform", "scored", "uniform_top1"),
-        _accuracy_column("policy", "scored", "policy_top1"),
-        _accuracy_column("search", "scored", "search_top1"),
-        _accuracy_column("policy", "final", "policy_recovered_top1"),
+        ("uniform", "scored", "uniform_top1"),
+        ("policy", "scored", "policy_top1"),
+        ("search", "scored", "search_top1"),
     ]
-    keys = ("uniform_top1", "policy_top1", "search_top1", "policy_recovered_top1")
+    if _has(result, "policy_top1"):  # else the winner is the search's
+        measured.append(("policy", "final", "policy_recovered_top1"))
+        measured.append(("search", "final", "search_recovered_top1"))
     return [
-        *(column for column, key in zip(measured, keys, strict=True) if _has(result, key)),
+        *(_accuracy_column(*column) for column in measured if _has(result, column[-1])),
         _accuracy_column("winner", "final", "top1"),
-        _accuracy_column("fine-tuned", "on search", "finetuned_top1"),
-        _accuracy_column("fine-tuned", "on test", "test_top1"),
+        _accuracy_column("tuned", "on search", "finetuned_top1"),
+        _accuracy_column("tuned", "on test", "test_top1"),
         Column("change", "on test", lambda row: _format_change(row, "test_top1", base_top1)),
     ]
 
@@ -174,6 +176,7 @@ def words(result: dict[str, Any]) -> list[tuple[str, str]]:
             has_policy or has_search,
         ),
         ("final", f"as it is saved, {repaired}, and measured in float32.", True),
+        ("tuned", "the winner, fine-tuned.", True),
         ("change", "points against the base network.", True),
     ]
     return [(word, meaning) for word, meaning, is_used in known if is_used]

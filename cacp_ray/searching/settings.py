@@ -15,7 +15,8 @@ class AgentSettings:
         hidden: Widths of the hidden layers of actor and critics.
         lr: Adam's step of both.
         batch_size: Episodes a gradient step, for each critic.
-        updates_per_episode: Critic steps for each told episode; 0 switches learning off.
+        updates_per_episode: Critic steps for each told episode; 0 switches learning off, and with
+            it the choice among drafts.
         noise: Standard deviation of the action noise at a rate's first episode.
         noise_decay: Factor on the noise after every episode of the same rate.
         action_scale: s in keep count = prior * exp(s * a), a in [-1, 1].

@@ -1,11 +1,13 @@
 """What proposes candidates: ask/tell."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from cacp_ray.evaluation.measurement import Candidate, Measurement
+
+Counts = tuple[int, ...]  # channels kept, one entry a group
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Proposal:
     """
 
     rate: float
-    keep_counts: tuple[int, ...]
+    keep_counts: Counts
     order: str = ""
 
 
@@ -43,3 +45,6 @@ class Strategy(Protocol):
     def restore(self, folder: Path) -> None:
         """Restores what `save` wrote."""
         ...
+
+
+Tick = Callable[[Strategy], object]  # one turn of the search loop, by an agent that trains

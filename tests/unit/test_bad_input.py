@@ -290,7 +290,11 @@ CASES = {
         on_run("subnet", "--rate", "0.4", **{"checkpoints__LATEST.json": newer(2)}),
         "schema version 2, this cacp_ray reads 1",
     ),
-    "a run without a policy": (on_run("subnet", "--rate", "0.4"), "no trained policy"),
+    "a run without a policy": (on_run("subnet", "--rate", "0.4"), "no trained policy yet"),
+    "a strategy without a policy": (
+        on_run("subnet", "--rate", "0.4", **{"config.yaml": "strategy: random\n"}),
+        "searched by random, which has no policy for every rate",
+    ),
     "a damaged result": (on_run("report", **{"result.json": "{"}), "not valid JSON"),
     "a rate above one": (on_run("subnet", "--rate", "1.4"), r"in \(0, 1\]"),
     "endless rates": (on_run("subnet", "--rate", "0.2:inf:0.1"), "write one rate"),

@@ -73,6 +73,7 @@ def test_the_policys_answer_is_repaired_and_measured_as_the_winner_is(built):
     row = found[True][1]
     assert row["policy_recovered_top1"] == pytest.approx(again.top1, abs=0.004)
     assert row["policy_recovered_top1"] != row["top1"]
+    assert row["search_recovered_top1"] == row["top1"]  # it is the winner here
 
 
 def test_a_winner_in_another_order_is_built_in_it(tmp_path):

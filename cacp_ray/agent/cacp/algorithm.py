@@ -21,12 +21,12 @@ from cacp_ray.agent.cacp.behaviour import Behaviour
 from cacp_ray.agent.cacp.learner import REPLACED, CACPLearner
 from cacp_ray.agent.cacp.module import ActorCritic
 from cacp_ray.agent.cacp.replay import Replay
-from cacp_ray.agent.shell import AgentConfig, Counts, PruningAgent
+from cacp_ray.agent.shell import AgentConfig, PruningAgent
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.searching.allocation import Float32s
 from cacp_ray.searching.budget import Floats, Ints
 from cacp_ray.searching.settings import AgentSettings
-from cacp_ray.searching.strategy import Proposal
+from cacp_ray.searching.strategy import Counts, Proposal
 
 NUM_CRITICS = 3
 LEARNED_FROM = 10  # episodes a rate
@@ -147,7 +147,7 @@ class CACP(PruningAgent):
         self, rate: float, noise: float, count: int, rng: np.random.Generator
     ) -> list[Counts]:
         """The most valued of drafts around the policy and near elites."""
-        drafts = self._behaviour.draft(rate, noise, self.config.settings.drafts * count, rng)
+        drafts = self._behaviour.draft(rate, noise, self._behaviour.num_drafts * count, rng)
         return self._behaviour.screen(rate, drafts, count)
 
     def _near_beam(
@@ -160,7 +160,7 @@ class CACP(PruningAgent):
     ) -> list[Counts]:
         """The most valued of drafts around the beam."""
         offsets = self.mdp.space.encode(np.full(len(beam), rate), beam)
-        drafts = np.resize(offsets, (self.config.settings.drafts * count, offsets.shape[1]))
+        drafts = np.resize(offsets, (self._behaviour.num_drafts * count, offsets.shape[1]))
         drafts += noise * rng.standard_normal(drafts.shape).astype(np.float32)
         return self._behaviour.screen(rate, drafts, count)
 

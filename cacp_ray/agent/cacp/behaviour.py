@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from cacp_ray.searching.allocation import AllocationSpace, Float32s
 from cacp_ray.searching.budget import Floats, Ints, spend
 from cacp_ray.searching.settings import AgentSettings
-from cacp_ray.searching.strategy import Proposal
+from cacp_ray.searching.strategy import Counts, Proposal
 
 OWN_RATE_SHARE = 0.75  # of elites; the others are of another rate
 NUM_ELITES = 10  # best distinct allocations kept a rate
@@ -32,7 +32,6 @@ ANSWER_DRAFTS = 256
 ANSWER_NOISE = 0.1
 ANSWER_AVERAGED = 16
 
-Counts = tuple[int, ...]
 Act = Callable[[NDArray[np.floating]], Float32s]  # rates (N,) -> actions (N, P)
 Value = Callable[[Ints | Floats], Float32s]  # keep counts (N, G) -> (N,)
 
@@ -61,6 +60,8 @@ class Behaviour:
         self._settings = settings
         self._space = space
         self._act, self._value = act, value
+        # Critics that never learn would choose badly: the first draft is as good as any.
+        self.num_drafts = settings.drafts if settings.updates_per_episode else 1
         self._rng = np.random.default_rng([seed, 1])
         self.num_asked = dict.fromkeys(rates, 0)
         self.asked: dict[float, set[Counts]] = {rate: set() for rate in rates}
@@ -86,7 +87,7 @@ class Behaviour:
             elif episode <= self._settings.warmup:
                 drafts.append((noise * self._rng.standard_normal(shape)).astype(np.float32))
             else:
-                drafts.append(self.draft(rate, noise, self._settings.drafts, self._rng))
+                drafts.append(self.draft(rate, noise, self.num_drafts, self._rng))
         ranked = self._rank(rates, drafts, FINALISTS)
         return [
             Proposal(rate, self._choose(rate, found))

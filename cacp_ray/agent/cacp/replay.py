@@ -62,17 +62,14 @@ class Replay:
             values[valid] = found
         return np.maximum(values, WORST_VALUE)
 
-    def returns(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(N,) values normalised by those of the same rate, failures apart, and their spreads."""
-        values, valid = self.values(), self.images > 0
-        returns, spreads = np.empty(len(self)), np.empty(len(self))
+    def spreads(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(N,) standard deviation of the values of the same rate, failures apart."""
+        spreads = np.empty(len(self))
         for rate in np.unique(self.rates):
             mask = self.rates == rate
-            known = values[mask & valid]
-            mean, spread = (known.mean(), known.std()) if len(known) else (0.0, 0.0)
-            spreads[mask] = max(spread, MIN_SPREAD)
-            returns[mask] = (values[mask] - mean) / spreads[mask]
-        return np.maximum(returns, WORST_VALUE), spreads
+            known = values[mask & (self.images > 0)]
+            spreads[mask] = max(known.std() if len(known) else 0.0, MIN_SPREAD)
+        return spreads
 
     def sample(self, count: int, rng: np.random.Generator) -> dict[str, NDArray[Any]]:
         """Episodes drawn with replacement, every one as likely: the learner's columns, float32.
@@ -80,14 +77,15 @@ class Replay:
         `WEIGHTS` (N,) of the squared errors: the share of images scored, and 1 for failures.
         """
         rows = rng.integers(len(self), size=count)
+        values = self.values()
         weights = np.where(self.images > 0, self.images / max(1.0, self.images.max()), 1)
         columns = {
             Columns.OBS: self.rates[:, None],
             Columns.ACTIONS: self.offsets,
             LOG_RATIOS: self.log_ratios,
             SHARES: self.shares,
-            VALUES: self.values(),
-            SPREADS: self.returns()[1],
+            VALUES: values,
+            SPREADS: self.spreads(values),
             WEIGHTS: weights,
         }
         return {name: column[rows].astype(np.float32) for name, column in columns.items()}

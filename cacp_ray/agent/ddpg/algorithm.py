@@ -26,12 +26,12 @@ from cacp_ray.agent.ddpg import episode
 from cacp_ray.agent.ddpg.learner import SMOOTHING, DDPGLearner
 from cacp_ray.agent.ddpg.module import SequentialActorCritic
 from cacp_ray.agent.ddpg.replay import Replay
-from cacp_ray.agent.shell import AgentConfig, Counts, PruningAgent
+from cacp_ray.agent.shell import AgentConfig, PruningAgent
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.searching.budget import Floats, Ints
 from cacp_ray.searching.mdp import NUM_FEATURES, Float32s
 from cacp_ray.searching.settings import PaperSettings
-from cacp_ray.searching.strategy import Proposal
+from cacp_ray.searching.strategy import Counts, Proposal
 
 PRIOR_WARMUP_NOISE = 0.45
 REPEAT_NOISE = 0.1  # of an episode that ended where an earlier one did

@@ -1,11 +1,11 @@
-"""The agent's memory: one scale of values for all rates, and returns a rate."""
+"""The agent's memory: one scale of values for all rates, and their spread a rate."""
 
 import numpy as np
 import pytest
 from ray.rllib.core.columns import Columns
 
 from cacp_ray.agent.cacp.learner import SPREADS, VALUES, WEIGHTS
-from cacp_ray.agent.cacp.replay import WORST_VALUE, Replay
+from cacp_ray.agent.cacp.replay import MIN_SPREAD, WORST_VALUE, Replay
 
 GROUPS = 3
 
@@ -43,11 +43,12 @@ def test_accuracy_alone_serves_where_losses_tell_nothing(loss):
     assert (np.diff(values) > 0).all()
 
 
-def test_returns_do_not_know_that_one_rate_is_easier():
+def test_spreads_are_those_of_the_same_rate():
     replay = fill([0.6, 0.7, 0.85, 0.9], [1.2, 0.9, 0.5, 0.4], [0.3, 0.3, 0.7, 0.7])
-    values, (returns, spreads) = replay.values(), replay.returns()
+    values = replay.values()
+    spreads = replay.spreads(values)
     assert values[2] > values[1]
-    assert returns == pytest.approx([-1, 1, -1, 1])
+    assert spreads == pytest.approx(np.repeat([values[:2].std(), values[2:].std()], 2))
     assert spreads[0] == spreads[1] > spreads[2] == spreads[3]
 
 
@@ -56,20 +57,21 @@ def test_failures_are_worst_and_move_no_scale():
     both = fill([0.6, 0.7, 0.0], [1.2, 0.9, 0.0], images=[100, 100, 0])
     assert both.values()[:2] == pytest.approx(ok.values())
     assert both.values()[2] == WORST_VALUE
-    assert both.returns()[0][:2] == pytest.approx(ok.returns()[0])
+    assert both.spreads(both.values())[:2] == pytest.approx(ok.spreads(ok.values()))
     assert fill([0.0], images=[0]).values().tolist() == [WORST_VALUE]
 
 
 def test_extreme_measurements_stay_finite():
     replay = fill([0.0, 1.0, 0.5], [50.0, 1e-9, 1.0])
     assert np.isfinite(replay.values()).all()
-    assert np.isfinite(fill([0.5]).returns()[0]).all()
+    one = fill([0.5])
+    assert one.spreads(one.values()) == pytest.approx([MIN_SPREAD])
 
 
 def test_rows_are_drawn_whole():
     replay = fill([0.5, 0.7, 0.9], [1.5, 0.9, 0.4], [0.3, 0.5, 0.7], [100, 50, 100])
     rows = replay.sample(64, np.random.default_rng(0))
-    _, spreads = replay.returns()
+    spreads = replay.spreads(replay.values())
     for drawn in range(64):
         index = {0.3: 0, 0.5: 1, 0.7: 2}[round(float(rows[Columns.OBS][drawn, 0]), 1)]
         assert rows[VALUES][drawn] == pytest.approx(replay.values()[index])

@@ -82,6 +82,7 @@ def _make_rate(rate: float, groups: list[dict[str, Any]], *, is_finetuned: bool)
         "policy_top1": _top1(rate) - 0.03,
         "search_top1": _top1(rate) - 0.02,
         "policy_recovered_top1": _top1(rate) - 0.01,
+        "search_recovered_top1": _top1(rate) - 0.005,
         "finetuned_top1": _top1(rate) + 0.7 * (0.92 - _top1(rate)) if is_finetuned else None,
         "test_top1": _top1(rate) + 0.6 * (0.92 - _top1(rate)) if is_finetuned else None,
         "test_images": 10000,

@@ -23,6 +23,9 @@ DESCRIPTION = {
     "rate": 0.42,
     "cost_kept": 0.4199,
     "input_shape": [3, 32, 32],
+    "macs": 17_000_000,
+    "search": {"top1": 0.8765},
+    "candidates": {"policy_top1": 0.8123, "search_top1": 0.8321},
 }
 VOID = {"meta", "img", "br", "link", "input"}
 
@@ -80,7 +83,10 @@ def test_a_subnet_that_was_asked_for_later_is_there_to_load(tmp_path):
     later = run_dir / "subnets" / "rate-0.42"
     save_subnet(later, nn.Linear(2, 2), DESCRIPTION)
     text = Page(write_report(run_dir, make_episodes(9)).read_text()).text
-    assert f'net = cacp_ray.load_subnet("{later.as_posix()}")' in text.split("after the search")[1]
+    after = text.split("after the search")[1]
+    assert f'net = cacp_ray.load_subnet("{later.as_posix()}")' in after
+    cells = ["0.42", "41.99", "17.00", "81.23", "83.21", "87.65"]
+    assert [after.index(cell) for cell in cells] == sorted(after.index(cell) for cell in cells)
 
 
 def test_the_short_table_is_of_the_best_split_that_is_known(tmp_path):

@@ -52,7 +52,7 @@ def test_accuracies_fit_80_columns_with_every_figure_whole():
     assert "\N{HORIZONTAL ELLIPSIS}" not in text
     assert max(map(len, text.splitlines())) <= 80
     row = next(line for line in text.splitlines() if line.startswith(" 0.30"))
-    assert len(row.split()) == 9
+    assert len(row.split()) == 10
     assert all(re.fullmatch(r"\N{MINUS SIGN}?\d+\.\d\d", cell) for cell in row.split())
 
 
