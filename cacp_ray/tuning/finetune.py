@@ -257,6 +257,10 @@ def _open_experiment(experiment_dir: Path, content: dict[str, Any], *, resume: b
     file = experiment_dir / "finetune.json"
     if not file.exists():
         write_json(file, content)
+    elif not resume and (experiment_dir / CHOICE_FILE).exists():
+        raise ArtifactError(
+            f"{experiment_dir} holds a finished fine-tuning: delete that folder to fine-tune again"
+        )
     elif not resume:
         raise ArtifactError(
             f"{experiment_dir} holds a fine-tuning: pass --resume to continue it, or delete it"

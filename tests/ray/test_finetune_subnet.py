@@ -52,7 +52,7 @@ def test_a_subnet_outside_its_run_is_trained_by_a_file_with_its_data(subnet, tmp
     assert cacp_ray.load_subnet(subnet)
     code, _, errors = run("finetune", subnet, "--config", file)
     assert code == 2
-    assert "--resume" in errors
+    assert "holds a finished fine-tuning" in errors
 
 
 @pytest.mark.usefixtures("ray_cluster")
