@@ -8,8 +8,11 @@ All methods share the network, its order (`cap`), the recovery (compensation), t
 images; an evaluation is one distinct candidate on the whole search split. What a policy answers at
 the searched rates counts among the evaluations. Winners are chosen on the search split and measured
 once on the test split. Every run has a folder in --out: a killed benchmark goes on where it stood.
-Its after-N.json says what was found, and with which options, commit and machine. What one search
-has measured is not measured again by another, and counts for both; racing searches share nothing.
+Its after-N.json says what was found, and with which options, commit and machine. Several numbers
+of evaluations are one search read several times, but for strategies whose schedule depends on it;
+the sensitivity map of a network of many groups does too, so there a call for each is needed. What
+one search has measured is not measured again by another, and counts for both; racing searches share
+nothing.
 `python bench/agents_table.py OUT...` prints the tables.
 """
 
