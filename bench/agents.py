@@ -54,7 +54,7 @@ ROUND_SIZE = 6
 METHODS: dict[str, dict[str, Any]] = {
     "cacp": {},
     # No gradient step, so no screening either: elites and noise around the prior remain.
-    "cacp, no learning": {"agent": {"updates_per_episode": 0, "drafts": 1}},
+    "cacp, no learning": {"agent": {"updates_per_episode": 0}},
     "cacp, uniform prior": {},
     "cacp, no screening": {"agent": {"drafts": 1}},
     "cacp, no elites": {"agent": {"elite_share": 0.0}},
