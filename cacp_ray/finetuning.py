@@ -142,7 +142,8 @@ def finetune_run(
     result = read_result(run_dir)
     if (settings.model, settings.data) != (config.model, config.data):
         raise ConfigError(
-            f"{run_dir} was searched with another `model` or `data`: leave both out of --config"
+            f"{run_dir} was searched with another `model` or `data`: leave both out of --config "
+            "and --set"
         )
     check_weights(load_base(config), run_dir)
     folders = {row["rate"]: run_dir / row["path"] for row in result["rates"]}

@@ -266,7 +266,8 @@ def _open_experiment(experiment_dir: Path, content: dict[str, Any], *, resume: b
             f"{experiment_dir} holds a fine-tuning: pass --resume to continue it, or delete it"
         )
     elif (saved := read_json(file)) != content:
-        changed = ", ".join(changed_keys(saved, content))
+        # The one recipe of an experiment without variants has no name.
+        changed = ", ".join(changed_keys(saved, content)).replace("..", ".")
         raise ConfigError(
             f"{experiment_dir} was begun with other settings ({changed}): undo the change, or "
             "delete that folder to fine-tune again"
