@@ -295,6 +295,10 @@ CASES = {
         on_run("subnet", "--rate", "0.4", **{"config.yaml": "strategy: random\n"}),
         "searched by random, which has no policy for every rate",
     ),
+    "a fine-tuning on other images": (
+        on_run("finetune", "--set", "data.stream=true"),
+        "was searched with another `model` or `data`",
+    ),
     "a damaged result": (on_run("report", **{"result.json": "{"}), "not valid JSON"),
     "a rate above one": (on_run("subnet", "--rate", "1.4"), r"in \(0, 1\]"),
     "endless rates": (on_run("subnet", "--rate", "0.2:inf:0.1"), "write one rate"),
