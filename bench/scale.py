@@ -1,11 +1,12 @@
 """How many evaluators one driver keeps busy: python bench/scale.py.
 
-Evaluators sleep (1 s, give or take half, seeded) instead of computing; the driver is the real one:
-the loop, the conditional agent with learning, a run directory. First real actor processes on a
-local Ray, then the same driver in simulated time: its own processor time passes on the clock as it
-is spent, waiting is skipped, and each candidate adds what Ray cost in the real runs
-(`--ray-ms`). Idle is the share of the evaluators' time, from the moment all are up to the last
-question, in which they had nothing to do.
+Evaluators sleep (`--seconds`, give or take half, seeded) instead of computing; the driver is the
+real one: the loop, the conditional agent with learning, a run directory. First real actor processes
+on a local Ray, then the same driver in simulated time: its own processor time passes on the clock
+as it is spent, waiting is skipped, and each candidate adds what Ray cost in the real runs
+(`--ray-ms`). With learning `elsewhere` the time of the gradient steps does not pass on the driver's
+clock: what a learner in a process of its own would give at best. Idle is the share of the
+evaluators' time, from the moment all are up to the last question, in which they had nothing to do.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -38,22 +39,25 @@ from cacp_ray.searching.run_directory import RunDirectory
 from cacp_ray.searching.settings import AgentSettings
 
 RATES = (0.3, 0.5, 0.7)
-SECONDS = (0.5, 1.5)
+SPREAD = (0.5, 1.5)
+
+Learning = Literal["on", "off", "elsewhere"]
 
 
-def pretend(candidate: Candidate) -> Measurement:
+def pretend(candidate: Candidate, mean_seconds: float) -> Measurement:
     """A measurement by formula, with the seconds it would have taken."""
-    seconds = float(np.random.default_rng(candidate.index).uniform(*SECONDS))
+    spread = float(np.random.default_rng(candidate.index).uniform(*SPREAD))
+    seconds = mean_seconds * spread
     kept = np.log(np.array(candidate.keep_counts, float))
     top1 = float(1 / (1 + np.exp(2 - kept.mean())))
     return Measurement(candidate.index, top1, 1.0, 1 - top1, images=5000, seconds=seconds)
 
 
-def make_sleeping() -> ScoreFunction:
+def make_sleeping(mean_seconds: float) -> ScoreFunction:
     """For actors: no torch is imported there, or 64 of them would not fit."""
 
     def score(candidate: Candidate) -> Measurement:
-        measurement = pretend(candidate)
+        measurement = pretend(candidate, mean_seconds)
         time.sleep(measurement.seconds)
         return measurement
 
@@ -63,23 +67,36 @@ def make_sleeping() -> ScoreFunction:
 class SimulatedPool:
     """Evaluators in simulated time, with as many places each as Ray's pool gives them."""
 
-    def __init__(self, num_evaluators: int, ray_seconds: float) -> None:
+    def __init__(self, num_evaluators: int, mean_seconds: float, ray_seconds: float) -> None:
         self.capacity = PLACES * num_evaluators
         self.num_alive = num_evaluators
         self._free = [0.0] * num_evaluators  # when each has done all it was given
         self._out: list[tuple[float, int, Measurement]] = []
+        self._mean_seconds = mean_seconds
         self._ray_seconds = ray_seconds
-        self._skipped = 0.0
+        self._skipped = 0.0  # less what was spent in the place of another process
         self._cpu = time.thread_time()
 
     def now(self) -> float:
         """Processor time spent so far, and the waiting that was skipped."""
         return self._skipped + time.thread_time() - self._cpu
 
+    def elsewhere(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, whose processor time does not pass on this clock."""
+
+        def run(*args: Any) -> Any:
+            started = time.thread_time()
+            try:
+                return call(*args)
+            finally:
+                self._skipped -= time.thread_time() - started
+
+        return run
+
     def submit(self, candidate: Candidate) -> None:
         """To the evaluator that is free first."""
         self._skipped += self._ray_seconds
-        measurement = pretend(candidate)
+        measurement = pretend(candidate, self._mean_seconds)
         done = max(self.now(), heapq.heappop(self._free)) + measurement.seconds
         heapq.heappush(self._free, done)
         measurement = dataclasses.replace(measurement, finished_at=done)
@@ -119,10 +136,10 @@ class Watch:
 
 
 def run(
-    plan: Plan, pool: RayEvaluatorPool | SimulatedPool, evaluations: int, *, learns: bool
+    plan: Plan, pool: RayEvaluatorPool | SimulatedPool, evaluations: int, learning: Learning
 ) -> dict[str, float]:
-    """A search; shares of idle time, milliseconds and gradient steps an episode."""
-    settings = AgentSettings() if learns else AgentSettings(updates_per_episode=0)
+    """A search; shares of idle time, milliseconds an episode."""
+    settings = AgentSettings(updates_per_episode=0) if learning == "off" else AgentSettings()
     channels = plan.cost_model.num_channels
     agent = CACPConfig().agent(settings, num_actions=len(channels)).build_algo()
     budget = make_budget(plan, "macs", PruningConfig())
@@ -137,6 +154,9 @@ def run(
         agent.attach(mdp, RATES, 0, evaluations, watch.timed("tick", loop.tick))
         agent.ask = watch.timed("ask", agent.ask)
         agent.learn = watch.timed("learn", agent.learn)
+        if learning == "elsewhere":
+            assert isinstance(pool, SimulatedPool)
+            agent.learn = pool.elsewhere(agent.learn)
         loop.restore(agent)
         clock = pool.now if isinstance(pool, SimulatedPool) else time.time
         start = end = clock()
@@ -159,12 +179,12 @@ def run(
     }
 
 
-def as_row(kind: str, number: int, learns: bool, found: dict[str, float]) -> list[str]:
+def as_row(kind: str, number: int, learning: Learning, found: dict[str, float]) -> list[str]:
     """Cells of one search."""
     return [
         kind,
         f"{number:,}",
-        "on" if learns else "off",
+        learning,
         f"{100 * found['idle']:.1f} %",
         f"{found['per_second']:.1f}",
         *(f"{found[name]:.2f}" for name in ("propose", "dispatch", "learn")),
@@ -177,6 +197,7 @@ def main() -> None:
     parser.add_argument("--actors", nargs="*", type=int, default=[1, 4, 16, 64])
     parser.add_argument("--simulated", nargs="*", type=int, default=[64, 256, 1024, 4096])
     parser.add_argument("--each", type=int, default=30, help="candidates an evaluator")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of an evaluation, mean")
     parser.add_argument("--ray-ms", type=float, default=1.0, help="of Ray, a candidate, simulated")
     options = parser.parse_args()
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -184,33 +205,36 @@ def main() -> None:
     plan = make_plan(build_model(options.model, 10).eval(), torch.zeros(1, 3, 32, 32))
     counts = tuple(plan.cost_model.num_channels.tolist())
     candidate = Candidate(10**6, 0.5, counts)
-    size = len(pickle.dumps(candidate)) + len(pickle.dumps(pretend(candidate)))
+    size = len(pickle.dumps(candidate)) + len(pickle.dumps(pretend(candidate, 1.0)))
     rows = []
     if options.actors:
         cluster.connect("local", num_cpus=2)
         for number in options.actors:
             pool = RayEvaluatorPool(
-                make_sleeping, {}, num_evaluators=number, cpus_per_evaluator=1 / 64
+                make_sleeping,
+                {"mean_seconds": options.seconds},
+                num_evaluators=number,
+                cpus_per_evaluator=1 / 64,
             )
             while pool.num_alive < number:
                 pool.results(0.0)
                 time.sleep(0.1)
-            found = run(plan, pool, options.each * number, learns=True)
+            found = run(plan, pool, options.each * number, "on")
             pool.close()
-            rows.append(as_row("actors", number, True, found))
+            rows.append(as_row("actors", number, "on", found))
             print(rows[-1], flush=True)
         cluster.disconnect()
     for number in options.simulated:
-        for learns in (True, False):
-            pool = SimulatedPool(number, options.ray_ms / 1000)
-            found = run(plan, pool, options.each * number, learns=learns)
-            rows.append(as_row("simulated", number, learns, found))
+        for learning in get_args(Learning):
+            pool = SimulatedPool(number, options.seconds, options.ray_ms / 1000)
+            found = run(plan, pool, options.each * number, learning)
+            rows.append(as_row("simulated", number, learning, found))
             print(rows[-1], flush=True)
     header = [
         "evaluators", "number", "learning", "idle", "candidates/s",
         "ms proposing", "ms dispatching", "ms learning",
     ]  # fmt: skip
-    print_table(f"{options.model}, evaluations of {np.mean(SECONDS)} s", header, rows)
+    print_table(f"{options.model}, evaluations of {options.seconds:g} s", header, rows)
     print(f"\nA candidate and its measurement: {size:,} bytes pickled.")
     print_environment(0)
 
