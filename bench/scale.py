@@ -4,8 +4,8 @@ Evaluators sleep (`--seconds`, give or take half, seeded) instead of computing; 
 real one: the loop, the conditional agent with learning, a run directory. First real actor processes
 on a local Ray, then the same driver in simulated time: its own processor time passes on the clock
 as it is spent, waiting is skipped, and each candidate adds what Ray cost in the real runs
-(`--ray-ms`). With learning `elsewhere` the time of the gradient steps does not pass on the driver's
-clock: what a learner in a process of its own would give at best. Idle is the share of the
+(`--ray-ms`). With learning `elsewhere` the gradient steps pass on a clock of their own: what a
+learner in a second process would give, were its weights here at once. Idle is the share of the
 evaluators' time, from the moment all are up to the last question, in which they had nothing to do.
 """
 
@@ -74,6 +74,7 @@ class SimulatedPool:
         self._out: list[tuple[float, int, Measurement]] = []
         self._mean_seconds = mean_seconds
         self._ray_seconds = ray_seconds
+        self._learner_free = 0.0
         self._skipped = 0.0  # less what was spent in the place of another process
         self._cpu = time.thread_time()
 
@@ -81,15 +82,18 @@ class SimulatedPool:
         """Processor time spent so far, and the waiting that was skipped."""
         return self._skipped + time.thread_time() - self._cpu
 
-    def elsewhere(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, whose processor time does not pass on this clock."""
+    def elsewhere(self, learn: Callable[[int], int]) -> Callable[[int], int]:
+        """The same in another process: nothing while that is busy, and no time on this clock."""
 
-        def run(*args: Any) -> Any:
+        def run(max_updates: int) -> int:
+            if self.now() < self._learner_free:
+                return 0
             started = time.thread_time()
-            try:
-                return call(*args)
-            finally:
-                self._skipped -= time.thread_time() - started
+            updates = learn(max_updates)
+            spent = time.thread_time() - started
+            self._skipped -= spent
+            self._learner_free = self.now() + spent
+            return updates
 
         return run
 
