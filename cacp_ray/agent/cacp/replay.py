@@ -3,8 +3,8 @@
 Accuracy and loss are stored raw and made values when sampled: one scale for all rates, which the
 critics learn, while the actor's gradient is divided by the spread of its own rate, so that an easy
 rate does not look like a good action (ours; the published code shares one baseline over all rates).
-A value is the mean of the logit of top1 and of -log(loss), both standardised: the loss of a few
-thousand images tells networks apart that top1 does not.
+A value is the mean of the standardised logit of top1 and of -log(loss) on the same scale: the loss
+of a few thousand images tells networks apart that top1 does not.
 """
 
 from typing import Any
@@ -57,8 +57,12 @@ class Replay:
             found = _standardized(np.log(top1 / (1 - top1)))
             has_loss = self.loss[valid] > 0
             if len(set(self.loss[valid][has_loss])) > 1:
+                # On the scale of the accuracies of the same networks: in a race only the better
+                # have a loss, which must not make them average.
+                by_top1 = found[has_loss]
                 by_loss = _standardized(-np.log(self.loss[valid][has_loss]))
-                found[has_loss] = (found[has_loss] + by_loss) / 2
+                by_loss = by_top1.mean() + (by_top1.std() or 1.0) * by_loss
+                found[has_loss] = (by_top1 + by_loss) / 2
             values[valid] = found
         return np.maximum(values, WORST_VALUE)
 

@@ -43,6 +43,13 @@ def test_accuracy_alone_serves_where_losses_tell_nothing(loss):
     assert (np.diff(values) > 0).all()
 
 
+def test_values_of_networks_with_and_without_a_loss_are_in_one_order():
+    """Races give the poorer networks accuracies alone: the losses of the better say no less."""
+    top1 = [0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9]
+    loss = [0.0, 0.0, 0.0, 0.0, 0.0, 0.65, 0.5, 0.35]
+    assert (np.diff(fill(top1, loss).values()) > 0).all()
+
+
 def test_spreads_are_those_of_the_same_rate():
     replay = fill([0.6, 0.7, 0.85, 0.9], [1.2, 0.9, 0.5, 0.4], [0.3, 0.3, 0.7, 0.7])
     values = replay.values()
