@@ -32,7 +32,7 @@ from cacp_ray.planning import describe_estimate, estimate_search
 from cacp_ray.pruning.subnet import load_subnet
 from cacp_ray.reporting.tuning import write_tuning_report
 from cacp_ray.results import answer_rates, read_result, report_run
-from cacp_ray.run import check_run, run_search
+from cacp_ray.run import check_run, find_room, run_search
 from cacp_ray.searching.loop import SearchProgress
 from cacp_ray.storage import RunStorage
 from cacp_ray.training.base import train_base
@@ -181,8 +181,10 @@ def _open_storage(uri: str, folder: Path, *, resume: bool) -> RunStorage:
     return storage
 
 
-def check_search(config: RunConfig, run_dir: Path, *, resume: bool = False) -> str:
-    """Does all that a search does before it writes anything.
+def check_search(
+    config: RunConfig, run_dir: Path, *, resume: bool = False, address: str | None = None
+) -> str:
+    """Does all that a search does before it writes anything, but for starting a local Ray.
 
     Returns:
         Lines about what it would search, and what that would take.
@@ -191,12 +193,14 @@ def check_search(config: RunConfig, run_dir: Path, *, resume: bool = False) -> s
         CacpError: The first thing that does not fit.
     """
     open_folder(run_dir, config, resume=resume)
+    cpus = find_room(config, address)
     base = load_base(config)
     check_run(config, base)
+    estimate = estimate_search(config, base, cpus)
     return "\n".join(
         [
             describe_base(base, config),
-            *describe_estimate(estimate_search(config, base), config.cluster.gpus_per_evaluator),
+            *describe_estimate(estimate, config.cluster.gpus_per_evaluator),
         ]
     )
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cacp_ray.config import DataConfig, ModelConfig, PruningConfig, RunConfig
 from cacp_ray.data.images import ImageSet, Rows, Shape, read_images, read_labels
-from cacp_ray.data.sources import Source, open_source
+from cacp_ray.data.sources import Source, have_common_rows, open_source
 from cacp_ray.data.streams import ImageStream, open_stream
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.evaluation.latency_table import LatencyTable, load_table
@@ -78,36 +78,55 @@ def open_split(data: DataConfig, name: str) -> ImageSet | ImageStream:
 def _find_rows(data: DataConfig, name: str) -> tuple[Source, Rows]:
     """Where a split lies; the training split leaves out what the search split draws from it."""
     split, search = getattr(data, name), data.search
+    source = open_source(split.path)
     rows = Rows(split.rows, split.images_per_class, seed=split.seed)
-    if name == "train" and search.images_per_class and search.path == split.path:
+    if name == "train" and search.images_per_class and _is_at(source, search.path):
         if split.rows != search.rows:
             raise ConfigError(
                 "data.search.images_per_class draws from the rows of data.train: give both the "
                 "same rows, or none"
             )
         rows = Rows(split.rows, search.images_per_class, without=True, seed=search.seed)
-    return open_source(split.path), rows
+    return source, rows
 
 
-def check_data(data: DataConfig) -> None:
-    """Opens all three splits, reads their labels, and refuses splits that share rows.
+def _is_at(source: Source, path: str) -> bool:
+    """Whether a path, however it is spelled, has the very files of a source."""
+    return source.name == path or source.resolved == open_source(path).resolved
+
+
+def check_data(data: DataConfig) -> tuple[str, ...]:
+    """Opens all three splits and reads their labels.
+
+    Returns:
+        The class names, which are the same in all.
 
     Raises:
-        CacpError: Naming the file and row, or both splits.
+        CacpError: Naming the file and row, or two splits that share rows or differ in classes.
     """
-    seen: dict[str, tuple[str, NDArray[np.int64]]] = {}
+    seen: dict[str, tuple[Source, NDArray[np.int64]]] = {}
+    first: tuple[str, ...] = ()
     for name in ("train", "search", "test"):
         source, chosen = _find_rows(data, name)
-        rows, _, _ = read_labels(source, chosen)
-        path = getattr(data, name).path
-        place = path if "://" in path else str(Path(source.name).resolve())
+        rows, _, classes = read_labels(source, chosen)
         for other, (known, others) in seen.items():
-            if known == place and len(np.intersect1d(rows, others, assume_unique=True)):
+            if have_common_rows(known, others, source, rows):
                 raise ConfigError(
-                    f"data.{name} and data.{other} share rows of {path}: splits must be disjoint, "
-                    "or candidates are judged by what was learned"
+                    f"data.{name} and data.{other} share rows of {source.name}: splits must be "
+                    "disjoint, or candidates are judged by what was learned"
                 )
-        seen[name] = (place, rows)
+        seen[name] = source, rows
+        first = first or classes
+        if classes != first:
+            raise ConfigError(
+                f"data.{name} has {_describe_classes(classes)}, data.train "
+                f"{_describe_classes(first)}: all splits must be alike"
+            )
+    return first
+
+
+def _describe_classes(classes: tuple[str, ...]) -> str:
+    return f"{len(classes)} classes, {classes[0]} to {classes[-1]}"
 
 
 def check_weights(base: Base, run_dir: Path) -> None:
@@ -186,13 +205,16 @@ def load_base(config: RunConfig) -> Base:
         CacpError: The first thing that does not fit, in one line.
     """
     get_criterion(config.pruning.criterion)
-    check_data(config.data)
-    calibration = read_split(config.data, "train", config.pruning.calibration_images)
-    search = read_split(config.data, "search")
-    check_splits({"train": calibration, "search": search})
-    model = load_model(config.model, len(search.classes))
     if config.model.weights is None:
         raise ConfigError("model.weights is missing: a search starts from a trained network")
+    # The network first: images of a large data set take minutes.
+    classes = check_data(config.data)
+    model = load_model(config.model, len(classes))
+    calibration = read_split(config.data, "train", config.pruning.calibration_images)
+    search = read_split(config.data, "search")
+    test = read_split(config.data, "test", 1)
+    check_splits({"train": calibration, "search": search, "test": test})
+    check_padding(config.finetune, search, "finetune.padding")
     plan = make_plan(model, search.take(1).tensors()[0])
     table = None
     if config.latency_table is not None:

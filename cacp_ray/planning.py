@@ -1,9 +1,9 @@
 """What a search would take, told before it begins: time, core-hours, memory."""
 
 import math
-import os
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,13 +24,15 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a search on evaluators like this machine's cores.
+    """Of a search on evaluators whose cores are like this machine's.
 
     Attributes:
         evaluations: Of the search.
         images: Scored by one evaluation, racing left out.
         seconds_per_evaluation: At the mean of the rates.
-        evaluators: That work at once.
+        nodes: Of the cluster, now.
+        places: For evaluators, on these nodes.
+        evaluators: That work at once, on a cluster that grows for `cluster.max_evaluators`.
         threads: Of one evaluator.
         evaluator_bytes: Memory of one evaluator, the images left out.
         split_bytes: Decoded images, once on every machine.
@@ -39,6 +41,8 @@ class Estimate:
     evaluations: int
     images: int
     seconds_per_evaluation: float
+    nodes: int
+    places: int
     evaluators: int
     threads: int
     evaluator_bytes: int
@@ -55,8 +59,10 @@ class Estimate:
         return self.evaluations * self.seconds_per_evaluation * self.threads / 3600
 
 
-def estimate_search(config: RunConfig, base: Base) -> Estimate:
-    """Times uniform subnets of all rates on a batch of the search split, on an evaluator's threads.
+def estimate_search(config: RunConfig, base: Base, cpus: Sequence[float]) -> Estimate:
+    """What a search would take on nodes of so many CPUs.
+
+    Times uniform subnets of all rates on a batch of the search split, on an evaluator's threads.
 
     The memory is this process's largest, which holds and runs what an evaluator does.
     """
@@ -64,13 +70,15 @@ def estimate_search(config: RunConfig, base: Base) -> Estimate:
     batch = min(config.evaluation.batch_size or default_batch_size(base.search), images)
     per_image = time_image(config, base, batch)
     threads = config.cluster.cpus_per_evaluator
-    cores = max(1, (os.cpu_count() or 1) // threads)
+    places = sum(int(each // threads) for each in cpus)
     split_bytes = base.search.images.nbytes
     return Estimate(
         evaluations=config.evaluations,
         images=images,
         seconds_per_evaluation=per_image * images,
-        evaluators=min(config.cluster.max_evaluators or cores, config.evaluations),
+        nodes=len(cpus),
+        places=places,
+        evaluators=min(config.cluster.max_evaluators or max(1, places), config.evaluations),
         threads=threads,
         evaluator_bytes=max(0, peak_memory() - split_bytes),
         split_bytes=split_bytes,
@@ -119,6 +127,7 @@ def describe_estimate(found: Estimate, gpu_share: float) -> list[str]:
         f"{found.evaluations:,} evaluations: about {format_seconds(found.seconds)} with "
         f"{found.evaluators} evaluators, {found.core_hours:.2g} core-hours; start, learning, "
         "repair of the winners and fine-tuning come on top",
+        f"room now: {found.places} evaluators at once, nodes: {found.nodes}",
         f"memory: about {found.evaluator_bytes / 2**30:.1f} GB an evaluator, and {rest:,} MB of "
         "images on each machine",
         *(["on GPUs (cluster.gpus_per_evaluator) it is not estimated"] if gpu_share else []),

@@ -1,5 +1,6 @@
 """A search, from a configuration to a filled run directory."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -48,6 +49,36 @@ from cacp_ray.winners import (
 )
 
 
+def join(config: RunConfig, address: str | None) -> None:
+    """Joins a cluster or starts a local Ray, and asks whether it could serve.
+
+    Raises:
+        ConfigError: The cluster does not answer, or an evaluator could never run there.
+    """
+    from cacp_ray.distributed.cluster import check_room, connect
+    from cacp_ray.distributed.probe import probe_nodes
+
+    connect(address)
+    check_room(config.cluster.cpus_per_evaluator, config.cluster.gpus_per_evaluator, address)
+    probe_nodes()
+
+
+def find_room(config: RunConfig, address: str | None) -> list[float]:
+    """CPUs of each node that a search would find, without a Ray where it would start one.
+
+    Raises:
+        ConfigError: As of `join`.
+    """
+    from cacp_ray.distributed.cluster import check_room
+    from cacp_ray.distributed.nodes import read_nodes
+
+    if (address or os.environ.get("RAY_ADDRESS") or "local") == "local":
+        check_room(config.cluster.cpus_per_evaluator, config.cluster.gpus_per_evaluator, address)
+        return [os.cpu_count() or 1]
+    join(config, address)
+    return list(read_nodes().cpus.values())
+
+
 def run_search(
     config: RunConfig,
     run_dir: Path,
@@ -74,8 +105,7 @@ def run_search(
     Raises:
         CacpError: Bad input, before anything is written, or a failed run.
     """
-    from cacp_ray.distributed.cluster import check_address, check_room, connect
-    from cacp_ray.distributed.probe import probe_nodes
+    from cacp_ray.distributed.cluster import check_address
 
     clock = Clock()
     with clock.phase("prepare"):
@@ -90,9 +120,7 @@ def run_search(
     with clock.phase("start"), ThreadPoolExecutor(1) as executor:
         orders = None if saved is None else read_orders(saved)
         preparing = executor.submit(_prepare, base, config, orders, run_dir)
-        connect(address)
-        check_room(config.cluster.cpus_per_evaluator, config.cluster.gpus_per_evaluator, address)
-        probe_nodes()
+        join(config, address)
         prepared, statistics = preparing.result()
     with clock.phase("start"):
         evaluator, kept = start_evaluators(config, base, prepared, cache, say)

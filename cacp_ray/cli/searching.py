@@ -78,7 +78,7 @@ def search(
     if dry_run:
         from cacp_ray.api import check_search
 
-        typer.echo(check_search(settings, folder, resume=resume))
+        typer.echo(check_search(settings, folder, resume=resume, address=address))
         return
     _search(settings, folder, resume=resume, address=address, cache=cache, storage=storage)
     print_report(folder)

@@ -13,15 +13,21 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from cacp_ray.data import cifar10
-from cacp_ray.data.sources import NO_LABEL, Source, open_source
+from cacp_ray.data.parquet import NO_LABEL
+from cacp_ray.data.sources import Source, open_source
 from cacp_ray.data.transforms import from_shared, to_normalized
 from cacp_ray.errors import ArtifactError, ConfigError
 
 DECODED_TOGETHER = 512
+MAX_UNNAMED_CLASSES = 100_000  # a label beyond is taken for a mistake
+# What Pillow raises at bytes that are no image, or too large a one.
+DECODE_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, AttributeError, Image.DecompressionBombError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -148,8 +154,11 @@ def read_labels(
             f"data {source.name}: rows {start}-{stop} are outside its {len(labels)} rows"
         )
     chosen = np.arange(start, stop)
+    classes = source.classes or _number_classes(source)
+    _check_labels(source, chosen, len(classes))
     if rows.per_class is not None:
-        drawn = draw_per_class(labels[chosen], rows.per_class, rows.seed)
+        blocks = np.searchsorted(source.blocks, chosen, side="right") - 1
+        drawn = draw_per_class(labels[chosen], blocks, rows.per_class, rows.seed)
         chosen = chosen[np.setdiff1d(np.arange(len(chosen)), drawn) if rows.without else drawn]
     if not len(chosen):
         raise ConfigError(
@@ -158,33 +167,72 @@ def read_labels(
         )
     if rows.count is not None and rows.count < len(chosen):
         chosen = chosen[np.arange(rows.count) * len(chosen) // rows.count]
-    labels = labels[chosen]
-    if len(none := np.flatnonzero(labels == NO_LABEL)):
-        where = source.where(int(chosen[none[0]]))
-        raise ArtifactError(f"data {where}: no label; add it or remove the row")
-    classes = source.classes or tuple(str(label) for label in range(int(labels.max()) + 1))
-    outside = np.flatnonzero((labels < 0) | (labels >= len(classes)))
-    if len(outside):
-        first = outside[0]
+    return chosen, labels[chosen], classes
+
+
+def _number_classes(source: Source) -> tuple[str, ...]:
+    """Names for the classes of all rows, chosen or not, so that every choice has the same."""
+    largest = int(source.labels.max())
+    if largest >= MAX_UNNAMED_CLASSES:
+        where = source.where(int(source.labels.argmax()))
         raise ArtifactError(
-            f"data {source.where(int(chosen[first]))}: label {labels[first]} is outside the "
-            f"{len(classes)} classes; mend the label or the class names"
+            f"data {where}: label {largest}, and there are no class names; mend the label, or name "
+            "the classes in the schema"
         )
-    return chosen, labels, classes
+    return tuple(str(label) for label in range(largest + 1))
 
 
-def draw_per_class(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
-    """Places (M,), rising, of `count` random entries of every label; of all where there are fewer.
+def _check_labels(source: Source, rows: NDArray[np.int64], num_classes: int) -> None:
+    labels = source.labels[rows]
+    if len(none := np.flatnonzero(labels == NO_LABEL)):
+        where = source.where(int(rows[none[0]]))
+        raise ArtifactError(f"data {where}: no label; add it or remove the row")
+    if len(outside := np.flatnonzero((labels < 0) | (labels >= num_classes))):
+        where = source.where(int(rows[outside[0]]))
+        raise ArtifactError(
+            f"data {where}: label {labels[outside[0]]} is outside the {num_classes} classes; mend "
+            "the label or the class names"
+        )
 
-    The draw of one class depends on no other class.
+
+def draw_per_class(
+    labels: NDArray[np.int64], blocks: NDArray[np.int64], count: int, seed: int
+) -> NDArray[np.int64]:
+    """Draws entries of every label from as few blocks as one of a label from each allows.
+
+    Blocks are visited in random order. One gives each label one random entry, and a second only
+    when all have given one: of shuffled rows few blocks are read, and of sorted ones the entries
+    of a label still lie apart.
+
+    Args:
+        labels: (N,) in [0, number of classes).
+        blocks: (N,) what each entry is read together with, from 0.
+        count: Of each label; all where there are fewer.
+        seed: Of all that is random.
+
+    Returns:
+        (M,) places, rising.
     """
-    order = np.argsort(labels, kind="stable")
-    bounds = np.flatnonzero(np.diff(labels[order], prepend=labels[order][:1] - 1))
-    drawn = [
-        np.random.default_rng([seed, int(labels[places[0]])]).permutation(places)[:count]
-        for places in np.split(order, bounds[1:])
-    ]
-    return np.sort(np.concatenate(drawn))
+    # Numbers that stay the same when more rows or blocks are added behind.
+    visited = np.random.default_rng([seed, 0]).random(int(blocks.max()) + 1)
+    chance = np.random.default_rng([seed, 1]).random(len(labels))
+    places = np.lexsort((chance, blocks, labels))
+    turn = _count_within(labels[places], blocks[places])
+    places = places[np.lexsort((visited[blocks[places]], turn, labels[places]))]
+    return np.sort(places[_count_within(labels[places]) < count])
+
+
+def _count_within(*keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(N,) how many entries before it, in a row, have the same keys (N,)."""
+    begins = np.any([np.diff(key, prepend=key[:1] - 1) != 0 for key in keys], axis=0)
+    firsts = np.flatnonzero(begins)
+    lengths = np.diff(np.append(firsts, len(begins)))
+    return np.arange(len(begins)) - np.repeat(firsts, lengths)
+
+
+def describe_error(error: Exception) -> str:
+    """What Pillow raised, without the objects that it names."""
+    return "no image" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def decode(source: Source, rows: NDArray[np.int64], shape: Shape) -> NDArray[np.uint8]:
@@ -199,9 +247,9 @@ def decode(source: Source, rows: NDArray[np.int64], shape: Shape) -> NDArray[np.
         try:
             image = Image.open(io.BytesIO(data or b""))
             return np.asarray(shape(image.convert("RGB")))
-        except (OSError, SyntaxError, ValueError, TypeError, AttributeError) as error:
+        except DECODE_ERRORS as error:
             raise ArtifactError(
-                f"data {source.where(row)}: cannot decode the image ({error}); "
+                f"data {source.where(row)}: cannot decode the image ({describe_error(error)}); "
                 "remove or replace that row"
             ) from error
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cacp_ray.data.images import Rows, read_labels
+from cacp_ray.data.images import DECODE_ERRORS, Rows, describe_error, read_labels
 from cacp_ray.data.sources import Source
 
 DECODED_TOGETHER = 256
@@ -59,8 +59,8 @@ def summarize(source: Source, count: int | None) -> DataSummary:
             image = Image.open(io.BytesIO(data or b""))
             mode = image.mode
             image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, TypeError, AttributeError) as error:
-            return row, 0, (0, 0), "", str(error)
+        except DECODE_ERRORS as error:
+            return row, 0, (0, 0), "", describe_error(error)
         return row, len(data or b""), image.size, mode, ""
 
     items = source.read(rows)

@@ -97,7 +97,9 @@ def check_room(
     actors: int = 1,
     asked_by: str = "cluster.cpus_per_evaluator, gpus_per_evaluator",
 ) -> None:
-    """Refuses actors that a local Ray can never run at once; a cluster may still grow.
+    """Refuses actors that this machine can never run at once; a cluster may still grow.
+
+    A local Ray need not be started for it.
 
     Args:
         cpus: Of an actor.
@@ -111,12 +113,17 @@ def check_room(
     """
     if (address or os.environ.get("RAY_ADDRESS") or "local") != "local":
         return
-    has = [node["Resources"] for node in ray.nodes()]
+    if ray.is_initialized():
+        has = [node["Resources"] for node in ray.nodes()]
+    else:
+        import torch
+
+        has = [{"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}]
     for kind, asked in (("CPU", cpus * actors), ("GPU", gpus * actors)):
         there = max((each.get(kind, 0) for each in has), default=0)
         if asked > there:
             raise ConfigError(
-                f"{asked:g} {kind}s at once are asked for ({asked_by}), Ray finds {there:g} on "
+                f"{asked:g} {kind}s at once are asked for ({asked_by}), there are {there:g} on "
                 "this machine: lower it, or join a cluster by --address"
             )
 

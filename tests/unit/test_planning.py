@@ -16,13 +16,14 @@ def base():
 def test_time_is_that_of_all_images_of_all_evaluations_shared_by_the_evaluators(base, monkeypatch):
     monkeypatch.setattr(planning, "time_image", lambda *_: 0.001)
     changes = ["cluster.max_evaluators=3", "cluster.cpus_per_evaluator=2", "evaluations=600"]
-    found = estimate_search(load_config(RunConfig, {}, changes), base)
+    found = estimate_search(load_config(RunConfig, {}, changes), base, [8, 3, 0])
+    assert (found.nodes, found.places, found.evaluators) == (3, 5, 3)
     assert found.seconds_per_evaluation == pytest.approx(1.5)
     assert found.seconds == pytest.approx(300)
     assert found.core_hours == pytest.approx(0.5)
     assert found.split_bytes == 1500 * 32 * 32 * 3
     part = load_config(RunConfig, {}, [*changes, "evaluation.images=500"])
-    assert estimate_search(part, base).seconds == pytest.approx(100)
+    assert estimate_search(part, base, [2]).seconds == pytest.approx(100)
 
 
 def test_a_small_network_takes_less_time_than_a_large_one(base):
@@ -38,7 +39,7 @@ def test_a_small_network_takes_less_time_than_a_large_one(base):
 def test_an_estimate_reads_as_lines(base, monkeypatch):
     monkeypatch.setattr(planning, "time_image", lambda *_: 0.001)
     found = dataclasses.replace(
-        estimate_search(RunConfig(), base), evaluators=2, evaluator_bytes=2**30
+        estimate_search(RunConfig(), base, [2]), evaluators=2, evaluator_bytes=2**30
     )
     text = " ".join(describe_estimate(found, 0.0))
     for part in (
@@ -46,6 +47,7 @@ def test_an_estimate_reads_as_lines(base, monkeypatch):
         "1.50 s on 1 core",
         "3 min 00 s",
         "0.1 core-hours",
+        "2 evaluators at once, nodes: 1",
         "1.0 GB",
         "5 MB",
     ):

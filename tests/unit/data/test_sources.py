@@ -140,22 +140,70 @@ def test_what_holds_no_images_is_refused(tmp_path, folders):
     st.lists(st.integers(0, 5), min_size=1, max_size=60),
     st.integers(1, 8),
     st.integers(0, 3),
+    st.integers(1, 9),
 )
-def test_a_draw_takes_so_many_of_each_class_and_nothing_else_decides(labels, count, seed):
+def test_a_draw_takes_so_many_of_each_class_and_nothing_else_decides(labels, count, seed, size):
     labels = np.array(labels)
-    drawn = draw_per_class(labels, count, seed)
+    blocks = np.arange(len(labels) + 3) // size
+    drawn = draw_per_class(labels, blocks[:-3], count, seed)
     assert drawn.tolist() == sorted(set(drawn.tolist()))
     for label in np.unique(labels):
         assert (labels[drawn] == label).sum() == min(count, (labels == label).sum())
     # More of one class changes nothing for another.
-    more = draw_per_class(np.append(labels, [9, 9, 9]), count, seed)
+    more = draw_per_class(np.append(labels, [9, 9, 9]), blocks, count, seed)
     assert more[more < len(labels)].tolist() == drawn.tolist()
+
+
+@pytest.mark.parametrize(
+    ("train", "search"),
+    [
+        ("{0}", "{0}/train-*.parquet"),
+        ("{0}/train-*.parquet", "{0}/../shards/*.parquet"),
+        ("{0}", "file://{0}"),
+        ("{0}", "{1}"),
+    ],
+)
+def test_a_draw_is_missing_in_training_however_the_paths_are_spelled(
+    shards, tmp_path, train, search
+):
+    link = tmp_path / "link"
+    link.symlink_to(shards)
+    data = load_config(
+        DataConfig,
+        {
+            "train": {"path": train.format(shards, link)},
+            "search": {"path": search.format(shards, link), "images_per_class": 2},
+            "test": {"path": str(shards)},
+        },
+    )
+    drawn = values(read_split(data, "train")) + values(read_split(data, "search"))
+    assert sorted(drawn) == list(range(21))
+
+
+@pytest.mark.parametrize("path", ["{}/train-00001-of-00003.parquet", "{}/train-*.parquet"])
+@pytest.mark.parametrize("name", ["search", "test"])
+def test_splits_that_share_files_are_refused_however_they_are_spelled(shards, tmp_path, path, name):
+    apart = tmp_path / "apart.parquet"
+    pq.write_table(pq.read_table(shards / "train-00000-of-00003.parquet"), apart)
+    paths = {"train": str(shards), "search": str(apart), "test": str(apart)}
+    paths[name] = path.format(shards)
+    data = load_config(DataConfig, {name: {"path": path} for name, path in paths.items()})
+    with pytest.raises(ConfigError, match=rf"data\.{name} and data\.train share rows"):
+        check_data(data)
 
 
 def test_draws_of_other_seeds_differ():
     labels = np.zeros(1000, np.int64)
-    one, other = (draw_per_class(labels, 50, seed) for seed in (0, 1))
+    one, other = (draw_per_class(labels, np.arange(1000), 50, seed) for seed in (0, 1))
     assert len(np.intersect1d(one, other)) < 20
+
+
+def test_a_draw_reads_few_blocks_of_shuffled_rows_and_many_of_sorted_ones():
+    labels = np.repeat(np.arange(100), 600)
+    blocks = np.arange(len(labels)) // 100
+    shuffled = draw_per_class(np.random.default_rng(0).permutation(labels), blocks, 5, 0)
+    assert len(np.unique(blocks[shuffled])) < 30  # of 600
+    assert len(np.unique(blocks[draw_per_class(labels, blocks, 5, 0)])) == 500
 
 
 def test_the_search_split_is_drawn_from_the_training_rows_and_missing_there(shards, tmp_path):

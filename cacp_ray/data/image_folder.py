@@ -1,0 +1,108 @@
+"""Labelled images as files, in a folder for each class."""
+
+import os
+import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pyarrow import fs
+
+from cacp_ray.errors import ArtifactError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """A folder of images for each class; classes and images in the order of their names.
+
+    A class folder without images is a class too, so that a part of a data set keeps its labels.
+    """
+
+    name: str
+    filesystem: fs.FileSystem
+    root: str
+
+    @cached_property
+    def _found(self) -> list[fs.FileInfo]:
+        try:
+            found = self.filesystem.get_file_info(fs.FileSelector(self.root, recursive=True))
+            return [each for each in found if not _is_hidden(self._inside(each.path))]
+        except (OSError, pa.ArrowException, UnicodeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ArtifactError(
+                f"data {self.name}: a file or folder cannot be listed ({reason}); rename or mend it"
+            ) from error
+
+    @cached_property
+    def _files(self) -> list[str]:
+        paths = sorted(each.path for each in self._found if each.type == fs.FileType.File)
+        files = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
+        return [file for file in files if posixpath.dirname(self._inside(file))]
+
+    @property
+    def resolved(self) -> tuple[str, ...]:
+        """See `Source`; the root alone is resolved, or a million images would take a minute."""
+        if isinstance(self.filesystem, fs.LocalFileSystem):
+            root = os.path.realpath(self.root)
+        else:
+            root = f"{self.filesystem.type_name}:{self.root}"
+        return tuple(posixpath.join(root, self._inside(file)) for file in self._files)
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """See `Source`."""
+        return np.arange(len(self._files) + 1)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """See `Source`."""
+        return self._classes
+
+    @cached_property
+    def _classes(self) -> tuple[str, ...]:
+        folders = {
+            name
+            for each in self._found
+            if each.type == fs.FileType.Directory and "/" not in (name := self._inside(each.path))
+        }
+        return tuple(sorted(folders | {self._class(file) for file in self._files}))
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """See `Source`."""
+        return self._labels
+
+    @cached_property
+    def _labels(self) -> NDArray[np.int64]:
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        return np.array([numbers[self._class(file)] for file in self._files], dtype=np.int64)
+
+    @property
+    def blocks(self) -> NDArray[np.int64]:
+        """See `Source`; every image is a file of its own."""
+        return np.arange(len(self._files))
+
+    def read(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, bytes | None]]:
+        """See `Source`."""
+        for row in np.sort(rows).tolist():
+            with self.filesystem.open_input_file(self._files[row]) as file:
+                yield row, file.read()
+
+    def where(self, row: int) -> str:
+        """See `Source`."""
+        return self._files[row]
+
+    def _inside(self, file: str) -> str:
+        return posixpath.relpath(file, self.root)
+
+    def _class(self, file: str) -> str:
+        return self._inside(file).split("/")[0]
+
+
+def _is_hidden(inside: str) -> bool:
+    return any(part.startswith((".", "__")) for part in inside.split("/"))
