@@ -185,10 +185,9 @@ class _Readable:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, pa.ArrowException | OSError):
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ArtifactError(
-                f"data {self._file}: not a readable Parquet file ({reason}); fetch or convert it "
-                "again"
+                f"data {self._file}: not a readable Parquet file ({first_line(error)}); fetch or "
+                "convert it again"
             ) from error
 
 
@@ -208,10 +207,11 @@ class FolderSource:
         return self.filesystem.get_file_info(fs.FileSelector(self.root, recursive=True))
 
     @cached_property
-    def _files(self) -> list[str]:
-        paths = sorted(each.path for each in self._found)
-        files = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
-        return [file for file in files if posixpath.dirname(self._inside(file))]
+    def files(self) -> list[fs.FileInfo]:
+        """The images, by row."""
+        found = sorted(self._found, key=lambda each: each.path)
+        files = [each for each in found if each.path.lower().endswith(IMAGE_SUFFIXES)]
+        return [each for each in files if posixpath.dirname(self._inside(each.path))]
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -227,7 +227,7 @@ class FolderSource:
             and not (name := self._inside(each.path)).startswith((".", "__"))
             and "/" not in name
         }
-        return tuple(sorted(folders | {self._class(file) for file in self._files}))
+        return tuple(sorted(folders | {self._class(file.path) for file in self.files}))
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -237,22 +237,22 @@ class FolderSource:
     @cached_property
     def _labels(self) -> NDArray[np.int64]:
         numbers = {name: number for number, name in enumerate(self.classes)}
-        return np.array([numbers[self._class(file)] for file in self._files], dtype=np.int64)
+        return np.array([numbers[self._class(file.path)] for file in self.files], dtype=np.int64)
 
     @property
     def blocks(self) -> NDArray[np.int64]:
         """See `Source`; every image is a file of its own."""
-        return np.arange(len(self._files))
+        return np.arange(len(self.files))
 
     def read(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, bytes | None]]:
         """See `Source`."""
         for row in np.sort(rows).tolist():
-            with self.filesystem.open_input_file(self._files[row]) as file:
+            with self.filesystem.open_input_file(self.files[row].path) as file:
                 yield row, file.read()
 
     def where(self, row: int) -> str:
         """See `Source`."""
-        return self._files[row]
+        return self.files[row].path
 
     def _inside(self, file: str) -> str:
         return posixpath.relpath(file, self.root)
@@ -273,12 +273,8 @@ def open_source(path: str) -> Source:
     """
     if path.startswith("embedded:"):
         path = str(_find_embedded(path.removeprefix("embedded:")))
+    filesystem, where = open_place(path)
     try:
-        filesystem, where = (
-            fs.FileSystem.from_uri(path)
-            if "://" in path
-            else (fs.LocalFileSystem(), absolute(path))
-        )
         folder, pattern = posixpath.split(where)
         if any(sign in pattern for sign in "*?["):
             files = _list_files(filesystem, folder, pattern)
@@ -294,8 +290,7 @@ def open_source(path: str) -> Source:
             )
         files = _list_files(filesystem, where, "*.parquet")
     except (OSError, pa.ArrowException) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"data {path}: cannot be opened ({reason})") from error
+        raise ConfigError(f"data {path}: cannot be opened ({first_line(error)})") from error
     if files:
         return ParquetSource(path, filesystem, files)
     source = FolderSource(path, filesystem, where)
@@ -306,9 +301,23 @@ def open_source(path: str) -> Source:
     return source
 
 
-def absolute(path: str) -> str:
-    """The path as every process of this machine understands it; a URI as it is."""
-    return path if "://" in path else str(Path(path).absolute())
+def open_place(path: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a path or URI, and the path there.
+
+    Raises:
+        ConfigError: There is no such file system.
+    """
+    try:
+        if "://" in path:
+            return fs.FileSystem.from_uri(path)
+    except (OSError, pa.ArrowException) as error:
+        raise ConfigError(f"data {path}: cannot be opened ({first_line(error)})") from error
+    return fs.LocalFileSystem(), str(Path(path).absolute())  # also for processes elsewhere
+
+
+def first_line(error: BaseException | None) -> str:
+    """What pyarrow says of an error, without its details."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _list_files(filesystem: fs.FileSystem, folder: str, pattern: str) -> tuple[str, ...]:
