@@ -49,3 +49,8 @@ def nearest_names(name: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean {' or '.join(close)}?"
     return f"known: {', '.join(known)}"
+
+
+def first_line(error: BaseException | None) -> str:
+    """What a library says of an error, without its details."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

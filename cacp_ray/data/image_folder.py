@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import fs
 
-from cacp_ray.errors import ArtifactError
+from cacp_ray.errors import ArtifactError, first_line
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
 
@@ -33,16 +33,22 @@ class FolderSource:
             found = self.filesystem.get_file_info(fs.FileSelector(self.root, recursive=True))
             return [each for each in found if not _is_hidden(self._inside(each.path))]
         except (OSError, pa.ArrowException, UnicodeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ArtifactError(
-                f"data {self.name}: a file or folder cannot be listed ({reason}); rename or mend it"
+                f"data {self.name}: a file or folder cannot be listed ({first_line(error)}); "
+                "rename or mend it"
             ) from error
 
     @cached_property
-    def _files(self) -> list[str]:
-        paths = sorted(each.path for each in self._found if each.type == fs.FileType.File)
-        files = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
-        return [file for file in files if posixpath.dirname(self._inside(file))]
+    def files(self) -> list[fs.FileInfo]:
+        """The images, by row."""
+        found = sorted(self._found, key=lambda each: each.path)
+        return [
+            each
+            for each in found
+            if each.type == fs.FileType.File
+            and each.path.lower().endswith(IMAGE_SUFFIXES)
+            and posixpath.dirname(self._inside(each.path))
+        ]
 
     @property
     def resolved(self) -> tuple[str, ...]:
@@ -51,12 +57,12 @@ class FolderSource:
             root = os.path.realpath(self.root)
         else:
             root = f"{self.filesystem.type_name}:{self.root}"
-        return tuple(posixpath.join(root, self._inside(file)) for file in self._files)
+        return tuple(posixpath.join(root, self._inside(file.path)) for file in self.files)
 
     @property
     def starts(self) -> NDArray[np.int64]:
         """See `Source`."""
-        return np.arange(len(self._files) + 1)
+        return np.arange(len(self.files) + 1)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -70,7 +76,7 @@ class FolderSource:
             for each in self._found
             if each.type == fs.FileType.Directory and "/" not in (name := self._inside(each.path))
         }
-        return tuple(sorted(folders | {self._class(file) for file in self._files}))
+        return tuple(sorted(folders | {self._class(file.path) for file in self.files}))
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -80,22 +86,22 @@ class FolderSource:
     @cached_property
     def _labels(self) -> NDArray[np.int64]:
         numbers = {name: number for number, name in enumerate(self.classes)}
-        return np.array([numbers[self._class(file)] for file in self._files], dtype=np.int64)
+        return np.array([numbers[self._class(file.path)] for file in self.files], dtype=np.int64)
 
     @property
     def blocks(self) -> NDArray[np.int64]:
         """See `Source`; every image is a file of its own."""
-        return np.arange(len(self._files))
+        return np.arange(len(self.files))
 
     def read(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, bytes | None]]:
         """See `Source`."""
         for row in np.sort(rows).tolist():
-            with self.filesystem.open_input_file(self._files[row]) as file:
+            with self.filesystem.open_input_file(self.files[row].path) as file:
                 yield row, file.read()
 
     def where(self, row: int) -> str:
         """See `Source`."""
-        return self._files[row]
+        return self.files[row].path
 
     def _inside(self, file: str) -> str:
         return posixpath.relpath(file, self.root)

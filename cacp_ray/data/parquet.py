@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow import fs
 
-from cacp_ray.errors import ArtifactError
+from cacp_ray.errors import ArtifactError, first_line
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
@@ -163,10 +163,9 @@ class _Readable:
                 "first, each once"
             ) from error
         if isinstance(error, pa.ArrowException | OSError):
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ArtifactError(
-                f"data {self._file}: not a readable Parquet file ({reason}); fetch or convert it "
-                "again"
+                f"data {self._file}: not a readable Parquet file ({first_line(error)}); fetch or "
+                "convert it again"
             ) from error
 
 

@@ -20,7 +20,7 @@ from pyarrow import fs
 
 from cacp_ray.data.image_folder import FolderSource
 from cacp_ray.data.parquet import ParquetSource
-from cacp_ray.errors import ArtifactError, ConfigError, nearest_names
+from cacp_ray.errors import ArtifactError, ConfigError, first_line, nearest_names
 
 
 class Source(Protocol):
@@ -81,11 +81,7 @@ def open_source(path: str) -> Source:
         folder, slash, last = path.rpartition("/")
         is_pattern = any(sign in last for sign in "*?[")
         # The last part is no part of the URI: a question mark in it would begin a query.
-        filesystem, where = (
-            fs.FileSystem.from_uri(folder if is_pattern else path)
-            if "://" in path
-            else (fs.LocalFileSystem(), absolute((folder or slash or ".") if is_pattern else path))
-        )
+        filesystem, where = open_place((folder or slash or ".") if is_pattern else path)
         if is_pattern:
             folder, where = where, posixpath.join(where, last)
         kind = filesystem.get_file_info(where).type
@@ -102,8 +98,7 @@ def open_source(path: str) -> Source:
             )
         files = _list_files(filesystem, where, "*.parquet")
     except (OSError, pa.ArrowException) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"data {path}: cannot be opened ({reason})") from error
+        raise ConfigError(f"data {path}: cannot be opened ({first_line(error)})") from error
     if files:
         return ParquetSource(path, filesystem, files)
     source = FolderSource(path, filesystem, where)
@@ -114,9 +109,19 @@ def open_source(path: str) -> Source:
     return source
 
 
-def absolute(path: str) -> str:
-    """The path as every process of this machine understands it; a URI as it is."""
-    return path if "://" in path else str(Path(path).expanduser().absolute())
+def open_place(path: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a path or URI, and the path there.
+
+    Raises:
+        ConfigError: There is no such file system.
+    """
+    try:
+        if "://" in path:
+            return fs.FileSystem.from_uri(path)
+    except (OSError, pa.ArrowException) as error:
+        raise ConfigError(f"data {path}: cannot be opened ({first_line(error)})") from error
+    # Absolute, also for processes elsewhere.
+    return fs.LocalFileSystem(), str(Path(path).expanduser().absolute())
 
 
 def have_common_rows(

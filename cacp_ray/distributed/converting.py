@@ -1,32 +1,59 @@
 """Folders of images into Parquet shards, in parallel on Ray.
 
-Images keep their bytes. Rows are shuffled over the shards by a fixed seed, so that any shard has
-images of all classes. A shard gets its name when it is whole, and one that is there already is left
-alone if it holds what it should: a conversion that was killed goes on.
+Images keep their bytes. The folder is listed once; its images are shuffled over the shards by a
+fixed seed, so that any shard has images of all classes. A shard gets its name when it is whole, and
+one that is there already is left alone if it was made of the same files and reads without a fault:
+a conversion that was killed goes on.
 """
 
 import hashlib
+import io
 import json
+import os
 import posixpath
-from collections.abc import Callable
-from typing import Any
+import re
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from numpy.typing import NDArray
+from PIL import Image
 from pyarrow import fs
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
-from cacp_ray.data.images import Rows, read_labels
-from cacp_ray.data.sources import absolute, open_source
-from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError
+from cacp_ray.data.image_folder import FolderSource
+from cacp_ray.data.sources import open_place, open_source
+from cacp_ray.errors import ArtifactError, CacpError, ConfigError, EvaluationError, first_line
 
 SEED = 0
-ROWS_A_GROUP = 256  # a reader of few rows reads little more
+ROWS_A_GROUP = 16  # a reader of few rows reads little more
 DIGEST = b"cacp_ray.rows"
 IN_FLIGHT = 2  # shards a CPU, so that none waits for the driver
+ABANDONED_SECONDS = 600.0  # nobody writes a temporary file that is as old
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+class _Item(NamedTuple):
+    """An image of a shard, as the listing had it."""
+
+    file: str
+    size: int
+    modified: int  # ns
+    label: int
+
+
+class _Job(NamedTuple):
+    """What all shards share."""
+
+    source: fs.FileSystem
+    target: fs.FileSystem
+    folder: str
+    classes: tuple[str, ...]
 
 
 def convert(
@@ -35,7 +62,7 @@ def convert(
     """Writes `PREFIX-00000-of-NNNNN.parquet` ... with a column `image` and a column `label`.
 
     Args:
-        path: See `cacp_ray.data.sources`; readable on every node.
+        path: A folder with a folder of images for each class, readable on every node.
         out: Folder or URI of the shards, writable on every node.
         num_shards: Files.
         prefix: Of their names.
@@ -46,92 +73,190 @@ def convert(
         Rows in all.
 
     Raises:
-        ConfigError: More shards than images.
+        ConfigError: More shards than images, no folder of images, or shards would lie in it.
         CacpError: Images cannot be read, or shards cannot be written.
     """
+    target, folder = open_place(out)
+    _check_places(path, out)
     source = open_source(path)
-    path, out = absolute(path), absolute(out)  # workers may run elsewhere
-    rows, labels, classes = read_labels(source, Rows())
-    if not 1 <= num_shards <= len(rows):
-        raise ConfigError(f"--shards {num_shards}: give 1 to {len(rows)}, the number of images")
-    order = np.random.default_rng(SEED).permutation(len(rows))
-    parts = np.array_split(order, num_shards)
-    shared = ray.put((path, labels, classes))
-    files = [f"{prefix}-{i:05d}-of-{num_shards:05d}.parquet" for i in range(num_shards)]
+    if not isinstance(source, FolderSource):
+        raise ConfigError(f"data {path}: Parquet files already; give a folder of class folders")
+    count = len(source.files)
+    if not 1 <= num_shards <= count:
+        raise ConfigError(f"--shards {num_shards}: give 1 to {count}, the number of images")
+    names = [f"{prefix}-{i:05d}-of-{num_shards:05d}.parquet" for i in range(num_shards)]
+    _check_others(out, prefix, names)
+    parts = np.array_split(np.random.default_rng(SEED).permutation(count), num_shards)
+    job = ray.put(_Job(source.filesystem, target, folder, source.classes))
     write: Any = ray.remote(num_cpus=1)(_write_shard)
-    waiting = list(zip(files, parts, strict=True))[::-1]
+    waiting = list(zip(names, parts, strict=True))[::-1]
     limit = max(2, IN_FLIGHT * int(ray.cluster_resources().get("CPU", 1)))
     flights: list[ray.ObjectRef] = []
     done = 0
     on_shard(done, num_shards, 0)
-    while waiting or flights:
-        while waiting and len(flights) < limit:
-            file, part = waiting.pop()
-            flights.append(write.remote(shared, out, file, part))
-        finished, flights = ray.wait(flights, num_returns=1)
-        try:
-            (written,) = ray.get(finished)
-        except RayTaskError as error:
-            if isinstance(error.cause, ArtifactError):
-                raise error.cause from error
-            raise EvaluationError(
-                f"{out}: a shard cannot be written ({error.cause}): name a folder that every node "
-                "can write to, then run the command again"
-            ) from error
-        done += 1
-        on_shard(done, num_shards, written)
-    return len(rows)
+    try:
+        while waiting or flights:
+            while waiting and len(flights) < limit:
+                name, part = waiting.pop()
+                infos = [(source.files[row], int(source.labels[row])) for row in part]
+                items = [_Item(i.path, i.size, i.mtime_ns, label) for i, label in infos]
+                flights.append(write.remote(job, name, items))
+            (finished,), flights = ray.wait(flights, num_returns=1)
+            written = _result(finished, out)
+            done += 1
+            on_shard(done, num_shards, written)
+    finally:
+        _cancel(flights)
+    _remove_abandoned(target, folder, names)
+    return count
 
 
-def _write_shard(
-    shared: tuple[str, NDArray[np.int64], tuple[str, ...]],
-    out: str,
-    name: str,
-    rows: NDArray[np.int64],
-) -> int:
+def _check_places(path: str, out: str) -> None:
+    """Refuses shards inside the folder that is converted."""
+    (source, inside), (target, folder) = open_place(path), open_place(out)
+    if isinstance(source, fs.LocalFileSystem):
+        inside, folder = os.path.realpath(inside), os.path.realpath(folder)
+    if source == target and f"{folder}/".startswith(f"{inside.rstrip('/')}/"):
+        raise ConfigError(f"data {out}: lies in {path}, which is converted; name another folder")
+
+
+def _check_others(out: str, prefix: str, names: Sequence[str]) -> None:
+    """Refuses a folder with shards of the same prefix and another number of them."""
+    shard = re.compile(re.escape(prefix) + r"-\d+-of-\d+\.parquet")
+    try:
+        found = {posixpath.basename(each.path) for each in _list(*open_place(out))}
+    except (OSError, pa.ArrowException) as error:
+        raise ConfigError(
+            f"data {out}: cannot be listed ({first_line(error)}); name another folder"
+        ) from error
+    if others := sorted(name for name in found - set(names) if shard.fullmatch(name)):
+        raise ArtifactError(
+            f"data {out}: holds {others[0]} of another conversion; remove those shards, or give "
+            "their number with --shards, another folder, or another --prefix"
+        )
+
+
+def _list(filesystem: fs.FileSystem, folder: str) -> list[fs.FileInfo]:
+    return filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+
+
+def _result(finished: ray.ObjectRef, out: str) -> int:
+    """Images that a task wrote."""
+    try:
+        return ray.get(finished)
+    except RayError as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, CacpError):
+            raise cause from error
+        raise EvaluationError(
+            f"{out}: a shard cannot be written ({first_line(cause)}): name a folder that every "
+            "node can write to, then run the command again"
+        ) from error
+
+
+def _cancel(flights: Sequence[ray.ObjectRef]) -> None:
+    """Ends tasks and looks at what became of them: Ray prints errors that nobody has seen."""
+    for flight in flights:
+        ray.cancel(flight)
+    for flight in flights:
+        with suppress(RayError):
+            ray.get(flight)
+
+
+def _remove_abandoned(filesystem: fs.FileSystem, folder: str, names: Sequence[str]) -> None:
+    """Removes temporary files of conversions that were killed."""
+    known, oldest = set(names), time.time() - ABANDONED_SECONDS
+    with suppress(OSError, pa.ArrowException):  # all shards are whole
+        for each in _list(filesystem, folder):
+            shard, *_, suffix = posixpath.basename(each.path).rsplit(".", 2)
+            if shard in known and suffix == "tmp" and each.mtime.timestamp() < oldest:
+                filesystem.delete_file(each.path)
+
+
+def _write_shard(job: _Job, name: str, items: Sequence[_Item]) -> int:
     """Writes one shard, unless it is there, and reads it back; returns the images written."""
-    path, labels, classes = shared
-    filesystem, folder = (
-        fs.FileSystem.from_uri(out) if "://" in out else (fs.LocalFileSystem(), out)
-    )
-    file = posixpath.join(folder, name)
-    digest = hashlib.sha256(f"{path} {classes}".encode() + rows.tobytes()).hexdigest().encode()
-    if _is_whole(filesystem, file, digest, len(rows)):
-        return 0
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    file = posixpath.join(job.folder, name)
     features = {
-        "label": {"names": list(classes), "_type": "ClassLabel"},
+        "label": {"names": list(job.classes), "_type": "ClassLabel"},
         "image": {"_type": "Image"},
     }
     metadata = {
         b"huggingface": json.dumps({"info": {"features": features}}).encode(),
-        DIGEST: digest,
+        DIGEST: hashlib.sha256(json.dumps(items).encode()).hexdigest().encode(),
     }
-    schema = pa.schema([("image", kind), ("label", pa.int64())], metadata=metadata)
-    source = open_source(path)
-    filesystem.create_dir(folder, recursive=True)
-    with (
-        filesystem.open_output_stream(f"{file}.tmp") as stream,
-        pq.ParquetWriter(stream, schema, compression="none") as writer,  # images are compressed
-    ):
-        for chunk in np.array_split(rows, -(-len(rows) // ROWS_A_GROUP)):
-            images = dict(source.read(chunk))
-            names = {row: posixpath.basename(source.where(row)) for row in chunk.tolist()}
-            items = [{"bytes": images[row], "path": names[row]} for row in chunk.tolist()]
-            columns = [pa.array(items, kind), pa.array(labels[chunk])]
-            writer.write_table(pa.table(columns, schema=schema))
-    filesystem.move(f"{file}.tmp", file)
-    if not _is_whole(filesystem, file, digest, len(rows)):
+    schema = pa.schema([("image", IMAGE), ("label", pa.int64())], metadata=metadata)
+    if _is_whole(job.target, file, schema, len(items)):
+        return 0
+    temporary = f"{file}.{uuid.uuid4().hex}.tmp"  # another conversion may write the same shard
+    try:
+        job.target.create_dir(job.folder, recursive=True)
+        _write_rows(job, temporary, schema, items)
+        job.target.move(temporary, file)
+    except BaseException:  # also a task that is cancelled
+        with suppress(OSError, pa.ArrowException):
+            job.target.delete_file(temporary)
+        raise
+    if not _is_whole(job.target, file, schema, len(items)):
         raise ArtifactError(f"{file}: not as it was written; is the disk full or faulty?")
-    return len(rows)
+    return len(items)
 
 
-def _is_whole(filesystem: fs.FileSystem, file: str, digest: bytes, num_rows: int) -> bool:
+def _write_rows(job: _Job, file: str, schema: pa.Schema, items: Sequence[_Item]) -> None:
+    """Writes the Parquet file; memory holds one row group."""
+    with (
+        job.target.open_output_stream(file) as stream,
+        pq.ParquetWriter(
+            stream,
+            schema,
+            compression="none",  # images are compressed
+            use_dictionary=False,  # no two are the same
+            write_statistics=False,  # they would be images, which no checksum covers
+            write_page_checksum=True,
+        ) as writer,
+    ):
+        for start in range(0, len(items), ROWS_A_GROUP):
+            group = items[start : start + ROWS_A_GROUP]
+            images = [
+                {"bytes": _read_image(job.source, file), "path": posixpath.basename(file)}
+                for file in (item.file for item in group)
+            ]
+            labels = [item.label for item in group]
+            columns = [pa.array(images, IMAGE), pa.array(labels, pa.int64())]
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+def _read_image(filesystem: fs.FileSystem, file: str) -> bytes:
+    """The bytes of an image, of which only the header is looked at."""
+    try:
+        with filesystem.open_input_file(file) as opened:
+            data = opened.read()
+    except (OSError, pa.ArrowException) as error:
+        raise ArtifactError(
+            f"data {file}: cannot be read ({first_line(error)}); mend or remove it, then run the "
+            "command again"
+        ) from error
+    try:
+        Image.open(io.BytesIO(data)).close()
+    except Exception as error:  # a broken header raises anything
+        raise ArtifactError(
+            f"data {file}: not an image; mend or remove it, then run the command again"
+        ) from error
+    return data
+
+
+def _is_whole(filesystem: fs.FileSystem, file: str, schema: pa.Schema, num_rows: int) -> bool:
+    """Whether a shard is of these files and every page fits its checksum."""
     if filesystem.get_file_info(file).type == fs.FileType.NotFound:
         return False
     try:
-        found = pq.ParquetFile(filesystem.open_input_file(file))
+        with (
+            filesystem.open_input_file(file) as opened,
+            pq.ParquetFile(opened, page_checksum_verification=True) as found,
+        ):
+            if not found.schema_arrow.equals(schema, check_metadata=True):
+                return False
+            for group in range(found.num_row_groups):
+                found.read_row_group(group)
+            return found.metadata.num_rows == num_rows
     except (pa.ArrowException, OSError):
         return False
-    metadata = found.schema_arrow.metadata or {}
-    return metadata.get(DIGEST) == digest and found.metadata.num_rows == num_rows
