@@ -93,6 +93,23 @@ def test_dry_run_checks_and_writes_nothing(run, config, tmp_path):
     assert not folder.exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "cluster.cpus_per_evaluator=4096"], "4096 CPUs at once are asked for"),
+        (["--set", "finetune.padding=40"], "finetune.padding: 40 pixels, but images have 32"),
+        (["--address", "127.0.0.1:1"], "127.0.0.1:1"),
+    ],
+)
+def test_a_dry_run_ends_where_the_search_would(run, config, tmp_path, options, message):
+    folder = tmp_path / "run"
+    code, out, err = run("search", config(), "--run-dir", folder, "--dry-run", *options)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in out + err
+    assert not folder.exists()
+
+
 def test_existing_folder_is_left_alone(run, config, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()

@@ -290,3 +290,90 @@ def test_images_of_several_sizes_need_a_shape(folders):
         read_images(source, Rows())
     assert read_images(source, Rows(), Shape(4, 4)).images.shape == (22, 4, 4, 3)
     assert len(read_labels(source, Rows())[0]) == 22
+
+
+KIND = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def write_shard(path, images=None, labels=None, **columns):
+    columns = {"image": images or pa.array([{"bytes": b, "path": None} for b in IMAGES], KIND)} | {
+        "label": pa.array(LABELS if labels is None else labels, pa.int64()),
+        **columns,
+    }
+    pq.write_table(pa.table({name: each for name, each in columns.items() if each}), path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": pa.array([{"path": "a.png"}] * len(IMAGES))}, "has no field `bytes`"),
+        ({"labels": [-1, *LABELS[1:]]}, "row 0: label -1 is outside the 3 classes"),
+        ({"labels": [None, *LABELS[1:]]}, "row 0: no label"),
+        ({"labels": [10**9, *LABELS[1:]]}, "row 0: label 1000000000, and there are no class names"),
+    ],
+)
+def test_wrong_shards_are_one_line_also_where_images_are_drawn(tmp_path, change, message):
+    path = write_shard(tmp_path / "data.parquet", **change)
+    for rows in (Rows(), Rows(per_class=1)):
+        with pytest.raises(ArtifactError, match=message):
+            read_images(open_source(path), rows)
+
+
+def test_large_binary_images_are_read(tmp_path):
+    kind = pa.struct([("bytes", pa.large_binary())])
+    images = pa.array([{"bytes": image} for image in IMAGES], kind)
+    path = write_shard(tmp_path / "data.parquet", images)
+    assert values(read_images(open_source(path), Rows())) == list(range(len(IMAGES)))
+
+
+def test_shards_of_other_columns_or_two_of_a_name_are_one_line(tmp_path):
+    write_shard(tmp_path / "a.parquet")
+    write_shard(tmp_path / "b.parquet", label=None, fine_label=pa.array(LABELS))
+    with pytest.raises(ArtifactError, match=r"b\.parquet: .*label.*; all shards must have"):
+        read_labels(open_source(str(tmp_path)), Rows())
+    column = pa.array(LABELS)
+    table = pa.Table.from_arrays([column, column, column], ["image", "label", "label"])
+    pq.write_table(table, tmp_path / "c.parquet")
+    with pytest.raises(ArtifactError, match="two columns are named label"):
+        read_labels(open_source(str(tmp_path / "c.parquet")), Rows())
+
+
+def test_classes_without_names_are_those_of_all_rows(tmp_path):
+    source = open_source(write_shard(tmp_path / "data.parquet"))
+    _, _, classes = read_labels(source, Rows(span=(0, 2)))
+    assert classes == ("0", "1", "2")
+
+
+def test_an_image_that_is_too_large_is_one_line(shards, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7)
+    with pytest.raises(ArtifactError, match="row 0: cannot decode the image"):
+        read_images(open_source(str(shards)), Rows())
+
+
+def test_what_is_hidden_and_folders_named_as_images_are_passed_over(folders):
+    (folders / ".cache").mkdir()
+    (folders / ".cache" / "x.png").write_bytes(IMAGES[0])
+    (folders / "class0" / "._000.png").write_bytes(b"of a file system")
+    (folders / "class0" / "x.png").mkdir()
+    found = read_images(open_source(str(folders)), Rows())
+    assert len(found) == len(IMAGES)
+    assert found.classes == ("class0", "class1", "class2")
+
+
+def test_names_that_cannot_be_read_are_one_line(folders):
+    os.mkdir(os.fsencode(str(folders)) + b"/caf\xe9")
+    with pytest.raises(ArtifactError, match="a file or folder cannot be listed"):
+        open_source(str(folders))
+
+
+def test_signs_of_patterns_in_names_and_uris(shards, folders, monkeypatch):
+    folders.rename(folders.parent / "set[1]")
+    monkeypatch.setenv("HOME", str(folders.parent))
+    for path in (
+        f"{folders.parent}/set[1]",
+        "~/set[1]",
+        f"file://{shards}/train-0000?-of-00003.parquet",
+        f"file://{shards}/train-*-of-0000[3].parquet",
+    ):
+        assert len(open_source(path).labels) == len(IMAGES)
