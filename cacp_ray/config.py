@@ -88,6 +88,9 @@ class DataConfig(Section):
         default=None, ge=1, description="length of the shorter side in pixels; as they are"
     )
     crop: int | None = Field(default=None, ge=1, description="side of the square in the middle")
+    interpolation: Literal["bilinear", "bicubic"] = Field(
+        default="bilinear", description="of data.resize"
+    )
     stream: bool = Field(
         default=False,
         description="training and the test split read and decode their images when they need "
@@ -214,7 +217,10 @@ class RunConfig(Section):
         if not is_published(name, weights):
             return values
         transforms = describe_weights(name, weights).transforms
-        return values | {"data": transforms | dict(values.get("data") or {})}
+        data = dict(values.get("data") or {})
+        if DataConfig.model_fields.keys() - data.keys() == {"interpolation"}:
+            return values  # saved with a run of before there was that key, which was bilinear
+        return values | {"data": transforms | data}
 
     @field_validator("rates")
     @classmethod

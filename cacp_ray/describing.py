@@ -2,22 +2,33 @@
 
 from typing import Any
 
-from cacp_ray.config import RunConfig
+from cacp_ray.config import ModelConfig, RunConfig
 from cacp_ray.evaluation.preparation import Prepared
 from cacp_ray.loading import Base
+from cacp_ray.models.pretrained import describe_weights, is_published
 from cacp_ray.pruning.cost import describe_total
 from cacp_ray.training.metrics import measure_split
 
 
 def describe_base(base: Base, config: RunConfig) -> str:
-    """One line: the network, its groups, and what is reachable."""
+    """One line: the network, its groups, what is reachable, and the published accuracy."""
     budget = base.budget
     return (
         f"{config.model.name}: {len(base.plan.groups)} channel groups, "
         f"{describe_total(config.cost, budget.total)}, reachable rates "
         f"{budget.smallest / budget.total:.3f}-1, asked (kept): "
-        f"{', '.join(f'{rate:.2f}' for rate in config.rates)}"
+        f"{', '.join(f'{rate:.2f}' for rate in config.rates)}{describe_published(config.model)}"
     )
+
+
+def describe_published(model: ModelConfig) -> str:
+    """What is published about the accuracy of its weights, to compare the measured one with."""
+    if model.weights is None or not is_published(model.name, model.weights):
+        return ""
+    found = describe_weights(model.name, model.weights)
+    if found.top1 is None:
+        return ""
+    return f"; published top-1 {100 * found.top1:.2f} % on {found.data}"
 
 
 def describe_model(base: Base, prepared: Prepared, config: RunConfig) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def open_split(data: DataConfig, name: str) -> ImageSet | ImageStream:
     if not data.stream:
         return read_split(data, name)
     source, rows = _find_rows(data, name)
-    stream = open_stream(source, rows, Shape(data.resize, data.crop))
+    stream = open_stream(source, rows, Shape(data.resize, data.crop, data.interpolation))
     return dataclasses.replace(stream, mean=data.mean, std=data.std)
 
 
@@ -87,7 +87,7 @@ def _find_rows(data: DataConfig, name: str) -> tuple[Source, Rows]:
                 "same rows, or none"
             )
         rows = Rows(split.rows, search.images_per_class, without=True, seed=search.seed)
-    return source, rows
+    return source, dataclasses.replace(rows, interpolation=data.interpolation)
 
 
 def _is_at(source: Source, path: str) -> bool:
@@ -191,6 +191,24 @@ def load_model(config: ModelConfig, num_classes: int) -> nn.Module:
     return model.eval()
 
 
+def warn_of_normalisation(config: RunConfig) -> None:
+    """Says that images are normalised as CIFAR-10's where a file of weights may expect others."""
+    model, data = config.model, config.data
+    has_file = model.weights is not None and not is_published(model.name, model.weights)
+    if (
+        has_file
+        and model.name.startswith(("torchvision:", "timm:"))
+        and not data.train.path.startswith("embedded:")
+        and not {"mean", "std"} <= data.model_fields_set
+    ):
+        logger.warning(
+            "weights %s of %s: data.mean and data.std are not both set, and what is missing is "
+            "CIFAR-10's: set them as in the training of these weights",
+            model.weights,
+            model.name,
+        )
+
+
 def rebuild_model(name: str, num_classes: int, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The network of `load_model` where its file of weights may not be, such as on another node."""
     model = build_model(name, num_classes)
@@ -207,6 +225,7 @@ def load_base(config: RunConfig) -> Base:
     get_criterion(config.pruning.criterion)
     if config.model.weights is None:
         raise ConfigError("model.weights is missing: a search starts from a trained network")
+    warn_of_normalisation(config)
     # The network first: images of a large data set take minutes.
     classes = check_data(config.data)
     model = load_model(config.model, len(classes))

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,8 @@ from cacp_ray.data.parquet import NO_LABEL
 from cacp_ray.data.sources import Source, open_source
 from cacp_ray.data.transforms import from_shared, to_normalized
 from cacp_ray.errors import ArtifactError, ConfigError
+
+Interpolation = Literal["bilinear", "bicubic"]
 
 DECODED_TOGETHER = 512
 MAX_UNNAMED_CLASSES = 100_000  # a label beyond is taken for a mistake
@@ -83,6 +86,7 @@ class Rows:
         without: Draw them as `per_class` says, and take all the others.
         seed: Of the draw.
         count: Only so many of these rows, evenly spaced.
+        interpolation: Where `read_images` resizes them; None: as its shape says.
     """
 
     span: tuple[int, int] | None = None
@@ -90,6 +94,7 @@ class Rows:
     without: bool = False
     seed: int = 0
     count: int | None = None
+    interpolation: Interpolation | None = None
 
 
 @dataclass(frozen=True)
@@ -99,17 +104,20 @@ class Shape:
     Attributes:
         resize: Length of the shorter side, in pixels.
         crop: Side of the square in the middle that is kept.
+        interpolation: Of the resizing.
     """
 
     resize: int | None = None
     crop: int | None = None
+    interpolation: Interpolation = "bilinear"
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """The image as it is kept."""
         if self.resize is not None:
             shorter = min(image.size)
             width, height = (int(self.resize * side / shorter) for side in image.size)
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
+            filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+            image = image.resize((width, height), filters[self.interpolation])
         if self.crop is not None:
             left, top = (round((side - self.crop) / 2) for side in image.size)
             image = image.crop((left, top, left + self.crop, top + self.crop))
@@ -136,7 +144,10 @@ def read_images(source: Source, rows: Rows, shape: Shape | None = None) -> Image
             cannot be decoded, images of several sizes, or a label outside the classes.
     """
     chosen, labels, classes = read_labels(source, rows)
-    images = decode(source, chosen, shape or Shape())
+    shape = shape or Shape()
+    if rows.interpolation is not None:
+        shape = dataclasses.replace(shape, interpolation=rows.interpolation)
+    images = decode(source, chosen, shape)
     return ImageSet(images, labels, classes)
 
 

@@ -5,6 +5,7 @@ from the cache of torch.hub (TORCH_HOME) or of the Hugging Face hub (HF_HOME), a
 they are not there.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch import Tensor
 from cacp_ray.errors import ArtifactError, ConfigError, nearest_names
 
 PRETRAINED = "pretrained"  # of timm: a network's own published weights
+HUB_SECONDS = 5.0  # that the Hugging Face hub has to answer at all
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # of timm's weights, the first that is there
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Published:
 
     Attributes:
         num_classes: Of the network.
-        transforms: `mean`, `std`, and where known `resize` and `crop`, as in `data` of a
+        transforms: `mean`, `std`, `resize`, `crop` and `interpolation`, as in `data` of a
             configuration.
         top1: Accuracy in [0, 1]; None where it is not published.
         data: That the accuracy is of.
@@ -47,7 +50,7 @@ def describe_weights(model: str, weights: str) -> Published:
     """What is published about the weights of a network, without fetching them.
 
     Raises:
-        ConfigError: There are none of that name.
+        ConfigError: There are none of that name, or they have no classifier.
     """
     source, _, name = model.partition(":")
     if source == "timm":
@@ -64,6 +67,7 @@ def describe_weights(model: str, weights: str) -> Published:
             "std": tuple(preset.std),
             "resize": preset.resize_size[0],
             "crop": preset.crop_size[0],
+            "interpolation": preset.interpolation.value,
         },
         None if top1 is None else top1 / 100,
         data,
@@ -74,7 +78,7 @@ def read_weights(model: str, weights: str) -> Mapping[str, Tensor]:
     """The tensors of published weights, from the cache or fetched.
 
     Raises:
-        ConfigError: There are none of that name.
+        ConfigError: As of `describe_weights`.
         ArtifactError: They are not in the cache and cannot be fetched, or the file is broken.
     """
     source, _, name = model.partition(":")
@@ -82,16 +86,30 @@ def read_weights(model: str, weights: str) -> Mapping[str, Tensor]:
         return _read_timm(name, weights)
     found = _find_torchvision(name, weights)
     file = Path(torch.hub.get_dir()) / "checkpoints" / found.url.rsplit("/", 1)[-1]
+    prefix = file.stem.rpartition("-")[-1]  # of the sha256, in all of torchvision's names
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(found.url, str(file), progress=False)
-        except OSError as error:  # urllib's are of this kind
+            torch.hub.download_url_to_file(found.url, str(file), prefix, progress=False)
+        except (OSError, RuntimeError) as error:  # urllib's, and that of another hash
             raise ArtifactError(
                 f"weights {weights} of {model} are not at {file} and cannot be fetched ({error}): "
                 f"fetch {found.url} where there is a network, and put it there"
             ) from error
+    _check_hash(file, prefix)
     return read_pickle(file)
+
+
+def _check_hash(file: Path, prefix: str) -> None:
+    """Removes a file that is not what its name says, as of a download that was cut short."""
+    with file.open("rb") as opened:
+        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    if not found.startswith(prefix):
+        file.unlink(missing_ok=True)
+        raise ArtifactError(
+            f"weights {file} were cut short or changed (their sha256 begins {found[:8]}, not "
+            f"{prefix}): the file is removed; run again to fetch it, or put a whole one there"
+        )
 
 
 def read_pickle(file: Path) -> Mapping[str, Tensor]:
@@ -124,6 +142,11 @@ def _find_torchvision(name: str, weights: str) -> Any:
             f"torchvision:{name} has no weights {weights!r}: {nearest_names(weights, names)}; or "
             "give a .safetensors or .pth file"
         )
+    if kinds[weights].meta["categories"] is None:
+        whole = [each.name for each in kinds if each.meta["categories"] is not None]
+        raise ConfigError(
+            f"weights {weights} of torchvision:{name} hold no classifier: give {' or '.join(whole)}"
+        )
     return kinds[weights]
 
 
@@ -135,6 +158,11 @@ def _describe_timm(name: str, weights: str) -> Published:
             f"timm:{name} has no weights {weights!r}: write {PRETRAINED}, or give a file"
         )
     described: Any = build_model(f"timm:{name}", 1000).pretrained_cfg
+    if not described["num_classes"]:
+        raise ConfigError(
+            f"weights of timm:{name} are published without a classifier: give another network, or "
+            "a file of weights that you trained"
+        )
     crop = int(described["input_size"][-1])
     return Published(
         int(described["num_classes"]),
@@ -143,6 +171,7 @@ def _describe_timm(name: str, weights: str) -> Published:
             "std": tuple(described["std"]),
             "resize": int(crop / described.get("crop_pct", 0.875)),
             "crop": crop,
+            "interpolation": described["interpolation"],
         },
         None,
         "",
@@ -153,12 +182,39 @@ def _read_timm(name: str, weights: str) -> Mapping[str, Tensor]:
     published = _describe_timm(name, weights)
     import timm  # type: ignore[import-untyped]
 
+    hub_id = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
     try:
-        model: Any = timm.create_model(name, pretrained=True, num_classes=published.num_classes)
+        file = _find_in_hub(hub_id) if hub_id else None
+        model: Any = timm.create_model(
+            name,
+            pretrained=True,
+            num_classes=published.num_classes,
+            pretrained_cfg_overlay=None if file is None else {"file": file, "custom_load": False},
+        )
     except Exception as error:  # of the hub's client: many kinds
         reason = " ".join(str(error).split())[:200]
         raise ArtifactError(
-            f"weights of timm:{name} are not in the Hugging Face cache and cannot be fetched "
-            f"({reason}): fetch them where there is a network, or give a .safetensors file"
+            f"weights of timm:{name} ({hub_id}) are not in the Hugging Face cache and cannot be "
+            f"fetched ({reason}): fetch them where there is a network, or give a .safetensors file"
         ) from error
     return model.state_dict()
+
+
+def _find_in_hub(hub_id: str) -> str | None:
+    """The file in the cache, which timm would not take without a network; None: to be fetched.
+
+    Raises:
+        Exception: The hub does not answer; asked once, as timm tries for a minute and prints it.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    repo, _, revision = hub_id.partition("@")
+    for name in HUB_FILES:
+        found = huggingface_hub.try_to_load_from_cache(
+            repo, name, cache_dir=constants.HF_HUB_CACHE, revision=revision or None
+        )
+        if isinstance(found, str):
+            return found
+    huggingface_hub.get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    return None

@@ -274,13 +274,16 @@ def test_the_search_split_is_the_same_to_the_bit_in_every_process_and_place(tmp_
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (37, 61), (64, 64)])
 @pytest.mark.parametrize(("resize", "crop"), [(64, 56), (232, 224), (None, 30), (50, None)])
-def test_shapes_are_those_of_torchvision(size, resize, crop):
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_shapes_are_those_of_torchvision(size, resize, crop, interpolation):
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    steps = [transforms.Resize(resize)] if resize else []
+    mode = transforms.InterpolationMode(interpolation)
+    steps = [transforms.Resize(resize, mode)] if resize else []
     steps += [transforms.CenterCrop(crop)] if crop else []
     expected = transforms.Compose(steps)(image)
-    assert np.array_equal(np.asarray(Shape(resize, crop)(image)), np.asarray(expected))
+    found = Shape(resize, crop, interpolation)(image)
+    assert np.array_equal(np.asarray(found), np.asarray(expected))
 
 
 def test_images_of_several_sizes_need_a_shape(folders):
