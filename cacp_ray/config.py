@@ -217,10 +217,7 @@ class RunConfig(Section):
         if not is_published(name, weights):
             return values
         transforms = describe_weights(name, weights).transforms
-        data = dict(values.get("data") or {})
-        if DataConfig.model_fields.keys() - data.keys() == {"interpolation"}:
-            return values  # saved with a run of before there was that key, which was bilinear
-        return values | {"data": transforms | data}
+        return values | {"data": transforms | dict(values.get("data") or {})}
 
     @field_validator("rates")
     @classmethod

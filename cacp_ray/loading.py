@@ -61,8 +61,7 @@ class Base:
 def read_split(data: DataConfig, name: str, count: int | None = None) -> ImageSet:
     """Decodes a split, or `count` of its images, evenly spaced."""
     source, rows = _find_rows(data, name)
-    shape = Shape(data.resize, data.crop)
-    images = read_images(source, dataclasses.replace(rows, count=count), shape)
+    images = read_images(source, dataclasses.replace(rows, count=count), _shape(data))
     return dataclasses.replace(images, mean=data.mean, std=data.std)
 
 
@@ -71,8 +70,12 @@ def open_split(data: DataConfig, name: str) -> ImageSet | ImageStream:
     if not data.stream:
         return read_split(data, name)
     source, rows = _find_rows(data, name)
-    stream = open_stream(source, rows, Shape(data.resize, data.crop, data.interpolation))
+    stream = open_stream(source, rows, _shape(data))
     return dataclasses.replace(stream, mean=data.mean, std=data.std)
+
+
+def _shape(data: DataConfig) -> Shape:
+    return Shape(data.resize, data.crop, data.interpolation)
 
 
 def _find_rows(data: DataConfig, name: str) -> tuple[Source, Rows]:
@@ -87,7 +90,7 @@ def _find_rows(data: DataConfig, name: str) -> tuple[Source, Rows]:
                 "same rows, or none"
             )
         rows = Rows(split.rows, search.images_per_class, without=True, seed=search.seed)
-    return source, dataclasses.replace(rows, interpolation=data.interpolation)
+    return source, rows
 
 
 def _is_at(source: Source, path: str) -> bool:

@@ -86,7 +86,6 @@ class Rows:
         without: Draw them as `per_class` says, and take all the others.
         seed: Of the draw.
         count: Only so many of these rows, evenly spaced.
-        interpolation: Where `read_images` resizes them; None: as its shape says.
     """
 
     span: tuple[int, int] | None = None
@@ -94,7 +93,6 @@ class Rows:
     without: bool = False
     seed: int = 0
     count: int | None = None
-    interpolation: Interpolation | None = None
 
 
 @dataclass(frozen=True)
@@ -144,10 +142,7 @@ def read_images(source: Source, rows: Rows, shape: Shape | None = None) -> Image
             cannot be decoded, images of several sizes, or a label outside the classes.
     """
     chosen, labels, classes = read_labels(source, rows)
-    shape = shape or Shape()
-    if rows.interpolation is not None:
-        shape = dataclasses.replace(shape, interpolation=rows.interpolation)
-    images = decode(source, chosen, shape)
+    images = decode(source, chosen, shape or Shape())
     return ImageSet(images, labels, classes)
 
 

@@ -101,14 +101,18 @@ def read_weights(model: str, weights: str) -> Mapping[str, Tensor]:
 
 
 def _check_hash(file: Path, prefix: str) -> None:
-    """Removes a file that is not what its name says, as of a download that was cut short."""
-    with file.open("rb") as opened:
-        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    """Refuses a file that is not what its name says, as of a download that was cut short."""
+    try:
+        with file.open("rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise ArtifactError(
+            f"weights {file}: {error.strerror}; mend the file or set another TORCH_HOME"
+        ) from error
     if not found.startswith(prefix):
-        file.unlink(missing_ok=True)
         raise ArtifactError(
             f"weights {file} were cut short or changed (their sha256 begins {found[:8]}, not "
-            f"{prefix}): the file is removed; run again to fetch it, or put a whole one there"
+            f"{prefix}): delete the file to have it fetched again, or put a whole one there"
         )
 
 

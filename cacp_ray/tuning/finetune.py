@@ -257,19 +257,15 @@ def _open_experiment(experiment_dir: Path, content: dict[str, Any], *, resume: b
     file = experiment_dir / "finetune.json"
     if not file.exists():
         write_json(file, content)
-        return
-    saved = read_json(file)
-    if "data" in saved:  # of before there was interpolation
-        saved["data"].setdefault("interpolation", "bilinear")
-    if not resume and (experiment_dir / CHOICE_FILE).exists():
+    elif not resume and (experiment_dir / CHOICE_FILE).exists():
         raise ArtifactError(
             f"{experiment_dir} holds a finished fine-tuning: delete that folder to fine-tune again"
         )
-    if not resume:
+    elif not resume:
         raise ArtifactError(
             f"{experiment_dir} holds a fine-tuning: pass --resume to continue it, or delete it"
         )
-    if saved != content:
+    elif (saved := read_json(file)) != content:
         # The one recipe of an experiment without variants has no name.
         changed = ", ".join(changed_keys(saved, content)).replace("..", ".")
         raise ConfigError(
