@@ -1,18 +1,22 @@
 """The evaluators of a run: actors on a connected cluster, and the cache before them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cacp_ray.config import ClusterConfig, RunConfig
+from cacp_ray.errors import ConfigError
 from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache, key_of_scores
-from cacp_ray.evaluation.measurement import Evaluator, Measurement, Subnet
+from cacp_ray.evaluation.measurement import Evaluator, Measurement, ScoreFunction, Subnet
 from cacp_ray.evaluation.preparation import Prepared
 from cacp_ray.evaluation.scorer import make_scorer, read_dtype
 from cacp_ray.loading import Base
 
 if TYPE_CHECKING:
     from cacp_ray.distributed.room import Room
+
+PACKAGES = ("cacp-ray", "torch", "torchvision", "numpy")
 
 
 def start_evaluators(
@@ -42,8 +46,8 @@ def start_evaluators(
     )
     say(describe_evaluators(cluster, room))
     pool = RayEvaluatorPool(
-        make_scorer,
-        scorer_arguments(config, base, prepared),
+        make_scorer_alike,
+        {"versions": installed_versions(), **scorer_arguments(config, base, prepared)},
         num_evaluators=room.on_cpus,
         cpus_per_evaluator=cluster.cpus_per_evaluator,
         num_gpu_evaluators=room.on_gpus,
@@ -55,6 +59,26 @@ def start_evaluators(
     found = MeasurementCache(cache, key_of_run(config, base, prepared, room.device))
     images = images_scored(config, base)
     return CachedEvaluator(pool, found, images), found.on(images)
+
+
+def installed_versions() -> dict[str, str]:
+    """Of the packages that a measurement depends on, by name."""
+    return {name: metadata.version(name) for name in PACKAGES}
+
+
+def make_scorer_alike(versions: Mapping[str, str], **arguments: Any) -> ScoreFunction:
+    """`make_scorer`, where the packages are those of the search: nodes may join at any time.
+
+    Raises:
+        ConfigError: One is not.
+    """
+    for name, version in versions.items():
+        if (found := metadata.version(name)) != version:
+            raise ConfigError(
+                f"{name} {found} is installed there, {version} where the search runs: measurements "
+                "would differ; start all nodes from the same image"
+            )
+    return make_scorer(**arguments)
 
 
 def describe_evaluators(cluster: ClusterConfig, room: "Room") -> str:

@@ -6,6 +6,8 @@ from cacp_ray.config import RunConfig, Section, load_config, resolved
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.files import changed_keys
 
+MAY_CHANGE = ("cluster.max_evaluators",)  # on another cluster; no measurement depends on it
+
 
 def open_folder(run_dir: Path, config: Section, *, resume: bool) -> None:
     """Refuses to write over another run, or to continue one under a changed configuration.
@@ -24,6 +26,7 @@ def open_folder(run_dir: Path, config: Section, *, resume: bool) -> None:
     if not saved.exists():
         raise ArtifactError(f"{run_dir} holds no run (no config.yaml): start it without --resume")
     changed = changed_keys(resolved(load_config(type(config), saved)), resolved(config))
+    changed = [key for key in changed if key not in MAY_CHANGE]
     if changed:
         raise ConfigError(
             f"{run_dir} was started with another configuration; changed: {', '.join(changed)}; "

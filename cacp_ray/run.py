@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,9 @@ def run_search(
         if cache is not None:
             known = kept | dict(known or {})
             say(f"{len(kept):,} measurements are known from {cache}")
-    try:
+    with ExitStack() as stack:
+        stack.callback(evaluator.close)
+        stack.enter_context(run.locked())
         with clock.phase("start"):
             if saved is None:
                 saved = _begin(
@@ -142,8 +145,6 @@ def run_search(
             if agent:
                 agent.stop()
             learning = _measure_learning(config, base, log, evaluator) if log else None
-    finally:
-        evaluator.close()
     with clock.phase("build"):
         searched = {rate: loop.archive.best(rate) for rate in config.rates}
         rows = build_winners(config, base, prepared, searched, run_dir, answers, reference)

@@ -179,9 +179,10 @@ class RunStorage:
 def _connect(uri: str) -> tuple[Any, str]:
     """The file system and the folder in it, tried out."""
     scheme = uri.partition("://")[0] if "://" in uri else ""
-    if scheme and scheme not in SCHEMES:
+    looks_like_uri = any(uri.startswith(f"{each}:") for each in SCHEMES)
+    if not uri or ((scheme or looks_like_uri) and scheme not in SCHEMES):
         raise ConfigError(
-            f"storage {uri}: write s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or a folder"
+            f"storage {uri!r}: write s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or a folder"
         )
     found: list[Any] = []
 

@@ -38,7 +38,7 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> None:
     """Joins a cluster or starts a local Ray; returns at once where Ray is connected already.
 
     Args:
-        address: HOST:PORT, ray://HOST:PORT, `auto` or `local`; None: RAY_ADDRESS, else `local`.
+        address: HOST:PORT, `auto` or `local`; None: RAY_ADDRESS, else `local`.
         num_cpus: CPUs of a local Ray; None takes all of the machine.
 
     Raises:
@@ -177,15 +177,20 @@ def _require_answer(address: str) -> None:
     Raises:
         ConfigError: The address cannot be read, or nothing like Ray answers.
     """
+    if "://" in address:
+        raise ConfigError(
+            f"Ray address {address!r}: a search does not run over a Ray client; give HOST:PORT of "
+            "the head from a machine of the cluster, or use `ray job submit` (clusters/README.md)"
+        )
     try:
-        parts = urlsplit(address if "://" in address else f"//{address}")
-        host, port = parts.hostname, parts.port or (10001 if parts.scheme == "ray" else None)
+        parts = urlsplit(f"//{address}")
+        host, port = parts.hostname, parts.port
     except ValueError:
         host = port = None
     if not host or not port:
         raise ConfigError(
             f"Ray address {address!r} is not HOST:PORT: give the head's address, such as "
-            "10.0.0.5:6379 or ray://10.0.0.5:10001"
+            "10.0.0.5:6379"
         )
     try:
         with socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S) as connection:
@@ -193,6 +198,8 @@ def _require_answer(address: str) -> None:
                 return
             connection.sendall(HTTP2_PREFACE)
             header = connection.recv(FRAME_HEADER_BYTES)
+    except UnicodeError:
+        reason = "no such host name"
     except OSError as error:
         reason = "no answer" if isinstance(error, TimeoutError) else error.strerror or str(error)
     else:

@@ -32,7 +32,7 @@ def probe_nodes() -> None:
         ConfigError: The first node that lacks a package, has another version, or does not answer.
     """
     head = ray.get_runtime_context().get_node_id()
-    others = [node for node, cpus in read_nodes().cpus.items() if cpus > 0 and node != head]
+    others = [node for node, cpus in _serving().items() if cpus > 0 and node != head]
     if not others:
         return
     expected = {name: metadata.version(name) for name in PACKAGES}
@@ -55,8 +55,8 @@ def probe_nodes() -> None:
         try:
             found = ray.get(ref)
         except RayError as error:
-            if node not in read_nodes().cpus:
-                continue  # it has left meanwhile
+            if node not in _serving():
+                continue  # it has left meanwhile, or is about to
             raise ConfigError(
                 f"{where} cannot score ({describe(error)}): install there what this machine has, "
                 "or start it from the same image"
@@ -67,3 +67,9 @@ def probe_nodes() -> None:
                     f"{where} has {name} {found[name]}, this machine {version}: measurements would "
                     "differ; install the same version, or start all nodes from the same image"
                 )
+
+
+def _serving() -> dict[str, float]:
+    """CPUs of the nodes that are there to stay, by id."""
+    nodes = read_nodes()
+    return {node: cpus for node, cpus in nodes.cpus.items() if node not in nodes.draining}

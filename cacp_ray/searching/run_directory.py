@@ -9,12 +9,14 @@ are renamed into place and then named in `LATEST.json` with the size and hash of
 # pyright: basic
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -124,6 +126,30 @@ class RunDirectory:
         """Opens a folder; nothing is created before the first write."""
         self.path = path
         self._journal = path / "journal.jsonl"
+        self._size: int | None = None  # of the journal, as this process has left it
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from searching in this folder, until the end of this one.
+
+        Raises:
+            ArtifactError: Another process does.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ArtifactError(
+                    f"{self.path}: another process is searching there: wait for it or end it, or "
+                    "choose another --run-dir"
+                ) from error
+            except OSError as error:
+                logger.debug("%s cannot be locked: %s", self.path, error)  # some network disks
+            yield
+        finally:
+            os.close(folder)
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Writes the resolved configuration."""
@@ -141,18 +167,20 @@ class RunDirectory:
         """Adds a measurement to the journal, where it survives the end of this process.
 
         `compact` once before the first: a kill may have left a line without an end. Storage that
-        fails is tried again for a while; the evaluators work on.
+        fails, or is away, is tried again for a while; the evaluators work on.
 
         Raises:
             ArtifactError: It fails for longer.
         """
         line = json.dumps(dataclasses.asdict(record)).encode() + b"\n"
-        size = self._journal.stat().st_size if self._journal.exists() else 0
 
         def write() -> None:
             with self._journal.open("ab") as journal:
+                self._check_size(there := journal.tell())
+                size = there if self._size is None else self._size
                 journal.truncate(size)  # what an earlier try has left
                 journal.write(line)
+            self._size = size + len(line)
 
         keep_trying(write, self._journal)
 
@@ -166,8 +194,15 @@ class RunDirectory:
         journal = self._read_journal()
         records: dict[int, EpisodeRecord] = {}
         for part in self._parts():
-            for row in _read_part(part).to_pylist():
-                records.setdefault(row["index"], _record(row))
+            try:
+                found = [_record(row) for row in _read_part(part).to_pylist()]
+            except (KeyError, TypeError) as error:
+                raise ArtifactError(
+                    f"{part}: other columns than those of measurements; restore it from a copy, or "
+                    "start again in a new folder"
+                ) from error
+            for record in found:
+                records.setdefault(record.index, record)
         for record in journal:
             records.setdefault(record.index, record)
         return list(records.values())
@@ -180,7 +215,17 @@ class RunDirectory:
         """
         keep_trying(self._compact, self._journal)
 
+    def _check_size(self, there: int) -> None:
+        """Waits, by `keep_trying`, for a folder that is away: an empty one may show in its place.
+
+        Raises:
+            OSError: The journal is shorter than this process has left it.
+        """
+        if self._size is not None and there < self._size:
+            raise OSError("it has lost measurements; is its storage mounted?")
+
     def _compact(self) -> None:
+        self._check_size(self._journal.stat().st_size if self._journal.exists() else 0)
         rows = self._read_journal()
         parts = self._parts()
         # Only the last part can hold rows that are still in the journal.
@@ -194,6 +239,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         self._journal.touch()
         os.truncate(self._journal, 0)
+        self._size = 0
 
     def save_checkpoint(self, told: int, write: Callable[[Path], object]) -> None:
         """Saves a checkpoint and drops all but this one and the one before.
@@ -268,8 +314,12 @@ class RunDirectory:
             return []
         try:
             latest = read_json(file)
-            entries, version = latest["checkpoints"], latest.get("schema_version", SCHEMA_VERSION)
-        except (ArtifactError, KeyError, TypeError, AttributeError):
+            version = latest.get("schema_version", SCHEMA_VERSION)
+            entries = [
+                {"name": str(each["name"]), "told": int(each["told"]), "files": dict(each["files"])}
+                for each in (latest["checkpoints"] if version == SCHEMA_VERSION else ())
+            ]
+        except (ArtifactError, KeyError, TypeError, ValueError, AttributeError):
             logger.warning("%s is damaged: the search restarts from its measurements", file)
             return []
         if version != SCHEMA_VERSION:

@@ -46,9 +46,8 @@ def refused(address: str | None) -> str:
 
 
 @pytest.mark.usefixtures("unconnected")
-@pytest.mark.parametrize("scheme", ["", "ray://"])
-def test_a_dead_address_is_one_line_with_the_next_step(scheme: str) -> None:
-    address = f"{scheme}127.0.0.1:{free_port()}"
+def test_a_dead_address_is_one_line_with_the_next_step() -> None:
+    address = f"127.0.0.1:{free_port()}"
     message = refused(address)
     assert address in message
     assert "ray status" in message
@@ -61,9 +60,22 @@ def test_ray_address_is_used_and_checked(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.usefixtures("unconnected")
-@pytest.mark.parametrize("address", ["head", "ray://", "head:port", "head:99999"])
+@pytest.mark.parametrize("address", ["head", "head:port", "head:99999"])
 def test_an_address_without_host_or_port_is_refused(address: str) -> None:
     assert "HOST:PORT" in refused(address)
+
+
+@pytest.mark.usefixtures("unconnected")
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("ray://10.0.0.5:10001", "does not run over a Ray client"),
+        (f"{'a' * 64}.example:6379", "no such host name"),
+        ("xn--ü:6379", "no Ray cluster at"),
+    ],
+)
+def test_an_address_that_cannot_serve_is_one_line(address: str, message: str) -> None:
+    assert message in refused(address)
 
 
 @pytest.mark.usefixtures("unconnected")

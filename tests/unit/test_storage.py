@@ -147,7 +147,9 @@ def test_an_older_folder_is_not_gone_on_with(tmp_path):
     assert json.loads((tmp_path / "copy" / "checkpoints" / "LATEST.json").read_text()) == latest
 
 
-@pytest.mark.parametrize("uri", ["ftp://host/x", "s4://bucket/x"])
+@pytest.mark.parametrize(
+    "uri", ["ftp://host/x", "s4://bucket/x", "s3:/bucket/x", "gs:bucket/x", ""]
+)
 def test_an_unknown_kind_of_storage_is_refused(uri):
     with pytest.raises(ConfigError, match="write s3://BUCKET/FOLDER"):
         RunStorage(uri)

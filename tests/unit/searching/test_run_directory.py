@@ -247,3 +247,48 @@ def test_configuration_environment_and_model_are_written(run):
     assert yaml.safe_load((run.path / "config.yaml").read_text()) == {"name": "x", "rates": [0.5]}
     assert read_json(run.path / "environment.json") == {"seed": 1}
     assert read_json(run.path / "model.json") == {"macs": 5}
+
+
+def test_two_processes_do_not_search_in_one_folder(run):
+    with (
+        run.locked(),
+        pytest.raises(ArtifactError, match="another process is searching"),
+        RunDirectory(run.path).locked(),
+    ):
+        pass
+    with RunDirectory(run.path).locked():
+        pass
+
+
+@pytest.mark.parametrize("write", [lambda run: run.append(rows(1, 5)[0]), RunDirectory.compact])
+def test_a_folder_that_is_away_for_a_moment_loses_nothing(run, monkeypatch, write):
+    fill(run, rows(5))
+    away = run.path.with_name("away")
+    run.path.rename(away)
+    run.path.mkdir()  # what lies below a mount
+
+    def mount(seconds):
+        if away.exists():
+            shutil.rmtree(run.path)
+            away.rename(run.path)
+
+    monkeypatch.setattr("cacp_ray.files.time.sleep", mount)
+    write(run)
+    assert [each.index for each in run.read_records()][:5] == list(range(5))
+    assert not away.exists()
+
+
+@pytest.mark.parametrize("content", ['{"checkpoints": [{}]}', '{"checkpoints": "abc"}', "[1]"])
+def test_a_latest_of_wrong_content_is_as_none(run, content):
+    (run.path / "checkpoints").mkdir()
+    (run.path / "checkpoints" / "LATEST.json").write_text(content)
+    assert run.find_checkpoint() is None
+
+
+def test_a_part_of_other_columns_is_one_line(run):
+    fill(run, rows(2))
+    run.compact()
+    part = run.path / "episodes" / "part-00000.parquet"
+    pq.write_table(pq.read_table(part).drop_columns(["top1"]), part)
+    with pytest.raises(ArtifactError, match=r"part-00000\.parquet: other columns"):
+        run.read_records()
