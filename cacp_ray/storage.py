@@ -23,7 +23,6 @@ import pyarrow as pa
 from pyarrow import fs
 
 from cacp_ray.errors import ArtifactError, ConfigError
-from cacp_ray.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -161,8 +160,16 @@ class RunStorage:
         if self._info(LATEST).type != fs.FileType.File:
             return
         with self._filesystem.open_input_stream(self._path(LATEST)) as stream:
-            there = _newest(json.loads(stream.read()))
-        here = _newest(read_json(run_dir / LATEST)) if (run_dir / LATEST).exists() else ""
+            there = _newest(stream.read())
+        if there is None:
+            raise ArtifactError(
+                f"storage {self.uri}: {LATEST} is damaged: start with another --storage; {run_dir} "
+                "is whole"
+            )
+        # A damaged one here is older than any there, which still has the checkpoint.
+        here = (
+            _newest((run_dir / LATEST).read_bytes()) if (run_dir / LATEST).exists() else ""
+        ) or ""
         if there > here:
             raise ArtifactError(
                 f"{run_dir} is older than {self.uri}, where the run went on: remove the folder or "
@@ -215,9 +222,12 @@ def _connect(uri: str) -> tuple[Any, str]:
     return outcome
 
 
-def _newest(latest: Any) -> str:
-    """Name of the newest checkpoint that LATEST.json names."""
-    return max((entry["name"] for entry in latest["checkpoints"]), default="")
+def _newest(latest: bytes) -> str | None:
+    """Name of the newest checkpoint in the content of a LATEST.json; None where it is damaged."""
+    try:
+        return max((str(entry["name"]) for entry in json.loads(latest)["checkpoints"]), default="")
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _one_line(error: Exception) -> str:

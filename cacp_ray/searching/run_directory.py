@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from cacp_ray.errors import ArtifactError
 from cacp_ray.evaluation.measurement import Status, Subnet
-from cacp_ray.files import keep_trying, read_json, write_file, write_json, write_yaml
+from cacp_ray.files import keep_trying, write_file, write_json, write_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -229,7 +229,7 @@ class RunDirectory:
         rows = self._read_journal()
         parts = self._parts()
         # Only the last part can hold rows that are still in the journal.
-        known = set(_read_part(parts[-1])["index"].to_pylist()) if parts else set()
+        known = set(_read_indices(parts[-1])) if parts else set()
         new = [dataclasses.asdict(row) for row in rows if row.index not in known]
         if new:
             table = pa.Table.from_pylist(new, schema=SCHEMA)
@@ -281,9 +281,13 @@ class RunDirectory:
         """Folder of the newest whole checkpoint and how many records had been told; else None.
 
         Raises:
-            ArtifactError: A newer cacp_ray wrote it.
+            ArtifactError: A newer cacp_ray wrote it, or it cannot be read now.
         """
-        for entry in self._read_latest():
+        try:
+            entries = self._read_latest()
+        except OSError as error:
+            raise ArtifactError(f"{self.path}: cannot be read now ({error}); try again") from error
+        for entry in entries:
             if self._is_whole(entry):
                 return self.path / "checkpoints" / entry["name"], entry["told"]
             logger.warning("%s: %s is damaged, going further back", self.path, entry["name"])
@@ -312,14 +316,15 @@ class RunDirectory:
         file = self.path / "checkpoints" / "LATEST.json"
         if not file.exists():
             return []
+        content = file.read_bytes()  # a disk that fails is no damage
         try:
-            latest = read_json(file)
+            latest = json.loads(content)
             version = latest.get("schema_version", SCHEMA_VERSION)
             entries = [
                 {"name": str(each["name"]), "told": int(each["told"]), "files": dict(each["files"])}
                 for each in (latest["checkpoints"] if version == SCHEMA_VERSION else ())
             ]
-        except (ArtifactError, KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError):
             logger.warning("%s is damaged: the search restarts from its measurements", file)
             return []
         if version != SCHEMA_VERSION:
@@ -352,6 +357,16 @@ def _read_part(part: Path) -> pa.Table:
         raise ArtifactError(
             f"{part}: not a readable Parquet file; restore it from a copy, or start again in a "
             "new folder"
+        ) from error
+
+
+def _read_indices(part: Path) -> list[int]:
+    """Unlike `_read_part` it lets OSError through: storage that fails now may be back soon."""
+    try:
+        return pq.ParquetFile(part.open("rb")).read(columns=["index"])["index"].to_pylist()
+    except (pa.ArrowException, KeyError) as error:
+        raise ArtifactError(
+            f"{part}: not a readable Parquet file; restore it from a copy"
         ) from error
 
 

@@ -172,3 +172,17 @@ def test_a_place_that_never_answers_is_refused(monkeypatch):
     monkeypatch.setattr(module, "fs", Silent)
     with pytest.raises(ConfigError, match=r"no answer in 0 s"):
         RunStorage("gs://bucket/run")
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"checkpoints": [1]}'])
+def test_a_damaged_latest_here_or_there_is_one_line(tmp_path, content):
+    run_dir, copy = tmp_path / "run", tmp_path / "copy"
+    search(run_dir)
+    storage = RunStorage(str(copy))
+    storage.finish(run_dir)
+    (run_dir / "checkpoints" / "LATEST.json").write_text(content)
+    with pytest.raises(ArtifactError, match="older than"):
+        storage.pull(run_dir)
+    (copy / "checkpoints" / "LATEST.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"LATEST\.json is damaged"):
+        storage.pull(run_dir)

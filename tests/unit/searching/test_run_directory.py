@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -292,3 +293,27 @@ def test_a_part_of_other_columns_is_one_line(run):
     pq.write_table(pq.read_table(part).drop_columns(["top1"]), part)
     with pytest.raises(ArtifactError, match=r"part-00000\.parquet: other columns"):
         run.read_records()
+
+
+@pytest.mark.parametrize("name", ["LATEST.json", "part-00000.parquet"])
+def test_a_disk_that_fails_once_is_no_damage(run, monkeypatch, name):
+    fill(run, rows(3))
+    run.compact()
+    for told in (1, 2):
+        run.save_checkpoint(told, lambda folder: (folder / "state").write_text("x"))
+    fill(run, rows(2, first=3))
+    failed, opened = [], Path.open
+
+    def fail_once(path, *args, **options):
+        if path.name == name and not failed:
+            failed.append(path)
+            raise OSError(5, "Input/output error")
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", fail_once)
+    monkeypatch.setattr("cacp_ray.files.time.sleep", lambda seconds: None)
+    run.compact()
+    run.save_checkpoint(3, lambda folder: (folder / "state").write_text("x"))
+    assert failed
+    assert len(list((run.path / "checkpoints").glob("checkpoint-*"))) == 2
+    assert [each.index for each in run.read_records()] == list(range(5))
