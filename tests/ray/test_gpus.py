@@ -110,14 +110,14 @@ def test_a_gpu_is_asked_for_where_a_cluster_has_none_yet(monkeypatch):
 def test_a_share_of_no_gpu_is_refused_on_this_machine():
     if any(node["Resources"].get("GPU") for node in ray.nodes()):
         pytest.skip("a GPU is there")
-    with pytest.raises(ConfigError, match=r"0\.25 GPUs .* finds 0 on this machine: lower it"):
+    with pytest.raises(ConfigError, match=r"0\.25 GPUs .* there are 0 on this machine: lower it"):
         check_room(1, 0.25, "local")
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_workers_that_can_never_run_at_once_are_refused_on_this_machine():
     check_room(1, 0, "local", actors=2)
-    with pytest.raises(ConfigError, match=r"4 CPUs at once .*trials.workers.* finds 2"):
+    with pytest.raises(ConfigError, match=r"4 CPUs at once .*trials.workers.* there are 2"):
         check_room(1, 0, "local", actors=4, asked_by="trials.workers")
 
 
