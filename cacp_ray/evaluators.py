@@ -1,7 +1,6 @@
 """The evaluators of a run: actors on a connected cluster, and the cache before them."""
 
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +11,10 @@ from cacp_ray.evaluation.measurement import Evaluator, Measurement, ScoreFunctio
 from cacp_ray.evaluation.preparation import Prepared
 from cacp_ray.evaluation.scorer import make_scorer, read_dtype
 from cacp_ray.loading import Base
+from cacp_ray.versions import installed_versions
 
 if TYPE_CHECKING:
     from cacp_ray.distributed.room import Room
-
-PACKAGES = ("cacp-ray", "torch", "torchvision", "numpy")
 
 
 def start_evaluators(
@@ -61,21 +59,17 @@ def start_evaluators(
     return CachedEvaluator(pool, found, images), found.on(images)
 
 
-def installed_versions() -> dict[str, str]:
-    """Of the packages that a measurement depends on, by name."""
-    return {name: metadata.version(name) for name in PACKAGES}
-
-
 def make_scorer_alike(versions: Mapping[str, str], **arguments: Any) -> ScoreFunction:
     """`make_scorer`, where the packages are those of the search: nodes may join at any time.
 
     Raises:
         ConfigError: One is not.
     """
+    found = installed_versions()
     for name, version in versions.items():
-        if (found := metadata.version(name)) != version:
+        if found[name] != version:
             raise ConfigError(
-                f"{name} {found} is installed there, {version} where the search runs: measurements "
+                f"{name} {found[name]} is installed there, {version} where the search runs: measurements "
                 "would differ; start all nodes from the same image"
             )
     return make_scorer(**arguments)

@@ -111,4 +111,5 @@ class FolderSource:
 
 
 def _is_hidden(inside: str) -> bool:
-    return any(part.startswith((".", "__")) for part in inside.split("/"))
+    """Also what archives bring along, such as __MACOSX."""
+    return inside.startswith("__") or any(part.startswith(".") for part in inside.split("/"))

@@ -4,8 +4,6 @@ One task a node, which imports what an evaluator imports. A node that joins late
 the pool reports evaluators that cannot be prepared.
 """
 
-from importlib import metadata
-
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -13,16 +11,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cacp_ray.distributed.nodes import read_nodes
 from cacp_ray.distributed.outcomes import describe
 from cacp_ray.errors import ConfigError
+from cacp_ray.versions import installed_versions
 
-PACKAGES = ("cacp-ray", "torch", "torchvision", "numpy")
 TIMEOUT_S = 120.0
 
 
 def read_versions() -> dict[str, str]:
-    """Installed versions of what a measurement depends on; torch must import."""
+    """`installed_versions`; torch must import."""
     import torch  # noqa: F401
 
-    return {name: metadata.version(name) for name in PACKAGES}
+    return installed_versions()
 
 
 def probe_nodes() -> None:
@@ -35,7 +33,7 @@ def probe_nodes() -> None:
     others = [node for node, cpus in _serving().items() if cpus > 0 and node != head]
     if not others:
         return
-    expected = {name: metadata.version(name) for name in PACKAGES}
+    expected = installed_versions()
     task = ray.remote(num_cpus=0, max_retries=0)(read_versions)
     asked = {
         task.options(

@@ -4,7 +4,8 @@ import pytest
 
 from cacp_ray import evaluators
 from cacp_ray.errors import ConfigError
-from cacp_ray.evaluators import installed_versions, make_scorer_alike
+from cacp_ray.evaluators import make_scorer_alike
+from cacp_ray.versions import installed_versions
 
 
 def test_a_node_that_joins_with_other_packages_does_not_score(monkeypatch):

@@ -359,8 +359,11 @@ def test_what_is_hidden_and_folders_named_as_images_are_passed_over(folders):
     (folders / ".cache" / "x.png").write_bytes(IMAGES[0])
     (folders / "class0" / "._000.png").write_bytes(b"of a file system")
     (folders / "class0" / "x.png").mkdir()
+    (folders / "__MACOSX").mkdir()
+    (folders / "__MACOSX" / "x.png").write_bytes(IMAGES[0])
+    (folders / "class0" / "__x.png").write_bytes(IMAGES[0])
     found = read_images(open_source(str(folders)), Rows())
-    assert len(found) == len(IMAGES)
+    assert len(found) == len(IMAGES) + 1
     assert found.classes == ("class0", "class1", "class2")
 
 
