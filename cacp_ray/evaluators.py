@@ -69,8 +69,8 @@ def make_scorer_alike(versions: Mapping[str, str], **arguments: Any) -> ScoreFun
     for name, version in versions.items():
         if found[name] != version:
             raise ConfigError(
-                f"{name} {found[name]} is installed there, {version} where the search runs: measurements "
-                "would differ; start all nodes from the same image"
+                f"{name} {found[name]} is installed there, {version} where the search runs: "
+                "measurements would differ; start all nodes from the same image"
             )
     return make_scorer(**arguments)
 
