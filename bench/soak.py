@@ -106,6 +106,7 @@ class Machines:
             [*RAY, "start", "--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false"]
         )
         cluster_answers(self.address)
+        self.wait_for_sockets(1)
 
     def spawn(self, command: list[str], **variables: str) -> subprocess.Popen[bytes]:
         """A process group of its own."""
@@ -126,9 +127,13 @@ class Machines:
             before = self.num_sockets()
             command = [*RAY, "start", f"--address={self.address}", "--num-cpus=1"]
             self.nodes.append(self.spawn(command, **variables))
-            deadline = time.monotonic() + PATIENCE_SECONDS
-            while self.num_sockets() == before and time.monotonic() < deadline:
-                time.sleep(0.05)
+            self.wait_for_sockets(before + 1)
+
+    def wait_for_sockets(self, count: int) -> None:
+        """Until so many object stores are up, the head's included."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while self.num_sockets() < count and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def num_sockets(self) -> int:
         """Of object stores, of nodes that are gone too."""

@@ -59,6 +59,7 @@ time.sleep(600)
 def machines():
     with running() as found:
         found.add_nodes(1)
+        wait_until_joined(found, 1)  # nodes that start at once may choose the same ports
         yield found
 
 
