@@ -92,19 +92,15 @@ def drive(folder: Path, address: str, episodes: int, seconds: float) -> None:
 class Machines:
     """Processes of a cluster on this machine, each node a group that can be killed whole."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, port: int, *head_options: str, **variables: str) -> None:
         self.folder = folder
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{listener.getsockname()[1]}"
+        self.address = f"127.0.0.1:{port}"
         # Notes of `ray start` go to our folder: a cluster of yours on this machine stays `auto`.
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self.environment = os.environ | token | {"RAY_TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
         self.nodes: list[subprocess.Popen[bytes]] = []
-        port = self.address.split(":")[1]
-        self.head = self.spawn(
-            [*RAY, "start", "--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false"]
-        )
+        head = [*RAY, "start", "--head", f"--port={port}", "--num-cpus=0", *head_options]
+        self.head = self.spawn(head, **variables)
         cluster_answers(self.address)
         self.wait_for_sockets(1)
 
@@ -158,6 +154,13 @@ class Machines:
         """Ends all of them."""
         for process in (*self.nodes, self.head):
             kill(process)
+
+
+def free_port() -> int:
+    """Of this machine, now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
@@ -258,11 +261,13 @@ def main() -> None:
 
 
 @contextmanager
-def running() -> Iterator[Machines]:
+def running(*head_options: str, port: int | None = None, **variables: str) -> Iterator[Machines]:
+    """A head of these options, without a dashboard by default, and the nodes that are added."""
     folder = Path(tempfile.mkdtemp(prefix="soak", dir="/tmp"))  # Ray's sockets need a short path
     machines = None
     try:
-        machines = Machines(folder)
+        options = head_options or ("--include-dashboard=false",)
+        machines = Machines(folder, port or free_port(), *options, **variables)
         yield machines
     finally:
         if machines is not None:

@@ -204,7 +204,7 @@ def _run_trials(
         gpus_per_evaluator=room.gpu_share,
         # The trials' share comes off the evaluators': all together they fill the machine.
         cpus_per_evaluator=cpus - trial_cpus * max_concurrent / num_evaluators,
-        follows_nodes=wanted is None,
+        most=useful if wanted is None else None,
         cache_folder=(folder / "cache").resolve(),
         cache_key=key_of_run(search, base, prepared, room.device),
         images=images_scored(search, base),

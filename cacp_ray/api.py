@@ -13,13 +13,13 @@ from cacp_ray.agent_space import AgentTuningConfig
 from cacp_ray.analysis import Analysis, analyze
 from cacp_ray.config import RunConfig, TrainConfig, load_config, resolved
 from cacp_ray.describing import describe_base
-from cacp_ray.errors import ArtifactError
+from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.evaluation.cache import check_folder
 from cacp_ray.evaluation.measurement import Measurement, Subnet
 from cacp_ray.exporting.subnet import export_subnet as export
 from cacp_ray.files import describe_environment, read_json, write_json, write_yaml
 from cacp_ray.finetuning import FinetuneConfig, finetune_folder, finetune_run
-from cacp_ray.folders import is_run, open_folder, read_run_config
+from cacp_ray.folders import check_unchanged, is_run, open_folder, read_run_config
 from cacp_ray.loading import (
     check_padding,
     check_splits,
@@ -34,7 +34,7 @@ from cacp_ray.reporting.tuning import write_tuning_report
 from cacp_ray.results import answer_rates, read_result, report_run
 from cacp_ray.run import check_run, find_room, run_search
 from cacp_ray.searching.loop import SearchProgress
-from cacp_ray.storage import RunStorage
+from cacp_ray.storage import RunStorage, is_within
 from cacp_ray.training.base import train_base
 from cacp_ray.training.loop import EpochResult
 
@@ -147,7 +147,7 @@ def search(
     """
     settings = config if isinstance(config, RunConfig) else load_config(RunConfig, config)
     folder = Path(run_dir) if run_dir is not None else Path("runs") / settings.name
-    copy = None if storage is None else _open_storage(str(storage), folder, resume=resume)
+    copy = None if storage is None else _open_storage(str(storage), folder, settings, resume)
     is_first = copy is not None and not copy.holds_run and not is_run(folder)
     open_folder(folder, settings, resume=resume and not is_first)
     if (folder / "result.json").exists():
@@ -169,10 +169,16 @@ def search(
     return Run(folder, result)
 
 
-def _open_storage(uri: str, folder: Path, *, resume: bool) -> RunStorage:
+def _open_storage(uri: str, folder: Path, config: RunConfig, resume: bool) -> RunStorage:
     """The storage of a run; what it holds is in the folder afterwards."""
+    if is_within(uri, folder):
+        raise ConfigError(
+            f"storage {uri} is within {folder}, which it shall be a copy of: choose another"
+        )
     storage = RunStorage(uri)
     if resume:
+        if (saved := storage.config) is not None:
+            check_unchanged(saved, config, f"storage {uri}", "--storage")
         storage.pull(folder)
     elif storage.holds_run:
         raise ArtifactError(

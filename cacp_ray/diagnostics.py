@@ -203,7 +203,8 @@ def measure_answers(
         lines: Of `learning.jsonl`.
         rates: Those searched.
         images: Length of the search-split prefix that measures them.
-        measure: Candidates -> measurements by index; equal keep counts are measured once.
+        measure: Candidates -> measurements by index, without those that failed; equal keep counts
+            are measured once.
     """
     answers = [
         (line["evaluations"], float(key), tuple(counts))
@@ -216,7 +217,9 @@ def measure_answers(
     found = measure(list(candidates.values()))
     points: list[dict[str, Any]] = []
     for evaluations, rate, counts in answers:
-        measured = found[candidates[counts].index]
+        measured = found.get(candidates[counts].index)
+        if measured is None:
+            continue
         points.append(
             {
                 "evaluations": evaluations,

@@ -23,6 +23,7 @@ def start_evaluators(
     prepared: Prepared,
     cache: Path | None,
     say: Callable[[str], object],
+    num_measured: int = 0,
 ) -> tuple[Evaluator, dict[Subnet, Measurement]]:
     """The evaluator of a search, and the measurements that it need not ask for.
 
@@ -32,13 +33,15 @@ def start_evaluators(
         prepared: What all candidates share.
         cache: Folder of measurements by content; None measures all anew.
         say: Takes a line.
+        num_measured: Evaluations that the run has made before.
     """
     from cacp_ray.distributed.pool import RayEvaluatorPool
     from cacp_ray.distributed.room import find_room
 
     cluster = config.cluster
     # Never more than could work at once, since nodes may be started for them.
-    useful = config.round_size if config.mode == "rounds" else config.evaluations
+    left = max(config.evaluations - num_measured, len(config.rates))
+    useful = config.round_size if config.mode == "rounds" else left
     room = find_room(
         cluster.cpus_per_evaluator, cluster.gpus_per_evaluator, cluster.max_evaluators, useful
     )
@@ -50,7 +53,7 @@ def start_evaluators(
         cpus_per_evaluator=cluster.cpus_per_evaluator,
         num_gpu_evaluators=room.on_gpus,
         gpus_per_evaluator=room.gpu_share,
-        follows_nodes=cluster.max_evaluators is None,
+        most=useful if cluster.max_evaluators is None else None,
     )
     if cache is None:
         return pool, {}

@@ -8,7 +8,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 120.0
 RETRY_SECONDS = 1.0
+# What a run's own files have at least.
+MODEL_KEYS = ("sha256", "groups", "base")
+RESULT_KEYS = ("name", "strategy", "cost", "base", "rates", "groups", "seconds")
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -98,6 +101,20 @@ def read_json(path: Path) -> Any:
         raise ArtifactError(f"{path}: {error.strerror}; is this the right folder?") from error
     except ValueError as error:
         raise ArtifactError(f"{path}: not valid JSON ({error})") from error
+
+
+def read_object(path: Path, keys: Iterable[str]) -> dict[str, Any]:
+    """Reads a JSON object that must have these keys.
+
+    Raises:
+        ArtifactError: As of `read_json`, or it is something else.
+    """
+    value = read_json(path)
+    lacks = sorted(set(keys) - (value.keys() if isinstance(value, dict) else set()))
+    if lacks or not isinstance(value, dict):
+        what = f"no {', '.join(lacks)} in it" if isinstance(value, dict) else "no JSON object"
+        raise ArtifactError(f"{path}: {what}; restore it from a copy, or make it anew")
+    return value
 
 
 def describe_environment(seed: int) -> dict[str, Any]:

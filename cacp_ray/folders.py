@@ -1,6 +1,7 @@
 """Run directories from outside: what is there, and whether it may be written."""
 
 from pathlib import Path
+from typing import Any
 
 from cacp_ray.config import RunConfig, Section, load_config, resolved
 from cacp_ray.errors import ArtifactError, ConfigError
@@ -25,12 +26,27 @@ def open_folder(run_dir: Path, config: Section, *, resume: bool) -> None:
         return
     if not saved.exists():
         raise ArtifactError(f"{run_dir} holds no run (no config.yaml): start it without --resume")
+    check_unchanged(saved, config, f"{run_dir}", "--run-dir")
+
+
+def check_unchanged(saved: Path | dict[str, Any], config: Section, where: str, option: str) -> None:
+    """Refuses to continue a run under another configuration.
+
+    Args:
+        saved: That it was started with: a file or its content.
+        config: That it would be continued with.
+        where: The run is, and which option names the place.
+        option: See above.
+
+    Raises:
+        ConfigError: They differ in what measurements or results depend on.
+    """
     changed = changed_keys(resolved(load_config(type(config), saved)), resolved(config))
     changed = [key for key in changed if key not in MAY_CHANGE]
     if changed:
         raise ConfigError(
-            f"{run_dir} was started with another configuration; changed: {', '.join(changed)}; "
-            "undo the change or choose another --run-dir"
+            f"{where} was started with another configuration; changed: {', '.join(changed)}; "
+            f"undo the change or choose another {option}"
         )
 
 

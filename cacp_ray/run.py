@@ -21,7 +21,7 @@ from cacp_ray.diagnostics import (
 from cacp_ray.evaluation.measurement import Evaluator, Measurement, Subnet
 from cacp_ray.evaluation.preparation import Prepared
 from cacp_ray.evaluators import start_evaluators
-from cacp_ray.files import describe_environment, read_json, write_json
+from cacp_ray.files import MODEL_KEYS, describe_environment, read_object, write_json
 from cacp_ray.loading import (
     STATISTICS_FILE,
     Base,
@@ -114,7 +114,8 @@ def run_search(
         base = load_base(config)
         check_run(config, base)
     run = RunDirectory(run_dir)
-    saved = read_json(run_dir / "model.json") if (run_dir / "model.json").exists() else None
+    model_file = run_dir / "model.json"
+    saved = read_object(model_file, MODEL_KEYS) if model_file.exists() else None
     if saved is not None:
         check_weights(base, run_dir)
     say(describe_base(base, config))
@@ -124,7 +125,9 @@ def run_search(
         join(config, address)
         prepared, statistics = preparing.result()
     with clock.phase("start"):
-        evaluator, kept = start_evaluators(config, base, prepared, cache, say)
+        evaluator, kept = start_evaluators(
+            config, base, prepared, cache, say, num_measured=len(run.read_records())
+        )
         if cache is not None:
             known = kept | dict(known or {})
             say(f"{len(kept):,} measurements are known from {cache}")

@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
+import yaml
 from pyarrow import fs
 
 from cacp_ray.errors import ArtifactError, ConfigError
@@ -30,10 +31,12 @@ SCHEMES = ("s3", "gs", "gcs", "file")
 CONNECT_SECONDS = 40.0
 PATIENCE_SECONDS = 120.0
 RETRY_SECONDS = 5.0
+GOOGLE_PATIENCE = "retry_limit_seconds=30"  # its client would try for a quarter of an hour
 LATEST = "checkpoints/LATEST.json"
 FIRST_IS_BEGUN = "config.yaml"  # written first of all, so it goes last of the first copy
 CHECKPOINTS = "checkpoints/checkpoint-"
-NEVER_CHANGE = ("episodes/", CHECKPOINTS)
+# A checkpoint's name comes again, with other content, where a driver died before LATEST.json.
+NEVER_CHANGE = "episodes/"
 
 
 class RunStorage:
@@ -53,6 +56,33 @@ class RunStorage:
         self._filesystem, self._root = _connect(uri)
         self._copied: dict[str, tuple[int, int]] = {}  # name: size and time of the local file
         self._is_listed = False
+        try:
+            self._latest = {self._read(LATEST)}  # what this process may find there
+        except (OSError, pa.ArrowException) as error:
+            raise ConfigError(
+                f"storage {uri} cannot be read ({_one_line(error)}): check its permissions"
+            ) from error
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """Content of the run's config.yaml; None where no run was copied there.
+
+        Raises:
+            ArtifactError: It cannot be read.
+        """
+        try:
+            content = self._read(FIRST_IS_BEGUN)
+            if content is None:
+                return None
+            config = yaml.safe_load(content)
+            if not isinstance(config, dict):
+                raise ValueError("damaged")
+        except (OSError, ValueError, pa.ArrowException, yaml.YAMLError) as error:
+            raise ArtifactError(
+                f"storage {self.uri}: {FIRST_IS_BEGUN} cannot be read ({_one_line(error)}): try "
+                "again, or start with another --storage"
+            ) from error
+        return config
 
     @property
     def holds_run(self) -> bool:
@@ -60,7 +90,11 @@ class RunStorage:
         return self._info(FIRST_IS_BEGUN).type == fs.FileType.File
 
     def push(self, run_dir: Path) -> bool:
-        """Copies what is new; False and a warning where the storage does not take it now."""
+        """Copies what is new; False and a warning where the storage does not take it now.
+
+        Raises:
+            ArtifactError: Another process has copied a run there since this one began.
+        """
         try:
             self._push(run_dir)
         except (OSError, pa.ArrowException) as error:
@@ -76,7 +110,7 @@ class RunStorage:
         """Copies what is new, trying for two minutes.
 
         Raises:
-            ArtifactError: The storage did not take it; the run directory is whole.
+            ArtifactError: The storage did not take it; the run directory is whole. Or as of `push`.
         """
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not self.push(run_dir):
@@ -113,6 +147,14 @@ class RunStorage:
             ) from error
 
     def _push(self, run_dir: Path) -> None:
+        latest = self._read(LATEST)
+        if latest is None:  # nothing there yet, or no more
+            self._copied, self._is_listed = {}, False
+        elif latest not in self._latest:
+            raise ArtifactError(
+                f"storage {self.uri}: another process copies a run there; end one of the two; what "
+                f"this one has measured is in {run_dir}"
+            )
         there = {} if self._is_listed else self._list()
         local = {
             path.relative_to(run_dir).as_posix(): path
@@ -124,17 +166,28 @@ class RunStorage:
             state = status.st_size, status.st_mtime_ns
             is_there = name.startswith(NEVER_CHANGE) and there.get(name) == status.st_size
             if self._copied.get(name) != state and not is_there:
-                self._put(name, local[name].read_bytes())
+                content = local[name].read_bytes()
+                if name == LATEST:  # it may arrive although the answer says no
+                    self._latest.add(content)
+                self._put(name, content)
+                if name == LATEST:
+                    self._latest = {content}
             self._copied[name] = state
-        self._is_listed = True
         # Whatever else is there is not ours to remove.
         gone = {
             name for name in {*there, *self._copied} - local.keys() if name.startswith(CHECKPOINTS)
         }
-        self._copied = {name: state for name, state in self._copied.items() if name in local}
         for folder in {"/".join(name.split("/")[:2]) for name in gone}:
-            with suppress(FileNotFoundError):
-                self._filesystem.delete_dir(self._path(folder))
+            self._remove(folder)
+        self._copied = {name: state for name, state in self._copied.items() if name in local}
+        self._is_listed = True
+
+    def _read(self, name: str) -> bytes | None:
+        """The content of a file there; None without one."""
+        if self._info(name).type != fs.FileType.File:
+            return None
+        with self._filesystem.open_input_stream(self._path(name)) as stream:
+            return stream.read()
 
     def _put(self, name: str, content: bytes) -> None:
         path = self._path(name)
@@ -149,6 +202,10 @@ class RunStorage:
         part.write_bytes(content)
         os.replace(part, target)
 
+    def _remove(self, folder: str) -> None:
+        with suppress(FileNotFoundError):
+            self._filesystem.delete_dir(self._path(folder))
+
     def _list(self) -> dict[str, int]:
         """Name: size of every file there."""
         selector = fs.FileSelector(self._root, recursive=True, allow_not_found=True)
@@ -157,10 +214,10 @@ class RunStorage:
         return {name: each.size for name, each in sizes.items() if each.base_name[0] != "."}
 
     def _refuse_older(self, run_dir: Path) -> None:
-        if self._info(LATEST).type != fs.FileType.File:
+        latest = self._read(LATEST)
+        if latest is None:
             return
-        with self._filesystem.open_input_stream(self._path(LATEST)) as stream:
-            there = _newest(stream.read())
+        there = _newest(latest)
         if there is None:
             raise ArtifactError(
                 f"storage {self.uri}: {LATEST} is damaged: start with another --storage; {run_dir} "
@@ -183,6 +240,12 @@ class RunStorage:
         return f"{self._root}/{name}"
 
 
+def is_within(uri: str, folder: Path) -> bool:
+    """Whether a storage is that folder of this machine, or in it."""
+    path = uri.removeprefix("file://")
+    return "://" not in path and Path(path).resolve().is_relative_to(folder.resolve())
+
+
 def _connect(uri: str) -> tuple[Any, str]:
     """The file system and the folder in it, tried out."""
     scheme = uri.partition("://")[0] if "://" in uri else ""
@@ -196,7 +259,9 @@ def _connect(uri: str) -> tuple[Any, str]:
     def connect() -> None:
         try:
             if scheme:
-                filesystem, root = fs.FileSystem.from_uri(uri)
+                is_google = scheme in ("gs", "gcs") and "retry_limit_seconds" not in uri
+                patience = ("&" if "?" in uri else "?") + GOOGLE_PATIENCE if is_google else ""
+                filesystem, root = fs.FileSystem.from_uri(uri + patience)
             else:
                 filesystem, root = fs.LocalFileSystem(), str(Path(uri).absolute())
             if isinstance(filesystem, fs.LocalFileSystem):

@@ -36,20 +36,17 @@ FRONTIER = tuple(round(0.2 + 0.05 * step, 2) for step in range(15))
 def measure_candidates(
     evaluator: Evaluator, candidates: Sequence[Candidate]
 ) -> dict[int, Measurement]:
-    """Scores candidates outside the search; by index.
-
-    Raises:
-        EvaluationError: One of them failed.
-    """
+    """Scores candidates outside the search; by index, without those that failed."""
     for candidate in candidates:
         evaluator.submit(candidate)
     found: dict[int, Measurement] = {}
     while len(found) < len(candidates):
-        for measurement in evaluator.results(10.0):
-            if measurement.status != "ok":
-                raise EvaluationError(f"a final measurement failed: {measurement.error}")
-            found[measurement.index] = measurement
-    return found
+        found |= {each.index: each for each in evaluator.results(10.0)}
+    for index, failed in found.items():
+        if failed.status != "ok":
+            rate = next(each.rate for each in candidates if each.index == index)
+            logger.warning("a final measurement at rate %.2f failed: %s", rate, failed.error)
+    return {index: each for index, each in found.items() if each.status == "ok"}
 
 
 def measure_policy(
@@ -79,6 +76,7 @@ def measure_policy(
             "record": as_record(base, config, candidate, found[candidate.index]),
         }
         for candidate in candidates
+        if candidate.index in found
     ]
 
 
@@ -93,7 +91,7 @@ def measure_uniform(base: Base, config: RunConfig, evaluator: Evaluator) -> dict
         for index, (rate, row) in enumerate(zip(config.rates, rows.tolist(), strict=True))
     ]
     found = measure_candidates(evaluator, candidates)
-    return {candidate.rate: found[candidate.index].top1 for candidate in candidates}
+    return {each.rate: found[each.index].top1 for each in candidates if each.index in found}
 
 
 def as_record(

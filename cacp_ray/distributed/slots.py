@@ -46,10 +46,13 @@ class Slot:
     num_crashes: int = 0  # consecutive process deaths while starting
     start_error: str = ""
     waiting_since: float = field(default_factory=time.monotonic)
+    answered_at: float = 0.0  # last, or when it was given a candidate while it had none
 
     def lose(self) -> None:
         """Its process is gone."""
-        self.is_ready, self.node, self.waiting_since = False, "", time.monotonic()
+        if self.node:  # else it waits for one already
+            self.waiting_since = time.monotonic()
+        self.is_ready, self.node = False, ""
 
 
 @dataclass(eq=False)
@@ -62,6 +65,7 @@ class Work:
     candidate: Candidate
     attempt: int = 1
     tried: set[str] = field(default_factory=set)
+    failed_on: list[str] = field(default_factory=list)  # nodes, one a counted attempt
 
     @property
     def num_places(self) -> int:
@@ -74,5 +78,6 @@ class Flight:
     """A candidate on an actor."""
 
     slot: Slot
+    node: str
     work: Work
     num_places: int

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cacp_ray.errors import ArtifactError
-from cacp_ray.files import read_json, write_file, write_json, write_tensors
+from cacp_ray.files import read_json, read_object, write_file, write_json, write_tensors
 from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.surgery import Orders, Skeleton, all_tensors
 
 SCHEMA_VERSION = 1
+KEYS = ("model", "num_classes", "rate", "groups")
 README = """# Subnet at rate {rate:.2f} ({cost_kept:.2%} of the {cost} of {model} kept)
 
 ```python
@@ -72,16 +73,17 @@ def read_description(folder: Path) -> dict[str, Any]:
     """The content of subnet.json.
 
     Raises:
-        ArtifactError: Missing, not JSON, or of a newer version.
+        ArtifactError: Missing, not JSON, not whole, or of a newer version.
     """
-    description = read_json(folder / "subnet.json")
+    file = folder / "subnet.json"
+    description = read_json(file)
     version = description.get("schema_version") if isinstance(description, dict) else None
     if version != SCHEMA_VERSION:
         raise ArtifactError(
-            f"{folder / 'subnet.json'}: schema version {version}, this cacp_ray reads "
+            f"{file}: schema version {version}, this cacp_ray reads "
             f"{SCHEMA_VERSION}; use the cacp_ray that wrote it"
         )
-    return description
+    return read_object(file, KEYS)
 
 
 def load_subnet(folder: str | Path, *, finetuned: bool | None = None) -> nn.Module:

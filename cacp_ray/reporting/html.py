@@ -11,7 +11,7 @@ import pyarrow as pa
 from markupsafe import Markup
 
 from cacp_ray.errors import ArtifactError
-from cacp_ray.files import read_json, write_file
+from cacp_ray.files import RESULT_KEYS, read_object, write_file
 from cacp_ray.reporting.effort import list_facts, list_phases
 from cacp_ray.reporting.figures import (
     Drawing,
@@ -65,8 +65,8 @@ def write_report(run_dir: Path, episodes: pa.Table) -> Path:
         raise ArtifactError(
             f"{run_dir} holds no result.json: finish the search first (search --resume)"
         )
-    result = read_json(run_dir / "result.json")
-    environment = read_json(run_dir / "environment.json")
+    result = read_object(run_dir / "result.json", RESULT_KEYS)
+    environment = read_object(run_dir / "environment.json", ())
     try:
         config = (run_dir / "config.yaml").read_text()
     except OSError as error:

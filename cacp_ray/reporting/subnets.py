@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from cacp_ray.files import read_json
+from cacp_ray.files import read_object
 from cacp_ray.pruning.subnet import read_description
 from cacp_ray.reporting.figures import limit_y, rate_colours, rate_legend, style
 
@@ -22,7 +22,7 @@ def read_metrics(run_dir: Path, result: dict[str, Any]) -> Metrics:
     """
     rows = sorted(result["rates"], key=lambda row: row["rate"])
     files = {row["rate"]: run_dir / row["path"] / "metrics.json" for row in rows}
-    found = {rate: read_json(file) for rate, file in files.items() if file.exists()}
+    found = {rate: read_object(file, ("epochs",)) for rate, file in files.items() if file.exists()}
     return {
         rate: each for rate, each in found.items() if len(each.get("history", [])) == each["epochs"]
     }

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from rich import box
 from rich.table import Table
 
-from cacp_ray.files import read_json, write_file
+from cacp_ray.files import read_object, write_file
 from cacp_ray.reporting.figures import BLUE, GREY, ORANGE, Plot, limit_y, save_plots, style
 from cacp_ray.reporting.html import embed_figure, fill_page
 from cacp_ray.reporting.summary import format_percent, format_seconds
@@ -27,7 +27,7 @@ def write_tuning_report(folder: Path) -> Path:
     Args:
         folder: With result.json, config.yaml, best.yaml and environment.json.
     """
-    result = read_json(folder / "result.json")
+    result = read_object(folder / "result.json", ("trials", "start", "answers", "seconds"))
     whole = max(row["evaluations"] for row in result["trials"])
     plots: list[tuple[str, str, Plot]] = [
         (key, key, lambda axes, key=key: plot_setting(axes, result, key)) for key in result["start"]
@@ -44,7 +44,7 @@ def write_tuning_report(folder: Path) -> Path:
         best=(folder / "best.yaml").read_text(),
         best_path=(folder / "best.yaml").as_posix(),
         config=(folder / "config.yaml").read_text(),
-        environment=read_json(folder / "environment.json"),
+        environment=read_object(folder / "environment.json", ()),
         figures=[embed_figure(each) for each in save_plots(plots, folder / "figures", HEIGHT)],
     )
     path = folder / "report.html"
@@ -61,7 +61,7 @@ def cached_share(result: dict[str, Any]) -> float:
 def tuning_header(result: dict[str, Any]) -> list[str]:
     """Heads of the columns of `tuning_rows`."""
     settings = [key.partition(".")[2].replace("_", " ") for key in result["start"]]
-    return ["trial", *settings, "evaluations", "best top-1 (%)", "mean over time (%)"]
+    return ["trial", "best top-1 (%)", "mean over time (%)", "evaluations", *settings]
 
 
 def tuning_rows(result: dict[str, Any]) -> list[list[str]]:
@@ -69,10 +69,10 @@ def tuning_rows(result: dict[str, Any]) -> list[list[str]]:
     return [
         [
             row["name"].removeprefix("trial-") + (" (as it was)" * is_start(row, result)),
-            *(format_setting(row["settings"][key]) for key in result["start"]),
-            f"{row['evaluations']:,}",
             format_percent(row["top1"]),
             format_percent(row["area"]),
+            f"{row['evaluations']:,}",
+            *(format_setting(row["settings"][key]) for key in result["start"]),
         ]
         for row in result["trials"]
     ]

@@ -303,7 +303,10 @@ class RunDirectory:
         records: list[EpisodeRecord] = []
         for number, line in enumerate(lines, start=1):
             try:
-                records.append(_record(json.loads(line)))
+                row = json.loads(line)
+                record = _record(row)
+                pa.RecordBatch.from_pylist([row], schema=SCHEMA)  # refuses values of other types
+                records.append(record)
             except (ValueError, TypeError, KeyError) as error:
                 if number == len(lines):
                     break  # cut short by a kill: this measurement never finished
@@ -352,7 +355,8 @@ def _record(row: dict[str, Any]) -> EpisodeRecord:
 
 def _read_part(part: Path) -> pa.Table:
     try:
-        return pq.ParquetFile(part).read(columns=SCHEMA.names)
+        table = pq.ParquetFile(part).read(columns=SCHEMA.names)
+        return table.cast(pa.schema([SCHEMA.field(name) for name in table.column_names]))
     except (OSError, pa.ArrowException) as error:
         raise ArtifactError(
             f"{part}: not a readable Parquet file; restore it from a copy, or start again in a "

@@ -8,6 +8,7 @@ with other settings (population-based training).
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -117,7 +118,7 @@ def _read_progress(name: str, settings: Any, metrics: Any) -> TrialProgress:
 def agent_trial(config: dict[str, Any], *, task: AgentTask, broker: Any) -> None:
     """Searches to the end, or until Tune stops it."""
     name = tune.get_context().get_trial_id()
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
         checkpoint = tune.get_checkpoint()
         curve: list[tuple[int, float]] = []
@@ -125,12 +126,11 @@ def agent_trial(config: dict[str, Any], *, task: AgentTask, broker: Any) -> None
             with checkpoint.as_directory() as saved:
                 shutil.copytree(saved, folder, dirs_exist_ok=True)
             curve = [(number, top1) for number, top1 in read_json(folder / CURVE_FILE)]
-        searches = [
-            task.begin(
-                config, seed, BrokeredEvaluator(broker, f"{name} {seed}"), folder / f"{seed}"
-            )
-            for seed in task.seeds
-        ]
+        searches: list[Search] = []
+        for seed in task.seeds:
+            evaluator = BrokeredEvaluator(broker, f"{name} {seed}")
+            stack.callback(evaluator.close)  # one that fails leaves nothing queued
+            searches.append(task.begin(config, seed, evaluator, folder / f"{seed}"))
         while not all(search.is_done for search in searches):
             for search in searches:
                 if not search.is_done:

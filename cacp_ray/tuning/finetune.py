@@ -22,7 +22,7 @@ from torch import nn
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.streams import ImageStream
 from cacp_ray.errors import ArtifactError, ConfigError
-from cacp_ray.files import changed_keys, read_json, write_json
+from cacp_ray.files import changed_keys, read_json, read_object, write_json
 from cacp_ray.training.recipe import Recipe
 from cacp_ray.tuning.experiment import (
     MAX_FAILURES,
@@ -330,5 +330,6 @@ def _name_trial(trial: Trial) -> str:
 
 
 def _read_result(folder: Path) -> FinetuneResult:
-    metrics = read_json(folder / "metrics.json")
-    return FinetuneResult(**{f.name: metrics[f.name] for f in dataclasses.fields(FinetuneResult)})
+    names = [field.name for field in dataclasses.fields(FinetuneResult)]
+    metrics = read_object(folder / "metrics.json", names)
+    return FinetuneResult(**{name: metrics[name] for name in names})

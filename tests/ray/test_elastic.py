@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bench.soak import Machines, running
+from bench.soak import Machines, free_port, running
 from cacp_ray.searching.run_directory import RunDirectory
 
 pytestmark = pytest.mark.ray
@@ -185,3 +185,63 @@ def test_a_search_under_kills_measures_every_candidate_once():
     found = json.loads(done.stdout)
     assert found["measurements"] == found["distinct"] == 600
     assert min(found["kills"].values()) > 0
+
+
+# A node of two CPUs comes when somebody asks for it, and goes after six idle seconds. Ray's own
+# AutoscalingCluster wraps the same provider, but ends every Ray of the machine first.
+LISTS = (
+    "cluster_synced_files",
+    "rsync_exclude",
+    "rsync_filter",
+    "initialization_commands",
+    "setup_commands",
+    "head_setup_commands",
+    "worker_setup_commands",
+    "head_start_ray_commands",
+    "worker_start_ray_commands",
+)
+AUTOSCALING = {
+    "cluster_name": "fake",
+    "max_workers": 3,
+    "provider": {
+        "type": "fake_multinode",
+        "use_node_id_as_ip": True,
+        "disable_node_updaters": True,
+        "disable_launch_config_check": True,
+    },
+    "available_node_types": {
+        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "worker": {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 3},
+    },
+    "head_node_type": "ray.head.default",
+    "upscaling_speed": 100.0,
+    "idle_timeout_minutes": 0.1,
+    **{key: {} for key in ("auth", "docker", "file_mounts")},
+    **{key: [] for key in LISTS},
+}
+
+
+def test_an_autoscaler_brings_what_a_search_could_use_and_takes_it_back(tmp_path):
+    file, config, folder = tmp_path / "cluster.yaml", tmp_path / "small.yaml", tmp_path / "run"
+    port = free_port()
+    provider = AUTOSCALING["provider"] | {"gcs_address": f"127.0.0.1:{port}"}
+    file.write_text(json.dumps(AUTOSCALING | {"provider": provider}))
+    small = SMALL | {"cluster": {"max_evaluators": 3}, "evaluations": 12}
+    config.write_text(yaml.safe_dump(small))
+    options = ("--include-dashboard=false", f"--autoscaling-config={file}")
+    fake = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    with running(*options, port=port, **fake) as machines:
+        address = machines.address
+        search = ("-m", "cacp_ray.cli", "search", config, "--run-dir", folder)
+        done = run(machines, *search, "--address", address)
+        assert done.returncode == 0, done.stdout + done.stderr
+        rows = RunDirectory(folder).read_records()
+        assert [row.status for row in rows] == 12 * ["ok"]
+        # Three evaluators of one CPU: two nodes, though a third is to be had.
+        assert int(run(machines, "-c", JOINED, address).stdout) == 2
+        deadline = time.monotonic() + 90
+        while (left := int(run(machines, "-c", JOINED, address).stdout)) and (
+            time.monotonic() < deadline
+        ):
+            time.sleep(1)
+        assert left == 0

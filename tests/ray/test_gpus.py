@@ -45,7 +45,7 @@ rooms = {
 }
 pool = RayEvaluatorPool(
     make_told, {"top1": 0.25}, num_evaluators=1, cpus_per_evaluator=1, num_gpu_evaluators=2,
-    gpus_per_evaluator=0.5, follows_nodes=True,
+    gpus_per_evaluator=0.5, most=100,
 )
 
 def score(count):

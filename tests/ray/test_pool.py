@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from ray.util.metrics import Counter, Gauge
 
 from cacp_ray.data.images import ImageSet
+from cacp_ray.distributed import pool as module
 from cacp_ray.distributed.pool import RayEvaluatorPool
 from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
@@ -19,7 +21,7 @@ from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunctio
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 # The first keep count tells the score function of these tests what to do.
-SLEEP, SLEEP_LONG, CRASH, RAISE = range(4)
+SLEEP, SLEEP_LONG, CRASH, RAISE, HANG_ONCE = range(5)
 
 
 def make_obedient(folder: str, images: NDArray[np.float32], parts: dict[str, Any]) -> ScoreFunction:
@@ -34,6 +36,9 @@ def make_obedient(folder: str, images: NDArray[np.float32], parts: dict[str, Any
             os.kill(os.getpid(), signal.SIGKILL)
         if order == RAISE:
             raise ValueError("group 2\nkeeps nothing")
+        if order == HANG_ONCE and not (hung := Path(folder).with_suffix(".hung")).exists():
+            hung.touch()
+            time.sleep(600)
         time.sleep(0.25 if order == SLEEP_LONG else 0.03)
         top1 = float(images[candidate.index])
         threads = float(os.environ["OMP_NUM_THREADS"])
@@ -181,6 +186,19 @@ def test_a_candidate_that_raises_is_tried_elsewhere_then_failed(shared: Shared) 
     assert shared.processes == before
 
 
+def test_an_evaluator_that_hangs_is_replaced(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared.wait()
+    monkeypatch.setattr(module, "HANG_S", 1.5)
+    found = shared.score([SLEEP, HANG_ONCE, *(5 * [SLEEP])])
+    assert {m.status for m in found} == {"ok"}
+    assert [m.attempt for m in found if m.index == 1] == [2]
+    assert (
+        len(re.findall(r"evaluator-\d has not answered for 2 s: it is replaced", caplog.text)) == 1
+    )
+
+
 @pytest.mark.parametrize(
     ("make_score", "payload", "reason"),
     [
@@ -254,6 +272,7 @@ def test_the_pool_tells_ray_what_it_does(shared, monkeypatch):
     monkeypatch.setattr(
         Gauge, "set", lambda self, value: shown.setdefault(self.info["name"], []).append(value)
     )
+    shared.wait()
     found = shared.score([SLEEP_LONG] * 10 + [RAISE])
     assert counted == {"cacp_measurements": 10, "cacp_failed_measurements": 1}
     stopped = [dataclasses.replace(found[0], status="stopped")]

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -48,13 +49,21 @@ def start(config, folder, *options):
     )
 
 
+def read_progress(line):
+    """Evaluations that a line tells of a trial, by its name."""
+    found = re.match(r"(trial-\d+) +(\d+) evaluations", line)
+    return {found[1]: int(found[2])} if found else {}
+
+
 def test_killed_tuning_resumes_to_settings_that_a_search_takes(tmp_path):
     config, folder = tmp_path / "config.yaml", tmp_path / "tuning"
     config.write_text(yaml.safe_dump(CONFIG))
     running = start(config, folder)
     assert running.stdout is not None
+    seen: dict[str, int] = {}
     for line in running.stdout:
-        if "12 evaluations" in line:
+        seen |= read_progress(line)
+        if "18 evaluations" in line:
             break
     os.kill(running.pid, signal.SIGKILL)
     running.wait()
@@ -73,6 +82,8 @@ def test_killed_tuning_resumes_to_settings_that_a_search_takes(tmp_path):
         row["settings"] for row in result["trials"]
     ]
     answers = result["answers"]
+    # Of this process alone: what it went on from was not asked again, but for a round each.
+    assert sum(answers.values()) <= 2 * 24 - sum(seen.values()) + 2 * 6
     assert answers["cached"] + answers["joined"] > 0
     best = load_config(RunConfig, folder / "best.yaml")
     assert best == with_settings(

@@ -125,8 +125,8 @@ def test_the_row_of_the_settings_as_they_were_is_marked():
     ]  # fmt: skip
     found = tuning_rows({"start": {"agent.lr": 0.001}, "trials": rows})
     assert found == [
-        ["0 (as it was)", "0.001", "9", "50.00", "40.00"],
-        ["1", "0.002", "9", "50.00", "40.00"],
+        ["0 (as it was)", "50.00", "40.00", "9", "0.001"],
+        ["1", "50.00", "40.00", "9", "0.002"],
     ]
 
 

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from cacp_ray.config import RunConfig, load_config, resolved
+from cacp_ray.files import RESULT_KEYS
 from cacp_ray.models.factory import build_model, resolve_weights
 from tests.unit.exporting.folders import make_folder
 
@@ -23,6 +24,7 @@ name: x
 model: {name: resnet20, weights: embedded:resnet20_cifar10}
 data: {search: {path: embedded:search}}
 """
+OTHER = CONFIG.replace("name: x", "name: y")
 WEIGHTS = resolve_weights("embedded:resnet20_cifar10")
 
 
@@ -109,8 +111,8 @@ def run_folder(folder, **files):
     config = resolved(load_config(RunConfig, {"name": "x"}))
     content = {
         "config.yaml": yaml.safe_dump(config),
-        "model.json": json.dumps({"sha256": "0" * 64}),
-        "result.json": json.dumps({"rates": []}),
+        "model.json": json.dumps({"sha256": "0" * 64, "groups": [], "base": {}}),
+        "result.json": json.dumps({key: [] for key in RESULT_KEYS}),
         **{name.replace("__", "/"): text for name, text in files.items()},
     }
     for name, text in content.items():
@@ -176,9 +178,9 @@ def storage(uri):
     return lambda folder: [*search()(folder), "--storage", uri.format(folder=folder)]
 
 
-def taken_storage(folder):
+def taken_storage(folder, content=OTHER):
     (folder / "copy").mkdir()
-    (folder / "copy" / "config.yaml").write_text("name: y\n")
+    (folder / "copy" / "config.yaml").write_text(content)
     return [*search()(folder), "--storage", folder / "copy"]
 
 
@@ -272,6 +274,11 @@ CASES = {
         resume(**{"model.json": "{"}),
         r"model\.json: not valid JSON",
     ),
+    "a model.json of something else": (
+        resume(**{"model.json": '{"sha256": "0"}'}),
+        r"model\.json: no base, groups in it",
+    ),
+    "a model.json that is a list": (resume(**{"model.json": "[]"}), r"model\.json: no JSON object"),
     "nothing to resume": (lambda folder: [*search()(folder), "--resume"], "holds no run"),
     "a file where the run should be": (
         lambda folder: ((folder / "run").write_text("x"), search()(folder))[1],
@@ -300,6 +307,14 @@ CASES = {
         "was searched with another `model` or `data`",
     ),
     "a damaged result": (on_run("report", **{"result.json": "{"}), "not valid JSON"),
+    "a result of something else": (
+        on_run("report", **{"result.json": "{}"}),
+        r"result\.json: no base, cost, .* in it; restore it",
+    ),
+    "an empty configuration in a run": (
+        on_run("evaluate", "--index", "1", **{"config.yaml": ""}),
+        "no candidate 1",
+    ),
     "a rate above one": (on_run("subnet", "--rate", "1.4"), r"in \(0, 1\]"),
     "endless rates": (on_run("subnet", "--rate", "0.2:inf:0.1"), "write one rate"),
     "one folder for many": (
@@ -311,6 +326,10 @@ CASES = {
     "a subnet of a newer version": (subnet(describe_otherwise(schema_version=9)), "version 9"),
     "a subnet of another base network": (subnet(of_another_base), "a file of another subnet"),
     "a subnet of an unknown network": (subnet(describe_otherwise(model="resnet21")), "unknown"),
+    "a description that lacks something": (
+        subnet(lambda path: (path / "subnet.json").write_text('{"schema_version": 1}')),
+        r"subnet\.json: no groups, model, ",
+    ),
     "a description cut short": (subnet(cut("subnet.json")), "not valid JSON"),
     "small weights cut short": (subnet(cut("model.safetensors")), "not a readable safetensors"),
     # Options
@@ -318,6 +337,15 @@ CASES = {
     "unknown storage": (storage("ftp://host/x"), "write s3://BUCKET/FOLDER"),
     "storage that cannot be written": (storage("{folder}/config.yaml/x"), "cannot be written to"),
     "storage of another run": (taken_storage, "holds a run: pass --resume"),
+    "storage of a run of another configuration": (
+        lambda folder: [*taken_storage(folder), "--resume"],
+        "copy was started with another configuration; changed: name; .* another --storage",
+    ),
+    "storage of a damaged run": (
+        lambda folder: [*taken_storage(folder, "- 1"), "--resume"],
+        r"config\.yaml cannot be read \(damaged\)",
+    ),
+    "storage in the run directory": (storage("{folder}/run/copy"), "is within .*run"),
     "an unknown option": (lambda folder: ["search", "--adress", "auto"], "--adress"),
 }
 

@@ -186,3 +186,90 @@ def test_a_damaged_latest_here_or_there_is_one_line(tmp_path, content):
     (copy / "checkpoints" / "LATEST.json").write_text(content)
     with pytest.raises(ArtifactError, match=r"LATEST\.json is damaged"):
         storage.pull(run_dir)
+
+
+def test_a_checkpoint_of_an_earlier_life_is_not_taken_for_one_of_the_same_name(
+    tmp_path, monkeypatch
+):
+    run_dir, copy = tmp_path / "run", tmp_path / "copy"
+    RunDirectory(run_dir).write_config({"name": "x"})
+    run = RunDirectory(run_dir)
+    run.save_checkpoint(0, lambda folder: (folder / "state").write_text("aaa"))
+    first = RunStorage(str(copy))
+    put = first._put
+
+    def dying(name, content):
+        if name == module.LATEST:
+            raise Killed
+        put(name, content)
+
+    monkeypatch.setattr(first, "_put", dying)
+    with pytest.raises(Killed):
+        first.push(run_dir)
+    shutil.rmtree(run_dir / "checkpoints")  # the driver's disk had not written it yet
+    run.save_checkpoint(0, lambda folder: (folder / "state").write_text("bbb"))
+    RunStorage(str(copy)).finish(run_dir)
+    assert (copy / "checkpoints" / "checkpoint-000000" / "state").read_text() == "bbb"
+    assert RunDirectory(copy).find_checkpoint() is not None
+
+
+def test_two_drivers_do_not_copy_to_one_place(tmp_path):
+    with pytest.raises(Killed):
+        search(tmp_path / "one", RunStorage(str(tmp_path / "copy")), 2)
+    first = RunStorage(str(tmp_path / "copy"))
+    first.pull(tmp_path / "one")
+    second = RunStorage(str(tmp_path / "copy"))
+    second.pull(tmp_path / "two")
+    search(tmp_path / "two", second)
+    whole = names(tmp_path / "copy")
+    with pytest.raises(ArtifactError, match=r"another process copies a run there.*one$"):
+        search(tmp_path / "one", first)
+    assert names(tmp_path / "copy") == whole
+
+
+def test_a_copy_that_was_removed_is_made_whole_again(tmp_path, uninterrupted):
+    copy = RunStorage(str(tmp_path / "copy"))
+    with pytest.raises(Killed):
+        search(tmp_path / "run", copy, 3)
+    shutil.rmtree(tmp_path / "copy")
+    search(tmp_path / "run", copy)
+    assert names(tmp_path / "copy") == names(tmp_path / "run")
+    assert rows(tmp_path / "copy") == uninterrupted
+
+
+def test_what_could_not_be_removed_is_removed_later(tmp_path, monkeypatch):
+    run_dir, copy = tmp_path / "run", RunStorage(str(tmp_path / "copy"))
+    RunDirectory(run_dir).write_config({"name": "x"})
+    run = RunDirectory(run_dir)
+    refused = []
+
+    def refuse_once(folder):
+        if not refused:
+            refused.append(folder)
+            raise OSError("busy")
+        remove(folder)
+
+    remove = copy._remove
+    monkeypatch.setattr(copy, "_remove", refuse_once)
+    for told in range(4):
+        run.save_checkpoint(told, lambda folder: (folder / "state").write_text("x"))
+        copy.push(run_dir)
+    assert refused
+    assert names(tmp_path / "copy") == names(run_dir)
+
+
+def test_googles_client_gives_up_within_half_a_minute(monkeypatch):
+    asked = []
+
+    class Silent:
+        class FileSystem:
+            @staticmethod
+            def from_uri(uri):
+                asked.append(uri)
+                raise OSError("no")
+
+    monkeypatch.setattr(module, "fs", Silent)
+    for uri in ("gs://bucket/run", "gs://bucket/run?project_id=x", "s3://bucket/run"):
+        with pytest.raises(ConfigError, match="cannot be written"):
+            RunStorage(uri)
+    assert [uri.partition("retry_limit_seconds")[2] for uri in asked] == ["=30", "=30", ""]

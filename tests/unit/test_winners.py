@@ -7,14 +7,20 @@ import pytest
 
 from cacp_ray.config import RunConfig, load_config
 from cacp_ray.describing import describe_model
-from cacp_ray.evaluation.measurement import Candidate
+from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.evaluation.scorer import make_scorer
 from cacp_ray.loading import load_base, prepare_base, read_orders
 from cacp_ray.pruning.subnet import load_subnet, read_description
 from cacp_ray.searching.budget import uniform
 from cacp_ray.searching.run_directory import EpisodeRecord
 from cacp_ray.training.metrics import measure
-from cacp_ray.winners import Builder, build_winners
+from cacp_ray.winners import (
+    FRONTIER,
+    Builder,
+    build_winners,
+    measure_policy,
+    measure_uniform,
+)
 
 RATE = 0.3
 
@@ -112,3 +118,37 @@ def test_orders_of_a_run_are_repeated_from_its_description():
             prepared.with_order(order).orders, again.with_order(order).orders, strict=True
         ):
             assert (one == other).all()
+
+
+class HalfFailing:
+    """An evaluator that cannot score every second candidate."""
+
+    def __init__(self):
+        self._queue = []
+
+    def submit(self, candidate):
+        self._queue.append(candidate)
+
+    def results(self, _):
+        found = [
+            Measurement(each.index, 0.5, 0.5, 1.0, 10, 0.0, status="failed", error="out of memory")
+            if each.index % 2
+            else Measurement(each.index, 0.25, 0.5, 1.0, 10, 0.0)
+            for each in self._queue
+        ]
+        self._queue = []
+        return found
+
+
+def test_a_final_measurement_that_fails_is_left_out_with_a_warning(built, caplog):
+    base, _, _ = built
+    config = load_config(RunConfig, {"rates": [0.3, 0.5, 0.7]})
+    assert measure_uniform(base, config, HalfFailing()) == {0.3: 0.25, 0.7: 0.25}
+    assert "a final measurement at rate 0.50 failed: out of memory" in caplog.text
+
+    def policy(rates):
+        return uniform(base.budget, rates, np.ones(len(base.plan.groups)))
+
+    answers = measure_policy(policy, base, config, HalfFailing())
+    assert 0 < len(answers) < len(FRONTIER)
+    assert {answer["top1"] for answer in answers} == {0.25}

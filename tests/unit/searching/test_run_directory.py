@@ -2,9 +2,11 @@
 
 import dataclasses
 import os
+import re
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -292,6 +294,31 @@ def test_a_part_of_other_columns_is_one_line(run):
     part = run.path / "episodes" / "part-00000.parquet"
     pq.write_table(pq.read_table(part).drop_columns(["top1"]), part)
     with pytest.raises(ArtifactError, match=r"part-00000\.parquet: other columns"):
+        run.read_records()
+
+
+@pytest.mark.parametrize("value", ['"high"', "[1]", "{}"])
+def test_a_line_with_a_value_of_another_type_is_named(run, value):
+    fill(run, rows(2))
+    journal = run.path / "journal.jsonl"
+    first, second = journal.read_text().splitlines()
+    bad = re.sub(r'"top1": [^,]*', f'"top1": {value}', first)
+    assert bad != first
+    journal.write_text(f"{bad}\n{second}\n")
+    with pytest.raises(ArtifactError, match="line 1 is not a measurement"):
+        run.read_records()
+    journal.write_text(f"{second}\n{bad}\n")
+    assert len(run.read_records()) == 1
+
+
+def test_a_part_with_values_of_another_type_is_one_line(run):
+    fill(run, rows(2))
+    run.compact()
+    part = run.path / "episodes" / "part-00000.parquet"
+    table = pq.read_table(part)
+    text = pa.array(["high", "low"])
+    pq.write_table(table.set_column(table.column_names.index("top1"), "top1", text), part)
+    with pytest.raises(ArtifactError, match="part-00000"):
         run.read_records()
 
 

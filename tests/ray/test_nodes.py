@@ -1,0 +1,118 @@
+"""A pool whose nodes come and go, on a Ray cluster of several nodes in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = pytest.mark.ray
+
+START = """
+import json, sys, time
+import ray
+from ray._private.state import actors
+from ray.cluster_utils import Cluster
+from cacp_ray.distributed import fleet
+from cacp_ray.distributed.pool import RayEvaluatorPool
+from cacp_ray.evaluation.measurement import Candidate
+from tests.ray.test_nodes import make_slow
+
+def wait(is_so, seconds=60):
+    started = time.monotonic()
+    while not is_so() and time.monotonic() < started + seconds:
+        pool.results(0.05)
+        time.sleep(0.05)
+    return time.monotonic() - started
+
+def num_actors():
+    return sum(each["State"] != "DEAD" for each in actors().values())
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+"""
+
+END = """
+pool.close()
+ray.shutdown()
+cluster.shutdown()
+print(json.dumps(found))
+"""
+
+ALONE = """
+fleet.MAX_RETRY_DELAY_S = 50.0
+fleet.WITHDRAW_S = 8.0
+node = cluster.add_node(num_cpus=2)
+pool = RayEvaluatorPool(
+    make_slow, {"seconds": 0.0}, num_evaluators=2, cpus_per_evaluator=1, most=3
+)
+wait(lambda: pool.num_alive == 2)
+for slot in pool._fleet.slots:
+    slot.num_crashes = 6  # as after minutes without a node: tried again after 50 s
+cluster.remove_node(node)
+withdrawn = wait(lambda: len(pool._fleet.slots) == 1)
+time.sleep(3)
+pool.results(0.0)
+left = len(pool._fleet.slots), num_actors()
+cluster.add_node(num_cpus=1)
+back = wait(lambda: pool.num_alive == 1, 100)
+cluster.add_node(num_cpus=8)
+wait(lambda: pool.num_alive == 3)
+found = {"withdrawn": withdrawn, "left": left, "back": back, "most": len(pool._fleet.slots)}
+"""
+
+LOST = """
+node = cluster.add_node(num_cpus=1)
+pool = RayEvaluatorPool(
+    make_slow, {"seconds": 2.0}, num_evaluators=1, cpus_per_evaluator=1, max_attempts=2
+)
+pool.submit(Candidate(0, 0.5, (1,)))
+measurements = []
+for life in range(3):
+    wait(lambda: pool._flights)
+    cluster.remove_node(node)
+    wait(lambda: not pool._flights)
+    node = cluster.add_node(num_cpus=1)
+while not measurements:
+    measurements += pool.results(10.0)
+found = {"status": measurements[0].status, "attempt": measurements[0].attempt}
+"""
+
+
+def make_slow(seconds):
+    """Scores after so many seconds."""
+    from cacp_ray.evaluation.measurement import Measurement
+
+    def score(candidate):
+        time.sleep(seconds)
+        return Measurement(candidate.index, 0.5, 0.5, 1.0, 1, seconds)
+
+    return score
+
+
+def run(script):
+    done = subprocess.run(
+        [sys.executable, "-c", START + script + END],
+        env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_pool_left_alone_asks_for_little_and_is_there_when_a_node_joins():
+    found = run(ALONE)
+    assert 8 <= found["withdrawn"] < 25
+    assert found["left"] == [1, 1]  # the one taken back left no actor behind
+    assert found["back"] < 30  # although its next try was due much later
+    assert found["most"] == 3
+
+
+def test_a_candidate_that_is_lost_with_its_nodes_is_not_blamed():
+    found = run(LOST)
+    assert found == {"status": "ok", "attempt": 4}
