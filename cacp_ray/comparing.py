@@ -8,7 +8,7 @@ from cacp_ray.config import RunConfig, resolved
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.evaluation.measurement import Measurement, Subnet
 from cacp_ray.evaluation.preparation import hash_weights
-from cacp_ray.files import MODEL_KEYS, changed_keys, read_object
+from cacp_ray.files import changed_keys, read_object
 from cacp_ray.loading import load_model, read_split
 from cacp_ray.pruning.cost import describe_cost
 from cacp_ray.reporting.comparison import ComparedRun, Comparison, Point
@@ -121,7 +121,7 @@ def _read_model(run_dir: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{run_dir} has measured nothing yet (no model.json): go on with --resume"
         )
-    return read_object(run_dir / "model.json", MODEL_KEYS)
+    return read_object(run_dir / "model.json", ("sha256",))
 
 
 def _measured(config: RunConfig, sha256: str) -> dict[str, Any]:

@@ -24,9 +24,6 @@ logger = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 120.0
 RETRY_SECONDS = 1.0
-# What a run's own files have at least.
-MODEL_KEYS = ("sha256", "groups", "base")
-RESULT_KEYS = ("name", "strategy", "cost", "base", "rates", "groups", "seconds")
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:

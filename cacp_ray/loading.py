@@ -18,7 +18,7 @@ from cacp_ray.data.streams import ImageStream, open_stream
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.evaluation.latency_table import LatencyTable, load_table
 from cacp_ray.evaluation.preparation import Prepared, hash_weights, needed_kinds, prepare
-from cacp_ray.files import MODEL_KEYS, read_object
+from cacp_ray.files import read_object
 from cacp_ray.models.factory import build_model, copy_weights, load_weights
 from cacp_ray.models.pretrained import is_published, read_weights
 from cacp_ray.pruning.cost import Limited
@@ -138,8 +138,8 @@ def check_weights(base: Base, run_dir: Path) -> None:
     Raises:
         ArtifactError: The hash in model.json differs, or what the whole network costs.
     """
-    model = read_object(run_dir / "model.json", MODEL_KEYS)
-    cost = model["base"].get("cost", base.budget.total)
+    model = read_object(run_dir / "model.json", ("sha256",))
+    cost = model.get("base", {}).get("cost", base.budget.total)
     if cost != base.budget.total:
         raise ArtifactError(
             f"{run_dir}: the whole network cost {cost:,} when the search began and costs "

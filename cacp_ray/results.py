@@ -19,7 +19,7 @@ from cacp_ray.evaluation.measurement import (
     Measurement,
 )
 from cacp_ray.evaluation.scorer import make_scorer
-from cacp_ray.files import MODEL_KEYS, RESULT_KEYS, read_object
+from cacp_ray.files import read_object
 from cacp_ray.loading import (
     check_weights,
     find_statistics,
@@ -50,7 +50,7 @@ def read_result(run_dir: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{run_dir} has no result.json: finish the search with `cacp-ray search --resume`"
         )
-    return read_object(run_dir / "result.json", RESULT_KEYS)
+    return read_object(run_dir / "result.json", ("rates",))
 
 
 def report_run(run_dir: Path) -> Path:
@@ -131,7 +131,7 @@ def answer_rates(
     check_weights(base, run_dir)
     for rate in rates:
         base.budget.check(rate)
-    orders = read_orders(read_object(run_dir / "model.json", MODEL_KEYS))
+    orders = read_orders(read_object(run_dir / "model.json", ("groups",)))
     prepared = prepare_base(base, config, orders, find_statistics(base, config, run_dir))
     strategy, agent = make_run_strategy(config, base)
     strategy.restore(checkpoint[0] / "strategy")
@@ -214,7 +214,7 @@ def rescore_candidate(
     record = records[index]
     base = load_base(config)
     check_weights(base, run_dir)
-    orders = read_orders(read_object(run_dir / "model.json", MODEL_KEYS))
+    orders = read_orders(read_object(run_dir / "model.json", ("groups",)))
     score = make_scorer(
         prepare_base(base, config, orders, find_statistics(base, config, run_dir)),
         base.search,

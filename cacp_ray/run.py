@@ -21,7 +21,7 @@ from cacp_ray.diagnostics import (
 from cacp_ray.evaluation.measurement import Evaluator, Measurement, Subnet
 from cacp_ray.evaluation.preparation import Prepared
 from cacp_ray.evaluators import start_evaluators
-from cacp_ray.files import MODEL_KEYS, describe_environment, read_object, write_json
+from cacp_ray.files import describe_environment, read_object, write_json
 from cacp_ray.loading import (
     STATISTICS_FILE,
     Base,
@@ -115,7 +115,7 @@ def run_search(
         check_run(config, base)
     run = RunDirectory(run_dir)
     model_file = run_dir / "model.json"
-    saved = read_object(model_file, MODEL_KEYS) if model_file.exists() else None
+    saved = read_object(model_file, ("sha256", "groups", "base")) if model_file.exists() else None
     if saved is not None:
         check_weights(base, run_dir)
     say(describe_base(base, config))

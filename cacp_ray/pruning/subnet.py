@@ -19,7 +19,6 @@ from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.surgery import Orders, Skeleton, all_tensors
 
 SCHEMA_VERSION = 1
-KEYS = ("model", "num_classes", "rate", "groups")
 README = """# Subnet at rate {rate:.2f} ({cost_kept:.2%} of the {cost} of {model} kept)
 
 ```python
@@ -73,7 +72,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     """The content of subnet.json.
 
     Raises:
-        ArtifactError: Missing, not JSON, not whole, or of a newer version.
+        ArtifactError: Missing, not JSON, or of a newer version.
     """
     file = folder / "subnet.json"
     description = read_json(file)
@@ -83,7 +82,7 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{file}: schema version {version}, this cacp_ray reads "
             f"{SCHEMA_VERSION}; use the cacp_ray that wrote it"
         )
-    return read_object(file, KEYS)
+    return description
 
 
 def load_subnet(folder: str | Path, *, finetuned: bool | None = None) -> nn.Module:
@@ -98,7 +97,8 @@ def load_subnet(folder: str | Path, *, finetuned: bool | None = None) -> nn.Modu
         ConfigError: The model's factory cannot be imported.
     """
     folder = Path(folder)
-    description = read_description(folder)
+    read_description(folder)
+    description = read_object(folder / "subnet.json", ("model", "num_classes"))
     use_finetuned = (folder / "finetuned.safetensors").exists() if finetuned is None else finetuned
     file = folder / ("finetuned.safetensors" if use_finetuned else "model.safetensors")
     try:

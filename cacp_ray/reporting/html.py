@@ -11,7 +11,7 @@ import pyarrow as pa
 from markupsafe import Markup
 
 from cacp_ray.errors import ArtifactError
-from cacp_ray.files import RESULT_KEYS, read_object, write_file
+from cacp_ray.files import read_object, write_file
 from cacp_ray.reporting.effort import list_facts, list_phases
 from cacp_ray.reporting.figures import (
     Drawing,
@@ -44,6 +44,8 @@ from cacp_ray.reporting.summary import (
     summary_rows,
     words,
 )
+
+RESULT_KEYS = ("base", "cost", "frontier", "rates", "seconds")
 
 
 def write_report(run_dir: Path, episodes: pa.Table) -> Path:

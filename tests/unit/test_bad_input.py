@@ -14,7 +14,6 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from cacp_ray.config import RunConfig, load_config, resolved
-from cacp_ray.files import RESULT_KEYS
 from cacp_ray.models.factory import build_model, resolve_weights
 from tests.unit.exporting.folders import make_folder
 
@@ -112,7 +111,7 @@ def run_folder(folder, **files):
     content = {
         "config.yaml": yaml.safe_dump(config),
         "model.json": json.dumps({"sha256": "0" * 64, "groups": [], "base": {}}),
-        "result.json": json.dumps({key: [] for key in RESULT_KEYS}),
+        "result.json": json.dumps({"rates": []}),
         **{name.replace("__", "/"): text for name, text in files.items()},
     }
     for name, text in content.items():
@@ -309,7 +308,7 @@ CASES = {
     "a damaged result": (on_run("report", **{"result.json": "{"}), "not valid JSON"),
     "a result of something else": (
         on_run("report", **{"result.json": "{}"}),
-        r"result\.json: no base, cost, .* in it; restore it",
+        r"result\.json: no rates in it; restore it",
     ),
     "an empty configuration in a run": (
         on_run("evaluate", "--index", "1", **{"config.yaml": ""}),
@@ -328,7 +327,7 @@ CASES = {
     "a subnet of an unknown network": (subnet(describe_otherwise(model="resnet21")), "unknown"),
     "a description that lacks something": (
         subnet(lambda path: (path / "subnet.json").write_text('{"schema_version": 1}')),
-        r"subnet\.json: no groups, model, ",
+        r"subnet\.json: no model, num_classes in it",
     ),
     "a description cut short": (subnet(cut("subnet.json")), "not valid JSON"),
     "small weights cut short": (subnet(cut("model.safetensors")), "not a readable safetensors"),

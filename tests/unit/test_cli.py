@@ -305,7 +305,9 @@ def test_help_and_import_stay_light():
 
 def test_an_unexpected_failure_is_one_line_and_code_1(run, tmp_path):
     (tmp_path / "config.yaml").write_text("name: x\n")
-    (tmp_path / "result.json").write_text("{}")
+    keys = ("base", "cost", "frontier", "rates", "seconds")
+    (tmp_path / "result.json").write_text(json.dumps(dict.fromkeys(keys, 1)))
+    (tmp_path / "environment.json").write_text("{}")
     code, _, err = run("report", tmp_path)
     assert code == 1
     assert err.count("\n") == 1
