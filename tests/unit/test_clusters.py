@@ -32,7 +32,7 @@ AUTOSCALER = """version upscalingMode idleTimeoutSeconds image imagePullPolicy e
 HEAD = "template* rayStartParams serviceType headService enableIngress resources labels"
 WORKERS = """groupName* minReplicas* maxReplicas* template* replicas rayStartParams numOfHosts
     suspend scaleStrategy idleTimeoutSeconds resources labels"""
-POD = "containers* restartPolicy nodeSelector tolerations serviceAccountName volumes"
+POD = "affinity containers* restartPolicy nodeSelector tolerations serviceAccountName volumes"
 CONTAINER = "name* image* resources ports env volumeMounts"
 
 
