@@ -7,6 +7,8 @@ an integer. Class names are read from the schema metadata `huggingface` or `clas
 import dataclasses
 import io
 import itertools
+import logging
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +27,10 @@ from cacp_ray.errors import ArtifactError, ConfigError
 
 Interpolation = Literal["bilinear", "bicubic"]
 
+logger = logging.getLogger(__name__)
+
 DECODED_TOGETHER = 512
+PROGRESS_SECONDS = 10.0
 MAX_UNNAMED_CLASSES = 100_000  # a label beyond is taken for a mistake
 # What Pillow raises at bytes that are no image, or too large a one.
 DECODE_ERRORS = (
@@ -263,7 +268,7 @@ def decode(source: Source, rows: NDArray[np.int64], shape: Shape) -> NDArray[np.
     with ThreadPoolExecutor() as pool:
         # In parts: encoded images of a whole split would take as much memory again.
         items = source.read(rows)
-        done = 0
+        done, say_at = 0, time.monotonic() + PROGRESS_SECONDS
         while part := list(itertools.islice(items, DECODED_TOGETHER)):
             decoded = list(pool.map(decode_one, part))
             if images is None:
@@ -276,5 +281,10 @@ def decode(source: Source, rows: NDArray[np.int64], shape: Shape) -> NDArray[np.
                 )
             images[done : done + len(part)] = decoded
             done += len(part)
+            if time.monotonic() > say_at and done < len(rows):
+                say_at = time.monotonic() + PROGRESS_SECONDS
+                logger.info(
+                    "data %s: %s of %s images read", source.name, f"{done:,}", f"{len(rows):,}"
+                )
     assert images is not None
     return images

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from cacp_ray.data import images
 from cacp_ray.data.images import read_parquet
 from cacp_ray.errors import ArtifactError, ConfigError
 
@@ -102,3 +103,14 @@ def test_embedded_splits_share_no_image():
     images = [read_parquet(f"embedded:{name}").images for name in ("train", "search", "test")]
     keys = [{image.tobytes() for image in split} for split in images]
     assert len(set.union(*keys)) == sum(len(split) for split in images)
+
+
+def test_long_reading_says_how_far_it_is(monkeypatch, caplog):
+    monkeypatch.setattr(images, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(images, "DECODED_TOGETHER", 40)
+    with caplog.at_level("INFO"):
+        read_parquet("embedded:search", (0, 100))
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "40 of 100 images read",
+        "80 of 100 images read",
+    ]
