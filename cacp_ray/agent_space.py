@@ -69,6 +69,20 @@ class AgentTuningConfig(Section):
     scheduler: Literal["asha", "pbt", "none"] = "asha"
     seed: NonNegativeInt = Field(default=0, description="of the settings drawn first")
 
+    @field_validator("space", mode="before")
+    @classmethod
+    def _flatten(cls, space: Any) -> Any:
+        """`agent: {lr: ...}`, which `--set space.agent.lr=...` makes, means `agent.lr: ...`."""
+        if not isinstance(space, dict):
+            return space
+        nested = {key: value for key, value in space.items() if key in SECTIONS}
+        flat = {key: value for key, value in space.items() if key not in SECTIONS}
+        for section, settings in nested.items():
+            if not isinstance(settings, dict):
+                raise ValueError(f"{section}: give its settings by name, as agent.lr")
+            flat |= {f"{section}.{name}": value for name, value in settings.items()}
+        return flat
+
     @field_validator("space")
     @classmethod
     def _known(cls, space: dict[str, Distribution]) -> dict[str, Distribution]:

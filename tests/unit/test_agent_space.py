@@ -178,3 +178,17 @@ def test_a_population_changes_settings_within_the_space():
 )
 def test_trials_that_run_at_once(changes, evaluators, expected):
     assert trials_at_once(load(**{"trials": 24} | changes), evaluators) == expected
+
+
+def test_the_space_can_be_changed_by_set():
+    file = Path("tune_configs/agent_asha.yaml")
+    changed = load_config(
+        AgentTuningConfig, file, ["space.agent.lr={uniform: [0.0005, 0.002]}"]
+    ).space
+    plain = load_config(AgentTuningConfig, file).space
+    assert changed["agent.lr"].uniform == (0.0005, 0.002)
+    assert changed.keys() == plain.keys()
+    with pytest.raises(ConfigError, match=r"space\.agent\.foo: unknown; settings are"):
+        load_config(AgentTuningConfig, file, ["space.agent.foo={uniform: [0, 1]}"])
+    with pytest.raises(ConfigError, match=r"space: agent: give its settings by name"):
+        load_config(AgentTuningConfig, file, ["space.agent=3"])
