@@ -39,7 +39,7 @@ class Distribution(Section):
         if self.choice is not None:
             return as_text(value) in [as_text(each) for each in self.choice]
         low, high = self.uniform or self.log_uniform or (0.0, 0.0)
-        return low <= value <= high
+        return isinstance(value, int | float) and low <= value <= high
 
     def samples(self) -> tuple[Any, ...]:
         """All choices, or both ends and a value between that is no whole number."""

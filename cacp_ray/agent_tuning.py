@@ -119,10 +119,12 @@ def tune_agent(
     """
     from cacp_ray.distributed.cluster import check_address, check_room, connect
     from cacp_ray.distributed.probe import probe_nodes
+    from cacp_ray.tuning.agents import check_algorithm
 
     clock = Clock()
     with clock.phase("start"):
         check_address(address)
+        check_algorithm(config.algorithm)
         search = with_settings(config.search, {}, evaluations=config.evaluations)
         base = load_base(search)
         check_strategy(search, base)
@@ -130,9 +132,9 @@ def tune_agent(
         connect(address)
         check_room(search.cluster.cpus_per_evaluator, search.cluster.gpus_per_evaluator, address)
         probe_nodes()
+    with clock.phase("trials"), RunDirectory(folder).locked():
         write_yaml(folder / "config.yaml", resolved(config))
         write_json(folder / "environment.json", describe_environment(config.seed))
-    with clock.phase("trials"):
         trials, status = _run_trials(config, search, base, prepared, folder, on_progress, say)
     rows = sorted(
         ({**asdict(each), "settings": dict(each.settings)} for each in trials),
@@ -150,7 +152,10 @@ def tune_agent(
         "answers": {name: getattr(status, name) for name in ("scored", "cached", "joined")},
         "seconds": clock.seconds,
     }
-    write_yaml(folder / "best.yaml", resolved(with_settings(config.search, best["settings"])))
+    # With a seed that the settings were not chosen by.
+    seed = max(*config.seeds, config.search.seed) + 1
+    found = with_settings(config.search, best["settings"], seed=seed)
+    write_yaml(folder / "best.yaml", resolved(found))
     write_file(folder / "trials.csv", partial(_write_table, rows))
     write_json(folder / "result.json", result)
     return result

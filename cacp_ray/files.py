@@ -86,6 +86,18 @@ def write_yaml(path: Path, value: Any) -> None:
     write_file(path, lambda temporary: temporary.write_text(text))
 
 
+def read_text(path: Path) -> str:
+    """Reads a text file.
+
+    Raises:
+        ArtifactError: It is missing or cannot be read.
+    """
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise ArtifactError(f"{path}: {error.strerror}; is this the right folder?") from error
+
+
 def read_json(path: Path) -> Any:
     """Reads JSON.
 
@@ -93,9 +105,7 @@ def read_json(path: Path) -> Any:
         ArtifactError: The file is missing or is not JSON.
     """
     try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise ArtifactError(f"{path}: {error.strerror}; is this the right folder?") from error
+        return json.loads(read_text(path))
     except ValueError as error:
         raise ArtifactError(f"{path}: not valid JSON ({error})") from error
 

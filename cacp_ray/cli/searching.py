@@ -111,7 +111,7 @@ def tune_agent(
             settings, folder, resume=resume, address=address, on_progress=display.update
         )
     make_console().print(tuning_table(result))
-    typer.echo(f"best settings: cacp-ray search {folder / 'best.yaml'}")
+    typer.echo(f"best settings: cacp-ray search {folder / 'best.yaml'} --cache {folder / 'cache'}")
     typer.echo(f"report: {folder / 'report.html'}")
 
 

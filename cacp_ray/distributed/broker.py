@@ -159,7 +159,7 @@ class Broker:
                     self._note(capacity=self._pool.capacity, num_alive=self._pool.num_alive)
         except Exception as error:  # nothing more will be scored: every search has to know
             with self._changed:
-                self._error = str(error)
+                self._error = str(error) or type(error).__name__
                 self._changed.notify_all()
 
     def _take_turns(self, room: int) -> list[Candidate]:

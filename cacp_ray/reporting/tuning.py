@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from rich import box
 from rich.table import Table
 
-from cacp_ray.files import read_object, write_file
+from cacp_ray.errors import ArtifactError
+from cacp_ray.files import read_object, read_text, write_file
 from cacp_ray.reporting.figures import BLUE, GREY, ORANGE, Plot, limit_y, save_plots, style
 from cacp_ray.reporting.html import embed_figure, fill_page
 from cacp_ray.reporting.summary import format_percent, format_seconds
@@ -28,6 +29,8 @@ def write_tuning_report(folder: Path) -> Path:
         folder: With result.json, config.yaml, best.yaml and environment.json.
     """
     result = read_object(folder / "result.json", ("trials", "start", "answers", "seconds"))
+    if not result["trials"]:
+        raise ArtifactError(f"{folder / 'result.json'}: no trials in it; restore it from a copy")
     whole = max(row["evaluations"] for row in result["trials"])
     plots: list[tuple[str, str, Plot]] = [
         (key, key, lambda axes, key=key: plot_setting(axes, result, key)) for key in result["start"]
@@ -41,9 +44,10 @@ def write_tuning_report(folder: Path) -> Path:
         num_stopped=sum(row["evaluations"] < whole for row in result["trials"]),
         share=format_percent(cached_share(result), 0),
         seconds=format_seconds(sum(result["seconds"].values())),
-        best=(folder / "best.yaml").read_text(),
+        best=read_text(folder / "best.yaml"),
         best_path=(folder / "best.yaml").as_posix(),
-        config=(folder / "config.yaml").read_text(),
+        cache_path=(folder / "cache").as_posix(),
+        config=read_text(folder / "config.yaml"),
         environment=read_object(folder / "environment.json", ()),
         figures=[embed_figure(each) for each in save_plots(plots, folder / "figures", HEIGHT)],
     )
@@ -109,6 +113,7 @@ def plot_setting(axes: Axes, result: dict[str, Any], key: str) -> str:
     done = np.array([row["evaluations"] == whole for row in rows])
     y = np.array([100 * row[result["objective"]] for row in rows])
     values = [row["settings"][key] for row in rows]
+    is_ordered = True
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         x = np.array(values, dtype=float)
         if x.min() > 0 and x.max() / x.min() > LOG_FACTOR:
@@ -117,6 +122,7 @@ def plot_setting(axes: Axes, result: dict[str, Any], key: str) -> str:
         names = sorted({format_setting(value) for value in values})
         x = np.array([names.index(format_setting(value)) for value in values], dtype=float)
         axes.set_xticks(range(len(names)), names)
+        is_ordered = False
     starts = np.array([is_start(row, result) for row in rows])
     axes.scatter(x[~done], y[~done], s=26, facecolors="none", edgecolors=GREY)
     axes.scatter(x[done], y[done], s=30, c=BLUE)
@@ -124,7 +130,7 @@ def plot_setting(axes: Axes, result: dict[str, Any], key: str) -> str:
     limit_y(axes, y[done], y)
     style(axes, key, "top-1 (%)")
     hollow = " Hollow: stopped early." if not done.all() else ""
-    correlation = rank_correlation(x[done], y[done])
+    correlation = rank_correlation(x[done], y[done]) if is_ordered else None
     strength = "" if correlation is None else f" Rank correlation {correlation:+.2f}."
     return f"Dots: {done.sum()} trials to the end; ringed: as it was.{hollow}{strength}"
 

@@ -1,8 +1,8 @@
 """Tunes the agent: every trial is a search with settings of its own, all on one broker.
 
-A trial searches with several seeds side by side and reports their mean after every round, with a
-checkpoint of all of them. So Tune can stop it early, start it again from there, or let it go on
-with other settings (population-based training).
+A trial searches with several seeds, a round of each in turn, and reports their mean after every
+round, with a checkpoint of all of them. So Tune can stop it early, start it again from there, or
+let it go on with other settings (population-based training).
 """
 
 import shutil
@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -26,7 +27,13 @@ from cacp_ray.distributed.broker import BrokeredEvaluator
 from cacp_ray.errors import ConfigError
 from cacp_ray.evaluation.measurement import Evaluator
 from cacp_ray.files import read_json, write_json
-from cacp_ray.tuning.experiment import MAX_FAILURES, can_restore, check_trials, quiet_tune
+from cacp_ray.tuning.experiment import (
+    MAX_FAILURES,
+    can_restore,
+    check_trials,
+    quiet_tune,
+    restore,
+)
 
 CURVE_FILE = "curve.json"
 TRIAL_CPUS = 0.05  # reserved by a trial; it learns while its candidates are scored
@@ -191,7 +198,7 @@ def tune_agents(
         Where each trial ended.
 
     Raises:
-        ConfigError: Optuna is asked for and not installed.
+        ArtifactError: What `experiment_dir` holds is damaged.
         EvaluationError: A trial died more often than it is restarted.
     """
     listener = _on_progress.set(on_progress)
@@ -201,13 +208,7 @@ def tune_agents(
     try:
         with quiet_tune():
             if can_restore(experiment_dir):
-                tuner = tune.Tuner.restore(
-                    str(experiment_dir),
-                    trainable=trainable,
-                    param_space=dict(space),
-                    resume_unfinished=True,
-                    resume_errored=True,
-                )
+                tuner = restore(experiment_dir, trainable, dict(space))
                 for each in tuner.get_results():
                     if "evaluations" in (each.metrics or {}):
                         name = Path(each.path).name
@@ -221,7 +222,7 @@ def tune_agents(
                         mode="max",
                         num_samples=trials,
                         search_alg=_make_searcher(algorithm, start, seed, max_concurrent),
-                        scheduler=make_scheduler(scheduler, space, evaluations),
+                        scheduler=make_scheduler(scheduler, space, start, evaluations),
                         trial_name_creator=_name_trial,
                         trial_dirname_creator=_name_trial,
                     ),
@@ -256,23 +257,44 @@ def _make_searcher(
         return BasicVariantGenerator(
             points_to_evaluate=first, random_state=seed, max_concurrent=max_concurrent
         )
-    try:
-        from ray.tune.search.optuna import OptunaSearch
+    from ray.tune.search.optuna import OptunaSearch
 
-        searcher = OptunaSearch(points_to_evaluate=first, seed=seed)
-    except (ImportError, AssertionError) as error:
+    return ConcurrencyLimiter(OptunaSearch(points_to_evaluate=first, seed=seed), max_concurrent)
+
+
+def check_algorithm(algorithm: Algorithm) -> None:
+    """Refuses one that is not installed.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if algorithm == "optuna" and find_spec("optuna") is None:
         raise ConfigError(
             "algorithm optuna is not installed: pip install 'cacp_ray[optuna]', or use random"
-        ) from error
-    return ConcurrencyLimiter(searcher, max_concurrent)
+        )
+
+
+class SparingASHA(ASHAScheduler):
+    """Stops poor trials but the one of the start, which the others are compared with."""
+
+    def __init__(self, start: Settings, **options: Any) -> None:
+        super().__init__(**options)
+        self._start = dict(start)
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """Tune's decision, after it has taken the result for its own comparisons."""
+        decision = super().on_trial_result(tune_controller, trial, result)
+        is_whole = result["evaluations"] >= self._max_t
+        return self.CONTINUE if trial.config == self._start and not is_whole else decision
 
 
 def make_scheduler(
-    scheduler: Scheduler, space: Mapping[str, Any], evaluations: int
+    scheduler: Scheduler, space: Mapping[str, Any], start: Settings, evaluations: int
 ) -> TrialScheduler | None:
     """Tune's; None leaves the trials alone."""
     if scheduler == "asha":
-        return ASHAScheduler(
+        return SparingASHA(
+            start,
             time_attr="evaluations",
             max_t=evaluations,
             grace_period=evaluations // REDUCTION + 1,

@@ -11,7 +11,7 @@ from typing import Any
 from ray import tune
 from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback, TBXLoggerCallback
 
-from cacp_ray.errors import ConfigError, EvaluationError
+from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError
 
 # A trial may die this often and is restarted from its last epoch.
 MAX_FAILURES = 2
@@ -85,6 +85,27 @@ def can_restore(folder: Path) -> bool:
     """Whether an experiment is there to go on with; one killed before its first save left none."""
     has_state = any(folder.glob("experiment_state-*.json"))
     return has_state and tune.Tuner.can_restore(str(folder))
+
+
+def restore(folder: Path, trainable: Any, space: dict[str, Any]) -> tune.Tuner:
+    """An experiment to go on with, its failed trials too.
+
+    Raises:
+        ArtifactError: Its files are damaged.
+    """
+    try:
+        return tune.Tuner.restore(
+            str(folder),
+            trainable=trainable,
+            param_space=space,
+            resume_unfinished=True,
+            resume_errored=True,
+        )
+    except Exception as error:  # whatever a damaged pickle makes it raise
+        raise ArtifactError(
+            f"{folder} is damaged ({type(error).__name__}): remove it, and --resume begins these "
+            "trials anew"
+        ) from error
 
 
 def check_trials(results: Any, what: str) -> None:

@@ -30,6 +30,7 @@ from cacp_ray.tuning.experiment import (
     check_trials,
     make_loggers,
     quiet_tune,
+    restore,
 )
 from cacp_ray.tuning.scheduler import SchedulerPerRate, make_asha
 from cacp_ray.tuning.trial import (
@@ -280,13 +281,7 @@ def _restore_tuner(
     """To go on with; None where there is nothing to go on with."""
     if not can_restore(experiment_dir):
         return None
-    tuner = tune.Tuner.restore(
-        str(experiment_dir),
-        trainable=trainable,
-        param_space=space,
-        resume_unfinished=True,
-        resume_errored=True,
-    )
+    tuner = restore(experiment_dir, trainable, space)
     # One killed between replacing a checkpoint and saving that names a checkpoint that is gone.
     # Training is repeatable, so starting over ends with the same weights.
     checkpoints = [result.checkpoint for result in tuner.get_results()]

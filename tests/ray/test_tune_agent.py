@@ -72,6 +72,10 @@ def test_killed_tuning_resumes_to_settings_that_a_search_takes(tmp_path):
     num_measured = len(cache.read_text().splitlines())
     assert num_measured >= 9
 
+    with RunDirectory(folder).locked():
+        refused = start(config, folder, "--resume")
+        out, _ = refused.communicate(timeout=120)
+    assert (refused.returncode, "another process is searching there" in out) == (2, True), out
     resumed = start(config, folder, "--resume")
     out, _ = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, out
@@ -87,8 +91,11 @@ def test_killed_tuning_resumes_to_settings_that_a_search_takes(tmp_path):
     assert answers["cached"] + answers["joined"] > 0
     best = load_config(RunConfig, folder / "best.yaml")
     assert best == with_settings(
-        load_config(AgentTuningConfig, CONFIG).search, result["trials"][0]["settings"]
+        load_config(AgentTuningConfig, CONFIG).search, result["trials"][0]["settings"], seed=1
     )
+    # The settings that the search came with are always there to compare with.
+    (plain,) = (row for row in result["trials"] if row["settings"] == result["start"])
+    assert plain["evaluations"] == 24
     with (folder / "trials.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["top1"]) for row in rows] == [row["top1"] for row in result["trials"]]

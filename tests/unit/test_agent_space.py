@@ -4,6 +4,7 @@ import math
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from ray.tune.schedulers.pbt import _explore
 from cacp_ray.agent_space import AgentTuningConfig, as_text, read_settings, with_settings
 from cacp_ray.agent_tuning import trials_at_once
 from cacp_ray.config import RunConfig, load_config
-from cacp_ray.errors import ConfigError
+from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.reporting.tuning import rank_correlation, tuning_rows
 from cacp_ray.tuning.agents import make_scheduler, measure_area
+from cacp_ray.tuning.experiment import restore
 
 
 def load(**changes):
@@ -49,6 +51,7 @@ def load(**changes):
             {"search": {"strategy": "amc"}, "space": {"agent.lr": {"uniform": [0, 1]}}},
             "nothing in strategy amc: .*of paper",
         ),
+        ({"space": {"agent.hidden": {"uniform": [1, 2]}}}, "hidden leaves out the value"),
         ({"trials": 1}, "trials"),
         ({"seeds": [0, 0]}, "one twice"),
         ({"seeds": [-1]}, "seeds"),
@@ -145,7 +148,7 @@ def test_a_population_changes_settings_within_the_space():
         "agent.drafts": tune.choice([8, 16, 32]),
         "agent.noise_decay": tune.uniform(0.95, 1.0),
     }
-    scheduler = make_scheduler("pbt", space, 100)
+    scheduler = make_scheduler("pbt", space, {}, 100)
     settings = {"agent.elite_share": 0.85, "agent.lr": 9e-3, "agent.drafts": 32}
     settings["agent.noise_decay"] = 0.99
     seen = set()
@@ -192,3 +195,28 @@ def test_the_space_can_be_changed_by_set():
         load_config(AgentTuningConfig, file, ["space.agent.foo={uniform: [0, 1]}"])
     with pytest.raises(ConfigError, match=r"space: agent: give its settings by name"):
         load_config(AgentTuningConfig, file, ["space.agent=3"])
+
+
+def test_asha_spares_the_settings_that_the_others_are_compared_with():
+    start = {"agent.lr": 0.001}
+    scheduler = make_scheduler("asha", {}, start, 100)
+
+    def report(name, lr, evaluations, top1):
+        trial = SimpleNamespace(trial_id=name, config={"agent.lr": lr}, status="RUNNING")
+        result = {"evaluations": evaluations, "top1": top1, "training_iteration": evaluations}
+        if name not in scheduler._trial_info:
+            scheduler.on_trial_add(None, trial)
+        return scheduler.on_trial_result(None, trial, result)
+
+    scheduler.set_search_properties("top1", "max")
+    for index, top1 in enumerate((0.9, 0.8, 0.85)):
+        report(f"good {index}", 0.002, 54, top1)
+    assert report("poor", 0.003, 54, 0.2) == "STOP"
+    assert report("start", 0.001, 54, 0.1) == "CONTINUE"
+    assert report("start", 0.001, 100, 0.1) == "STOP"
+
+
+def test_a_damaged_experiment_is_one_line(tmp_path):
+    (tmp_path / "tuner.pkl").write_bytes(b"no pickle")
+    with pytest.raises(ArtifactError, match=r"is damaged .*: remove it"):
+        restore(tmp_path, print, {})
