@@ -135,10 +135,20 @@ def tune_agent(
     with clock.phase("trials"), RunDirectory(folder).locked():
         write_yaml(folder / "config.yaml", resolved(config))
         write_json(folder / "environment.json", describe_environment(config.seed))
-        trials, status = _run_trials(config, search, base, prepared, folder, on_progress, say)
+        trials, status, counts = _run_trials(
+            config, search, base, prepared, folder, on_progress, say
+        )
     rows = sorted(
-        ({**asdict(each), "settings": dict(each.settings)} for each in trials),
-        key=lambda row: (-row["evaluations"], -row[config.objective]),
+        (
+            {
+                **asdict(each),
+                "settings": dict(each.settings),
+                "known": known_share(each.name, counts),
+            }
+            for each in trials
+        ),
+        # Of those that share what was found, the one whose settings found it.
+        key=lambda row: (-row["evaluations"], -row[config.objective], row["since"]),
     )
     best = rows[0]
     result = {
@@ -181,8 +191,8 @@ def _run_trials(
     folder: Path,
     on_progress: Callable[[Any], object],
     say: Callable[[str], object],
-) -> tuple[list[Any], Any]:
-    """Where each trial ended, and how the broker answered."""
+) -> tuple[list[Any], Any, dict[str, tuple[int, int]]]:
+    """Where each trial ended, how the broker answered, and by search what it asked."""
     import ray
     from ray import tune
 
@@ -231,7 +241,7 @@ def _run_trials(
             experiment_dir=(folder / "tune").resolve(),
             on_progress=on_progress,
         )
-        return trials, ray.get(broker.status.remote())
+        return trials, *ray.get([broker.status.remote(), broker.counts.remote()])
     finally:
         ray.kill(broker)
 
@@ -245,12 +255,27 @@ def _as_domain(tune: Any, distribution: Distribution) -> Any:
     return tune.loguniform(*distribution.log_uniform)
 
 
+def known_share(trial: str, counts: Mapping[str, tuple[int, int]]) -> float | None:
+    """Share of a trial's candidates that no evaluator scored for it, since the tuning was started.
+
+    Args:
+        trial: Its name.
+        counts: Of the broker, by searches, which `tuning.agents.name_search` has named.
+
+    Returns:
+        None where it asked for none.
+    """
+    own = [pair for search, pair in counts.items() if search.startswith(f"{trial} ")]
+    asked = sum(each for each, _ in own)
+    return sum(known for _, known in own) / asked if asked else None
+
+
 def _write_table(rows: list[dict[str, Any]], path: Path) -> None:
     table = [
         {
             "name": row["name"],
             **row["settings"],
-            **{k: row[k] for k in ("evaluations", "top1", "area")},
+            **{k: row[k] for k in ("evaluations", "top1", "area", "known", "since")},
         }
         for row in rows
     ]

@@ -49,8 +49,13 @@ class BrokerStatus:
 
 @dataclass(eq=False)
 class _Client:
-    """A search: what it has asked, and what it has not fetched yet."""
+    """A search: what it has asked, and what it has not fetched yet.
 
+    `counts` are its candidates that were answered or sent to the pool, and those that needed no
+    evaluator.
+    """
+
+    counts: list[int]
     queue: deque[Candidate] = field(default_factory=deque)
     inbox: list[Measurement] = field(default_factory=list)
 
@@ -91,6 +96,7 @@ class Broker:
         self._images = images
         self._changed = threading.Condition()
         self._clients: OrderedDict[str, _Client] = OrderedDict()  # whose turn it is comes first
+        self._counts: dict[str, list[int]] = {}  # of all searches there were
         self._flights: dict[int, _Flight] = {}
         self._in_flight: dict[Key, _Flight] = {}
         self._next_index = 0
@@ -102,7 +108,7 @@ class Broker:
     def open(self, client: str) -> None:
         """Begins a search, or begins it anew: what it had asked before is forgotten."""
         with self._changed:
-            self._clients[client] = _Client()
+            self._clients[client] = _Client(self._counts.setdefault(client, [0, 0]))
 
     def submit(self, client: str, candidate: Candidate) -> None:
         """Answers a candidate of an open search from what is known, or queues it."""
@@ -142,6 +148,11 @@ class Broker:
         """As of now."""
         with self._changed:
             return self._status
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """By search: candidates asked for, and those that no evaluator had to score for it."""
+        with self._changed:
+            return {client: (asked, known) for client, (asked, known) in self._counts.items()}
 
     def _pump(self) -> None:
         try:
@@ -184,6 +195,7 @@ class Broker:
         known = self._cache.get(candidate, images)
         if known is not None:
             client.inbox.append(dataclasses.replace(known, seconds=0.0))
+            self._count(client, known=1)
             self._note(cached=self._status.cached + 1)
             self._changed.notify_all()
             return True
@@ -191,6 +203,7 @@ class Broker:
         if flight is None:
             return False
         flight.waiting.append((client, candidate.index))
+        self._count(client, known=1)
         self._note(joined=self._status.joined + 1)
         return True
 
@@ -199,6 +212,7 @@ class Broker:
         # To the end, whatever it races against: others may want it too.
         sent = dataclasses.replace(candidate, index=self._next_index, best="")
         self._next_index += 1
+        self._count(client, known=0)
         flight = _Flight(sent, [(client, candidate.index)])
         key = candidate.subnet, candidate.images or self._images
         self._flights[sent.index] = self._in_flight[key] = flight
@@ -215,6 +229,10 @@ class Broker:
         for client, index in flight.waiting:
             client.inbox.append(dataclasses.replace(measurement, index=index))
         self._changed.notify_all()
+
+    def _count(self, client: _Client, *, known: int) -> None:
+        client.counts[0] += 1
+        client.counts[1] += known
 
     def _note(self, **changes: int) -> None:
         self._status = dataclasses.replace(self._status, **changes)

@@ -65,7 +65,16 @@ def cached_share(result: dict[str, Any]) -> float:
 def tuning_header(result: dict[str, Any]) -> list[str]:
     """Heads of the columns of `tuning_rows`."""
     settings = [key.partition(".")[2].replace("_", " ") for key in result["start"]]
-    return ["trial", "best top-1 (%)", "mean over time (%)", "evaluations", *settings]
+    since = ["settings since"] if has_changed(result) else []
+    return [
+        "trial",
+        "best top-1 (%)",
+        "mean over time (%)",
+        "evaluations",
+        "known (%)",
+        *since,
+        *settings,
+    ]
 
 
 def tuning_rows(result: dict[str, Any]) -> list[list[str]]:
@@ -76,10 +85,22 @@ def tuning_rows(result: dict[str, Any]) -> list[list[str]]:
             format_percent(row["top1"]),
             format_percent(row["area"]),
             f"{row['evaluations']:,}",
+            format_share(row.get("known")),
+            *([f"{row['since']:,}"] if has_changed(result) else []),
             *(format_setting(row["settings"][key]) for key in result["start"]),
         ]
         for row in result["trials"]
     ]
+
+
+def format_share(value: float | None) -> str:
+    """Percent without decimals; a dash where nothing was asked."""
+    return "-" if value is None else format_percent(value, 0)
+
+
+def has_changed(result: dict[str, Any]) -> bool:
+    """Whether trials were given other settings while they searched."""
+    return any(row.get("since", 0) for row in result["trials"])
 
 
 def is_start(row: dict[str, Any], result: dict[str, Any]) -> bool:
@@ -130,7 +151,9 @@ def plot_setting(axes: Axes, result: dict[str, Any], key: str) -> str:
     limit_y(axes, y[done], y)
     style(axes, key, "top-1 (%)")
     hollow = " Hollow: stopped early." if not done.all() else ""
-    correlation = rank_correlation(x[done], y[done]) if is_ordered else None
+    correlation = (
+        rank_correlation(x[done], y[done]) if is_ordered and not has_changed(result) else None
+    )
     strength = "" if correlation is None else f" Rank correlation {correlation:+.2f}."
     return f"Dots: {done.sum()} trials to the end; ringed: as it was.{hollow}{strength}"
 

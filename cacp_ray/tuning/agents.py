@@ -5,6 +5,7 @@ round, with a checkpoint of all of them. So Tune can stop it early, start it aga
 let it go on with other settings (population-based training).
 """
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,7 @@ from cacp_ray.tuning.experiment import (
 )
 
 CURVE_FILE = "curve.json"
+SETTINGS_FILE = "settings.json"
 TRIAL_CPUS = 0.05  # reserved by a trial; it learns while its candidates are scored
 TRIALS_SHARE = 0.25  # of the CPUs, that all trials together reserve at most
 # Of trials at ASHA's only rung: agents begin to learn after dozens of evaluations, and say nothing
@@ -97,6 +99,7 @@ class TrialProgress:
         evaluations: Of each of its searches.
         top1: Best so far.
         area: Mean of `top1` over the evaluations so far.
+        since: Evaluations when it got these settings; above 0 in a population alone.
     """
 
     name: str
@@ -104,6 +107,7 @@ class TrialProgress:
     evaluations: int
     top1: float
     area: float
+    since: int = 0
 
 
 # As in finetune.py: Tune pickles its callbacks, the listener is of this driver.
@@ -114,17 +118,18 @@ class _ProgressCallback(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        _on_progress.get()(_read_progress(_name_trial(trial), trial.config, result))
+        _on_progress.get()(_read_progress(_name_trial(trial), result))
 
 
-def _read_progress(name: str, settings: Any, metrics: Any) -> TrialProgress:
-    numbers = (metrics[key] for key in ("evaluations", "top1", "area"))
-    return TrialProgress(name, dict(settings), *numbers)
+def _read_progress(name: str, metrics: Any) -> TrialProgress:
+    # The settings that the result was found with: a population may have changed them since.
+    numbers = (metrics[key] for key in ("evaluations", "top1", "area", "since"))
+    return TrialProgress(name, json.loads(metrics["settings"]), *numbers)
 
 
 def agent_trial(config: dict[str, Any], *, task: AgentTask, broker: Any) -> None:
     """Searches to the end, or until Tune stops it."""
-    name = tune.get_context().get_trial_id()
+    name = name_trial(tune.get_context().get_trial_id())
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
         checkpoint = tune.get_checkpoint()
@@ -133,9 +138,10 @@ def agent_trial(config: dict[str, Any], *, task: AgentTask, broker: Any) -> None
             with checkpoint.as_directory() as saved:
                 shutil.copytree(saved, folder, dirs_exist_ok=True)
             curve = [(number, top1) for number, top1 in read_json(folder / CURVE_FILE)]
+        since = note_settings(folder / SETTINGS_FILE, config, curve[-1][0] if curve else 0)
         searches: list[Search] = []
         for seed in task.seeds:
-            evaluator = BrokeredEvaluator(broker, f"{name} {seed}")
+            evaluator = BrokeredEvaluator(broker, name_search(name, seed))
             stack.callback(evaluator.close)  # one that fails leaves nothing queued
             searches.append(task.begin(config, seed, evaluator, folder / f"{seed}"))
         while not all(search.is_done for search in searches):
@@ -145,10 +151,23 @@ def agent_trial(config: dict[str, Any], *, task: AgentTask, broker: Any) -> None
             evaluations = min(search.evaluations for search in searches)
             curve.append((evaluations, float(np.mean([search.top1 for search in searches]))))
             write_json(folder / CURVE_FILE, curve)
-            tune.report(
-                {"evaluations": evaluations, "top1": curve[-1][1], "area": measure_area(curve)},
-                checkpoint=tune.Checkpoint.from_directory(folder),
-            )
+            metrics = {
+                "evaluations": evaluations,
+                "top1": curve[-1][1],
+                "area": measure_area(curve),
+                "settings": json.dumps(config),
+                "since": since,
+            }
+            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
+
+
+def note_settings(file: Path, settings: Settings, evaluations: int) -> int:
+    """Writes down which settings a search goes on with; returns the evaluations since when."""
+    saved = read_json(file) if file.exists() else None
+    if saved is None or saved["settings"] != dict(settings):
+        saved = {"settings": dict(settings), "since": evaluations}
+        write_json(file, saved)
+    return int(saved["since"])
 
 
 def measure_area(curve: Sequence[tuple[int, float]]) -> float:
@@ -211,8 +230,7 @@ def tune_agents(
                 tuner = restore(experiment_dir, trainable, dict(space))
                 for each in tuner.get_results():
                     if "evaluations" in (each.metrics or {}):
-                        name = Path(each.path).name
-                        on_progress(_read_progress(name, each.config, each.metrics))
+                        on_progress(_read_progress(Path(each.path).name, each.metrics))
             else:
                 tuner = tune.Tuner(
                     trainable,
@@ -242,11 +260,21 @@ def tune_agents(
     finally:
         _on_progress.reset(listener)
     check_trials(results, "the search of")
-    return [_read_progress(Path(each.path).name, each.config, each.metrics) for each in results]
+    return [_read_progress(Path(each.path).name, each.metrics) for each in results]
 
 
 def _name_trial(trial: Trial) -> str:
-    return f"trial-{trial.trial_id.rpartition('_')[2]}"
+    return name_trial(trial.trial_id)
+
+
+def name_trial(trial_id: str) -> str:
+    """As tables and folders call it."""
+    return f"trial-{trial_id.rpartition('_')[2]}"
+
+
+def name_search(trial: str, seed: int) -> str:
+    """As the broker knows a trial's search."""
+    return f"{trial} {seed}"
 
 
 def _make_searcher(

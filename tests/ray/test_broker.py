@@ -87,6 +87,9 @@ def test_what_two_want_is_scored_once_and_both_get_it_under_their_own_index(brok
     assert {m.index: m.top1 for m in collect(other, 3)} == {70: 0.03, 71: 0.02, 72: 0.01}
     assert counts(broker).scored == 3
     assert counts(broker).joined + counts(broker).cached == 3
+    by_search = ray.get(broker.counts.remote())
+    assert sum(known for _, known in by_search.values()) == 3
+    assert sum(asked for asked, _ in by_search.values()) == 3 + counts(broker).scored
     again = begin(tmp_path)
     third = BrokeredEvaluator(again, "third")
     submit(third, candidates(2))

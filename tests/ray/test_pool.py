@@ -14,7 +14,9 @@ from ray.util.metrics import Counter, Gauge
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.distributed import pool as module
+from cacp_ray.distributed.nodes import Nodes
 from cacp_ray.distributed.pool import RayEvaluatorPool
+from cacp_ray.distributed.slots import Work
 from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
 
@@ -273,11 +275,30 @@ def test_the_pool_tells_ray_what_it_does(shared, monkeypatch):
         Gauge, "set", lambda self, value: shown.setdefault(self.info["name"], []).append(value)
     )
     shared.wait()
-    found = shared.score([SLEEP_LONG] * 10 + [RAISE])
-    assert counted == {"cacp_measurements": 10, "cacp_failed_measurements": 1}
+    found = shared.score([SLEEP_LONG] * 20 + [RAISE])
+    assert counted == {"cacp_measurements": 20, "cacp_failed_measurements": 1}
     stopped = [dataclasses.replace(found[0], status="stopped")]
     shared.pool._metrics.count(stopped)
-    assert counted == {"cacp_measurements": 11, "cacp_failed_measurements": 1}
+    assert counted == {"cacp_measurements": 21, "cacp_failed_measurements": 1}
     assert shown["cacp_evaluators_alive"][-1] == 2
     assert max(shown["cacp_candidates_waiting"]) > 0
     assert max(shown["cacp_candidates_scoring"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("failed_on", "is_given_up"),
+    [
+        (["here", "here"], False),
+        (["here", "gone", "here"], False),
+        (["here", "here", "gone", "here"], True),
+        (["gone"] * 8, False),
+        (["gone"] * 9, True),
+    ],
+)
+def test_only_failures_on_nodes_that_are_still_there_are_a_candidate_s_fault(
+    monkeypatch: pytest.MonkeyPatch, failed_on: list[str], is_given_up: bool
+) -> None:
+    monkeypatch.setattr(module, "read_nodes", lambda: Nodes({"here": 1.0}, {}, frozenset()))
+    pool = object.__new__(RayEvaluatorPool)
+    pool._max_attempts = 3
+    assert pool._is_given_up(Work(Candidate(0, 0.5, (1,)), failed_on=failed_on)) is is_given_up

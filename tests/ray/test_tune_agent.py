@@ -89,6 +89,7 @@ def test_killed_tuning_resumes_to_settings_that_a_search_takes(tmp_path):
     # Of this process alone: what it went on from was not asked again, but for a round each.
     assert sum(answers.values()) <= 2 * 24 - sum(seen.values()) + 2 * 6
     assert answers["cached"] + answers["joined"] > 0
+    assert max(row["known"] for row in result["trials"] if row["known"] is not None) > 0
     best = load_config(RunConfig, folder / "best.yaml")
     assert best == with_settings(
         load_config(AgentTuningConfig, CONFIG).search, result["trials"][0]["settings"], seed=1
@@ -102,6 +103,31 @@ def test_killed_tuning_resumes_to_settings_that_a_search_takes(tmp_path):
     report = (folder / "report.html").read_text()
     assert "agent.lr" in report
     assert "as it was" in report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"scheduler": "pbt"}, {"algorithm": "optuna"}], ids=str)
+def test_population_and_optuna_end_with_settings_and_what_they_found(tmp_path, changes):
+    config, folder = tmp_path / "config.yaml", tmp_path / "tuning"
+    space = {"agent.lr": {"log_uniform": [3e-4, 1e-2]}, "agent.noise": {"uniform": [0.2, 0.8]}}
+    few = {"trials": 4, "evaluations": 42, "space": space, "objective": "area"}
+    config.write_text(yaml.safe_dump(CONFIG | few | changes))
+    running = start(config, folder)
+    out, _ = running.communicate(timeout=400)
+    assert running.returncode == 0, out
+    result = read_json(folder / "result.json")
+    rows = result["trials"]
+    assert len(rows) == 4
+    assert len({row["name"] for row in rows}) == 4
+    is_population = "scheduler" in changes
+    assert any(row["since"] for row in rows) == is_population
+    best = load_config(RunConfig, folder / "best.yaml")
+    assert best.agent.lr == pytest.approx(rows[0]["settings"]["agent.lr"])
+    whole = [row for row in rows if row["evaluations"] == rows[0]["evaluations"]]
+    assert rows[0]["area"] == max(row["area"] for row in whole)
+    # Settings that came in the middle of a search win over none that found as much.
+    equal = [row["since"] for row in whole if row["area"] == rows[0]["area"]]
+    assert rows[0]["since"] == min(equal)
 
 
 def score(candidate):

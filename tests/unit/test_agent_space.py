@@ -13,11 +13,11 @@ from ray import tune
 from ray.tune.schedulers.pbt import _explore
 
 from cacp_ray.agent_space import AgentTuningConfig, as_text, read_settings, with_settings
-from cacp_ray.agent_tuning import trials_at_once
+from cacp_ray.agent_tuning import known_share, trials_at_once
 from cacp_ray.config import RunConfig, load_config
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.reporting.tuning import rank_correlation, tuning_rows
-from cacp_ray.tuning.agents import make_scheduler, measure_area
+from cacp_ray.tuning.agents import make_scheduler, measure_area, note_settings
 from cacp_ray.tuning.experiment import restore
 
 
@@ -128,8 +128,8 @@ def test_the_row_of_the_settings_as_they_were_is_marked():
     ]  # fmt: skip
     found = tuning_rows({"start": {"agent.lr": 0.001}, "trials": rows})
     assert found == [
-        ["0 (as it was)", "50.00", "40.00", "9", "0.001"],
-        ["1", "50.00", "40.00", "9", "0.002"],
+        ["0 (as it was)", "50.00", "40.00", "9", "-", "0.001"],
+        ["1", "50.00", "40.00", "9", "-", "0.002"],
     ]
 
 
@@ -220,3 +220,30 @@ def test_a_damaged_experiment_is_one_line(tmp_path):
     (tmp_path / "tuner.pkl").write_bytes(b"no pickle")
     with pytest.raises(ArtifactError, match=r"is damaged .*: remove it"):
         restore(tmp_path, print, {})
+
+
+def test_a_trial_s_known_share_is_over_its_seeds():
+    counts = {"trial-00001 0": (30, 20), "trial-00001 1": (10, 0), "trial-00012 0": (5, 5)}
+    assert known_share("trial-00001", counts) == 0.5
+    assert known_share("trial-00012", counts) == 1.0
+    assert known_share("trial-00002", counts) is None
+
+
+def test_settings_that_change_are_noted_with_the_evaluations_of_before(tmp_path):
+    file = tmp_path / "settings.json"
+    assert note_settings(file, {"agent.lr": 0.001}, 0) == 0
+    assert note_settings(file, {"agent.lr": 0.001}, 18) == 0  # gone on with
+    assert note_settings(file, {"agent.lr": 0.002}, 24) == 24
+    assert note_settings(file, {"agent.lr": 0.002}, 30) == 24
+    rows = [
+        {
+            "name": "trial-1", "settings": {"agent.lr": 0.002}, "evaluations": 1_030,
+            "top1": 0.5, "area": 0.4, "known": 0.25, "since": since,
+        }
+        for since in (0, 24)
+    ]  # fmt: skip
+    found = tuning_rows({"start": {"agent.lr": 0.001}, "trials": rows})
+    assert [row[3:] for row in found] == [
+        ["1,030", "25", "0", "0.002"],
+        ["1,030", "25", "24", "0.002"],
+    ]
