@@ -7,6 +7,7 @@ and at the end trials.csv, result.json, report.html and best.yaml, which `cacp-r
 import csv
 import math
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from cacp_ray.evaluation.measurement import Evaluator
 from cacp_ray.evaluation.scorer import make_scorer
 from cacp_ray.evaluators import images_scored, key_of_run, scorer_arguments
 from cacp_ray.files import describe_environment, write_file, write_json, write_yaml
+from cacp_ray.folders import is_run
 from cacp_ray.loading import Base, load_base, prepare_base
 from cacp_ray.searching.loop import SearchLoop
 from cacp_ray.searching.run_directory import RunDirectory
@@ -121,23 +123,29 @@ def tune_agent(
     from cacp_ray.distributed.probe import probe_nodes
     from cacp_ray.tuning.agents import check_algorithm
 
-    clock = Clock()
-    with clock.phase("start"):
-        check_address(address)
-        check_algorithm(config.algorithm)
-        search = with_settings(config.search, {}, evaluations=config.evaluations)
-        base = load_base(search)
-        check_strategy(search, base)
-        prepared = prepare_base(base, search)
-        connect(address)
-        check_room(search.cluster.cpus_per_evaluator, search.cluster.gpus_per_evaluator, address)
-        probe_nodes()
-    with clock.phase("trials"), RunDirectory(folder).locked():
+    clock, is_begun = Clock(), is_run(folder)
+    with ExitStack() as stack:
+        if is_begun:
+            stack.enter_context(RunDirectory(folder).locked())
+        with clock.phase("start"):
+            check_address(address)
+            check_algorithm(config.algorithm)
+            search = with_settings(config.search, {}, evaluations=config.evaluations)
+            base = load_base(search)
+            check_strategy(search, base)
+            prepared = prepare_base(base, search)
+            connect(address)
+            cluster = search.cluster
+            check_room(cluster.cpus_per_evaluator, cluster.gpus_per_evaluator, address)
+            probe_nodes()
+        if not is_begun:
+            stack.enter_context(RunDirectory(folder).locked())
         write_yaml(folder / "config.yaml", resolved(config))
         write_json(folder / "environment.json", describe_environment(config.seed))
-        trials, status, counts = _run_trials(
-            config, search, base, prepared, folder, on_progress, say
-        )
+        with clock.phase("trials"):
+            trials, status, counts = _run_trials(
+                config, search, base, prepared, folder, on_progress, say
+            )
     rows = sorted(
         (
             {
@@ -162,10 +170,7 @@ def tune_agent(
         "answers": {name: getattr(status, name) for name in ("scored", "cached", "joined")},
         "seconds": clock.seconds,
     }
-    # With a seed that the settings were not chosen by.
-    seed = max(*config.seeds, config.search.seed) + 1
-    found = with_settings(config.search, best["settings"], seed=seed)
-    write_yaml(folder / "best.yaml", resolved(found))
+    write_yaml(folder / "best.yaml", resolved(with_settings(config.search, best["settings"])))
     write_file(folder / "trials.csv", partial(_write_table, rows))
     write_json(folder / "result.json", result)
     return result

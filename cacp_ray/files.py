@@ -116,7 +116,15 @@ def read_object(path: Path, keys: Iterable[str]) -> dict[str, Any]:
     Raises:
         ArtifactError: As of `read_json`, or it is something else.
     """
-    value = read_json(path)
+    return check_object(path, read_json(path), keys)
+
+
+def check_object(path: Path, value: Any, keys: Iterable[str]) -> dict[str, Any]:
+    """The content of a file, where it is a JSON object that has these keys.
+
+    Raises:
+        ArtifactError: It is something else.
+    """
     lacks = sorted(set(keys) - (value.keys() if isinstance(value, dict) else set()))
     if lacks or not isinstance(value, dict):
         what = f"no {', '.join(lacks)} in it" if isinstance(value, dict) else "no JSON object"

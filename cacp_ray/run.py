@@ -126,7 +126,12 @@ def run_search(
         prepared, statistics = preparing.result()
     with clock.phase("start"):
         evaluator, kept = start_evaluators(
-            config, base, prepared, cache, say, num_measured=len(run.read_records())
+            config,
+            base,
+            prepared,
+            cache,
+            say,
+            num_measured=len({record.subnet for record in run.read_records()}),
         )
         if cache is not None:
             known = kept | dict(known or {})

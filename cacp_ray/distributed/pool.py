@@ -24,7 +24,7 @@ from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunctio
 logger = logging.getLogger(__name__)
 
 HANG_S = 300.0
-HANG_FACTOR = 20.0  # of the slowest measurement so far
+HANG_FACTOR = 20.0  # of the slowest measurement so far, image by image
 LOSSES_AN_ATTEMPT = 3
 
 
@@ -79,7 +79,8 @@ class RayEvaluatorPool:
         self._show_at = time.monotonic()
         self._queue: deque[Work] = deque()
         self._flights: dict[ray.ObjectRef, Flight] = {}
-        self._slowest: float | None = None  # seconds of a measurement
+        self._slowest: float | None = None  # seconds of an image, in a measurement
+        self._most_images = 0  # of a measurement
 
     @property
     def capacity(self) -> int:
@@ -162,7 +163,7 @@ class RayEvaluatorPool:
             flight.slot.num_free += flight.num_places
             flight.slot.answered_at = time.monotonic()
             if isinstance(outcome, Measurement):
-                self._slowest = max(self._slowest or 0.0, outcome.seconds)
+                self._note_speed(outcome)
                 if outcome.error:
                     logger.warning("%s: %s", flight.slot.name, outcome.error)
                 measurements.append(outcome)
@@ -217,12 +218,22 @@ class RayEvaluatorPool:
         is_its_fault = sum(node in there for node in work.failed_on) >= self._max_attempts
         return is_its_fault or len(work.failed_on) >= LOSSES_AN_ATTEMPT * self._max_attempts
 
+    def _note_speed(self, measurement: Measurement) -> None:
+        if measurement.images:
+            an_image = measurement.seconds / measurement.images
+            self._slowest = max(self._slowest or 0.0, an_image)
+            self._most_images = max(self._most_images, measurement.images)
+
     def _replace_hung(self) -> None:
         """Ends actors that have not answered for very long; their candidates go to others."""
         if self._slowest is None:
             return  # whatever a measurement takes
-        patience = max(HANG_S, HANG_FACTOR * self._slowest)
-        for slot in {flight.slot for flight in self._flights.values()}:
+        images: dict[Slot, int] = {}
+        for flight in self._flights.values():
+            most = max(self._most_images, flight.work.candidate.images or 0)
+            images[flight.slot] = max(most, images.get(flight.slot, 0))
+        for slot, most in images.items():
+            patience = max(HANG_S, HANG_FACTOR * self._slowest * most)
             if slot.is_ready and time.monotonic() - slot.answered_at > patience:
                 logger.warning(
                     "%s has not answered for %.0f s: it is replaced", slot.name, patience

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cacp_ray.errors import ArtifactError
-from cacp_ray.files import read_json, read_object, write_file, write_json, write_tensors
+from cacp_ray.files import check_object, read_json, write_file, write_json, write_tensors
 from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.surgery import Orders, Skeleton, all_tensors
@@ -97,8 +97,8 @@ def load_subnet(folder: str | Path, *, finetuned: bool | None = None) -> nn.Modu
         ConfigError: The model's factory cannot be imported.
     """
     folder = Path(folder)
-    read_description(folder)
-    description = read_object(folder / "subnet.json", ("model", "num_classes"))
+    needed = ("model", "num_classes")
+    description = check_object(folder / "subnet.json", read_description(folder), needed)
     use_finetuned = (folder / "finetuned.safetensors").exists() if finetuned is None else finetuned
     file = folder / ("finetuned.safetensors" if use_finetuned else "model.safetensors")
     try:

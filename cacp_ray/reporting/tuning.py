@@ -1,6 +1,8 @@
 """What the tuning of an agent found: a table, a figure a setting, and a page with both."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,10 @@ def write_tuning_report(folder: Path) -> Path:
     if not result["trials"]:
         raise ArtifactError(f"{folder / 'result.json'}: no trials in it; restore it from a copy")
     whole = max(row["evaluations"] for row in result["trials"])
-    plots: list[tuple[str, str, Plot]] = [
+    importance = rank_importance(result)
+    first = ("importance", "Which settings matter", lambda axes: plot_importance(axes, importance))
+    plots: list[tuple[str, str, Plot]] = [first] if importance.values else []
+    plots += [
         (key, key, lambda axes, key=key: plot_setting(axes, result, key)) for key in result["start"]
     ]
     page = fill_page(
@@ -127,6 +132,57 @@ def tuning_table(result: dict[str, Any]) -> Table:
     return table
 
 
+@dataclass(frozen=True)
+class Importance:
+    """How accuracy goes with the settings, over the trials that went to the end.
+
+    Attributes:
+        values: Spearman's rank correlation with accuracy, by setting; of those that are numbers.
+        num_trials: Compared.
+    """
+
+    values: dict[str, float]
+    num_trials: int
+
+    @property
+    def chance(self) -> float:
+        """What 95 % of settings that change nothing stay below, about."""
+        return min(1.0, 1.96 / math.sqrt(self.num_trials - 1))
+
+
+def rank_importance(result: dict[str, Any]) -> Importance:
+    """Of a tuning; empty for a population, whose trials have had several settings."""
+    rows = result["trials"]
+    whole = max(row["evaluations"] for row in rows)
+    done = [row for row in rows if row["evaluations"] == whole]
+    y = np.array([row[result["objective"]] for row in done])
+    found: dict[str, float] = {}
+    for key in result["start"] if not has_changed(result) else ():
+        values = [row["settings"][key] for row in done]
+        if all(is_number(value) for value in values):
+            correlation = rank_correlation(np.array(values, dtype=float), y)
+            found |= {} if correlation is None else {key: correlation}
+    return Importance(found, len(done))
+
+
+def is_number(value: Any) -> bool:
+    """Whether settings of that kind have an order."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def plot_importance(axes: Axes, importance: Importance) -> str:
+    """Bars of rank correlations, the strongest first; returns the caption."""
+    ranked = sorted(importance.values.items(), key=lambda item: abs(item[1]))
+    axes.axvspan(-importance.chance, importance.chance, color=GREY, alpha=0.15, linewidth=0)
+    axes.barh([key for key, _ in ranked], [value for _, value in ranked], color=BLUE, height=0.6)
+    axes.set_xticks([-1, -0.5, 0, 0.5, 1])
+    style(axes, "rank correlation with top-1", "")
+    return (
+        f"Over the {importance.num_trials} trials to the end: right of the middle, higher values "
+        "are better. Within the grey, a setting that changes nothing would lie as well."
+    )
+
+
 def plot_setting(axes: Axes, result: dict[str, Any], key: str) -> str:
     """Accuracy of all trials against one setting; returns the caption."""
     rows = result["trials"]
@@ -134,8 +190,7 @@ def plot_setting(axes: Axes, result: dict[str, Any], key: str) -> str:
     done = np.array([row["evaluations"] == whole for row in rows])
     y = np.array([100 * row[result["objective"]] for row in rows])
     values = [row["settings"][key] for row in rows]
-    is_ordered = True
-    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+    if all(is_number(value) for value in values):
         x = np.array(values, dtype=float)
         if x.min() > 0 and x.max() / x.min() > LOG_FACTOR:
             axes.set_xscale("log")
@@ -143,7 +198,6 @@ def plot_setting(axes: Axes, result: dict[str, Any], key: str) -> str:
         names = sorted({format_setting(value) for value in values})
         x = np.array([names.index(format_setting(value)) for value in values], dtype=float)
         axes.set_xticks(range(len(names)), names)
-        is_ordered = False
     starts = np.array([is_start(row, result) for row in rows])
     axes.scatter(x[~done], y[~done], s=26, facecolors="none", edgecolors=GREY)
     axes.scatter(x[done], y[done], s=30, c=BLUE)
@@ -151,11 +205,7 @@ def plot_setting(axes: Axes, result: dict[str, Any], key: str) -> str:
     limit_y(axes, y[done], y)
     style(axes, key, "top-1 (%)")
     hollow = " Hollow: stopped early." if not done.all() else ""
-    correlation = (
-        rank_correlation(x[done], y[done]) if is_ordered and not has_changed(result) else None
-    )
-    strength = "" if correlation is None else f" Rank correlation {correlation:+.2f}."
-    return f"Dots: {done.sum()} trials to the end; ringed: as it was.{hollow}{strength}"
+    return f"Dots: {done.sum()} trials to the end; ringed: as it was.{hollow}"
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float | None:

@@ -94,18 +94,20 @@ def restore(folder: Path, trainable: Any, space: dict[str, Any]) -> tune.Tuner:
         ArtifactError: Its files are damaged.
     """
     try:
-        return tune.Tuner.restore(
+        tuner = tune.Tuner.restore(
             str(folder),
             trainable=trainable,
             param_space=space,
             resume_unfinished=True,
             resume_errored=True,
         )
+        tuner.get_results()
     except Exception as error:  # whatever a damaged pickle makes it raise
         raise ArtifactError(
             f"{folder} is damaged ({type(error).__name__}): remove it, and --resume begins these "
             "trials anew"
         ) from error
+    return tuner
 
 
 def check_trials(results: Any, what: str) -> None:

@@ -5,7 +5,8 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from cacp_ray.data.images import ImageSet
 from cacp_ray.distributed import pool as module
 from cacp_ray.distributed.nodes import Nodes
 from cacp_ray.distributed.pool import RayEvaluatorPool
-from cacp_ray.distributed.slots import Work
+from cacp_ray.distributed.slots import Flight, Kind, Slot, Work
 from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
 
@@ -302,3 +303,20 @@ def test_only_failures_on_nodes_that_are_still_there_are_a_candidate_s_fault(
     pool = object.__new__(RayEvaluatorPool)
     pool._max_attempts = 3
     assert pool._is_given_up(Work(Candidate(0, 0.5, (1,)), failed_on=failed_on)) is is_given_up
+
+
+@pytest.mark.parametrize(("images", "is_replaced"), [(None, True), (100, True), (50_000, False)])
+def test_a_longer_measurement_is_no_hang(images: int | None, is_replaced: bool) -> None:
+    replaced: list[Slot] = []
+    pool = object.__new__(RayEvaluatorPool)
+    pool._fleet = cast(Any, SimpleNamespace(replace=replaced.append))
+    pool._slowest, pool._most_images = None, 0
+    slot = Slot("evaluator-0", Kind(1.0), None, node="here", is_ready=True)
+    slot.answered_at = time.monotonic() - module.HANG_S - 1
+    work = Work(Candidate(0, 0.5, (1,), images=images))
+    pool._flights = cast(Any, {"task": Flight(slot, "here", work, 1)})
+    pool._replace_hung()
+    assert not replaced  # nothing is known yet
+    pool._note_speed(Measurement(1, 0.5, 0.5, 1.0, 100, 2.0))
+    pool._replace_hung()
+    assert bool(replaced) is is_replaced

@@ -16,7 +16,7 @@ from cacp_ray.agent_space import AgentTuningConfig, as_text, read_settings, with
 from cacp_ray.agent_tuning import known_share, trials_at_once
 from cacp_ray.config import RunConfig, load_config
 from cacp_ray.errors import ArtifactError, ConfigError
-from cacp_ray.reporting.tuning import rank_correlation, tuning_rows
+from cacp_ray.reporting.tuning import rank_correlation, rank_importance, tuning_rows
 from cacp_ray.tuning.agents import make_scheduler, measure_area, note_settings
 from cacp_ray.tuning.experiment import restore
 
@@ -247,3 +247,26 @@ def test_settings_that_change_are_noted_with_the_evaluations_of_before(tmp_path)
         ["1,030", "25", "0", "0.002"],
         ["1,030", "25", "24", "0.002"],
     ]
+
+
+def make_result(settings, top1, since=0):
+    rows = [
+        {"name": f"trial-{i}", "settings": each, "evaluations": 9, "top1": y, "since": since}
+        for i, (each, y) in enumerate(zip(settings, top1, strict=True))
+    ]
+    short = {"name": "stopped", "settings": settings[0], "evaluations": 4, "top1": 9.9, "since": 0}
+    return {"start": settings[0], "trials": [*rows, short], "objective": "top1"}
+
+
+def test_importance_is_over_numbers_and_the_trials_that_went_to_the_end():
+    settings = [
+        {"agent.lr": lr, "agent.drafts": drafts, "agent.hidden": "[64, 64]"}
+        for lr, drafts in ((0.1, 8), (0.2, 32), (0.3, 16), (0.4, 8), (0.5, 32))
+    ]
+    found = rank_importance(make_result(settings, [0.9, 0.8, 0.7, 0.6, 0.5]))
+    assert found.num_trials == 5
+    assert found.values["agent.lr"] == pytest.approx(-1.0)
+    assert abs(found.values["agent.drafts"]) < 1
+    assert "agent.hidden" not in found.values
+    assert found.chance == pytest.approx(0.98)
+    assert not rank_importance(make_result(settings, [0.9, 0.8, 0.7, 0.6, 0.5], since=3)).values
