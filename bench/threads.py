@@ -19,6 +19,7 @@ import numpy as np
 from report import print_environment, print_table
 
 CANDIDATES = 4  # a round, for each core
+IMAGENET = ("resnet50", "mobilenet_v2")  # with random weights, on 64 images of 224 pixels
 
 
 def work(pipe: Connection, network: str, threads: int, seed: int) -> None:
@@ -38,8 +39,8 @@ def work(pipe: Connection, network: str, threads: int, seed: int) -> None:
     from cacp_ray.searching.budget import spend
     from cacp_ray.searching.strategies.random import scale_to_budget
 
-    if network == "resnet50":
-        model = build_model("torchvision:resnet50", 1000).eval()
+    if network in IMAGENET:
+        model = build_model(f"torchvision:{network}", 1000).eval()
         split = make_noise(64, 224, seed)
         calibration = split.take(16)
     else:

@@ -72,7 +72,7 @@ def read_tuning(options: argparse.Namespace) -> AgentTuningConfig:
 
 def tune(config: AgentTuningConfig, folder: Path) -> dict[str, Any]:
     """Runs all trials, or what is left of them."""
-    with TuningDisplay(config.trials) as display:
+    with TuningDisplay(config.trials, config.objective) as display:
         resume = (folder / "config.yaml").exists()
         if resume and not (folder / "result.json").exists():
             (folder / "stopped").touch()

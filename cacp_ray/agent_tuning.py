@@ -6,7 +6,7 @@ and at the end trials.csv, result.json, report.html and best.yaml, which `cacp-r
 
 import csv
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -146,18 +146,11 @@ def tune_agent(
             trials, status, counts = _run_trials(
                 config, search, base, prepared, folder, on_progress, say
             )
-    rows = sorted(
-        (
-            {
-                **asdict(each),
-                "settings": dict(each.settings),
-                "known": known_share(each.name, counts),
-            }
-            for each in trials
-        ),
-        # Of those that share what was found, the one whose settings found it.
-        key=lambda row: (-row["evaluations"], -row[config.objective], row["since"]),
-    )
+    rows = [
+        {**asdict(each), "settings": dict(each.settings), "known": known_share(each.name, counts)}
+        for each in trials
+    ]
+    rows = rank_trials(rows, config.objective)
     best = rows[0]
     result = {
         "name": config.name,
@@ -174,6 +167,21 @@ def tune_agent(
     write_file(folder / "trials.csv", partial(_write_table, rows))
     write_json(folder / "result.json", result)
     return result
+
+
+def rank_trials(rows: Sequence[dict[str, Any]], objective: str) -> list[dict[str, Any]]:
+    """The best first: trials that came to their end, then those stopped, the latest first."""
+    return sorted(
+        rows,
+        key=lambda row: (
+            not row["is_whole"],
+            # An end may be early, where nothing new is left to try.
+            0 if row["is_whole"] else -row["evaluations"],
+            -row[objective],
+            # Of those that share what was found, the one whose settings found it.
+            row["since"],
+        ),
+    )
 
 
 def trials_at_once(config: AgentTuningConfig, num_evaluators: int) -> int:
@@ -231,7 +239,7 @@ def _run_trials(
     )
     try:
         trials = tune_agents(
-            task=AgentTask(partial(begin_search, search, base), config.seeds),
+            task=AgentTask(partial(begin_search, search, base), config.seeds, search.evaluations),
             broker=broker,
             space={key: _as_domain(tune, each) for key, each in config.space.items()},
             start={key: as_text(v) for key, v in read_settings(search, config.space).items()},
@@ -280,7 +288,7 @@ def _write_table(rows: list[dict[str, Any]], path: Path) -> None:
         {
             "name": row["name"],
             **row["settings"],
-            **{k: row[k] for k in ("evaluations", "top1", "area", "known", "since")},
+            **{k: row[k] for k in ("evaluations", "is_whole", "top1", "area", "known", "since")},
         }
         for row in rows
     ]

@@ -188,9 +188,21 @@ def _open_storage(uri: str, folder: Path, config: RunConfig, resume: bool) -> Ru
 
 
 def check_search(
-    config: RunConfig, run_dir: Path, *, resume: bool = False, address: str | None = None
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    address: str | None = None,
+    price: float | None = None,
 ) -> str:
     """Does all that a search does before it writes anything, but for starting a local Ray.
+
+    Args:
+        config: Of the search.
+        run_dir: That it would write.
+        resume: As of `search`.
+        address: As of `search`.
+        price: Of a core for an hour, in any currency; told is then what the evaluations would cost.
 
     Returns:
         Lines about what it would search, and what that would take.
@@ -206,7 +218,7 @@ def check_search(
     return "\n".join(
         [
             describe_base(base, config),
-            *describe_estimate(estimate, config.cluster.gpus_per_evaluator),
+            *describe_estimate(estimate, config.cluster.gpus_per_evaluator, price),
         ]
     )
 

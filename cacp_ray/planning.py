@@ -112,12 +112,13 @@ def time_image(config: RunConfig, base: Base, batch: int) -> float:
     return seconds / (batch * len(rows))
 
 
-def describe_estimate(found: Estimate, gpu_share: float) -> list[str]:
+def describe_estimate(found: Estimate, gpu_share: float, price: float | None = None) -> list[str]:
     """Lines for a user.
 
     Args:
         found: The estimate.
         gpu_share: Of a GPU, that the run asks for.
+        price: Of a core for an hour, in any currency.
     """
     cores = "core" if found.threads == 1 else "cores"
     rest = math.ceil(found.split_bytes / 2**20)
@@ -127,6 +128,14 @@ def describe_estimate(found: Estimate, gpu_share: float) -> list[str]:
         f"{found.evaluations:,} evaluations: about {format_seconds(found.seconds)} with "
         f"{found.evaluators} evaluators, {found.core_hours:.2g} core-hours; start, learning, "
         "repair of the winners and fine-tuning come on top",
+        *(
+            []
+            if price is None
+            else [
+                f"price: about {found.core_hours * price:.2f} for the evaluations, at {price:g} a "
+                "core-hour"
+            ]
+        ),
         f"room now: {found.places} evaluators at once, nodes: {found.nodes}",
         f"memory: about {found.evaluator_bytes / 2**30:.1f} GB an evaluator, and {rest:,} MB of "
         "images on each machine",

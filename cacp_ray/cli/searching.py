@@ -61,10 +61,18 @@ def search(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check all input and print what would be searched.")
     ] = False,
+    price: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="Of a core for an hour; --dry-run then tells what the search would cost."
+        ),
+    ] = None,
 ) -> None:
     """Search a smaller network for every rate at once."""
     from cacp_ray.config import RunConfig, load_config
 
+    if price is not None and not dry_run:
+        raise ConfigError("--price is of --dry-run: give both")
     if strategy and "," in strategy:
         if storage:
             raise ConfigError("--storage holds one run: search with one --strategy")
@@ -78,7 +86,7 @@ def search(
     if dry_run:
         from cacp_ray.api import check_search
 
-        typer.echo(check_search(settings, folder, resume=resume, address=address))
+        typer.echo(check_search(settings, folder, resume=resume, address=address, price=price))
         return
     _search(settings, folder, resume=resume, address=address, cache=cache, storage=storage)
     print_report(folder)
@@ -106,7 +114,8 @@ def tune_agent(
 
     settings = load_config(AgentTuningConfig, config, overrides or [])
     folder = run_dir or Path("runs") / settings.name
-    with TuningDisplay(settings.trials, quiet=state["quiet"]) as display:
+    display = TuningDisplay(settings.trials, settings.objective, quiet=state["quiet"])
+    with display:
         result = api.tune_agent(
             settings, folder, resume=resume, address=address, on_progress=display.update
         )

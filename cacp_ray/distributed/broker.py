@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
+from uuid import uuid4
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
@@ -245,6 +246,7 @@ def start_broker(*arguments: Any, **options: Any) -> Any:
     """
     node = ray.get_runtime_context().get_node_id()
     actor_class = ray.remote(Broker).options(
+        name=f"cacp-ray-broker-{uuid4().hex[:8]}",  # for people: its users have the handle
         num_cpus=0,
         max_concurrency=MAX_CALLS,
         scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),

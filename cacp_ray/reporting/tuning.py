@@ -33,7 +33,6 @@ def write_tuning_report(folder: Path) -> Path:
     result = read_object(folder / "result.json", ("trials", "start", "answers", "seconds"))
     if not result["trials"]:
         raise ArtifactError(f"{folder / 'result.json'}: no trials in it; restore it from a copy")
-    whole = max(row["evaluations"] for row in result["trials"])
     importance = rank_importance(result)
     first = ("importance", "Which settings matter", lambda axes: plot_importance(axes, importance))
     plots: list[tuple[str, str, Plot]] = [first] if importance.values else []
@@ -45,8 +44,7 @@ def write_tuning_report(folder: Path) -> Path:
         result=result,
         header=tuning_header(result),
         rows=tuning_rows(result),
-        whole=whole,
-        num_stopped=sum(row["evaluations"] < whole for row in result["trials"]),
+        num_stopped=sum(not row["is_whole"] for row in result["trials"]),
         share=format_percent(cached_share(result), 0),
         seconds=format_seconds(sum(result["seconds"].values())),
         best=read_text(folder / "best.yaml"),
@@ -153,8 +151,7 @@ class Importance:
 def rank_importance(result: dict[str, Any]) -> Importance:
     """Of a tuning; empty for a population, whose trials have had several settings."""
     rows = result["trials"]
-    whole = max(row["evaluations"] for row in rows)
-    done = [row for row in rows if row["evaluations"] == whole]
+    done = [row for row in rows if row["is_whole"]]
     y = np.array([row[result["objective"]] for row in done])
     found: dict[str, float] = {}
     for key in result["start"] if not has_changed(result) else ():
@@ -186,8 +183,7 @@ def plot_importance(axes: Axes, importance: Importance) -> str:
 def plot_setting(axes: Axes, result: dict[str, Any], key: str) -> str:
     """Accuracy of all trials against one setting; returns the caption."""
     rows = result["trials"]
-    whole = max(row["evaluations"] for row in rows)
-    done = np.array([row["evaluations"] == whole for row in rows])
+    done = np.array([row["is_whole"] for row in rows])
     y = np.array([100 * row[result["objective"]] for row in rows])
     values = [row["settings"][key] for row in rows]
     if all(is_number(value) for value in values):

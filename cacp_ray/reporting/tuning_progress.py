@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -14,6 +14,8 @@ from cacp_ray.reporting.summary import format_percent, format_seconds
 from cacp_ray.reporting.tuning import format_setting
 
 MOST_TRIALS = 12
+
+Objective = Literal["top1", "area"]
 
 
 class TrialProgress(Protocol):
@@ -39,27 +41,42 @@ class TrialProgress(Protocol):
         """Mean over rates and seeds of the best so far."""
         ...
 
+    @property
+    def area(self) -> float:
+        """Mean of `top1` over the evaluations so far."""
+        ...
+
 
 class TuningDisplay(Display):
     """The best trials so far, or a line for every round of a trial."""
 
-    def __init__(self, trials: int, *, quiet: bool = False, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        trials: int,
+        objective: Objective,
+        *,
+        quiet: bool = False,
+        console: Console | None = None,
+    ) -> None:
         """Shows nothing before the first update.
 
         Args:
             trials: In all.
+            objective: By which trials are ranked.
             quiet: As of `SearchDisplay`.
             console: As of `SearchDisplay`.
         """
         super().__init__(quiet=quiet, console=console)
-        self._trials = trials
+        self._trials, self._objective = trials, objective
         self._latest: dict[str, TrialProgress] = {}
         self._started = time.monotonic()
 
     def update(self, progress: TrialProgress) -> None:
         """Shows a trial's round."""
         self._latest[progress.name] = progress
-        ranked = sorted(self._latest.values(), key=lambda each: (-each.top1, each.name))
+        ranked = sorted(
+            self._latest.values(), key=lambda each: (-getattr(each, self._objective), each.name)
+        )
         status = (
             f"{len(ranked)} of {self._trials} trials begun, "
             f"{format_seconds(time.monotonic() - self._started)}"
@@ -70,11 +87,12 @@ class TuningDisplay(Display):
 def tuning_panel(ranked: Sequence[TrialProgress]) -> RenderableType:
     """Table of the best trials."""
     table = Table(box=box.SIMPLE_HEAD)
-    for head in ("trial", "evaluations", "best top-1\n(%, mean)", "settings"):
+    heads = ("trial", "evaluations", "best top-1\n(%, mean)", "mean over\ntime (%)", "settings")
+    for head in heads:
         table.add_column(head, justify="left" if head == "settings" else "right")
     for each in ranked[:MOST_TRIALS]:
-        cells = (each.name, f"{each.evaluations:,}", format_percent(each.top1))
-        table.add_row(*cells, _settings(each))
+        accuracy = format_percent(each.top1), format_percent(each.area)
+        table.add_row(each.name, f"{each.evaluations:,}", *accuracy, _settings(each))
     return table
 
 

@@ -83,10 +83,12 @@ class AgentTask:
     Attributes:
         begin: Settings, seed, evaluator, folder -> a search, continued where the folder holds one.
         seeds: Of a trial's searches.
+        evaluations: Of each search, unless nothing new is left before.
     """
 
     begin: BeginSearch
     seeds: tuple[int, ...]
+    evaluations: int
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class TrialProgress:
         evaluations: Of each of its searches.
         top1: Best so far.
         area: Mean of `top1` over the evaluations so far.
+        is_whole: Whether its searches have come to their end; False where Tune stopped it.
         since: Evaluations when it got these settings; above 0 in a population alone.
     """
 
@@ -107,6 +110,7 @@ class TrialProgress:
     evaluations: int
     top1: float
     area: float
+    is_whole: bool
     since: int = 0
 
 
@@ -123,8 +127,8 @@ class _ProgressCallback(tune.Callback):
 
 def _read_progress(name: str, metrics: Any) -> TrialProgress:
     # The settings that the result was found with: a population may have changed them since.
-    numbers = (metrics[key] for key in ("evaluations", "top1", "area", "since"))
-    return TrialProgress(name, json.loads(metrics["settings"]), *numbers)
+    values = (metrics[key] for key in ("evaluations", "top1", "area", "is_whole", "since"))
+    return TrialProgress(name, json.loads(metrics["settings"]), *values)
 
 
 def agent_trial(config: dict[str, Any], *, task: AgentTask, broker: Any) -> None:
@@ -151,10 +155,12 @@ def agent_trial(config: dict[str, Any], *, task: AgentTask, broker: Any) -> None
             evaluations = min(search.evaluations for search in searches)
             curve.append((evaluations, float(np.mean([search.top1 for search in searches]))))
             write_json(folder / CURVE_FILE, curve)
+            is_whole = all(search.is_done for search in searches)
             metrics = {
                 "evaluations": evaluations,
                 "top1": curve[-1][1],
-                "area": measure_area(curve),
+                "area": measure_area(curve, task.evaluations if is_whole else evaluations),
+                "is_whole": is_whole,
                 "settings": json.dumps(config),
                 "since": since,
             }
@@ -170,9 +176,14 @@ def note_settings(file: Path, settings: Settings, evaluations: int) -> int:
     return int(saved["since"])
 
 
-def measure_area(curve: Sequence[tuple[int, float]]) -> float:
-    """Mean accuracy over the evaluations: each point of the curve counts for those before it."""
-    numbers, top1 = np.array(curve, dtype=float).T
+def measure_area(curve: Sequence[tuple[int, float]], until: int) -> float:
+    """Mean accuracy over the evaluations: each point of the curve counts for those before it.
+
+    Args:
+        curve: Evaluations, accuracy.
+        until: Evaluations; the last accuracy stays up to there.
+    """
+    numbers, top1 = np.array([*curve, (max(until, curve[-1][0]), curve[-1][1])], dtype=float).T
     return float(np.diff(numbers, prepend=0.0) @ top1 / numbers[-1])
 
 

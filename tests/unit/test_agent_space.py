@@ -13,7 +13,7 @@ from ray import tune
 from ray.tune.schedulers.pbt import _explore
 
 from cacp_ray.agent_space import AgentTuningConfig, as_text, read_settings, with_settings
-from cacp_ray.agent_tuning import known_share, trials_at_once
+from cacp_ray.agent_tuning import known_share, rank_trials, trials_at_once
 from cacp_ray.config import RunConfig, load_config
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.reporting.tuning import rank_correlation, rank_importance, tuning_rows
@@ -103,8 +103,31 @@ def test_lists_travel_as_text():
 
 
 def test_area_is_the_mean_over_the_evaluations():
-    assert measure_area([(10, 0.5)]) == 0.5
-    assert measure_area([(10, 0.5), (40, 0.7)]) == pytest.approx((10 * 0.5 + 30 * 0.7) / 40)
+    assert measure_area([(10, 0.5)], 10) == 0.5
+    assert measure_area([(10, 0.5), (40, 0.7)], 40) == pytest.approx((10 * 0.5 + 30 * 0.7) / 40)
+    # One that ends early, as nothing new is left, keeps what it has found.
+    assert measure_area([(10, 0.5), (40, 0.7)], 50) == pytest.approx((10 * 0.5 + 40 * 0.7) / 50)
+    assert measure_area([(10, 0.5), (52, 0.7)], 50) == pytest.approx((10 * 0.5 + 42 * 0.7) / 52)
+
+
+def test_trials_that_came_to_their_end_are_ranked_before_those_stopped():
+    def row(name, evaluations, top1, is_whole, since=0):
+        return {
+            "name": name, "evaluations": evaluations, "top1": top1, "area": 1 - top1,
+            "is_whole": is_whole, "since": since,
+        }  # fmt: skip
+
+    rows = [
+        row("stopped late", 70, 0.99, False),
+        row("stopped", 54, 0.999, False),
+        row("to the end", 100, 0.8, True),
+        row("copied", 100, 0.9, True, since=24),
+        row("nothing left", 60, 0.9, True),
+    ]
+    assert [each["name"] for each in rank_trials(rows, "top1")] == [
+        "nothing left", "copied", "to the end", "stopped late", "stopped",
+    ]  # fmt: skip
+    assert rank_trials(rows, "area")[0]["name"] == "to the end"
 
 
 def test_rank_correlation_is_spearmans():
@@ -251,10 +274,16 @@ def test_settings_that_change_are_noted_with_the_evaluations_of_before(tmp_path)
 
 def make_result(settings, top1, since=0):
     rows = [
-        {"name": f"trial-{i}", "settings": each, "evaluations": 9, "top1": y, "since": since}
+        {
+            "name": f"trial-{i}", "settings": each, "evaluations": 9 - i, "top1": y,
+            "since": since, "is_whole": True,
+        }
         for i, (each, y) in enumerate(zip(settings, top1, strict=True))
-    ]
-    short = {"name": "stopped", "settings": settings[0], "evaluations": 4, "top1": 9.9, "since": 0}
+    ]  # fmt: skip
+    short = {
+        "name": "stopped", "settings": settings[0], "evaluations": 6, "top1": 9.9,
+        "since": 0, "is_whole": False,
+    }  # fmt: skip
     return {"start": settings[0], "trials": [*rows, short], "objective": "top1"}
 
 

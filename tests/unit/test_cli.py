@@ -86,9 +86,10 @@ def test_bad_search_is_refused_in_one_line(case, run, config, tmp_path):
 
 def test_dry_run_checks_and_writes_nothing(run, config, tmp_path):
     folder = tmp_path / "run"
-    code, out, _ = run("search", config(), "--run-dir", folder, "--dry-run")
+    code, out, _ = run("search", config(), "--run-dir", folder, "--dry-run", "--price", "0.05")
     assert code == 0
     assert "12 channel groups" in out
+    assert "at 0.05 a core-hour" in out
     assert "240 evaluations" in out
     assert not folder.exists()
 
@@ -99,6 +100,7 @@ def test_dry_run_checks_and_writes_nothing(run, config, tmp_path):
         (["--set", "cluster.cpus_per_evaluator=4096"], "4096 CPUs at once are asked for"),
         (["--set", "finetune.padding=40"], "finetune.padding: 40 pixels, but images have 32"),
         (["--address", "127.0.0.1:1"], "127.0.0.1:1"),
+        (["--price", "-1"], "'--price': Input should be greater"),
     ],
 )
 def test_a_dry_run_ends_where_the_search_would(run, config, tmp_path, options, message):

@@ -1,6 +1,7 @@
 """A configuration is checked when it is read, and every problem names its key."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,11 @@ def test_every_shipped_recipe_loads(path):
     kinds = {"train": TrainConfig, "agent": AgentTuningConfig, "finetune": FinetuneConfig}
     kind = kinds.get(path.stem.partition("_")[0], RunConfig)
     assert load_config(kind, path)
+    comment = " ".join(line.lstrip("# ") for line in path.read_text().splitlines())
+    cost = comment[comment.index("Cost") :]
+    assert re.search(r"measured|estimate", cost)
+    assert re.search(r"\d (seconds|minutes|hours|core-hours)|(a quarter of|half) an hour", cost)
+    assert "not measured" not in cost
 
 
 @pytest.mark.parametrize(

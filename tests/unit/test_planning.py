@@ -53,4 +53,7 @@ def test_an_estimate_reads_as_lines(base, monkeypatch):
     ):
         assert part in text
     assert "GPU" not in text
+    assert "price" not in text
+    priced = " ".join(describe_estimate(found, 0.0, 1.3))
+    assert "price: about 0.13 for the evaluations, at 1.3 a core-hour" in priced
     assert "not estimated" in describe_estimate(found, 0.25)[-1]

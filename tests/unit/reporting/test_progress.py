@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -9,6 +10,7 @@ from cacp_ray.reporting import progress
 from cacp_ray.reporting.converting_progress import ConvertDisplay
 from cacp_ray.reporting.progress import FinetuneDisplay, SearchDisplay
 from cacp_ray.reporting.tables import make_console
+from cacp_ray.reporting.tuning_progress import TuningDisplay
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,15 @@ class Epoch:
     is_restored: bool = False
 
 
+@dataclass(frozen=True)
+class Trial:
+    name: str
+    top1: float
+    area: float
+    evaluations: int = 54
+    settings: dict = dataclasses.field(default_factory=lambda: {"agent.lr": 0.00123})
+
+
 @pytest.fixture
 def clock(monkeypatch):
     now = [0.0]
@@ -49,6 +60,18 @@ def clock(monkeypatch):
 
 def make_terminal(file: io.StringIO) -> Console:
     return Console(file=file, force_terminal=True, width=100, height=30, _environ={"TERM": "xterm"})
+
+
+@pytest.mark.parametrize(("objective", "first"), [("top1", "trial-2"), ("area", "trial-1")])
+def test_live_trials_are_ranked_by_the_objective(objective, first):
+    file = io.StringIO()
+    with TuningDisplay(24, objective, console=make_terminal(file)) as display:
+        display.update(Trial("trial-1", top1=0.7, area=0.6))
+        display.update(Trial("trial-2", top1=0.8, area=0.5))
+    last = file.getvalue().rpartition("settings")[2]
+    assert re.search(r"trial-\d", last)[0] == first
+    assert "lr 0.00123" in last
+    assert "2 of 24 trials begun" in last
 
 
 def test_without_a_terminal_the_search_is_one_plain_line(clock):
