@@ -24,7 +24,8 @@ from cacp_ray.agent.cacp.module import INPUT_CENTRE, INPUT_SCALE, make_layers
 from cacp_ray.agent.cacp.replay import Replay
 from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.plan import make_plan
-from cacp_ray.searching.run_directory import EpisodeRecord, RunDirectory
+from cacp_ray.searching.records import EpisodeRecord
+from cacp_ray.searching.run_directory import RunDirectory
 from cacp_ray.searching.settings import AgentSettings
 
 Array = NDArray[np.float64]

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from cacp_ray.evaluation import racing
 from cacp_ray.evaluation.racing import Bools, decode_hits, estimate, prefixes
-from cacp_ray.searching.run_directory import EpisodeRecord, RunDirectory
+from cacp_ray.searching.records import EpisodeRecord
+from cacp_ray.searching.run_directory import RunDirectory
 from cacp_ray.training.metrics import predict
 
 ROUND_SIZE = 6

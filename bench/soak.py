@@ -33,7 +33,8 @@ from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunctio
 from cacp_ray.searching.allocation import uniform_prior
 from cacp_ray.searching.budget import Budget, minimum_counts
 from cacp_ray.searching.loop import SearchLoop
-from cacp_ray.searching.run_directory import EpisodeRecord, RunDirectory
+from cacp_ray.searching.records import EpisodeRecord
+from cacp_ray.searching.run_directory import RunDirectory
 from cacp_ray.searching.strategies import make_strategy
 from cacp_ray.searching.strategies.problem import Problem
 from tests.toy import toy_cost_model, toy_score

@@ -121,7 +121,7 @@ def tune_agent(
     """
     from cacp_ray.distributed.cluster import check_address, check_room, connect
     from cacp_ray.distributed.probe import probe_nodes
-    from cacp_ray.tuning.agents import check_algorithm
+    from cacp_ray.tuning.settings import check_algorithm
 
     clock, is_begun = Clock(), is_run(folder)
     with ExitStack() as stack:

@@ -33,7 +33,7 @@ from cacp_ray.pruning.subnet import load_subnet
 from cacp_ray.reporting.tuning import write_tuning_report
 from cacp_ray.results import answer_rates, read_result, report_run
 from cacp_ray.run import check_run, find_room, run_search
-from cacp_ray.searching.loop import SearchProgress
+from cacp_ray.searching.search_progress import SearchProgress
 from cacp_ray.storage import RunStorage, is_within
 from cacp_ray.training.base import train_base
 from cacp_ray.training.loop import EpochResult

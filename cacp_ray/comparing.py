@@ -15,8 +15,8 @@ from cacp_ray.reporting.comparison import ComparedRun, Comparison, Point
 from cacp_ray.reporting.comparison_figure import JSON_FILE
 from cacp_ray.results import read_result
 from cacp_ray.searching.archive import Archive
-from cacp_ray.searching.records import as_result
-from cacp_ray.searching.run_directory import EpisodeRecord, RunDirectory
+from cacp_ray.searching.records import EpisodeRecord, as_result
+from cacp_ray.searching.run_directory import RunDirectory
 from cacp_ray.searching.strategies import SEPARATE
 
 Known = Mapping[Subnet, Measurement]

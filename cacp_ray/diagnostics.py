@@ -20,7 +20,8 @@ from cacp_ray.files import write_file
 from cacp_ray.reporting.learning import LEARNING_FILE, REWARD_WINDOW, Line, read_learning
 from cacp_ray.reporting.scalars import ScalarLog
 from cacp_ray.searching.budget import Budget
-from cacp_ray.searching.run_directory import EpisodeRecord, RunDirectory
+from cacp_ray.searching.records import EpisodeRecord
+from cacp_ray.searching.run_directory import RunDirectory
 
 NUM_LINES = 40  # of a whole search
 NUM_MOMENTS = 8  # whose answers are measured

@@ -30,7 +30,8 @@ from cacp_ray.loading import (
 )
 from cacp_ray.pruning.subnet import load_subnet, read_description
 from cacp_ray.reporting.html import write_report
-from cacp_ray.searching.run_directory import EpisodeRecord, RunDirectory
+from cacp_ray.searching.records import EpisodeRecord
+from cacp_ray.searching.run_directory import RunDirectory
 from cacp_ray.strategies import CONDITIONAL, make_run_strategy
 from cacp_ray.training.metrics import Accuracy, measure_split
 from cacp_ray.winners import as_record, build_winners, measure_candidates

@@ -36,8 +36,9 @@ from cacp_ray.pruning.cost import describe_cost
 from cacp_ray.pruning.statistics import Statistics
 from cacp_ray.pruning.statistics_file import save_statistics
 from cacp_ray.reporting.scalars import ScalarLog, check_loggers
-from cacp_ray.searching.loop import SearchLoop, SearchProgress
+from cacp_ray.searching.loop import SearchLoop
 from cacp_ray.searching.run_directory import RunDirectory
+from cacp_ray.searching.search_progress import SearchProgress
 from cacp_ray.searching.strategies import RACING
 from cacp_ray.storage import RunStorage
 from cacp_ray.strategies import check_strategy, make_run_strategy, num_searched

@@ -23,8 +23,7 @@ from cacp_ray.pruning.sequential import recover_sequentially
 from cacp_ray.pruning.subnet import describe_kept, load_subnet, save_subnet
 from cacp_ray.pruning.surgery import build_subnet
 from cacp_ray.searching.budget import uniform
-from cacp_ray.searching.records import make_record
-from cacp_ray.searching.run_directory import EpisodeRecord
+from cacp_ray.searching.records import EpisodeRecord, make_record
 from cacp_ray.training.metrics import Accuracy, measure_split
 
 logger = logging.getLogger(__name__)

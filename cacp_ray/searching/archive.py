@@ -3,7 +3,7 @@
 import bisect
 import math
 
-from cacp_ray.searching.run_directory import EpisodeRecord
+from cacp_ray.searching.records import EpisodeRecord
 
 Rank = tuple[float, float, int, int]
 

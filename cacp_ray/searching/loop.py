@@ -9,53 +9,29 @@ answered from memory, recorded as cached, and does not count as an evaluation. O
 has measured is answered from there, recorded as cached, and counts.
 """
 
-import dataclasses
 import logging
-import math
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement, Subnet
 from cacp_ray.files import read_json, write_json
 from cacp_ray.pruning.cost import CostModel, Limited
 from cacp_ray.searching.archive import Archive
-from cacp_ray.searching.records import as_result, make_record
-from cacp_ray.searching.run_directory import EpisodeRecord, RunDirectory
+from cacp_ray.searching.episodes import Episodes
+from cacp_ray.searching.in_flight import InFlight
+from cacp_ray.searching.records import EpisodeRecord, as_result
+from cacp_ray.searching.run_directory import RunDirectory
+from cacp_ray.searching.search_progress import SearchProgress, Stopwatch
 from cacp_ray.searching.settings import Mode
-from cacp_ray.searching.strategy import Proposal, Strategy
+from cacp_ray.searching.strategy import Strategy
 
 logger = logging.getLogger(__name__)
 
 WAIT_SECONDS = 2.0
-WINDOW_SECONDS = 60.0
 MAX_REPEATS = 200
 
 Result = tuple[Candidate, Measurement]
-
-
-@dataclass(frozen=True)
-class SearchProgress:
-    """Where a search stands.
-
-    Attributes:
-        evaluations: Distinct candidates measured so far, earlier sessions included.
-        total: Distinct candidates to measure.
-        best: For each rate the best measurement within its budget, None where there is none.
-        evaluations_per_second: Of this process, over the last minute.
-        num_alive: Evaluators ready to score.
-        seconds_left: Estimate; None before the first measurement of this process.
-    """
-
-    evaluations: int
-    total: int
-    best: dict[float, EpisodeRecord | None]
-    evaluations_per_second: float
-    num_alive: int
-    seconds_left: float | None
 
 
 class SearchLoop:
@@ -99,10 +75,7 @@ class SearchLoop:
             on_checkpoint: Called when one was saved; the journal is empty then.
         """
         self._evaluator = evaluator
-        self._cost_model = cost_model
-        self._cost_name = cost
-        self._cost = cost_model.kind(cost)
-        self._total = int(self._cost(cost_model.num_channels))
+        self._episodes = Episodes(run, cost_model, cost)
         self._run = run
         self._rates = tuple(rates)
         self._evaluations = evaluations
@@ -115,47 +88,41 @@ class SearchLoop:
         self._on_progress = on_progress
         self._on_checkpoint = on_checkpoint
 
-        self.archive = Archive(self._total)
-        self._memory: dict[Subnet, Measurement] = {}
         # Of each rate: top1, less the index that decides ties, and which images were right.
         self._best: dict[float, tuple[float, int, str]] = {}
-        self._strategy_name = ""
         self._is_restored = False
         self._next_index = 0
         self._num_told = 0
         self._asked: set[Subnet] = set()
         self._repeats = 0  # consecutive proposals that brought nothing new
         self._is_exhausted = False
-        self._submitted: dict[int, Candidate] = {}
-        # The submitted candidate, and those that repeat it while it is in flight.
-        self._waiting: dict[Subnet, list[Candidate]] = {}
+        self._in_flight = InFlight()
         # Rounds: recorded but not told yet; replayed when the strategy asks for them again.
         self._ahead: dict[int, EpisodeRecord] = {}
         # Told without being asked in this session; asking for one is no sign of a stuck strategy.
         self._adopted: set[Subnet] = set()
 
-        self._started = time.monotonic()
-        self._seconds_before = 0.0  # of earlier sessions, to their last checkpoint
-        self._finish_times: deque[float] = deque()
+        self._stopwatch = Stopwatch()
         self._last_checkpoint = time.monotonic()
         self._ticks = 0
 
     @property
+    def archive(self) -> Archive:
+        """The best of every rate."""
+        return self._episodes.archive
+
+    @property
     def done(self) -> bool:
         """Whether every evaluation was measured, or the strategy has nothing new to propose."""
-        return self._is_restored and self._room == 0 and not self._submitted
+        return self._is_restored and self._room == 0 and not self._in_flight
 
     @property
     def progress(self) -> SearchProgress:
         """Where the search stands."""
-        now = time.monotonic()
-        while self._finish_times and self._finish_times[0] < now - WINDOW_SECONDS:
-            self._finish_times.popleft()
-        window = min(WINDOW_SECONDS, now - self._started)
-        per_second = len(self._finish_times) / window if window > 0 else 0.0
-        left = max(0, self._evaluations - len(self._memory))
+        per_second = self._stopwatch.per_second
+        left = max(0, self._evaluations - len(self._episodes))
         return SearchProgress(
-            evaluations=len(self._memory),
+            evaluations=len(self._episodes),
             total=self._evaluations,
             best={rate: self.archive.best(rate) for rate in self._rates},
             evaluations_per_second=per_second,
@@ -166,7 +133,7 @@ class SearchLoop:
     @property
     def seconds(self) -> float:
         """Wall time of the search, earlier sessions included up to their last checkpoints."""
-        return self._seconds_before + time.monotonic() - self._started
+        return self._stopwatch.seconds
 
     def run(self, strategy: Strategy) -> None:
         """Searches to the end, from where the directory stands."""
@@ -184,11 +151,9 @@ class SearchLoop:
         if self._is_restored:
             return
         self._is_restored = True
-        self._strategy_name = strategy.name
-        self._run.compact()
-        rows = self._run.read_records()
-        for row in rows:
-            self._remember(row)
+        self._episodes.strategy = strategy.name
+        rows = self._episodes.read()
+        seconds = 0.0
         in_flight: list[Candidate] = []
         checkpoint = self._run.find_checkpoint()
         if checkpoint is not None:
@@ -197,7 +162,7 @@ class SearchLoop:
             state = read_json(folder / "loop.json")
             self._next_index = state["next_index"]
             self._repeats = state["repeats"]
-            self._seconds_before = state.get("seconds", 0.0)
+            seconds = state.get("seconds", 0.0)
             self._num_told = min(num_told, len(rows))
             for index, rate, keep_counts, order in state["in_flight"]:
                 in_flight.append(Candidate(index, rate, tuple(keep_counts), order=order))
@@ -212,7 +177,7 @@ class SearchLoop:
         lost = [candidate for candidate in in_flight if candidate.index not in indices]
         self._asked.update(candidate.subnet for candidate in lost)
         self._tell(strategy, [result for each in lost for result in self._place(each)])
-        self._started = time.monotonic()
+        self._stopwatch.start(seconds)
 
     def tick(self, strategy: Strategy) -> None:
         """One round, or in async mode one wait of at most a few seconds.
@@ -233,7 +198,7 @@ class SearchLoop:
 
     def checkpoint(self, strategy: Strategy) -> None:
         """Saves the strategy and the loop. Call it between ticks, and after the last one."""
-        waiting = [candidate for group in self._waiting.values() for candidate in group]
+        waiting = self._in_flight.candidates
         state = {
             "next_index": self._next_index,
             "repeats": self._repeats,
@@ -267,17 +232,17 @@ class SearchLoop:
 
     def _tick_round(self, strategy: Strategy) -> None:
         results = self._ask(strategy, min(self._round_size, self._room))
-        self._is_exhausted |= not results and not self._submitted
-        while self._submitted:
+        self._is_exhausted |= not results and not self._in_flight
+        while self._in_flight:
             results += self._collect(WAIT_SECONDS)
-            if self._submitted:
+            if self._in_flight:
                 self._report()
         self._tell(strategy, sorted(results, key=lambda result: result[0].index))
 
     def _tick_async(self, strategy: Strategy) -> None:
         can_ask = self._num_free() > 0
         results = self._fill(strategy)
-        self._is_exhausted |= can_ask and not results and not self._submitted
+        self._is_exhausted |= can_ask and not results and not self._in_flight
         if not self.done:
             results += self._collect(0.0 if results else WAIT_SECONDS)
         # Before telling: the evaluators work while the strategy learns.
@@ -288,19 +253,19 @@ class SearchLoop:
         """Asks until every evaluator is busy or an ask brings nothing new."""
         results: list[Result] = []
         num_before = -1
-        while len(self._submitted) > num_before and (free := self._num_free()):
-            num_before = len(self._submitted)
+        while len(self._in_flight) > num_before and (free := self._num_free()):
+            num_before = len(self._in_flight)
             results += self._ask(strategy, free)
         return results
 
     def _num_free(self) -> int:
-        return max(0, min(self._evaluator.capacity - len(self._submitted), self._room))
+        return max(0, min(self._evaluator.capacity - len(self._in_flight), self._room))
 
     def _ask(self, strategy: Strategy, count: int) -> list[Result]:
         """Asks and submits; returns what could be answered at once."""
         results: list[Result] = []
         for proposal in strategy.ask(count):
-            self._check_budget(proposal)
+            self._episodes.check_budget(proposal)
             subnet = proposal.keep_counts, proposal.order
             row = self._ahead.get(self._next_index)
             if row is not None and (row.rate, row.subnet) != (proposal.rate, subnet):
@@ -329,66 +294,29 @@ class SearchLoop:
             logger.warning("the last %d proposals were known: the search ends", self._repeats)
         return results
 
-    def _check_budget(self, proposal: Proposal) -> None:
-        cost = int(self._cost(proposal.keep_counts))
-        limit = math.floor(proposal.rate * self._total)
-        if cost > limit:
-            raise EvaluationError(
-                f"strategy {self._strategy_name}: keep counts for rate {proposal.rate} cost {cost},"
-                f" above the budget of {limit}; let it round with cacp_ray.searching.budget.spend"
-            )
-
     def _place(self, candidate: Candidate) -> list[Result]:
         """Answers a candidate from what is known, or has it measured."""
         key = candidate.subnet
         row = self._ahead.pop(candidate.index, None)
         if row is not None:
             return [as_result(row)]
-        if key in self._memory:
-            return [self._record(candidate, self._memory[key], is_cached=True)]
-        if key in self._known:
-            return [self._record(candidate, self._known[key], is_cached=True)]
-        if key in self._waiting:
-            self._waiting[key].append(candidate)
-            return []
-        self._waiting[key] = [candidate]
-        self._submitted[candidate.index] = candidate
-        self._evaluator.submit(candidate)
+        found = self._episodes.find(key) or self._known.get(key)
+        if found is not None:
+            return [(candidate, self._episodes.record(candidate, found, is_cached=True))]
+        if self._in_flight.add(candidate):
+            self._evaluator.submit(candidate)
         return []
 
     def _collect(self, timeout: float) -> list[Result]:
         """Records what the evaluators have finished."""
         results: list[Result] = []
         for measurement in self._evaluator.results(timeout):
-            candidate = self._submitted.pop(measurement.index, None)
-            if candidate is None:
-                continue  # a second answer: it had been given up for lost and submitted again
-            self._finish_times.append(time.monotonic())
-            for each in self._waiting.pop(candidate.subnet):
-                results.append(self._record(each, measurement, is_cached=each is not candidate))
+            for number, each in enumerate(self._in_flight.finish(measurement.index)):
+                own = self._episodes.record(each, measurement, is_cached=number > 0)
+                results.append((each, own))
+                if number == 0:
+                    self._stopwatch.note_finish()
         return results
-
-    def _record(self, candidate: Candidate, measurement: Measurement, *, is_cached: bool) -> Result:
-        measurement = dataclasses.replace(
-            measurement,
-            index=candidate.index,
-            seconds=0.0 if is_cached else measurement.seconds,
-        )
-        row = make_record(
-            candidate,
-            measurement,
-            self._cost_model,
-            cost=self._cost_name,
-            strategy=self._strategy_name,
-            cached=is_cached,
-        )
-        self._run.append(row)
-        self._remember(row)
-        return candidate, measurement
-
-    def _remember(self, row: EpisodeRecord) -> None:
-        self.archive.add(row)
-        self._memory.setdefault(row.subnet, as_result(row)[1])
 
     def _adopt(self, strategy: Strategy, rows: Sequence[EpisodeRecord]) -> None:
         """Tells recorded measurements that the strategy will not ask for under their index."""

@@ -17,8 +17,9 @@ from cacp_ray.agent_tuning import known_share, rank_trials, trials_at_once
 from cacp_ray.config import RunConfig, load_config
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.reporting.tuning import rank_correlation, rank_importance, tuning_rows
-from cacp_ray.tuning.agents import make_scheduler, measure_area, note_settings
+from cacp_ray.tuning.agents import measure_area, note_settings
 from cacp_ray.tuning.experiment import restore
+from cacp_ray.tuning.settings import make_scheduler
 
 
 def load(**changes):

@@ -18,7 +18,8 @@ from cacp_ray.comparing import find_known, trace_frontier
 from cacp_ray.config import RunConfig, load_config, resolved
 from cacp_ray.files import write_json
 from cacp_ray.folders import read_run_config
-from cacp_ray.searching.run_directory import EpisodeRecord, RunDirectory
+from cacp_ray.searching.records import EpisodeRecord
+from cacp_ray.searching.run_directory import RunDirectory
 from cacp_ray.series import compare, search_each
 
 PAGE = Path("docs/compare.md").read_text()

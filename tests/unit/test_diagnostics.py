@@ -21,7 +21,8 @@ from cacp_ray.evaluation.measurement import Measurement
 from cacp_ray.reporting.learning import LEARNING_FILE, read_learning
 from cacp_ray.reporting.scalars import ScalarLog
 from cacp_ray.searching.budget import Budget
-from cacp_ray.searching.run_directory import EpisodeRecord, RunDirectory
+from cacp_ray.searching.records import EpisodeRecord
+from cacp_ray.searching.run_directory import RunDirectory
 
 RATES = (0.3, 0.5, 0.7)
 UNSEEN = (0.4, 0.6)

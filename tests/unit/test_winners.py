@@ -12,7 +12,7 @@ from cacp_ray.evaluation.scorer import make_scorer
 from cacp_ray.loading import load_base, prepare_base, read_orders
 from cacp_ray.pruning.subnet import load_subnet, read_description
 from cacp_ray.searching.budget import uniform
-from cacp_ray.searching.run_directory import EpisodeRecord
+from cacp_ray.searching.records import EpisodeRecord
 from cacp_ray.training.metrics import measure
 from cacp_ray.winners import (
     FRONTIER,

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cacp_ray.searching.archive import Archive
-from cacp_ray.searching.run_directory import EpisodeRecord
+from cacp_ray.searching.records import EpisodeRecord
 
 TOTAL = 20
 

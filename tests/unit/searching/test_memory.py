@@ -17,7 +17,8 @@ from cacp_ray.files import peak_memory
 from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.plan import make_plan
 from cacp_ray.searching.loop import SearchLoop
-from cacp_ray.searching.run_directory import SCHEMA, RunDirectory
+from cacp_ray.searching.records import SCHEMA
+from cacp_ray.searching.run_directory import RunDirectory
 
 folder, PARTS, ROWS = Path(sys.argv[1]), 10, 10_000
 plan = make_plan(build_model("resnet56", 10).eval(), torch.zeros(1, 3, 32, 32))

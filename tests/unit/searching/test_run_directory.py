@@ -13,7 +13,8 @@ import yaml
 
 from cacp_ray.errors import ArtifactError
 from cacp_ray.files import read_json
-from cacp_ray.searching.run_directory import SCHEMA, EpisodeRecord, RunDirectory
+from cacp_ray.searching.records import SCHEMA, EpisodeRecord
+from cacp_ray.searching.run_directory import RunDirectory
 from tests.unit.searching.test_archive import record
 
 COLUMNS = [
