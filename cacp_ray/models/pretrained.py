@@ -6,6 +6,7 @@ they are not there.
 """
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from cacp_ray.errors import ArtifactError, ConfigError, nearest_names
+
+logger = logging.getLogger(__name__)
 
 PRETRAINED = "pretrained"  # of timm: a network's own published weights
 HUB_SECONDS = 5.0  # that the Hugging Face hub has to answer at all
@@ -186,7 +189,16 @@ def _read_timm(name: str, weights: str) -> Mapping[str, Tensor]:
     published = _describe_timm(name, weights)
     import timm  # type: ignore[import-untyped]
 
-    hub_id = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
+    described = timm.get_pretrained_cfg(name)
+    mode = getattr(described, "crop_mode", None)
+    if mode not in (None, "center"):
+        logger.warning(
+            "timm:%s was published for images prepared otherwise (crop mode %s); here they are "
+            "cropped in the middle, so its accuracy will differ",
+            name,
+            mode,
+        )
+    hub_id = getattr(described, "hf_hub_id", None)
     try:
         file = _find_in_hub(hub_id) if hub_id else None
         model: Any = timm.create_model(

@@ -1,5 +1,6 @@
 """Published weights: their transforms without a network, their tensors from the cache."""
 
+import dataclasses
 import logging
 import re
 import time
@@ -232,6 +233,17 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     return tmp_path / "models--timm--resnet18.a1_in1k"
+
+
+def test_weights_published_for_squashed_images_are_warned_of(hub, caplog, monkeypatch):
+    squashed = dataclasses.replace(timm.get_pretrained_cfg("resnet18"), crop_mode="squash")
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda _: squashed)
+    with pytest.raises(ArtifactError):
+        read_weights("timm:resnet18", "pretrained")
+    assert [record.getMessage() for record in caplog.records] == [
+        "timm:resnet18 was published for images prepared otherwise (crop mode squash); here they "
+        "are cropped in the middle, so its accuracy will differ"
+    ]
 
 
 def test_timm_weights_in_the_cache_need_no_network(hub):
