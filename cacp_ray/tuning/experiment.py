@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -71,7 +72,9 @@ def quiet_tune() -> Iterator[None]:
     os.environ.update(TUNE_ENVIRONMENT)
     tune_logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"ray\.tune")  # advice on how to call it
+            yield
     finally:
         tune_logger.setLevel(level)
         for key, value in before.items():

@@ -117,6 +117,7 @@ def test_population_and_optuna_end_with_settings_and_what_they_found(tmp_path, c
     assert running.returncode == 0, out
     result = read_json(folder / "result.json")
     rows = result["trials"]
+    assert "Warning" not in out
     assert len(rows) == 4
     assert len({row["name"] for row in rows}) == 4
     is_population = "scheduler" in changes
