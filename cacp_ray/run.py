@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from cacp_ray.evaluation.measurement import Evaluator, Measurement, Subnet
 from cacp_ray.evaluation.preparation import Prepared
 from cacp_ray.evaluators import start_evaluators
 from cacp_ray.files import describe_environment, read_object, write_json
+from cacp_ray.folders import is_run
 from cacp_ray.loading import (
     STATISTICS_FILE,
     Base,
@@ -109,76 +110,83 @@ def run_search(
     """
     from cacp_ray.distributed.cluster import check_address
 
-    clock = Clock()
-    with clock.phase("prepare"):
-        check_address(address)
-        base = load_base(config)
-        check_run(config, base)
-    run = RunDirectory(run_dir)
-    model_file = run_dir / "model.json"
-    saved = read_object(model_file, ("sha256", "groups", "base")) if model_file.exists() else None
-    if saved is not None:
-        check_weights(base, run_dir)
-    say(describe_base(base, config))
-    with clock.phase("start"), ThreadPoolExecutor(1) as executor:
-        orders = None if saved is None else read_orders(saved)
-        preparing = executor.submit(_prepare, base, config, orders, run_dir)
-        join(config, address)
-        prepared, statistics = preparing.result()
-    with clock.phase("start"):
-        evaluator, kept = start_evaluators(
-            config,
-            base,
-            prepared,
-            cache,
-            say,
-            num_measured=len({record.subnet for record in run.read_records()}),
-        )
-        if cache is not None:
-            known = kept | dict(known or {})
-            say(f"{len(kept):,} measurements are known from {cache}")
-    with ExitStack() as stack:
-        stack.callback(evaluator.close)
-        stack.enter_context(run.locked())
+    clock, run = Clock(), RunDirectory(run_dir)
+    is_begun = is_run(run_dir)
+    with ExitStack() as lock:
+        if is_begun:  # else nothing is written before all has been checked
+            lock.enter_context(run.locked())
+        with clock.phase("prepare"):
+            check_address(address)
+            base = load_base(config)
+            check_run(config, base)
+        model_file = run_dir / "model.json"
+        saved = None
+        if model_file.exists():
+            saved = read_object(model_file, ("sha256", "groups", "base"))
+            check_weights(base, run_dir)
+        say(describe_base(base, config))
+        with clock.phase("start"), ThreadPoolExecutor(1) as executor:
+            orders = None if saved is None else read_orders(saved)
+            preparing = executor.submit(_prepare, base, config, orders, run_dir)
+            join(config, address)
+            prepared, statistics = preparing.result()
         with clock.phase("start"):
-            if saved is None:
-                saved = _begin(
-                    run, config, base, statistics, describe_model(base, prepared, config)
+            evaluator, kept = start_evaluators(
+                config,
+                base,
+                prepared,
+                cache,
+                say,
+                num_measured=len({record.subnet for record in run.read_records()}),
+            )
+            if cache is not None:
+                known = kept | dict(known or {})
+                say(f"{len(kept):,} measurements are known from {cache}")
+        with closing(evaluator):
+            if not is_begun:
+                lock.enter_context(run.locked())
+            with clock.phase("start"):
+                if saved is None:
+                    saved = _begin(
+                        run, config, base, statistics, describe_model(base, prepared, config)
+                    )
+            with clock.phase("search"):
+                loop, agent, log = _search(
+                    config, base, run, evaluator, on_progress, known, storage
                 )
-        with clock.phase("search"):
-            loop, agent, log = _search(config, base, run, evaluator, on_progress, known, storage)
-        clock.seconds["search"] = round(loop.seconds, 2)
-        with clock.phase("frontier"):
-            answers = measure_policy(agent.policy, base, config, evaluator) if agent else []
-            reference = measure_uniform(base, config, evaluator)
-            if agent:
-                agent.stop()
-            learning = _measure_learning(config, base, log, evaluator) if log else None
-    with clock.phase("build"):
-        searched = {rate: loop.archive.best(rate) for rate in config.rates}
-        rows = build_winners(config, base, prepared, searched, run_dir, answers, reference)
-    result = {
-        "name": config.name,
-        "strategy": config.strategy,
-        "cost": describe_cost(config.cost),
-        "base": saved["base"],
-        "rates": rows,
-        "frontier": [
-            {key: value for key, value in answer.items() if key != "record"} for answer in answers
-        ],
-        "groups": [
-            {"name": g.name, "num_channels": g.num_channels, "is_residual": g.is_residual}
-            for g in base.plan.groups
-        ],
-        "learning": learning,
-        "evaluations": loop.progress.evaluations + _count_new(answers, config, run),
-        "seconds": clock.seconds,
-    }
-    add_latencies(result, base, run_dir)
-    write_json(run_dir / "result.json", result)
-    if storage is not None:
-        storage.finish(run_dir)
-    return result
+            clock.seconds["search"] = round(loop.seconds, 2)
+            with clock.phase("frontier"):
+                answers = measure_policy(agent.policy, base, config, evaluator) if agent else []
+                reference = measure_uniform(base, config, evaluator)
+                if agent:
+                    agent.stop()
+                learning = _measure_learning(config, base, log, evaluator) if log else None
+        with clock.phase("build"):
+            searched = {rate: loop.archive.best(rate) for rate in config.rates}
+            rows = build_winners(config, base, prepared, searched, run_dir, answers, reference)
+        result = {
+            "name": config.name,
+            "strategy": config.strategy,
+            "cost": describe_cost(config.cost),
+            "base": saved["base"],
+            "rates": rows,
+            "frontier": [
+                {key: value for key, value in answer.items() if key != "record"}
+                for answer in answers
+            ],
+            "groups": [
+                {"name": g.name, "num_channels": g.num_channels, "is_residual": g.is_residual}
+                for g in base.plan.groups
+            ],
+            "learning": learning,
+            "evaluations": loop.progress.evaluations + _count_new(answers, config, run),
+            "seconds": clock.seconds,
+        }
+        add_latencies(result, base, run_dir)
+        write_json(run_dir / "result.json", result)
+        if storage is not None:
+            storage.finish(run_dir)
+        return result
 
 
 def check_run(config: RunConfig, base: Base) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from cacp_ray.errors import ConfigError, EvaluationError
 from cacp_ray.models.factory import build_model
+from cacp_ray.searching.run_directory import RunDirectory
 from tests.unit.exporting.folders import make_folder
 
 MODEL = {"name": "resnet20", "weights": "embedded:resnet20_cifar10"}
@@ -120,6 +121,17 @@ def test_existing_folder_is_left_alone(run, config, tmp_path):
     assert code == 2
     assert "pass --resume" in err
     assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+
+
+def test_a_run_that_another_process_searches_is_refused_at_once(run, config, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config().read_text())
+    with RunDirectory(folder).locked():
+        code, out, err = run("search", config(), "--run-dir", folder, "--resume")
+    assert code == 2
+    assert "another process is searching there" in err
+    assert "channel groups" not in out + err
 
 
 def test_resume_with_a_changed_configuration_names_the_keys(run, config, tmp_path):
