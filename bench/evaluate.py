@@ -7,7 +7,8 @@ core; the table shows medians of what each way takes over what ours takes.
 - masking: the whole network with zeros for cut channels, as AMC and CACP score, float32;
 - masking + least squares: with scikit-learn's regression of every layer on its kept inputs, on
   sampled points of the calibration images, as their recovery does;
-- floor: the forward pass alone of the small network, already built and fused, images ready.
+- floor: the forward pass alone of the small network, already built and fused, images ready, at the
+  batch size of several that is fastest for the whole network.
 
 Ours scores the whole search split from its stored uint8 images, without recovery and with it.
 """
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from compensation import make_noise
 from numpy.typing import NDArray
-from report import parse_rows, print_environment, print_table
+from report import parse_rows, positive, print_environment, print_table
 from surgery import prune_a_copy
 from torch import Tensor, nn
 from torch.nn import functional
@@ -47,6 +48,7 @@ from cacp_ray.training.metrics import fast_dtype
 
 POINTS = 10  # places of every map that the least squares read, as in AMC's code
 RATES = (0.3, 0.7)
+FLOOR_BATCHES = (4, 10, 32, 64, 128, 250, 512, 1000)
 
 
 class MaskedNetwork:
@@ -139,9 +141,7 @@ def bench(
         for recovery in ("none", "compensate")
     }
     ours = {
-        recovery: make_scorer(
-            each, search, recovery=recovery, batch_size=options.batch, dtype="auto"
-        )
+        recovery: make_scorer(each, search, recovery=recovery, dtype="auto")
         for recovery, each in prepared.items()
     }
     loader = DataLoader(TensorDataset(x.contiguous(), y), batch_size=options.batch)
@@ -150,12 +150,23 @@ def bench(
     fused = fuse(cutter.skeleton.model)
     assert fused is not None
     fused.dtype = fast_dtype()
-    ready = x.to(fast_dtype()).split(options.batch)
+    images = x.to(fast_dtype())
 
-    def run_floor(small: nn.Module) -> None:
+    def run_floor(small: nn.Module, size: int) -> float:
+        started = time.perf_counter()
         with torch.inference_mode():
-            for batch in ready:
+            for batch in images.split(size):
                 small(batch)
+        return time.perf_counter() - started
+
+    whole = fused.load(cutter.tensors)
+    seconds = {
+        size: min(run_floor(whole, size) for _ in range(2))
+        for size in FLOOR_BATCHES
+        if size <= len(x)
+    }
+    size = min(seconds, key=seconds.__getitem__)
+    logging.info("%s: floor with batches of %d", name, size)
 
     def prune_and_score(counts: list[int]) -> None:
         score_plainly(prune_a_copy(model, plan, prepared["none"].orders, counts, x[:1]), loader)
@@ -167,7 +178,7 @@ def bench(
         ways: dict[str, Callable[[], object]] = {
             "ours": lambda c=candidate: ours["none"](c),
             "ours+": lambda c=candidate: ours["compensate"](c),
-            "floor": lambda s=small: run_floor(s),
+            "floor": lambda s=small: run_floor(s, size),
             "usual": lambda c=counts: prune_and_score(c),
             "masking": lambda c=counts: score_plainly(masked.load(c, fit=False), loader),
             "masking+": lambda c=counts: score_plainly(masked.load(c, fit=True), loader),
@@ -209,14 +220,15 @@ def draw(plan: Plan, options: argparse.Namespace) -> list[list[int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", nargs="+", default=["resnet20", "resnet56", "resnet50"])
+    networks = ["resnet20", "resnet56", "resnet50"]
+    parser.add_argument("--networks", nargs="+", choices=networks, default=networks)
     parser.add_argument("--weights56", default="tests/golden/resnet56_cifar10.safetensors")
     parser.add_argument("--train", default="embedded:train", help="Parquet of calibration images")
     parser.add_argument("--search", default="embedded:search", help="Parquet of scored images")
     parser.add_argument("--search-rows", type=parse_rows, help="START:STOP, by default all")
     parser.add_argument("--calibration", type=int, default=1000, help="images")
-    parser.add_argument("--candidates", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=250)
+    parser.add_argument("--candidates", type=positive, default=20)
+    parser.add_argument("--batch", type=positive, default=250, help="of the usual loop and masking")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -115,6 +115,8 @@ def main() -> None:
         HARDEST: hardest_first(logits, labels),
     }
     searches = {run: read(run) for run in options.runs}
+    if empty := [str(run) for run, rows in searches.items() if not rows]:
+        parser.error(f"no episodes in {', '.join(empty)}")
     table, errors = [], []
     for name, racing.NUM_PARTS, racing.PATIENCE in RACES:
         race_of = [name, str(racing.NUM_PARTS), f"{racing.PATIENCE:g}"]
@@ -138,7 +140,7 @@ def main() -> None:
     num = sum(len(rows) for rows in searches.values())
     race_of = ["order of the images", "parts", "patience"]
     header = [
-        *race_of, "images", "candidates a second", "lost, mean", "lost, most",
+        *race_of, "images", "times fewer", "lost, mean", "lost, most",
         "searches that lose 0.2 or less (mean over rates)", "(at every rate)",
     ]  # fmt: skip
     print_table(f"{len(searches)} searches, {num:,} candidates", header, table)

@@ -1,5 +1,6 @@
 """What all benchmarks print, and a log of results that survives a kill."""
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,13 @@ def print_environment(seed: int) -> None:
         f"\nCommit {found['commit']}, seed {seed}, {found['processor']} with {found['cpus']} CPUs, "
         f"{torch.get_num_threads()} torch thread(s), torch {found['packages']['torch']}."
     )
+
+
+def positive(text: str) -> int:
+    """An option that counts something."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
 
 
 def parse_rows(text: str) -> tuple[int, int]:

@@ -22,13 +22,14 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from report import print_environment, print_table
+from report import positive, print_environment, print_table
 
 from cacp_ray.agent.cacp.algorithm import CACPConfig
 from cacp_ray.config import PruningConfig
 from cacp_ray.distributed import cluster
 from cacp_ray.distributed.pool import PLACES, RayEvaluatorPool
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
+from cacp_ray.evaluation.racing import encode_hits
 from cacp_ray.loading import make_budget
 from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.plan import Plan, make_plan
@@ -40,6 +41,7 @@ from cacp_ray.searching.settings import AgentSettings
 
 RATES = (0.3, 0.5, 0.7)
 SPREAD = (0.5, 1.5)
+SPLITS = (1_500, 5_000, 10_000, 50_000)  # images
 
 Learning = Literal["on", "off", "elsewhere"]
 
@@ -51,6 +53,14 @@ def pretend(candidate: Candidate, mean_seconds: float) -> Measurement:
     kept = np.log(np.array(candidate.keep_counts, float))
     top1 = float(1 / (1 + np.exp(2 - kept.mean())))
     return Measurement(candidate.index, top1, 1.0, 1 - top1, images=5000, seconds=seconds)
+
+
+def measure_bytes(candidate: Candidate, num_images: int) -> tuple[int, int]:
+    """Of a candidate and its measurement, with which images were right; and where it races."""
+    hits = encode_hits(np.random.default_rng(0).random(num_images) < 0.8)
+    found = len(pickle.dumps(dataclasses.replace(pretend(candidate, 1.0), hits=hits)))
+    racing = dataclasses.replace(candidate, best=hits)
+    return len(pickle.dumps(candidate)) + found, len(pickle.dumps(racing)) + found
 
 
 def make_sleeping(mean_seconds: float) -> ScoreFunction:
@@ -198,9 +208,9 @@ def as_row(kind: str, number: int, learning: Learning, found: dict[str, float]) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="resnet56")
-    parser.add_argument("--actors", nargs="*", type=int, default=[1, 4, 16, 64])
-    parser.add_argument("--simulated", nargs="*", type=int, default=[64, 256, 1024, 4096])
-    parser.add_argument("--each", type=int, default=30, help="candidates an evaluator")
+    parser.add_argument("--actors", nargs="*", type=positive, default=[1, 4, 16, 64])
+    parser.add_argument("--simulated", nargs="*", type=positive, default=[64, 256, 1024, 4096])
+    parser.add_argument("--each", type=positive, default=30, help="candidates an evaluator")
     parser.add_argument("--seconds", type=float, default=1.0, help="of an evaluation, mean")
     parser.add_argument("--ray-ms", type=float, default=1.0, help="of Ray, a candidate, simulated")
     options = parser.parse_args()
@@ -209,7 +219,7 @@ def main() -> None:
     plan = make_plan(build_model(options.model, 10).eval(), torch.zeros(1, 3, 32, 32))
     counts = tuple(plan.cost_model.num_channels.tolist())
     candidate = Candidate(10**6, 0.5, counts)
-    size = len(pickle.dumps(candidate)) + len(pickle.dumps(pretend(candidate, 1.0)))
+    sizes = [measure_bytes(candidate, num_images) for num_images in SPLITS]
     rows = []
     if options.actors:
         cluster.connect("local", num_cpus=2)
@@ -239,7 +249,10 @@ def main() -> None:
         "ms proposing", "ms dispatching", "ms learning",
     ]  # fmt: skip
     print_table(f"{options.model}, evaluations of {options.seconds:g} s", header, rows)
-    print(f"\nA candidate and its measurement: {size:,} bytes pickled.")
+    told = ", ".join(
+        f"{n:,} images: {a:,} ({b:,})" for n, (a, b) in zip(SPLITS, sizes, strict=True)
+    )
+    print(f"\nBytes of a candidate and its measurement, pickled (of one that races): {told}.")
     print_environment(0)
 
 

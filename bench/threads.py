@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import print_environment, print_table
+from report import positive, print_environment, print_table
 
 CANDIDATES = 4  # a round, for each core
 IMAGENET = ("resnet50", "mobilenet_v2")  # with random weights, on 64 images of 224 pixels
@@ -79,9 +79,11 @@ def read_memory() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--networks", nargs="+", default=["resnet20", "resnet50"])
-    parser.add_argument("--cores", type=int, default=os.cpu_count())
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--networks", nargs="+", choices=("resnet20", *IMAGENET), default=["resnet20", "resnet50"]
+    )
+    parser.add_argument("--cores", type=positive, default=os.cpu_count())
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")

@@ -32,7 +32,7 @@ from cacp_ray.planning import describe_estimate, estimate_search
 from cacp_ray.pruning.subnet import load_subnet
 from cacp_ray.reporting.tuning import write_tuning_report
 from cacp_ray.results import answer_rates, read_result, report_run
-from cacp_ray.run import check_run, find_room, run_search
+from cacp_ray.run import check_run, find_room, is_local, run_search
 from cacp_ray.searching.search_progress import SearchProgress
 from cacp_ray.storage import RunStorage, is_within
 from cacp_ray.training.base import train_base
@@ -214,7 +214,7 @@ def check_search(
     cpus = find_room(config, address)
     base = load_base(config)
     check_run(config, base)
-    estimate = estimate_search(config, base, cpus)
+    estimate = estimate_search(config, base, cpus, can_grow=not is_local(address))
     return "\n".join(
         [
             describe_base(base, config),

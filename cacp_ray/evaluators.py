@@ -95,12 +95,16 @@ def describe_evaluators(cluster: ClusterConfig, room: "Room") -> str:
 
 def scorer_arguments(config: RunConfig, base: Base, prepared: Prepared) -> dict[str, Any]:
     """What an evaluator builds its score function from."""
+    dtype = config.evaluation.dtype
+    if not config.cluster.gpus_per_evaluator:
+        # As this machine has it: nodes with other processors would compute in another one.
+        dtype = str(read_dtype(dtype)).removeprefix("torch.")
     return {
         "prepared": prepared,
         "split": base.search,
         "recovery": config.pruning.recovery,
         "batch_size": config.evaluation.batch_size,
-        "dtype": config.evaluation.dtype,
+        "dtype": dtype,
         "images": config.evaluation.images,
         "threads": config.cluster.cpus_per_evaluator,
     }

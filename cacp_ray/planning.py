@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from cacp_ray.config import RunConfig
-from cacp_ray.evaluation.fusion import fuse
-from cacp_ray.evaluation.network import default_batch_size
+from cacp_ray.evaluation.network import FastNetwork, default_batch_size, put_pixels
+from cacp_ray.evaluation.preparation import Cutter, Prepared
 from cacp_ray.evaluation.scorer import read_dtype
 from cacp_ray.files import peak_memory
 from cacp_ray.loading import Base
-from cacp_ray.pruning.surgery import Skeleton, Slicer, all_tensors
+from cacp_ray.pruning.surgery import all_tensors
 from cacp_ray.reporting.summary import format_seconds
 from cacp_ray.searching.budget import uniform
 
@@ -32,7 +32,7 @@ class Estimate:
         seconds_per_evaluation: At the mean of the rates.
         nodes: Of the cluster, now.
         places: For evaluators, on these nodes.
-        evaluators: That work at once, on a cluster that grows for `cluster.max_evaluators`.
+        evaluators: That work at once; on a cluster, which may grow, `cluster.max_evaluators`.
         threads: Of one evaluator.
         evaluator_bytes: Memory of one evaluator, the images left out.
         split_bytes: Decoded images, once on every machine.
@@ -59,8 +59,10 @@ class Estimate:
         return self.evaluations * self.seconds_per_evaluation * self.threads / 3600
 
 
-def estimate_search(config: RunConfig, base: Base, cpus: Sequence[float]) -> Estimate:
-    """What a search would take on nodes of so many CPUs.
+def estimate_search(
+    config: RunConfig, base: Base, cpus: Sequence[float], *, can_grow: bool
+) -> Estimate:
+    """What a search would take on nodes of so many CPUs, of a cluster that `can_grow` or not.
 
     Times uniform subnets of all rates on a batch of the search split, on an evaluator's threads.
 
@@ -71,6 +73,7 @@ def estimate_search(config: RunConfig, base: Base, cpus: Sequence[float]) -> Est
     per_image = time_image(config, base, batch)
     threads = config.cluster.cpus_per_evaluator
     places = sum(int(each // threads) for each in cpus)
+    wanted = config.cluster.max_evaluators or places
     split_bytes = base.search.images.nbytes
     return Estimate(
         evaluations=config.evaluations,
@@ -78,7 +81,7 @@ def estimate_search(config: RunConfig, base: Base, cpus: Sequence[float]) -> Est
         seconds_per_evaluation=per_image * images,
         nodes=len(cpus),
         places=places,
-        evaluators=min(config.cluster.max_evaluators or max(1, places), config.evaluations),
+        evaluators=max(1, min(wanted if can_grow else min(wanted, places), config.evaluations)),
         threads=threads,
         evaluator_bytes=max(0, peak_memory() - split_bytes),
         split_bytes=split_bytes,
@@ -87,26 +90,24 @@ def estimate_search(config: RunConfig, base: Base, cpus: Sequence[float]) -> Est
 
 def time_image(config: RunConfig, base: Base, batch: int) -> float:
     """Seconds of an image of a batch, as candidates are scored: mean over the rates."""
-    before, dtype = torch.get_num_threads(), read_dtype(config.evaluation.dtype)
+    before = torch.get_num_threads()
     torch.set_num_threads(config.cluster.cpus_per_evaluator)
-    tensors, slicer = all_tensors(base.model), Slicer(base.plan)
-    fused, skeleton = fuse(base.model), Skeleton(base.model)
-    autocast = torch.autocast("cpu", dtype, enabled=fused is None and dtype != torch.float32)
-    images = base.search.take(batch).tensors()[0]
-    if fused is not None:
-        fused.dtype, images = dtype, images.to(dtype)
+    tensors = {name: value.numpy() for name, value in all_tensors(base.model).items()}
+    part = base.search.take(batch)
+    prepared = Prepared(base.model, base.plan, (), tensors, {}, part)
     rows = uniform(base.budget, config.rates, np.ones(len(base.budget.num_channels)))
     seconds = 0.0
     try:
-        with torch.inference_mode(), autocast:
-            for counts in rows.tolist():
-                model = (fused or skeleton).load(tensors | slicer(tensors, counts))
-                times = []
-                for _ in range(REPEATS):
-                    started = time.perf_counter()
-                    model(images)
-                    times.append(time.perf_counter() - started)
-                seconds += statistics.median(times)
+        network = FastNetwork(Cutter(prepared, "none"), read_dtype(config.evaluation.dtype))
+        pixels = put_pixels(part)
+        for counts in rows.tolist():
+            predict = network.load(counts, batch)
+            times = []
+            for _ in range(REPEATS):
+                started = time.perf_counter()
+                predict(pixels, 0, batch)
+                times.append(time.perf_counter() - started)
+            seconds += statistics.median(times)
     finally:
         torch.set_num_threads(before)
     return seconds / (batch * len(rows))

@@ -66,6 +66,11 @@ def join(config: RunConfig, address: str | None) -> None:
     probe_nodes()
 
 
+def is_local(address: str | None) -> bool:
+    """Whether a search with this `--address` would start a Ray of its own."""
+    return (address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+
+
 def find_room(config: RunConfig, address: str | None) -> list[float]:
     """CPUs of each node that a search would find, without a Ray where it would start one.
 
@@ -75,7 +80,7 @@ def find_room(config: RunConfig, address: str | None) -> list[float]:
     from cacp_ray.distributed.cluster import check_room
     from cacp_ray.distributed.nodes import read_nodes
 
-    if (address or os.environ.get("RAY_ADDRESS") or "local") == "local":
+    if is_local(address):
         check_room(config.cluster.cpus_per_evaluator, config.cluster.gpus_per_evaluator, address)
         return [os.cpu_count() or 1]
     join(config, address)

@@ -8,24 +8,27 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 from collections import deque
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.errors import ArtifactError
+from cacp_ray.evaluation.computation import hash_computation
 from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement, Subnet
 from cacp_ray.evaluation.preparation import Prepared
+from cacp_ray.versions import installed_versions
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # to be raised when the same candidate scores otherwise
+VERSION = 2  # to be raised when the same candidate scores otherwise
 
-Key = tuple[Subnet, int]  # what was scored, on how many images
+# What was scored, on how many images; of one that was stopped, against which hits instead.
+Key = tuple[Subnet, int | str]
 
 
 def key_of_scores(prepared: Prepared, split: ImageSet, *, recovery: str, dtype: str) -> str:
@@ -37,8 +40,11 @@ def key_of_scores(prepared: Prepared, split: ImageSet, *, recovery: str, dtype: 
         recovery: Of candidates.
         dtype: What they are computed in, and the device where it is no CPU.
     """
-    digest = hashlib.sha256(f"{VERSION} {torch.__version__} {dtype} {recovery}\n".encode())
+    digest = hashlib.sha256(f"{VERSION} {installed_versions()} {dtype} {recovery}\n".encode())
     digest.update(f"{prepared.model}\n{split.mean} {split.std}\n".encode())
+    digest.update(hash_computation(prepared.model, split.take(1).tensors()[0]).encode())
+    for (name, dimension), axis in sorted(prepared.plan.axes.items()):
+        _update(digest, f"{name} {dimension}", axis.group)
     for each in (prepared, *(prepared.others[name] for name in sorted(prepared.others))):
         for name in sorted(each.tensors):
             _update(digest, name, each.tensors[name])
@@ -75,27 +81,37 @@ class MeasurementCache:
     """What was measured under one key."""
 
     def __init__(self, folder: Path, key: str) -> None:
-        """Reads what is there; a line that a kill cut short is left out."""
+        """Reads what is there; a line that a kill cut short is left out.
+
+        Raises:
+            ArtifactError: The file cannot be read.
+        """
         self._file = folder / f"{key}.jsonl"
         self._known: dict[Key, Measurement] = {}
-        text = self._file.read_text(errors="replace") if self._file.exists() else ""
+        try:
+            text = self._file.read_text(errors="replace") if self._file.exists() else ""
+        except OSError as error:
+            raise ArtifactError(f"{self._file}: {error.strerror}; move it away") from error
         self._is_cut = bool(text) and not text.endswith("\n")
-        for line in text.splitlines():
+        for line in filter(None, text.splitlines()):
             try:
-                row = json.loads(line)
-                measurement = Measurement(**row["measurement"])
-                subnet = tuple(row["keep_counts"]), row["order"]
+                where, measurement = _read_line(line)
             except (ValueError, KeyError, TypeError):
                 logger.warning("%s: a damaged line is left out", self._file)
                 continue
-            self._known[subnet, measurement.images] = measurement
+            self._known[where] = measurement
 
     def __len__(self) -> int:
         return len(self._known)
 
     def get(self, candidate: Candidate, images: int) -> Measurement | None:
-        """A measurement of the candidate on the first `images` images, under its index."""
+        """A measurement of the candidate on the first `images` images, under its index.
+
+        Of one that races, also how it was stopped by the same opponent.
+        """
         found = self._known.get((candidate.subnet, images))
+        if found is None and candidate.best:
+            found = self._known.get((candidate.subnet, _hash(candidate.best)))
         return None if found is None else dataclasses.replace(found, index=candidate.index)
 
     def on(self, images: int) -> dict[Subnet, Measurement]:
@@ -103,20 +119,55 @@ class MeasurementCache:
         return {subnet: each for (subnet, count), each in self._known.items() if count == images}
 
     def add(self, candidate: Candidate, measurement: Measurement) -> None:
-        """Keeps a successful measurement; the disk has it when this returns."""
-        key = candidate.subnet, measurement.images
-        if measurement.status != "ok" or key in self._known:
+        """Keeps a measurement that did not fail; the disk has it when this returns."""
+        if measurement.status == "failed":
+            return
+        against = _hash(candidate.best) if measurement.status == "stopped" else ""
+        key = candidate.subnet, against or measurement.images
+        if key in self._known:
             return
         self._known[key] = measurement
         row = {
             "keep_counts": candidate.keep_counts,
             "order": candidate.order,
+            "against": against,
             "measurement": dataclasses.asdict(measurement),
         }
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        with self._file.open("a") as file:
-            file.write("\n" * self._is_cut + json.dumps(row) + "\n")
+        line = "\n" * self._is_cut + json.dumps(row) + "\n"
+        file = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(file, line.encode())  # whole: other runs may write there too
+        finally:
+            os.close(file)
         self._is_cut = False
+
+
+def _hash(hits: str) -> str:
+    return hashlib.sha256(hits.encode()).hexdigest()[:16]
+
+
+def _read_line(line: str) -> tuple[Key, Measurement]:
+    """Of a file of the cache.
+
+    Raises:
+        ValueError, KeyError, TypeError: It is none.
+    """
+    row = json.loads(line)
+    found = Measurement(**row["measurement"])
+    counts, order, against = tuple(row["keep_counts"]), row["order"], row["against"]
+    is_sound = (
+        all(isinstance(count, int) for count in counts)
+        and isinstance(order, str)
+        and isinstance(found.images, int)
+        and found.images > 0
+        and all(0 <= share <= 1 for share in (found.top1, found.top5))
+        and math.isfinite(found.loss)
+        and found.status == ("stopped" if against else "ok")
+    )
+    if not is_sound:
+        raise ValueError(line)
+    return ((counts, order), str(against) or found.images), found
 
 
 class CachedEvaluator:

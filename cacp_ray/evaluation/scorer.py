@@ -26,7 +26,7 @@ from cacp_ray.evaluation.racing import (
     prefixes,
 )
 from cacp_ray.pruning.compensation import CACHE_BYTES
-from cacp_ray.training.metrics import fast_dtype, score_logits
+from cacp_ray.training.metrics import fast_dtype, find_hits, score_logits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -127,7 +127,7 @@ def make_scorer(
             seconds=time.perf_counter() - started,
             finished_at=time.time(),
         )
-        hits = (logits.argmax(1) == labels).numpy()
+        hits = find_hits(logits, labels).numpy()
         if len(logits) == len(split.take(images)):
             return dataclasses.replace(found, hits=encode_hits(hits))
         if len(logits) < scored:
@@ -150,7 +150,7 @@ def _race(
         logits.append(network(pixels, done, stop))
         done = stop
         so_far = torch.cat(logits)
-        hits = (so_far.argmax(1) == labels[:done]).numpy()
+        hits = find_hits(so_far, labels[:done]).numpy()
         if has_fallen_behind(hits, best[:done]):
             return so_far
     return torch.cat([*logits, network(pixels, done, len(labels))])

@@ -35,7 +35,7 @@ from cacp_ray.pruning.plan import Consumer, Plan
 from cacp_ray.pruning.statistics import InputMoments, regularized
 from cacp_ray.pruning.surgery import Orders, Slicer
 
-CACHE_BYTES = 512 * 2**20
+CACHE_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)

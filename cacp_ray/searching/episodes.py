@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 
 from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.measurement import Candidate, Measurement, Subnet
@@ -59,6 +60,7 @@ class Episodes:
             measurement,
             index=candidate.index,
             seconds=0.0 if is_cached else measurement.seconds,
+            finished_at=time.time() if is_cached else measurement.finished_at,
         )
         row = make_record(
             candidate,

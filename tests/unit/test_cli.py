@@ -147,7 +147,7 @@ def test_resume_with_a_changed_configuration_names_the_keys(run, config, tmp_pat
     options = ["--resume", "--dry-run", "--set", "cluster.max_evaluators=5"]
     code, out, _ = run("search", config(), "--run-dir", folder, *options)
     assert code == 0
-    assert "with 5 evaluators" in out
+    assert "240 evaluations" in out
     code, _, err = run("search", config(), "--run-dir", tmp_path / "none", "--resume")
     assert code == 2
     assert "holds no run" in err

@@ -16,14 +16,18 @@ def base():
 def test_time_is_that_of_all_images_of_all_evaluations_shared_by_the_evaluators(base, monkeypatch):
     monkeypatch.setattr(planning, "time_image", lambda *_: 0.001)
     changes = ["cluster.max_evaluators=3", "cluster.cpus_per_evaluator=2", "evaluations=600"]
-    found = estimate_search(load_config(RunConfig, {}, changes), base, [8, 3, 0])
+    found = estimate_search(load_config(RunConfig, {}, changes), base, [8, 3, 0], can_grow=True)
     assert (found.nodes, found.places, found.evaluators) == (3, 5, 3)
     assert found.seconds_per_evaluation == pytest.approx(1.5)
     assert found.seconds == pytest.approx(300)
     assert found.core_hours == pytest.approx(0.5)
     assert found.split_bytes == 1500 * 32 * 32 * 3
+    many = load_config(RunConfig, {}, [*changes, "cluster.max_evaluators=64"])
+    assert estimate_search(many, base, [8, 3], can_grow=True).evaluators == 64
+    assert estimate_search(many, base, [8, 3], can_grow=False).evaluators == 5
+    assert estimate_search(many, base, [1], can_grow=False).evaluators == 1
     part = load_config(RunConfig, {}, [*changes, "evaluation.images=500"])
-    assert estimate_search(part, base, [2]).seconds == pytest.approx(100)
+    assert estimate_search(part, base, [2], can_grow=True).seconds == pytest.approx(100)
 
 
 def test_a_small_network_takes_less_time_than_a_large_one(base):
@@ -39,7 +43,7 @@ def test_a_small_network_takes_less_time_than_a_large_one(base):
 def test_an_estimate_reads_as_lines(base, monkeypatch):
     monkeypatch.setattr(planning, "time_image", lambda *_: 0.001)
     found = dataclasses.replace(
-        estimate_search(RunConfig(), base, [2]), evaluators=2, evaluator_bytes=2**30
+        estimate_search(RunConfig(), base, [2], can_grow=False), evaluators=2, evaluator_bytes=2**30
     )
     text = " ".join(describe_estimate(found, 0.0))
     for part in (

@@ -24,6 +24,8 @@ def measure(candidate):
     status = "failed" if candidate.keep_counts == (0,) else "ok"
     images = candidate.images or 100
     top1 = sum(candidate.keep_counts) / 10
+    if candidate.best:
+        status, images = "stopped", images // 2
     return Measurement(candidate.index, top1, 1.0, 0.3, images, 0.5, status=status)
 
 
@@ -75,6 +77,21 @@ def test_another_candidate_is_scored(build, scored, other):
     assert len(scored) == 2
 
 
+def test_one_that_was_stopped_is_known_against_the_same_opponent_alone(build, scored):
+    racing = Candidate(0, 0.5, (1, 1), best="hits")
+    (first,) = ask(build(), racing).values()
+    assert (first.status, first.images) == ("stopped", 50)
+    (again,) = ask(build(), dataclasses.replace(racing, index=7)).values()
+    assert again == dataclasses.replace(first, index=7)
+    assert len(scored) == 1
+    assert build()._cache.on(50) == {}
+    ask(build(), dataclasses.replace(racing, best="other"))
+    ask(build(), dataclasses.replace(racing, best=""))
+    assert len(scored) == 3
+    ask(build(), dataclasses.replace(racing, best="third"))  # measured to the end meanwhile
+    assert len(scored) == 3
+
+
 def test_the_whole_split_is_the_same_however_it_is_said(build, scored):
     ask(build(), Candidate(0, 0.5, (1, 1)))
     ask(build(), Candidate(0, 0.5, (1, 1), images=100))
@@ -102,11 +119,26 @@ def test_lines_that_are_no_measurements_are_left_out(build, scored, tmp_path):
     ask(build(), Candidate(0, 0.5, (1, 1)))
     file = tmp_path / f"{KEY}.jsonl"
     row = json.loads(file.read_text())
-    del row["keep_counts"]
-    file.write_bytes(b"\xff\xfe\n[1]\n" + json.dumps(row).encode() + b"\n" + file.read_bytes())
+    broken = [{key: row[key] for key in row if key != "keep_counts"}]
+    broken += [row | changes for changes in (
+        {"keep_counts": [[1, 2], [3]]}, {"order": ["l1"]}, {"order": 3}, {"against": "x"},
+    )]  # fmt: skip
+    for changes in (
+        {"images": [1]}, {"images": 0}, {"top1": "0.9"}, {"top1": 5.0}, {"top1": float("nan")},
+        {"loss": float("inf")}, {"status": "failed"}, {"unknown": 1},
+    ):  # fmt: skip
+        broken.append(row | {"measurement": row["measurement"] | changes})
+    lines = b"".join(json.dumps(each).encode() + b"\n" for each in broken)
+    file.write_bytes(b"\xff\xfe\n[1]\n\n" + lines + file.read_bytes())
     assert len(MeasurementCache(tmp_path, KEY)) == 1
     ask(build(), Candidate(0, 0.5, (1, 1)))
     assert len(scored) == 1
+
+
+def test_a_folder_in_the_place_of_the_file_is_one_line(tmp_path):
+    (tmp_path / f"{KEY}.jsonl").mkdir()
+    with pytest.raises(ArtifactError, match="directory; move it away"):
+        MeasurementCache(tmp_path, KEY)
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path):
@@ -139,3 +171,37 @@ def test_the_key_is_of_all_that_a_score_depends_on():
     ]
     assert len(set(changed)) == len(changed)
     assert key() == changed[0]
+
+
+def test_the_key_is_of_what_the_network_computes(monkeypatch):
+    """Networks of the same modules and weights, with other code between them."""
+
+    class Net(Plain):
+        def __init__(self, between):
+            super().__init__(torch.nn.Identity())
+            self.between = between
+
+        def forward(self, x):
+            return self.between(super().forward(x))
+
+    def key(between):
+        torch.manual_seed(0)
+        prepared, split = make_prepared(randomize(Net(between)))
+        return key_of_scores(prepared, split, recovery="none", dtype="torch.float32")
+
+    def add(value):
+        constant = torch.full((5,), value)
+        return lambda x: x + constant
+
+    found = [
+        key(between)
+        for between in (
+            torch.relu, torch.tanh, lambda x: x * 2.0, lambda x: x * 3.0, add(1.0), add(2.0),
+        )
+    ]  # fmt: skip
+    assert len(set(found)) == len(found)
+    assert key(torch.relu) == found[0]
+    assert key(add(2.0)) == found[-1]
+    versions = {"cacp-ray": "9", "torch": "9"}
+    monkeypatch.setattr("cacp_ray.evaluation.cache.installed_versions", lambda: versions)
+    assert key(torch.relu) != found[0]
