@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import pytest
 
+from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache
 from cacp_ray.evaluation.measurement import Measurement
 from cacp_ray.evaluation.racing import (
     decode_hits,
@@ -106,3 +107,19 @@ def test_a_killed_race_goes_on_as_if_it_had_not_been(tmp_path, uninterrupted, ki
     shutil.copytree(tmp_path / "run", tmp_path / "copy")  # as a restart on another machine
     search(tmp_path / "copy", seed=kill_at + 1)
     assert all_rows(tmp_path / "copy") == uninterrupted
+
+
+def test_a_repeated_race_on_a_warm_cache_measures_nothing(tmp_path):
+    """Stopped candidates are known as well, against the same opponents."""
+
+    def repeat(name):
+        evaluator = RacingEvaluator()
+        cached = CachedEvaluator(evaluator, MeasurementCache(tmp_path / "cache", "key"), IMAGES)
+        make_loop(tmp_path / name, cached, races=True).run(ClimbingStrategy())
+        return evaluator.submitted
+
+    assert repeat("first")
+    assert repeat("second") == []
+    first, second = (all_rows(tmp_path / name) for name in ("first", "second"))
+    assert first == second
+    assert any(status == "stopped" for _, status, _ in second[1])
