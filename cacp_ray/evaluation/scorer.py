@@ -3,6 +3,7 @@
 A score costs little more than the forward pass of the small network.
 """
 
+import ctypes
 import dataclasses
 import math
 import time
@@ -28,6 +29,8 @@ from cacp_ray.evaluation.racing import (
 from cacp_ray.pruning.compensation import CACHE_BYTES
 from cacp_ray.training.metrics import fast_dtype, find_hits, score_logits
 
+TRIM_SECONDS = 5.0
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -36,6 +39,13 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
+
+
+def give_back_memory() -> None:
+    """Of freed tensors, to the system: no two candidates have sizes alike, so it would pile up."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)
 
 
 def read_dtype(name: str, device: str = "cpu") -> torch.dtype:
@@ -93,10 +103,13 @@ def make_scorer(
             "cluster.gpus_per_evaluator"
         ) from error
     labels_of_split = from_shared(split.labels)
-    is_halved = False
+    is_halved, trimmed_at = False, time.monotonic()
 
     def score(candidate: Candidate) -> Measurement:
-        nonlocal size, is_halved
+        nonlocal size, is_halved, trimmed_at
+        if time.monotonic() - trimmed_at > TRIM_SECONDS:
+            give_back_memory()
+            trimmed_at = time.monotonic()
         try:
             return score_once(candidate)
         except Exception as error:
