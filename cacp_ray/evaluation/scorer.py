@@ -29,7 +29,7 @@ from cacp_ray.evaluation.racing import (
 from cacp_ray.pruning.compensation import CACHE_BYTES
 from cacp_ray.training.metrics import fast_dtype, find_hits, score_logits
 
-TRIM_SECONDS = 5.0
+TRIM_SECONDS = 1.0
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
