@@ -427,6 +427,7 @@ def test_two_workers_train_one_model_as_one_worker_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.slow
 def test_workers_of_trials_that_died_or_were_stopped_make_room(tmp_path: Path) -> None:
     """Each trial takes the whole machine: what the dead and the stopped had is needed by all."""
     save_fresh(tmp_path / "rate-0.30")
