@@ -16,11 +16,11 @@ def hash_computation(model: nn.Module, images: Tensor) -> str:
     """sha256 of the operations of a forward pass in evaluation mode, in their order.
 
     Covers what they are called with: shapes, numbers, and the values of tensors that are neither
-    weights, nor the input, nor results (constants of the code). The same on every machine.
+    weights, nor the input, nor results (constants of the code).
 
     Args:
         model: Any network.
-        images: Its input, one is enough.
+        images: Its input (N, C, H, W), normalised; one is enough.
     """
     was_training = model.training
     model.eval()

@@ -6,7 +6,6 @@ Ray's job server is not part of a plain `pip install ray`: pip install 'ray[defa
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
@@ -33,12 +32,14 @@ def jobs():
         machines.add_nodes(2)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            with suppress(HTTPError):  # it answers: without the token it refuses
-                with suppress(OSError), urlopen(f"http://{server}/api/version"):
-                    break
+            try:
+                urlopen(f"http://{server}/api/version").close()
+            except HTTPError:  # it answers: without the token it refuses
+                break
+            except OSError:
                 time.sleep(0.5)
-                continue
-            break
+            else:
+                break
 
         def call(what, *arguments, seconds=240):
             command = [*RAY, "job", what, "--address", f"http://{server}", *map(str, arguments)]
