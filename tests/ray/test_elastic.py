@@ -161,10 +161,16 @@ print(here, len(cluster.ray.nodes()) - 1)  # without the head; those that have l
 """
 
 
+def read_joined(machines) -> tuple[int, int]:
+    """Nodes with CPUs that are here, and that ever were."""
+    here, ever = run(machines, "-c", JOINED, machines.address).stdout.split()
+    return int(here), int(ever)
+
+
 def wait_until_joined(machines, count):
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        if run(machines, "-c", JOINED, machines.address).stdout.strip() == str(count):
+        if read_joined(machines)[0] == count:
             return
         time.sleep(0.5)
     raise TimeoutError(f"{count} nodes with CPUs")
@@ -241,7 +247,7 @@ def test_an_autoscaler_brings_what_a_search_could_use_and_takes_it_back(tmp_path
         # Three evaluators of one CPU: two nodes, though a third is to be had.
         deadline = time.monotonic() + 90
         while True:
-            here, ever = map(int, run(machines, "-c", JOINED, address).stdout.split())
+            here, ever = read_joined(machines)
             if here == 0 or time.monotonic() > deadline:
                 break
             time.sleep(1)
