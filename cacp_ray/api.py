@@ -17,6 +17,7 @@ from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.evaluation.cache import check_folder
 from cacp_ray.evaluation.measurement import Measurement, Subnet
 from cacp_ray.exporting.subnet import export_subnet as export
+from cacp_ray.file_systems import is_within
 from cacp_ray.files import describe_environment, read_json, write_json, write_yaml
 from cacp_ray.finetuning import FinetuneConfig, finetune_folder, finetune_run
 from cacp_ray.folders import check_unchanged, is_run, open_folder, read_run_config
@@ -34,7 +35,7 @@ from cacp_ray.reporting.tuning import write_tuning_report
 from cacp_ray.results import answer_rates, read_result, report_run
 from cacp_ray.run import check_run, find_room, is_local, run_search
 from cacp_ray.searching.search_progress import SearchProgress
-from cacp_ray.storage import RunStorage, is_within
+from cacp_ray.storage import RunStorage
 from cacp_ray.training.base import train_base
 from cacp_ray.training.loop import EpochResult
 

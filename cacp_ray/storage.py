@@ -24,15 +24,14 @@ import yaml
 from pyarrow import fs
 
 from cacp_ray.errors import ArtifactError, ConfigError
+from cacp_ray.file_systems import one_line, open_writable
 
 logger = logging.getLogger(__name__)
 
-SCHEMES = ("s3", "gs", "gcs", "file")
-CONNECT_SECONDS = 40.0
 PATIENCE_SECONDS = 120.0
 RETRY_SECONDS = 5.0
-GOOGLE_PATIENCE = "retry_limit_seconds=30"  # its client would try for a quarter of an hour
 LATEST = "checkpoints/LATEST.json"
+JOURNAL = "journal.jsonl"
 FIRST_IS_BEGUN = "config.yaml"  # written first of all, so it goes last of the first copy
 CHECKPOINTS = "checkpoints/checkpoint-"
 # A checkpoint's name comes again, with other content, where a driver died before LATEST.json.
@@ -53,14 +52,16 @@ class RunStorage:
             ConfigError: Not such a place, or it cannot be written to; within a minute.
         """
         self.uri = uri
-        self._filesystem, self._root = _connect(uri)
+        self._filesystem, self._root = open_writable(uri)
         self._copied: dict[str, tuple[int, int]] = {}  # name: size and time of the local file
         self._is_listed = False
+        self._aside: threading.Thread | None = None
+        self._refusal: ArtifactError | None = None
         try:
             self._latest = {self._read(LATEST)}  # what this process may find there
         except (OSError, pa.ArrowException) as error:
             raise ConfigError(
-                f"storage {uri} cannot be read ({_one_line(error)}): check its permissions"
+                f"storage {uri} cannot be read ({one_line(error)}): check its permissions"
             ) from error
 
     @property
@@ -79,7 +80,7 @@ class RunStorage:
                 raise ValueError("damaged")
         except (OSError, ValueError, pa.ArrowException, yaml.YAMLError) as error:
             raise ArtifactError(
-                f"storage {self.uri}: {FIRST_IS_BEGUN} cannot be read ({_one_line(error)}): try "
+                f"storage {self.uri}: {FIRST_IS_BEGUN} cannot be read ({one_line(error)}): try "
                 "again, or start with another --storage"
             ) from error
         return config
@@ -95,16 +96,42 @@ class RunStorage:
         Raises:
             ArtifactError: Another process has copied a run there since this one began.
         """
+        return self._try_push(_Snapshot(run_dir))
+
+    def _try_push(self, found: "_Snapshot") -> bool:
         try:
-            self._push(run_dir)
+            self._push(found)
         except (OSError, pa.ArrowException) as error:
             logger.warning(
                 "storage %s cannot be written now (%s); the search goes on and tries again",
                 self.uri,
-                _one_line(error),
+                one_line(error),
             )
             return False
         return True
+
+    def push_aside(self, run_dir: Path) -> None:
+        """Begins `push` in a thread, unless one goes on: a place that hangs holds up no search.
+
+        Raises:
+            ArtifactError: As of `push`, of the one before.
+        """
+        if self._aside is not None and self._aside.is_alive():
+            return
+        if self._refusal is not None:
+            raise self._refusal
+
+        found = _Snapshot(run_dir)  # now, as the search goes on
+
+        def push() -> None:
+            try:
+                self._try_push(found)
+            except ArtifactError as error:
+                self._refusal = error
+
+        # A daemon: a driver that is interrupted does not wait for it, and the copy stays whole.
+        self._aside = threading.Thread(target=push, daemon=True)
+        self._aside.start()
 
     def finish(self, run_dir: Path) -> None:
         """Copies what is new, trying for two minutes.
@@ -113,7 +140,9 @@ class RunStorage:
             ArtifactError: The storage did not take it; the run directory is whole. Or as of `push`.
         """
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while not self.push(run_dir):
+        if self._aside is not None:
+            self._aside.join(PATIENCE_SECONDS)
+        while (self._aside is not None and self._aside.is_alive()) or not self.push(run_dir):
             if time.monotonic() > deadline:
                 raise ArtifactError(
                     f"storage {self.uri} has not taken the last files; they are in {run_dir}: run "
@@ -143,36 +172,32 @@ class RunStorage:
                 part.replace(file)
         except (OSError, pa.ArrowException) as error:
             raise ArtifactError(
-                f"storage {self.uri} cannot be read ({_one_line(error)}): try again"
+                f"storage {self.uri} cannot be read ({one_line(error)}): try again"
             ) from error
 
-    def _push(self, run_dir: Path) -> None:
+    def _push(self, found: "_Snapshot") -> None:
         latest = self._read(LATEST)
         if latest is None:  # nothing there yet, or no more
             self._copied, self._is_listed = {}, False
         elif latest not in self._latest:
             raise ArtifactError(
                 f"storage {self.uri}: another process copies a run there; end one of the two; what "
-                f"this one has measured is in {run_dir}"
+                f"this one has measured is in {found.run_dir}"
             )
         there = {} if self._is_listed else self._list()
-        local = {
-            path.relative_to(run_dir).as_posix(): path
-            for path in sorted(run_dir.rglob("*"))
-            if path.is_file() and not path.name.startswith(".")
-        }
+        local = found.states
         for name in sorted(local, key=lambda name: (name == FIRST_IS_BEGUN, name == LATEST, name)):
-            status = local[name].stat()
-            state = status.st_size, status.st_mtime_ns
-            is_there = name.startswith(NEVER_CHANGE) and there.get(name) == status.st_size
-            if self._copied.get(name) != state and not is_there:
-                content = local[name].read_bytes()
+            is_there = name.startswith(NEVER_CHANGE) and there.get(name) == local[name][0]
+            if self._copied.get(name) != local[name] and not is_there:
+                content = found.read(name)
+                if content is None:
+                    return
                 if name == LATEST:  # it may arrive although the answer says no
                     self._latest.add(content)
                 self._put(name, content)
                 if name == LATEST:
                     self._latest = {content}
-            self._copied[name] = state
+            self._copied[name] = local[name]
         # Whatever else is there is not ours to remove.
         gone = {
             name for name in {*there, *self._copied} - local.keys() if name.startswith(CHECKPOINTS)
@@ -240,51 +265,35 @@ class RunStorage:
         return f"{self._root}/{name}"
 
 
-def is_within(uri: str, folder: Path) -> bool:
-    """Whether a storage is that folder of this machine, or in it."""
-    path = uri.removeprefix("file://")
-    return "://" not in path and Path(path).resolve().is_relative_to(folder.resolve())
+class _Snapshot:
+    """The files of a run at one moment.
 
+    Attributes:
+        run_dir: The folder.
+        states: Size and time of change of each file by name.
+    """
 
-def _connect(uri: str) -> tuple[Any, str]:
-    """The file system and the folder in it, tried out."""
-    scheme = uri.partition("://")[0] if "://" in uri else ""
-    looks_like_uri = any(uri.startswith(f"{each}:") for each in SCHEMES)
-    if not uri or ((scheme or looks_like_uri) and scheme not in SCHEMES):
-        raise ConfigError(
-            f"storage {uri!r}: write s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or a folder"
-        )
-    found: list[Any] = []
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.states: dict[str, tuple[int, int]] = {}
+        for path in sorted(run_dir.rglob("*")):
+            if path.is_file() and not path.name.startswith("."):
+                status = path.stat()
+                name = path.relative_to(run_dir).as_posix()
+                self.states[name] = status.st_size, status.st_mtime_ns
+        # Later contents of these two would not go with the parts and checkpoints of now.
+        self._held = {
+            name: (run_dir / name).read_bytes() for name in (LATEST, JOURNAL) if name in self.states
+        }
 
-    def connect() -> None:
+    def read(self, name: str) -> bytes | None:
+        """The content; None of a checkpoint that has been dropped since."""
+        if name in self._held:
+            return self._held[name]
         try:
-            if scheme:
-                is_google = scheme in ("gs", "gcs") and "retry_limit_seconds" not in uri
-                patience = ("&" if "?" in uri else "?") + GOOGLE_PATIENCE if is_google else ""
-                filesystem, root = fs.FileSystem.from_uri(uri + patience)
-            else:
-                filesystem, root = fs.LocalFileSystem(), str(Path(uri).absolute())
-            if isinstance(filesystem, fs.LocalFileSystem):
-                filesystem.create_dir(root, recursive=True)
-            root = root.rstrip("/")
-            with filesystem.open_output_stream(f"{root}/.writable") as stream:
-                stream.write(b"x")
-            filesystem.delete_file(f"{root}/.writable")
-            found.append((filesystem, root))
-        except Exception as error:  # pyarrow raises many kinds here
-            found.append(error)
-
-    # In a thread: Google's client waits a quarter of an hour for credentials that never come.
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(CONNECT_SECONDS)
-    outcome = found[0] if found else TimeoutError(f"no answer in {CONNECT_SECONDS:.0f} s")
-    if isinstance(outcome, Exception):
-        raise ConfigError(
-            f"storage {uri} cannot be written to ({_one_line(outcome)}): check the name, the "
-            "network and the credentials in the environment"
-        ) from outcome
-    return outcome
+            return (self.run_dir / name).read_bytes()
+        except FileNotFoundError:
+            return None
 
 
 def _newest(latest: bytes) -> str | None:
@@ -293,7 +302,3 @@ def _newest(latest: bytes) -> str | None:
         return max((str(entry["name"]) for entry in json.loads(latest)["checkpoints"]), default="")
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

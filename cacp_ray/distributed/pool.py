@@ -24,6 +24,7 @@ from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunctio
 logger = logging.getLogger(__name__)
 
 HANG_S = 300.0
+FIRST_HANG_S = 3600.0  # before anything is known of how long a measurement takes
 HANG_FACTOR = 20.0  # of the slowest measurement so far, image by image
 LOSSES_AN_ATTEMPT = 3
 
@@ -226,14 +227,14 @@ class RayEvaluatorPool:
 
     def _replace_hung(self) -> None:
         """Ends actors that have not answered for very long; their candidates go to others."""
-        if self._slowest is None:
-            return  # whatever a measurement takes
         images: dict[Slot, int] = {}
         for flight in self._flights.values():
             most = max(self._most_images, flight.work.candidate.images or 0)
             images[flight.slot] = max(most, images.get(flight.slot, 0))
         for slot, most in images.items():
-            patience = max(HANG_S, HANG_FACTOR * self._slowest * most)
+            patience = FIRST_HANG_S
+            if self._slowest is not None:
+                patience = max(HANG_S, HANG_FACTOR * self._slowest * most)
             if slot.is_ready and time.monotonic() - slot.answered_at > patience:
                 logger.warning(
                     "%s has not answered for %.0f s: it is replaced", slot.name, patience

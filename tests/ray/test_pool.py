@@ -189,14 +189,22 @@ def test_a_candidate_that_raises_is_tried_elsewhere_then_failed(shared: Shared) 
     assert shared.processes == before
 
 
+@pytest.mark.parametrize("is_first", [False, True])
 def test_an_evaluator_that_hangs_is_replaced(
-    shared: Shared, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    is_first: bool,
+    shared: Shared,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     shared.wait()
-    monkeypatch.setattr(module, "HANG_S", 1.5)
-    found = shared.score([SLEEP, HANG_ONCE, *(5 * [SLEEP])])
+    monkeypatch.setattr(module, "FIRST_HANG_S" if is_first else "HANG_S", 1.5)
+    shared.folder.with_suffix(".hung").unlink(missing_ok=True)
+    orders = [HANG_ONCE] if is_first else [SLEEP, HANG_ONCE, *(5 * [SLEEP])]
+    if is_first:
+        monkeypatch.setattr(shared.pool, "_slowest", None)
+    found = shared.score(orders)
     assert {m.status for m in found} == {"ok"}
-    assert [m.attempt for m in found if m.index == 1] == [2]
+    assert [m.attempt for m in found if m.index == orders.index(HANG_ONCE)] == [2]
     assert (
         len(re.findall(r"evaluator-\d has not answered for 2 s: it is replaced", caplog.text)) == 1
     )

@@ -3,10 +3,12 @@
 import json
 import logging
 import shutil
+import threading
 import time
 
 import pytest
 
+from cacp_ray import file_systems
 from cacp_ray import storage as module
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.searching.loop import SearchLoop
@@ -22,7 +24,7 @@ from tests.unit.searching.test_loop import (
 )
 
 
-def search(folder, storage=None, stop_at=None):
+def search(folder, storage=None, stop_at=None, *, push=RunStorage.push):
     """A search in rounds; the process ends after `stop_at` checkpoints."""
     count = 0
 
@@ -30,7 +32,7 @@ def search(folder, storage=None, stop_at=None):
         nonlocal count
         count += 1
         if storage is not None:
-            storage.push(folder)
+            push(storage, folder)
         if count == stop_at:
             raise Killed
 
@@ -100,6 +102,42 @@ def test_a_copy_that_stops_anywhere_can_be_resumed(tmp_path, uninterrupted, monk
     assert rows(tmp_path / "new") == uninterrupted
 
 
+@pytest.mark.parametrize("hangs_at", ["config.yaml", "checkpoints/", "episodes/"])
+def test_a_copy_that_hangs_holds_up_nothing_and_is_whole(
+    tmp_path, uninterrupted, monkeypatch, hangs_at
+):
+    copy = RunStorage(str(tmp_path / "copy"))
+    put, goes_on, hung = copy._put, threading.Event(), []
+
+    def hanging(name, content):
+        if name.startswith(hangs_at) and not hung:
+            hung.append(name)
+            assert goes_on.wait(60)
+        put(name, content)
+
+    monkeypatch.setattr(copy, "_put", hanging)
+    with pytest.raises(Killed):  # after checkpoints that the hanging copy knew are gone
+        search(tmp_path / "lost", copy, stop_at=5, push=RunStorage.push_aside)
+    assert hung
+    goes_on.set()
+    copy._aside.join()
+    again = RunStorage(str(tmp_path / "copy"))
+    again.pull(tmp_path / "new")
+    search(tmp_path / "new", again, push=RunStorage.push_aside)
+    assert rows(tmp_path / "new") == uninterrupted
+    assert names(tmp_path / "copy") == names(tmp_path / "new")
+
+
+def test_a_search_ends_where_another_copies_to_the_same_place(tmp_path):
+    copy = RunStorage(str(tmp_path / "copy"))
+    search(tmp_path / "other", RunStorage(str(tmp_path / "copy")))
+    RunDirectory(tmp_path / "run").write_config({"name": "x"})
+    copy.push_aside(tmp_path / "run")
+    copy._aside.join()
+    with pytest.raises(ArtifactError, match="another process copies a run there"):
+        copy.push_aside(tmp_path / "run")
+
+
 def test_storage_that_fails_for_a_while_costs_nothing(tmp_path, uninterrupted, monkeypatch, caplog):
     copy = RunStorage(str(tmp_path / "copy"))
     put, calls = copy._put, iter(range(10_000))
@@ -110,6 +148,7 @@ def test_storage_that_fails_for_a_while_costs_nothing(tmp_path, uninterrupted, m
         put(name, content)
 
     monkeypatch.setattr(copy, "_put", failing)
+    monkeypatch.setattr(module, "RETRY_SECONDS", 0.1)
     with caplog.at_level(logging.WARNING):
         search(tmp_path / "run", copy)
     assert "cannot be written now" in caplog.text
@@ -168,8 +207,8 @@ def test_a_place_that_never_answers_is_refused(monkeypatch):
             def from_uri(_):
                 time.sleep(5)
 
-    monkeypatch.setattr(module, "CONNECT_SECONDS", 0.2)
-    monkeypatch.setattr(module, "fs", Silent)
+    monkeypatch.setattr(file_systems, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(file_systems, "fs", Silent)
     with pytest.raises(ConfigError, match=r"no answer in 0 s"):
         RunStorage("gs://bucket/run")
 
@@ -268,7 +307,7 @@ def test_googles_client_gives_up_within_half_a_minute(monkeypatch):
                 asked.append(uri)
                 raise OSError("no")
 
-    monkeypatch.setattr(module, "fs", Silent)
+    monkeypatch.setattr(file_systems, "fs", Silent)
     for uri in ("gs://bucket/run", "gs://bucket/run?project_id=x", "s3://bucket/run"):
         with pytest.raises(ConfigError, match="cannot be written"):
             RunStorage(uri)

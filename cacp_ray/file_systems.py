@@ -1,0 +1,74 @@
+"""Folders on shared disks and object stores, opened for writing."""
+# pyarrow has no complete types:
+# pyright: basic
+
+import threading
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+
+from cacp_ray.errors import ConfigError
+
+SCHEMES = ("s3", "gs", "gcs", "file")
+CONNECT_SECONDS = 40.0
+GOOGLE_PATIENCE = "retry_limit_seconds=30"  # its client would try for a quarter of an hour
+
+
+def open_writable(uri: str) -> tuple[Any, str]:
+    """The file system of a folder and the folder in it; a small file was written and removed.
+
+    Args:
+        uri: s3://BUCKET/FOLDER, gs://BUCKET/FOLDER, file:// or a path.
+
+    Raises:
+        ConfigError: Not such a place, or it cannot be written to; within a minute.
+    """
+    scheme = uri.partition("://")[0] if "://" in uri else ""
+    looks_like_uri = any(uri.startswith(f"{each}:") for each in SCHEMES)
+    if not uri or ((scheme or looks_like_uri) and scheme not in SCHEMES):
+        raise ConfigError(
+            f"storage {uri!r}: write s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or a folder"
+        )
+    found: list[Any] = []
+
+    def connect() -> None:
+        try:
+            if scheme:
+                is_google = scheme in ("gs", "gcs") and "retry_limit_seconds" not in uri
+                patience = ("&" if "?" in uri else "?") + GOOGLE_PATIENCE if is_google else ""
+                filesystem, root = fs.FileSystem.from_uri(uri + patience)
+            else:
+                filesystem, root = fs.LocalFileSystem(), str(Path(uri).absolute())
+            if isinstance(filesystem, fs.LocalFileSystem):
+                filesystem.create_dir(root, recursive=True)
+            root = root.rstrip("/")
+            with filesystem.open_output_stream(f"{root}/.writable") as stream:
+                stream.write(b"x")
+            filesystem.delete_file(f"{root}/.writable")
+            found.append((filesystem, root))
+        except Exception as error:  # pyarrow raises many kinds here
+            found.append(error)
+
+    # In a thread: Google's client waits a quarter of an hour for credentials that never come.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(CONNECT_SECONDS)
+    outcome = found[0] if found else TimeoutError(f"no answer in {CONNECT_SECONDS:.0f} s")
+    if isinstance(outcome, Exception):
+        raise ConfigError(
+            f"storage {uri} cannot be written to ({one_line(outcome)}): check the name, the "
+            "network and the credentials in the environment"
+        ) from outcome
+    return outcome
+
+
+def is_within(uri: str, folder: Path) -> bool:
+    """Whether a storage is that folder of this machine, or in it."""
+    path = uri.removeprefix("file://")
+    return "://" not in path and Path(path).resolve().is_relative_to(folder.resolve())
+
+
+def one_line(error: Exception) -> str:
+    """The whole message."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,102 @@
+"""Data, a killed search and fine-tuning from buckets, by commands, as on cloud machines."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from PIL import Image
+from pyarrow import fs
+
+from cacp_ray.data.images import read_parquet
+from cacp_ray.data.sources import open_place
+from cacp_ray.searching.run_directory import RunDirectory
+from cacp_ray.storage import LATEST
+from tests.object_stores import SCHEMES, serving
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+EVALUATIONS, PATIENCE_SECONDS = 250, 240.0
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_from_a_bucket_of_images_to_a_run_in_a_bucket(scheme, tmp_path, monkeypatch):
+    with serving(scheme, tmp_path) as store:
+        for name, value in store.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.chdir(tmp_path)
+
+        def start(line):
+            return subprocess.Popen(
+                [sys.executable, "-m", "cacp_ray.cli", *line.split()],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+
+        def call(line):
+            process = start(line)
+            out, err = process.communicate(timeout=600)
+            assert process.returncode == 0, f"{line}: {err}"
+            return out
+
+        filesystem, _ = open_place(store.root)
+        upload("embedded:train", filesystem, "bucket/folders")
+        call(f"data convert imagefolder {store.root}/folders {store.root}/data --shards 8")
+        assert "800 images of 10 classes" in call(f"data inspect {store.root}/data --all")
+        shards = f"{store.root}/data/train-*.parquet"
+        config = {
+            "name": "far",
+            "data": {
+                "train": {"path": shards},
+                "search": {"path": shards, "images_per_class": 20},
+                "test": {"path": "embedded:test"},
+                "stream": True,
+            },
+            "rates": [0.5],
+            "strategy": "random",
+            "evaluations": EVALUATIONS,
+            "mode": "rounds",
+            "round_size": 4,
+            "pruning": {"calibration_images": 64, "criterion": "l1"},
+            "finetune": {"epochs": 1},
+        }
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+        search = f"search c.yaml --storage {store.root}/runs/far --resume --run-dir"
+        doomed = start(f"{search} first")
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        latest = f"bucket/runs/far/{LATEST}"
+        while not is_there(filesystem, latest) and time.monotonic() < deadline:
+            assert doomed.poll() is None, doomed.stderr.read()
+            time.sleep(0.2)
+        doomed.kill()
+        doomed.communicate()
+        killed_at = time.time()
+        num_measured = len(RunDirectory(tmp_path / "first").read_records())
+        assert 0 < num_measured < EVALUATIONS
+        shutil.rmtree(tmp_path / "first")
+        call(f"{search} second")
+        rows = RunDirectory(tmp_path / "second").read_records()
+        assert len({row.index for row in rows}) == len(rows) == EVALUATIONS
+        assert {row.status for row in rows} == {"ok"}
+        assert any(row.finished_at < killed_at for row in rows)
+        assert is_there(filesystem, "bucket/runs/far/result.json")
+        call("finetune second")
+        (row,) = json.loads((tmp_path / "second/result.json").read_text())["rates"]
+        assert row["test_top1"] > 0
+
+
+def upload(path, filesystem, folder):
+    """A file an image, a folder a class."""
+    split = read_parquet(path, (0, 800))
+    for number, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
+        name = f"{folder}/{split.classes[label]}/{number:05d}.png"
+        with filesystem.open_output_stream(name) as stream:
+            Image.fromarray(image).save(stream, "PNG")
+
+
+def is_there(filesystem, path):
+    return filesystem.get_file_info(path).type == fs.FileType.File

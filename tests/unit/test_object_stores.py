@@ -1,0 +1,105 @@
+"""Runs are copied to, and images read from, servers that speak S3's and Google's protocols."""
+
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+
+from cacp_ray.data.images import Rows, read_images
+from cacp_ray.data.sources import open_place, open_source
+from cacp_ray.errors import ConfigError
+from cacp_ray.searching.run_directory import RunDirectory
+from cacp_ray.storage import RunStorage
+from tests.object_stores import SCHEMES, serving
+from tests.unit.data.test_sources import folders, shards  # noqa: F401
+from tests.unit.searching.test_loop import Killed, rows
+from tests.unit.test_storage import names, search
+
+
+@pytest.fixture(scope="module", params=SCHEMES)
+def server(request, tmp_path_factory):
+    with serving(request.param, tmp_path_factory.mktemp("server")) as found:
+        yield found
+
+
+@pytest.fixture
+def store(server, monkeypatch):
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    return server
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    search(folder)
+    return rows(folder)
+
+
+def listed(uri):
+    """Names of the files below."""
+    from pyarrow import fs
+
+    filesystem, root = open_place(uri)
+    found = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
+    return {each.path.removeprefix(f"{root}/") for each in found if each.is_file}
+
+
+def test_a_run_whose_machine_is_lost_goes_on_from_a_bucket(store, tmp_path, uninterrupted):
+    uri = f"{store.root}/runs/lost"
+    with pytest.raises(Killed):
+        search(tmp_path / "lost", RunStorage(uri), stop_at=3)
+    shutil.rmtree(tmp_path / "lost")
+    again = RunStorage(uri)
+    assert again.holds_run
+    again.pull(tmp_path / "new")
+    assert RunDirectory(tmp_path / "new").find_checkpoint() is not None
+    search(tmp_path / "new", again)
+    assert rows(tmp_path / "new") == uninterrupted
+    assert listed(uri) == names(tmp_path / "new")
+
+
+def test_a_store_that_hangs_holds_up_no_search(store, tmp_path, uninterrupted, monkeypatch):
+    uri = f"{store.root}/runs/hangs"
+    copy = RunStorage(uri)
+    os.kill(store.process.pid, signal.SIGSTOP)
+
+    finish = copy.finish
+
+    def answer_and_finish(folder):
+        os.kill(store.process.pid, signal.SIGCONT)
+        finish(folder)
+
+    monkeypatch.setattr(copy, "finish", answer_and_finish)
+    search(tmp_path / "run", copy, push=RunStorage.push_aside)
+    assert rows(tmp_path / "run") == uninterrupted
+    assert listed(uri) == names(tmp_path / "run")
+
+
+def test_shards_and_folders_are_read_alike_here_and_there(store, shards, folders):  # noqa: F811
+    filesystem, root = open_place(store.root)
+    for place in (shards, folders):
+        for file in place.rglob("*"):
+            if file.is_file():
+                path = f"{root}/data/{file.relative_to(place.parent)}"
+                with filesystem.open_output_stream(path) as stream:
+                    stream.write(file.read_bytes())
+    draw = Rows(per_class=2, seed=1)
+    for name in ("shards", "shards/train-*.parquet", "shards/train-00001-of-00003.parquet"):
+        there, here = (
+            open_source(f"{place}/{name}") for place in (f"{store.root}/data", shards.parent)
+        )
+        assert there.labels.tolist() == here.labels.tolist()
+        found, expected = read_images(there, draw), read_images(here, draw)
+        assert np.array_equal(found.images, expected.images)
+    there, here = open_source(f"{store.root}/data/folders"), open_source(str(folders))
+    assert there.classes == here.classes
+    assert np.array_equal(read_images(there, draw).images, read_images(here, draw).images)
+
+
+def test_a_bucket_that_is_not_there_is_one_line(store):
+    uri = store.root.replace("bucket", "elsewhere")
+    with pytest.raises(ConfigError, match=r"storage .*elsewhere/run cannot be written to"):
+        RunStorage(f"{uri}/run")
