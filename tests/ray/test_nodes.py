@@ -80,6 +80,47 @@ while not measurements:
 found = {"status": measurements[0].status, "attempt": measurements[0].attempt}
 """
 
+SPLITS = """
+from tests.ray.test_nodes import draw, make_seen
+for _ in range(2):
+    cluster.add_node(num_cpus=1)
+pool = RayEvaluatorPool(
+    make_seen, {"split": draw()}, num_evaluators=2, cpus_per_evaluator=1
+)
+wait(lambda: pool.num_alive == 2)
+for index in range(12):
+    pool.submit(Candidate(index, 0.5, (1,)))
+measurements = []
+while len(measurements) < 12:
+    measurements += pool.results(10.0)
+nodes = {each.node for each in pool._fleet.slots}
+found = {"nodes": len(nodes), "seen": [each.top1 for each in measurements]}
+"""
+SPLIT = {"path": "embedded:train", "images_per_class": 3, "seed": 5}
+
+
+def draw():
+    """A search split of resized images, drawn by class."""
+    from cacp_ray.config import DataConfig, load_config
+    from cacp_ray.loading import read_split
+
+    values = {"train": {"path": SPLIT["path"]}, "search": SPLIT, "resize": 40, "crop": 32}
+    return read_split(load_config(DataConfig, values), "search")
+
+
+def make_seen(split):
+    """Scores 1 where the images sent are those that this node draws itself, to the bit."""
+    from cacp_ray.evaluation.measurement import Measurement
+
+    own = draw()
+    is_same = (own.images == split.images).all() and (own.labels == split.labels).all()
+
+    def score(candidate):
+        time.sleep(0.05)
+        return Measurement(candidate.index, float(is_same), 1.0, 1.0, len(split), 0.05)
+
+    return score
+
 
 def make_slow(seconds):
     """Scores after so many seconds."""
@@ -111,6 +152,11 @@ def test_a_pool_left_alone_asks_for_little_and_is_there_when_a_node_joins():
     assert found["left"] == [1, 1]  # the one taken back left no actor behind
     assert found["back"] < 30  # although its next try was due much later
     assert found["most"] == 3
+
+
+def test_every_node_has_the_same_search_split_to_the_bit():
+    found = run(SPLITS)
+    assert found == {"nodes": 2, "seen": 12 * [1.0]}
 
 
 @pytest.mark.slow
