@@ -1,5 +1,6 @@
 """A search, from a configuration to a filled run directory."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +8,8 @@ from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cacp_ray.clock import Clock
 from cacp_ray.config import RunConfig, resolved
@@ -114,6 +117,7 @@ def run_search(
         CacpError: Bad input, before anything is written, or a failed run.
     """
     from cacp_ray.distributed.cluster import check_address
+    from cacp_ray.distributed.sharing import share
 
     clock, run = Clock(), RunDirectory(run_dir)
     is_begun = is_run(run_dir)
@@ -124,18 +128,17 @@ def run_search(
             check_address(address)
             base = load_base(config)
             check_run(config, base)
-        model_file = run_dir / "model.json"
-        saved = None
-        if model_file.exists():
-            saved = read_object(model_file, ("sha256", "groups", "base"))
-            check_weights(base, run_dir)
+        saved = _read_model(base, run_dir)
         say(describe_base(base, config))
         with clock.phase("start"), ThreadPoolExecutor(1) as executor:
             orders = None if saved is None else read_orders(saved)
-            preparing = executor.submit(_prepare, base, config, orders, run_dir)
+            # Without the images, which would stay in this process as long as it takes.
+            few = dataclasses.replace(base, search=base.search.at(np.arange(1)))
+            preparing = executor.submit(_prepare, few, config, orders, run_dir)
             join(config, address)
+            split, stored = share(base.search)
+            base = dataclasses.replace(base, search=stored)
             prepared, statistics = preparing.result()
-        with clock.phase("start"):
             evaluator, kept = start_evaluators(
                 config,
                 base,
@@ -143,6 +146,7 @@ def run_search(
                 cache,
                 say,
                 num_measured=len({record.subnet for record in run.read_records()}),
+                split=split,
             )
             if cache is not None:
                 known = kept | dict(known or {})
@@ -155,6 +159,7 @@ def run_search(
                     saved = _begin(
                         run, config, base, statistics, describe_model(base, prepared, config)
                     )
+                del statistics, preparing  # large, and read no more
             with clock.phase("search"):
                 loop, agent, log = _search(
                     config, base, run, evaluator, on_progress, known, storage
@@ -170,18 +175,12 @@ def run_search(
             searched = {rate: loop.archive.best(rate) for rate in config.rates}
             rows = build_winners(config, base, prepared, searched, run_dir, answers, reference)
         result = {
-            "name": config.name,
-            "strategy": config.strategy,
-            "cost": describe_cost(config.cost),
+            **_describe(config, base),
             "base": saved["base"],
             "rates": rows,
             "frontier": [
                 {key: value for key, value in answer.items() if key != "record"}
                 for answer in answers
-            ],
-            "groups": [
-                {"name": g.name, "num_channels": g.num_channels, "is_residual": g.is_residual}
-                for g in base.plan.groups
             ],
             "learning": learning,
             "evaluations": loop.progress.evaluations + _count_new(answers, config, run),
@@ -192,6 +191,28 @@ def run_search(
         if storage is not None:
             storage.finish(run_dir)
         return result
+
+
+def _read_model(base: Base, run_dir: Path) -> dict[str, Any] | None:
+    """The content of model.json; None of a run that has not begun."""
+    if not (run_dir / "model.json").exists():
+        return None
+    saved = read_object(run_dir / "model.json", ("sha256", "groups", "base"))
+    check_weights(base, run_dir)
+    return saved
+
+
+def _describe(config: RunConfig, base: Base) -> dict[str, Any]:
+    """What was searched, for result.json."""
+    return {
+        "name": config.name,
+        "strategy": config.strategy,
+        "cost": describe_cost(config.cost),
+        "groups": [
+            {"name": g.name, "num_channels": g.num_channels, "is_residual": g.is_residual}
+            for g in base.plan.groups
+        ],
+    }
 
 
 def check_run(config: RunConfig, base: Base) -> None:

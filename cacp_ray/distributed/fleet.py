@@ -55,7 +55,10 @@ class Fleet:
     ) -> None:
         """Starts the actors and returns at once; arguments as of `RayEvaluatorPool`."""
         self._make_score = make_score
-        self._payload = {name: ray.put(value) for name, value in payload.items()}
+        self._payload = {
+            name: value if isinstance(value, ray.ObjectRef) else ray.put(value)
+            for name, value in payload.items()
+        }
         self._actor_class = ray.remote(RayEvaluator)
         self._plain = Kind(cpus_per_evaluator)
         self._fast = Kind(cpus_per_evaluator, gpus_per_evaluator) if gpus_per_evaluator else None

@@ -52,8 +52,9 @@ class RayEvaluatorPool:
         Args:
             make_score: Called once in every actor's process as `make_score(**payload)`. It must be
                 importable there.
-            payload: What scoring needs. Each value is stored once; an actor reads numpy arrays,
-                also inside containers, without a copy and read-only.
+            payload: What scoring needs. Each value is stored once, unless it is the reference of
+                one that is stored; an actor reads numpy arrays, also inside containers, without a
+                copy and read-only.
             num_evaluators: Actors to ask for, whether there is room for them yet or not.
             cpus_per_evaluator: CPUs an actor reserves; also its threads, at least 1.
             num_gpu_evaluators: Actors with a share of a GPU to ask for beside them;

@@ -26,25 +26,25 @@ POSITIONS = 64  # rows of an image and layer
 SEPARABLE_ABOVE = 4096  # inputs D; a dense float64 covariance of so many takes 128 MiB
 SOLVABLE = (nn.Conv2d, nn.Linear)  # layers whose input rows are collected
 GATED = (nn.modules.conv._ConvNd, nn.Linear)  # layers whose input channels get gates
-GRADIENT_PIXELS = 2**19  # of a batch that is differentiated: 512 images of 32x32, 10 of 224x224
+BATCH_PIXELS = 2**19  # of images passed at once: 512 of 32x32, 10 of 224x224
 
 
 @dataclass(frozen=True)
 class InputMoments:
-    """Of a layer's unfolded input, D = C * T values, channel by channel; float64.
+    """Of a layer's unfolded input, D = C * T values, channel by channel.
 
     T is k * k for a convolution. A linear layer has T = 1, or, where it reads a flattened map of
     one group, the places of that map.
 
     Attributes:
-        mean: (D,).
-        covariance: (D, D); of a separable form (C, C), between channels.
-        taps: None, or (T, T) of trace T: then the covariance is that between channels times that
-            between taps, cov[(c, t), (c', t')] = covariance[c, c'] * taps[t, t'].
+        mean: (D,) float64.
+        covariance: (D, D) float32; of a separable form (C, C), between channels.
+        taps: None, or (T, T) float64 of trace T: then the covariance is that between channels
+            times that between taps, cov[(c, t), (c', t')] = covariance[c, c'] * taps[t, t'].
     """
 
     mean: NDArray[np.float64]
-    covariance: NDArray[np.float64]
+    covariance: NDArray[np.float32]
     taps: NDArray[np.float64] | None = None
 
 
@@ -101,7 +101,7 @@ def collect_statistics(
         seed: Of the sampled places.
         kinds: Of `inputs` and `gates`; nothing else is collected.
         positions: Rows of each image and layer, at most.
-        batch_size: Images a pass, at most; fewer where large images are differentiated.
+        batch_size: Images a pass, at most; fewer of large ones.
 
     Raises:
         EvaluationError: Activations or gradients overflow or are NaN.
@@ -119,7 +119,7 @@ def collect_statistics(
     if "gates" in kinds:
         known = [c for c in plan.consumers if isinstance(modules[c.module], GATED)]
         hooks += [gates.attach(modules[c.module], c) for c in known]
-        batch_size = max(1, min(batch_size, GRADIENT_PIXELS // images.shape[2:].numel()))
+    batch_size = max(1, min(batch_size, BATCH_PIXELS // images.shape[2:].numel()))
     model.eval()
     try:
         for start in range(0, len(images) if kinds else 0, batch_size):
@@ -172,7 +172,7 @@ class _Moments:
         result = {}
         for consumer in self._plan.consumers:
             if consumer.weight in self._sums and consumer.weight not in self._refused:
-                moments = self._sums[consumer.weight].finish()
+                moments = self._sums.pop(consumer.weight).finish()  # large: one at a time
                 _check_finite(consumer.module, "inputs", moments.mean, moments.covariance)
                 result[consumer.weight] = moments
         return result
@@ -228,9 +228,8 @@ class _MomentSums:
             energy = covariance.diagonal().sum().clamp(min=1e-30)
             between_taps = self._between_taps / self._count - by_channel.T @ by_channel
             between_taps = _rounded(_symmetric(between_taps / energy))
-        return InputMoments(
-            _rounded(mean + self._shift), _rounded(_symmetric(covariance)), between_taps
-        )
+        covariance = _symmetric(covariance.float()).numpy()
+        return InputMoments(_rounded(mean + self._shift), covariance, between_taps)
 
 
 class _Gates:
@@ -293,7 +292,7 @@ class _Gates:
         )
 
 
-def _check_finite(layer: str, what: str, *arrays: NDArray[np.float64]) -> None:
+def _check_finite(layer: str, what: str, *arrays: NDArray[np.floating[Any]]) -> None:
     if not all(np.isfinite(array).all() for array in arrays):
         raise EvaluationError(
             f"{layer}: {what} overflow or are NaN on the calibration images; check that the "
@@ -312,11 +311,13 @@ def _rounded(values: Tensor) -> NDArray[np.float64]:
 def regularized(covariance: Tensor) -> Tensor:
     """A covariance (D, D) plus a ridge, so that it can be factored: RIDGE of the mean variance.
 
-    Noise on every input, whatever the number of calibration images: as right-hand sides have it
-    too, it draws a compensated weight towards the cut original one. Ours; CaP has no ridge. A
-    share of 1e-6 to 1e-2 gave the same accuracy within 0.5 points at 100 to 5,000 images (ResNet-20
-    and -56, CIFAR-10, all groups at rates 0.3 and 0.5); shrinkage by OAS (Chen et al., 2010, eq.
-    23) was no better with n the number of rows, and worse with n the number of images.
+    In float64, whatever is given. Noise on every input, whatever the number of calibration images:
+    as right-hand sides have it too, it draws a compensated weight towards the cut original one.
+    Ours; CaP has no ridge. A share of 1e-6 to 1e-2 gave the same accuracy within 0.5 points at 100
+    to 5,000 images (ResNet-20 and -56, CIFAR-10, all groups at rates 0.3 and 0.5); shrinkage by OAS
+    (Chen et al., 2010, eq. 23) was no better with n the number of rows, and worse with n the number
+    of images.
     """
+    covariance = covariance.double()
     noise = RIDGE * covariance.diagonal().mean() + 1e-12
     return covariance + noise * torch.eye(len(covariance), dtype=covariance.dtype)

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,7 +100,9 @@ def load_statistics(path: Path, key: str) -> Statistics | None:
             name: InputMoments(
                 arrays[f"inputs/{name}/mean"].astype(np.float64),
                 _unpack(arrays[f"inputs/{name}/covariance"]),
-                _unpack(taps) if (taps := arrays.get(f"inputs/{name}/taps")) is not None else None,
+                None
+                if (taps := arrays.get(f"inputs/{name}/taps")) is None
+                else _unpack(taps).astype(np.float64),
             )
             for name in json.loads(metadata["inputs"])
         }
@@ -117,13 +120,13 @@ def load_statistics(path: Path, key: str) -> Statistics | None:
     return Statistics(inputs, gates)
 
 
-def _pack(matrix: NDArray[np.float64]) -> NDArray[np.float32]:
+def _pack(matrix: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
     """The lower triangle of a symmetric matrix (D, D), as (D * (D + 1) / 2,)."""
     return matrix[np.tri(len(matrix), dtype=bool)].astype(np.float32)
 
 
-def _unpack(triangle: NDArray[np.float32]) -> NDArray[np.float64]:
+def _unpack(triangle: NDArray[np.float32]) -> NDArray[np.float32]:
     size = int((2 * len(triangle)) ** 0.5)
-    lower = np.zeros((size, size))
+    lower = np.zeros((size, size), np.float32)
     lower[np.tri(size, dtype=bool)] = triangle
     return lower + np.tril(lower, -1).T

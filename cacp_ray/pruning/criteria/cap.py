@@ -74,7 +74,7 @@ def _as_tensors(moments: InputMoments, weight: Tensor) -> tuple[Tensor, Tensor, 
     Separable: tap t of output n acts as an output of its own on the covariance between channels,
     correlated with the other taps.
     """
-    covariance = _make_positive(torch.from_numpy(moments.covariance))
+    covariance = _make_positive(torch.from_numpy(moments.covariance).double())
     taps = torch.ones(1, 1).double() if moments.taps is None else torch.from_numpy(moments.taps)
     flat = weight.double().reshape(len(weight), len(covariance), len(taps))
     return covariance, taps, flat.transpose(0, 1).contiguous()

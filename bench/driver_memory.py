@@ -1,0 +1,135 @@
+"""Memory of the driver of a whole search of ResNet-50: python bench/driver_memory.py.
+
+A search of the default strategy with one evaluator, on a search split and calibration images of
+224 pixels (the embedded sample, enlarged, as JPEG in shards; random weights). Few images are
+scored a candidate: the split is held whatever is scored. What is told is the largest private memory
+(RssAnon) and shared memory (RssShmem, the part of Ray's store that this process has touched) until
+each line that the search says, and until its end.
+"""
+
+import argparse
+import io
+import json
+import logging
+import tempfile
+import threading
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from report import positive, print_environment, print_table
+from safetensors.torch import save_file
+
+import cacp_ray
+from cacp_ray.data.images import read_parquet
+from cacp_ray.models.factory import build_model
+
+SHARDS, SIDE = 20, 224
+
+
+class Watch(logging.Handler):
+    """Notes the most memory of each stretch between two messages."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.rows: list[list[str]] = []
+        self._most = {"RssAnon": 0, "RssShmem": 0}
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        threading.Thread(target=self._sample, daemon=True).start()
+
+    def _sample(self) -> None:
+        while not self._ended.wait(0.05):
+            found = dict(
+                line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+            )
+            with self._lock:
+                for name in self._most:
+                    self._most[name] = max(self._most[name], int(found[name].split()[0]))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """A stretch ends."""
+        self.note(record.getMessage())
+
+    def note(self, what: str) -> None:
+        """A stretch ends with this."""
+        with self._lock:
+            self.rows.append([what[:60], *(f"{most / 2**20:.2f}" for most in self._most.values())])
+            self._most = dict.fromkeys(self._most, 0)
+
+    def end(self) -> None:
+        """No more samples."""
+        self._ended.set()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--images", type=positive, default=5000, help="of the search split")
+    parser.add_argument("--calibration", type=positive, default=512)
+    parser.add_argument("--evaluations", type=positive, default=12)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_shards(root, options.images)
+        model = build_model("torchvision:resnet50", 10)
+        save_file(model.state_dict(), root / "w.safetensors")
+        del model
+        data = str(root / "*.parquet")
+        config = {
+            "name": "driver",
+            "seed": options.seed,
+            "model": {"name": "torchvision:resnet50", "weights": str(root / "w.safetensors")},
+            "data": {
+                "train": {"path": data, "rows": [0, options.calibration]},
+                "search": {
+                    "path": data,
+                    "rows": [options.calibration, options.images + options.calibration],
+                },
+                "test": {"path": "embedded:test"},
+                "resize": SIDE,
+                "crop": SIDE,
+            },
+            "rates": [0.5],
+            "evaluations": options.evaluations,
+            "evaluation": {"images": 16},
+            "cluster": {"max_evaluators": 1},
+            "pruning": {
+                "calibration_images": options.calibration,
+                "round_to": 8,
+                "sequential": False,
+            },
+        }
+        watch = Watch()
+        logger = logging.getLogger("cacp_ray")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(watch)
+        watch.note("data written, libraries loaded")
+        cacp_ray.search(config, root / "run", address="local")
+        watch.note("the end")
+        watch.end()
+    title = f"Driver of ResNet-50, {options.images:,} images, {options.calibration} for calibration"
+    print_table(title, ["until", "private GB", "shared GB"], watch.rows)
+    print_environment(options.seed)
+
+
+def write_shards(root: Path, images: int) -> None:
+    """Enough rows for both splits."""
+    split = read_parquet("embedded:train")
+    rows = []
+    for number in range(images + 1024):
+        row = number % len(split)
+        buffer = io.BytesIO()
+        Image.fromarray(split.images[row]).resize((SIDE, SIDE)).save(buffer, "JPEG")
+        rows.append({"image": buffer.getvalue(), "label": int(split.labels[row])})
+    for number in range(SHARDS):
+        table = pa.Table.from_pylist(rows[number::SHARDS])
+        table = table.replace_schema_metadata({"class_names": json.dumps(split.classes)})
+        pq.write_table(table, root / f"{number:03d}.parquet", row_group_size=64)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
