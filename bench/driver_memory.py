@@ -56,6 +56,7 @@ class Watch(logging.Handler):
     def note(self, what: str) -> None:
         """A stretch ends with this."""
         with self._lock:
+            print(what, flush=True)
             self.rows.append([what[:60], *(f"{most / 2**20:.2f}" for most in self._most.values())])
             self._most = dict.fromkeys(self._most, 0)
 

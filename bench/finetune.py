@@ -241,14 +241,14 @@ def describe(mine: list[dict[str, Any]], whole: float) -> list[str]:
 
 def print_differences(found: dict[tuple[str, int], dict[str, Any]], options: Any) -> None:
     """The first method less each other at the same rate: paired bootstrap over test images."""
-    reference, *others = [method for method in options.methods if method != BASE]
+    compared = [method for method in options.methods if method != BASE]
     rows = []
-    for method in others:
+    for method in compared[1:]:
         for rate in sorted(options.rates):
             key = f"{rate:g}"
             gains = np.array(
                 [
-                    found[reference, seed]["hits"][key] - found[method, seed]["hits"][key]
+                    found[compared[0], seed]["hits"][key] - found[method, seed]["hits"][key]
                     for seed in options.seeds
                 ]
             )
@@ -257,7 +257,9 @@ def print_differences(found: dict[tuple[str, int], dict[str, Any]], options: Any
             by_seed = " ".join(f"{100 * gain:+.2f}" for gain in gains.mean(1))
             rows.append([method, f"{rate:.2f}", interval, by_seed])
     if rows:
-        title = f"{reference} less the method on the test split, points, 95 % interval over images"
+        title = (
+            f"{compared[0]} less the method on the test split, points, 95 % interval over images"
+        )
         print_table(title, ["method", "kept", "difference", "by seed"], rows)
 
 
