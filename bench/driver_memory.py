@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from PIL import Image
 from report import positive, print_environment, print_table
 from safetensors.torch import save_file
@@ -57,7 +56,12 @@ class Watch(logging.Handler):
         """A stretch ends with this."""
         with self._lock:
             print(what, flush=True)
-            self.rows.append([what[:60], *(f"{most / 2**20:.2f}" for most in self._most.values())])
+            self.rows.append(
+                [
+                    what.replace(tempfile.gettempdir(), "")[:60],
+                    *(f"{most / 2**20:.2f}" for most in self._most.values()),
+                ]
+            )
             self._most = dict.fromkeys(self._most, 0)
 
     def end(self) -> None:
@@ -67,7 +71,7 @@ class Watch(logging.Handler):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--images", type=positive, default=5000, help="of the search split")
+    parser.add_argument("--images", type=positive, default=2000, help="of the search split")
     parser.add_argument("--calibration", type=positive, default=512)
     parser.add_argument("--evaluations", type=positive, default=12)
     parser.add_argument("--seed", type=int, default=0)
@@ -132,5 +136,4 @@ def write_shards(root: Path, images: int) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main()

@@ -24,7 +24,7 @@ def start_evaluators(
     cache: Path | None,
     say: Callable[[str], object],
     num_measured: int = 0,
-    split: Any = None,
+    stored: Mapping[str, Any] | None = None,
 ) -> tuple[Evaluator, dict[Subnet, Measurement]]:
     """The evaluator of a search, and the measurements that it need not ask for.
 
@@ -35,7 +35,7 @@ def start_evaluators(
         cache: Folder of measurements by content; None measures all anew.
         say: Takes a line.
         num_measured: Evaluations that the run has made before.
-        split: Reference of the search split, where Ray has stored it (`distributed.sharing`).
+        stored: References of `split` and `prepared`, where Ray has them (`distributed.sharing`).
     """
     from cacp_ray.distributed.pool import RayEvaluatorPool
     from cacp_ray.distributed.room import find_room
@@ -53,7 +53,7 @@ def start_evaluators(
         {
             "versions": installed_versions(),
             **scorer_arguments(config, base, prepared),
-            **({} if split is None else {"split": split}),
+            **(stored or {}),
         },
         num_evaluators=room.on_cpus,
         cpus_per_evaluator=cluster.cpus_per_evaluator,

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -126,8 +126,7 @@ def run_search(
             lock.enter_context(run.locked())
         with clock.phase("prepare"):
             check_address(address)
-            base = load_base(config)
-            check_run(config, base)
+            base = _load(config)
         saved = _read_model(base, run_dir)
         say(describe_base(base, config))
         with clock.phase("start"), ThreadPoolExecutor(1) as executor:
@@ -136,9 +135,10 @@ def run_search(
             few = dataclasses.replace(base, search=base.search.at(np.arange(1)))
             preparing = executor.submit(_prepare, few, config, orders, run_dir)
             join(config, address)
-            split, stored = share(base.search)
-            base = dataclasses.replace(base, search=stored)
-            prepared, statistics = preparing.result()
+            split, images = share(base.search)
+            base = dataclasses.replace(base, search=images)
+            reference, prepared, statistics = _share_prepared(preparing)
+            del preparing  # which holds what is in the store now
             evaluator, kept = start_evaluators(
                 config,
                 base,
@@ -146,7 +146,7 @@ def run_search(
                 cache,
                 say,
                 num_measured=len({record.subnet for record in run.read_records()}),
-                split=split,
+                stored={"split": split, "prepared": reference},
             )
             if cache is not None:
                 known = kept | dict(known or {})
@@ -159,7 +159,7 @@ def run_search(
                     saved = _begin(
                         run, config, base, statistics, describe_model(base, prepared, config)
                     )
-                del statistics, preparing  # large, and read no more
+                del statistics
             with clock.phase("search"):
                 loop, agent, log = _search(
                     config, base, run, evaluator, on_progress, known, storage
@@ -215,6 +215,12 @@ def _describe(config: RunConfig, base: Base) -> dict[str, Any]:
     }
 
 
+def _load(config: RunConfig) -> Base:
+    base = load_base(config)
+    check_run(config, base)
+    return base
+
+
 def check_run(config: RunConfig, base: Base) -> None:
     """Refuses what cannot be run, before anything is written.
 
@@ -236,6 +242,16 @@ def _prepare(
 ) -> tuple[Prepared, Statistics]:
     statistics = find_statistics(base, config, run_dir)
     return prepare_base(base, config, orders, statistics), statistics
+
+
+def _share_prepared(
+    preparing: Future[tuple[Prepared, Statistics]],
+) -> tuple[Any, Prepared, Statistics]:
+    """As `share`, with the statistics, which stay here."""
+    from cacp_ray.distributed.sharing import share
+
+    prepared, statistics = preparing.result()
+    return *share(prepared), statistics
 
 
 def _begin(
