@@ -4,7 +4,7 @@ A search of the default strategy with one evaluator, on a search split and calib
 224 pixels (the embedded sample, enlarged, as JPEG in shards; random weights). Few images are
 scored a candidate: the split is held whatever is scored. What is told is the largest private memory
 (RssAnon) and shared memory (RssShmem, the part of Ray's store that this process has touched) until
-each line that the search says, and until its end.
+each line that the search says, and until it has measured a few candidates, where it is stopped.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import logging
 import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,8 +25,13 @@ from safetensors.torch import save_file
 import cacp_ray
 from cacp_ray.data.images import read_parquet
 from cacp_ray.models.factory import build_model
+from cacp_ray.searching.search_progress import SearchProgress
 
 SHARDS, SIDE = 20, 224
+
+
+class Enough(Exception):
+    """Has been measured."""
 
 
 class Watch(logging.Handler):
@@ -73,12 +79,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=positive, default=2000, help="of the search split")
     parser.add_argument("--calibration", type=positive, default=512)
-    parser.add_argument("--evaluations", type=positive, default=12)
+    parser.add_argument("--evaluations", type=positive, default=12, help="before the end")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_shards(root, options.images)
+        write_shards(root, options.images + options.calibration)
         model = build_model("torchvision:resnet50", 10)
         save_file(model.state_dict(), root / "w.safetensors")
         del model
@@ -98,7 +104,7 @@ def main() -> None:
                 "crop": SIDE,
             },
             "rates": [0.5],
-            "evaluations": options.evaluations,
+            "evaluations": 800,
             "evaluation": {"images": 16},
             "cluster": {"max_evaluators": 1},
             "pruning": {
@@ -112,8 +118,14 @@ def main() -> None:
         logger.setLevel(logging.INFO)
         logger.addHandler(watch)
         watch.note("data written, libraries loaded")
-        cacp_ray.search(config, root / "run", address="local")
-        watch.note("the end")
+
+        def stop(progress: SearchProgress) -> None:
+            if progress.evaluations >= options.evaluations:
+                raise Enough
+
+        with suppress(Enough):
+            cacp_ray.search(config, root / "run", address="local", on_progress=stop)
+        watch.note(f"{options.evaluations} evaluations")
         watch.end()
     title = f"Driver of ResNet-50, {options.images:,} images, {options.calibration} for calibration"
     print_table(title, ["until", "private GB", "shared GB"], watch.rows)
@@ -124,7 +136,7 @@ def write_shards(root: Path, images: int) -> None:
     """Enough rows for both splits."""
     split = read_parquet("embedded:train")
     rows = []
-    for number in range(images + 1024):
+    for number in range(images):
         row = number % len(split)
         buffer = io.BytesIO()
         Image.fromarray(split.images[row]).resize((SIDE, SIDE)).save(buffer, "JPEG")

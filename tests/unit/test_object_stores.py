@@ -15,7 +15,7 @@ from cacp_ray.storage import RunStorage
 from tests.object_stores import SCHEMES, serving
 from tests.unit.data.test_sources import folders, shards  # noqa: F401
 from tests.unit.searching.test_loop import Killed, rows
-from tests.unit.test_storage import names, search
+from tests.unit.test_storage import names, search, uninterrupted  # noqa: F401
 
 
 @pytest.fixture(scope="module", params=SCHEMES)
@@ -31,13 +31,6 @@ def store(server, monkeypatch):
     return server
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    search(folder)
-    return rows(folder)
-
-
 def listed(uri):
     """Names of the files below."""
     from pyarrow import fs
@@ -47,7 +40,7 @@ def listed(uri):
     return {each.path.removeprefix(f"{root}/") for each in found if each.is_file}
 
 
-def test_a_run_whose_machine_is_lost_goes_on_from_a_bucket(store, tmp_path, uninterrupted):
+def test_a_run_whose_machine_is_lost_goes_on_from_a_bucket(store, tmp_path, uninterrupted):  # noqa: F811
     uri = f"{store.root}/runs/lost"
     with pytest.raises(Killed):
         search(tmp_path / "lost", RunStorage(uri), stop_at=3)
@@ -61,7 +54,12 @@ def test_a_run_whose_machine_is_lost_goes_on_from_a_bucket(store, tmp_path, unin
     assert listed(uri) == names(tmp_path / "new")
 
 
-def test_a_store_that_hangs_holds_up_no_search(store, tmp_path, uninterrupted, monkeypatch):
+def test_a_store_that_hangs_holds_up_no_search(
+    store,
+    tmp_path,
+    uninterrupted,  # noqa: F811
+    monkeypatch,
+):
     uri = f"{store.root}/runs/hangs"
     copy = RunStorage(uri)
     os.kill(store.process.pid, signal.SIGSTOP)
