@@ -29,7 +29,7 @@ from report import bootstrap, print_environment, print_table
 import cacp_ray
 from cacp_ray.config import ModelConfig, RunConfig, load_config
 from cacp_ray.files import describe_environment, read_json, write_file, write_json
-from cacp_ray.finetuning import FinetuneConfig
+from cacp_ray.finetune_config import FinetuneConfig
 from cacp_ray.loading import load_model, read_split
 from cacp_ray.pruning.subnet import save_subnet
 from cacp_ray.reporting.progress import FinetuneDisplay

@@ -19,7 +19,8 @@ from cacp_ray.evaluation.measurement import Measurement, Subnet
 from cacp_ray.exporting.subnet import export_subnet as export
 from cacp_ray.file_systems import is_within
 from cacp_ray.files import describe_environment, read_json, write_json, write_yaml
-from cacp_ray.finetuning import FinetuneConfig, finetune_folder, finetune_run
+from cacp_ray.finetune_config import FinetuneConfig
+from cacp_ray.finetuning import finetune_folder, finetune_run
 from cacp_ray.folders import check_unchanged, is_run, open_folder, read_run_config
 from cacp_ray.loading import (
     check_padding,

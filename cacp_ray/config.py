@@ -102,6 +102,21 @@ class DataConfig(Section):
     )
 
 
+def add_transforms(values: Any) -> Any:
+    """Published weights bring their transforms; what the file says in `data` comes first."""
+    model = values.get("model") if isinstance(values, dict) else None
+    model = model if isinstance(model, dict) else {}
+    name, weights = model.get("name"), model.get("weights")
+    if not isinstance(name, str) or not isinstance(weights, str):
+        return values
+    from cacp_ray.models.pretrained import describe_weights, is_published
+
+    if not is_published(name, weights):
+        return values
+    transforms = describe_weights(name, weights).transforms
+    return values | {"data": transforms | dict(values.get("data") or {})}
+
+
 class TrainConfig(Section):
     """A base network to train."""
 
@@ -206,18 +221,7 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _transforms_of_weights(cls, values: Any) -> Any:
-        """Published weights bring their transforms; what the file says comes first."""
-        model = values.get("model") if isinstance(values, dict) else None
-        model = model if isinstance(model, dict) else {}
-        name, weights = model.get("name"), model.get("weights")
-        if not isinstance(name, str) or not isinstance(weights, str):
-            return values
-        from cacp_ray.models.pretrained import describe_weights, is_published
-
-        if not is_published(name, weights):
-            return values
-        transforms = describe_weights(name, weights).transforms
-        return values | {"data": transforms | dict(values.get("data") or {})}
+        return add_transforms(values)
 
     @field_validator("rates")
     @classmethod

@@ -1,26 +1,18 @@
 """Fine-tuning of what a search found, or of one subnet folder: which subnets, by which recipes."""
 
-import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 from torch import nn
 
 from cacp_ray.clock import Clock
-from cacp_ray.config import (
-    FINETUNE,
-    DataConfig,
-    FinetuneRecipe,
-    ModelConfig,
-    RunConfig,
-    Section,
-)
-from cacp_ray.errors import ConfigError
+from cacp_ray.config import DataConfig, ModelConfig, RunConfig
+from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.files import read_json, write_json
+from cacp_ray.finetune_config import FinetuneConfig
 from cacp_ray.loading import (
     check_padding,
     check_splits,
@@ -34,86 +26,10 @@ from cacp_ray.loading import (
 from cacp_ray.pruning.subnet import load_subnet, read_description
 from cacp_ray.results import read_result
 from cacp_ray.training.metrics import measure_split
-from cacp_ray.training.recipe import Recipe
-
-Logger = Literal["tensorboard", "csv", "json", "wandb", "mlflow"]
-
 
 logger = logging.getLogger(__name__)
 
-
-class TrialsConfig(Section):
-    """Of the Tune trials."""
-
-    cpus: int | None = Field(
-        default=None, ge=1, description="of a trial or worker; cluster.cpus_per_evaluator if unset"
-    )
-    gpus: float = Field(default=0.0, ge=0, description="of a trial or worker; 0.25: four share one")
-    workers: int | tuple[int, int] = Field(
-        default=1,
-        description="processes that train one model; [2, 8]: as many as there is room for, from "
-        "epoch to epoch",
-    )
-    scheduler: Literal["plain", "asha"] = Field(
-        default="plain", description="asha stops the poorer half of a rate's variants at a third"
-    )
-    logging: tuple[Logger, ...] = Field(
-        default=("tensorboard", "csv", "json"), description="beside each trial; wandb, mlflow"
-    )
-
-    @field_validator("gpus")
-    @classmethod
-    def _share_or_whole(cls, gpus: float) -> float:
-        if gpus > 1:
-            raise ValueError("at most 1, as a process trains on one; more `workers` take more")
-        return gpus
-
-    @field_validator("workers", mode="before")
-    @classmethod
-    def _number_or_range(cls, workers: Any) -> Any:
-        numbers = workers if isinstance(workers, (list, tuple)) else [workers, workers]
-        is_range = len(numbers) == 2 and all(type(number) is int for number in numbers)
-        if not is_range or not 1 <= numbers[0] <= numbers[1]:
-            raise ValueError("write one number, or the least and the most: 4, or [2, 8]")
-        return workers
-
-
-class FinetuneConfig(Section):
-    """A fine-tuning, as in tune_configs/finetune_*.yaml."""
-
-    finetune: FinetuneRecipe = Recipe(**FINETUNE)
-    variants: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="by name: what differs from `finetune`; the best is kept"
-    )
-    trials: TrialsConfig = TrialsConfig()
-    # Of a subnet folder that lies outside a run.
-    model: ModelConfig | None = Field(default=None, description="base network, the teacher")
-    data: DataConfig | None = None
-
-    @property
-    def recipes(self) -> dict[str, Recipe]:
-        """By variant; the name is empty where there is but one."""
-        whole = dataclasses.asdict(self.finetune)
-        adapter = TypeAdapter(Recipe)
-        return {
-            name: adapter.validate_python(whole | changes)
-            for name, changes in (self.variants or {"": {}}).items()
-        }
-
-    @model_validator(mode="after")
-    def _variants_fit(self) -> "FinetuneConfig":
-        for name, changes in self.variants.items():
-            if not name.replace("-", "").replace("_", "").isalnum():
-                raise ValueError(f"variants: {name!r} is no name: letters, digits, - and _")
-            if "teacher" in changes:
-                raise ValueError(f"variants.{name}.teacher: all variants have one teacher")
-        try:
-            assert self.recipes
-        except ValidationError as error:
-            problem = error.errors()[0]
-            key = ".".join(map(str, problem["loc"]))
-            raise ValueError(f"variants: {key}: {problem['msg']}") from error
-        return self
+EXPERIMENT_FILE = "finetune.json"  # which `cacp_ray.tuning.finetune` writes
 
 
 def finetune_run(
@@ -197,21 +113,34 @@ def finetune_folder(
     description = read_description(folder)
     if settings.data is None:
         raise ConfigError(f"{folder} lies in no run: give its data by --config, in `data`")
+    if settings.finetune.teacher == "larger":
+        raise ConfigError(
+            f"finetune.teacher larger: {folder} alone has no larger subnet: fine-tune its run, or "
+            "set finetune.teacher=base"
+        )
     distils = any(recipe.distillation > 0 for recipe in settings.recipes.values())
     if settings.model is None and distils:
         raise ConfigError(
             f"{folder} lies in no run: name the base network by --config, in `model`, or set "
             "finetune.distillation to 0"
         )
-    classes = read_split(settings.data, "search", 1).classes
+    data = _as_searched(settings.data, description)
+    first = read_split(data, "search", 1)
+    classes = first.classes
     if list(classes) != description.get("classes", list(classes)):
         raise ConfigError(
             f"{folder} was searched on other classes than data.search has: give the data of its run"
         )
+    height, width = first.images.shape[1:3]
+    if description.get("input_shape", [3, height, width])[1:] != [height, width]:
+        raise ConfigError(
+            f"{folder} was searched on images of {description['input_shape'][1:]} pixels, "
+            f"data.search has {[height, width]}: set data.resize and data.crop as in its run"
+        )
     _finetune(
         {description["rate"]: folder},
         settings.model or ModelConfig(name=description["model"]),
-        settings.data,
+        data,
         settings,
         folder / "finetune",
         cpus=settings.trials.cpus or 1,
@@ -220,6 +149,16 @@ def finetune_folder(
         on_epoch=on_epoch,
     )
     return read_json(folder / "metrics.json")
+
+
+def _as_searched(data: DataConfig, description: Mapping[str, Any]) -> DataConfig:
+    """With the normalisation that a subnet was searched with, unless the file has its own."""
+    own = {
+        name: tuple(description[name])
+        for name in ("mean", "std")
+        if name in description and name not in data.model_fields_set
+    }
+    return data.model_copy(update=own)
 
 
 def _finetune(
@@ -241,7 +180,10 @@ def _finetune(
     from cacp_ray.tuning.trial import Resources
 
     trials = settings.trials
-    make_loggers(trials.logging, experiment_dir)
+    project = experiment_dir.parent.name
+    make_loggers(trials.logging, project)
+    one_by_one = settings.finetune.teacher == "larger"  # which has to be fine-tuned before
+    _check_teacher(experiment_dir, one_by_one)
     check_address(address)
     logger.info("reading images, starting the trials")
     train = open_split(data, "train")
@@ -261,7 +203,6 @@ def _finetune(
         rebuild_model, model.name, len(train.classes), tensors
     )
     rates = sorted(folders, reverse=True)
-    one_by_one = settings.finetune.teacher == "larger"  # which has to be fine-tuned before
     found: dict[float, Any] = {}
     for group in [[rate] for rate in rates] if one_by_one else [rates]:
         larger = [rate for rate in rates if rate > group[0]]
@@ -283,6 +224,17 @@ def _finetune(
             on_epoch=on_epoch,
             stops_poor=trials.scheduler == "asha",
             loggers=trials.logging,
+            project=project,
             source={"model": model.model_dump(), "data": data.model_dump(mode="json")},
         )
     return found, splits
+
+
+def _check_teacher(experiment_dir: Path, one_by_one: bool) -> None:
+    """Refuses to write over what another teacher has taught."""
+    others = [experiment_dir] if one_by_one else experiment_dir.glob("rate-*")
+    if any((folder / EXPERIMENT_FILE).exists() for folder in others):
+        raise ArtifactError(
+            f"{experiment_dir} was begun with another finetune.teacher: undo the change, or delete "
+            "that folder to fine-tune again"
+        )

@@ -89,6 +89,11 @@ def _find_rows(data: DataConfig, name: str) -> tuple[Source, Rows]:
                 "data.search.images_per_class draws from the rows of data.train: give both the "
                 "same rows, or none"
             )
+        if split.images_per_class:
+            raise ConfigError(
+                "data.train.images_per_class: the training split is all that data.search leaves of "
+                "these images; leave it out, or give the two splits other files"
+            )
         rows = Rows(split.rows, search.images_per_class, without=True, seed=search.seed)
     return source, rows
 

@@ -29,10 +29,13 @@ from cacp_ray.file_systems import one_line, open_writable
 logger = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 120.0
+ASIDE_SECONDS = 600.0  # for a large file on its way
 RETRY_SECONDS = 5.0
 LATEST = "checkpoints/LATEST.json"
 JOURNAL = "journal.jsonl"
 FIRST_IS_BEGUN = "config.yaml"  # written first of all, so it goes last of the first copy
+# Whoever finds one of these takes what it speaks of for whole: the subnets, the checkpoints, all.
+LAST = ("result.json", LATEST, FIRST_IS_BEGUN)
 CHECKPOINTS = "checkpoints/checkpoint-"
 # A checkpoint's name comes again, with other content, where a driver died before LATEST.json.
 NEVER_CHANGE = "episodes/"
@@ -56,6 +59,7 @@ class RunStorage:
         self._copied: dict[str, tuple[int, int]] = {}  # name: size and time of the local file
         self._is_listed = False
         self._aside: threading.Thread | None = None
+        self._put_at = 0.0  # when a file last went through
         self._refusal: ArtifactError | None = None
         try:
             self._latest = {self._read(LATEST)}  # what this process may find there
@@ -96,7 +100,20 @@ class RunStorage:
         Raises:
             ArtifactError: Another process has copied a run there since this one began.
         """
-        return self._try_push(_Snapshot(run_dir))
+        found = self._look(run_dir)
+        return found is not None and self._try_push(found)
+
+    def _look(self, run_dir: Path) -> "_Snapshot | None":
+        try:
+            return _Snapshot(run_dir)
+        except OSError as error:
+            logger.warning(
+                "%s cannot be read now (%s); it is copied to %s later",
+                run_dir,
+                one_line(error),
+                self.uri,
+            )
+            return None
 
     def _try_push(self, found: "_Snapshot") -> bool:
         try:
@@ -120,8 +137,9 @@ class RunStorage:
             return
         if self._refusal is not None:
             raise self._refusal
-
-        found = _Snapshot(run_dir)  # now, as the search goes on
+        found = self._look(run_dir)  # now, as the search goes on
+        if found is None:
+            return
 
         def push() -> None:
             try:
@@ -134,14 +152,17 @@ class RunStorage:
         self._aside.start()
 
     def finish(self, run_dir: Path) -> None:
-        """Copies what is new, trying for two minutes.
+        """Copies what is new, trying for two minutes, and ten after a file that went through.
 
         Raises:
             ArtifactError: The storage did not take it; the run directory is whole. Or as of `push`.
         """
+        started = time.monotonic()
+        while self._aside is not None and self._aside.is_alive():
+            self._aside.join(RETRY_SECONDS)
+            if time.monotonic() - max(started, self._put_at) > ASIDE_SECONDS:
+                break
         deadline = time.monotonic() + PATIENCE_SECONDS
-        if self._aside is not None:
-            self._aside.join(PATIENCE_SECONDS)
         while (self._aside is not None and self._aside.is_alive()) or not self.push(run_dir):
             if time.monotonic() > deadline:
                 raise ArtifactError(
@@ -186,15 +207,16 @@ class RunStorage:
             )
         there = {} if self._is_listed else self._list()
         local = found.states
-        for name in sorted(local, key=lambda name: (name == FIRST_IS_BEGUN, name == LATEST, name)):
+        for name in sorted(local, key=_turn):
             is_there = name.startswith(NEVER_CHANGE) and there.get(name) == local[name][0]
             if self._copied.get(name) != local[name] and not is_there:
                 content = found.read(name)
                 if content is None:
-                    return
+                    continue
                 if name == LATEST:  # it may arrive although the answer says no
                     self._latest.add(content)
                 self._put(name, content)
+                self._put_at = time.monotonic()
                 if name == LATEST:
                     self._latest = {content}
             self._copied[name] = local[name]
@@ -265,6 +287,11 @@ class RunStorage:
         return f"{self._root}/{name}"
 
 
+def _turn(name: str) -> tuple[int, str]:
+    """In which order files are copied."""
+    return LAST.index(name) + 1 if name in LAST else 0, name
+
+
 class _Snapshot:
     """The files of a run at one moment.
 
@@ -278,16 +305,19 @@ class _Snapshot:
         self.states: dict[str, tuple[int, int]] = {}
         for path in sorted(run_dir.rglob("*")):
             if path.is_file() and not path.name.startswith("."):
-                status = path.stat()
-                name = path.relative_to(run_dir).as_posix()
-                self.states[name] = status.st_size, status.st_mtime_ns
-        # Later contents of these two would not go with the parts and checkpoints of now.
+                with suppress(FileNotFoundError):  # another process's, as loggers have them
+                    status = path.stat()
+                    name = path.relative_to(run_dir).as_posix()
+                    self.states[name] = status.st_size, status.st_mtime_ns
+        # Checkpoints are dropped meanwhile, and a later journal does not go with the parts of now.
         self._held = {
-            name: (run_dir / name).read_bytes() for name in (LATEST, JOURNAL) if name in self.states
+            name: (run_dir / name).read_bytes()
+            for name in self.states
+            if name.startswith("checkpoints/") or name == JOURNAL
         }
 
     def read(self, name: str) -> bytes | None:
-        """The content; None of a checkpoint that has been dropped since."""
+        """The content; None of a file that is gone since."""
         if name in self._held:
             return self._held[name]
         try:

@@ -18,13 +18,13 @@ from cacp_ray.distributed.fleet import RETRY_DELAY_S, WATCH_S, Fleet
 from cacp_ray.distributed.metrics import PoolMetrics
 from cacp_ray.distributed.nodes import read_nodes
 from cacp_ray.distributed.outcomes import as_failed, describe, get_outcome
-from cacp_ray.distributed.slots import PLACES, Flight, Slot, Work
+from cacp_ray.distributed.slots import PLACES, Flight, Kind, Slot, Work
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
 
 logger = logging.getLogger(__name__)
 
 HANG_S = 300.0
-FIRST_HANG_S = 3600.0  # before anything is known of how long a measurement takes
+FIRST_HANG_S = 3600.0  # while nothing is known of a kind of actor; doubles each time
 HANG_FACTOR = 20.0  # of the slowest measurement so far, image by image
 LOSSES_AN_ATTEMPT = 3
 
@@ -81,7 +81,8 @@ class RayEvaluatorPool:
         self._show_at = time.monotonic()
         self._queue: deque[Work] = deque()
         self._flights: dict[ray.ObjectRef, Flight] = {}
-        self._slowest: float | None = None  # seconds of an image, in a measurement
+        self._slowest: dict[Kind, float] = {}  # seconds of an image, in a measurement
+        self._first_patience = FIRST_HANG_S
         self._most_images = 0  # of a measurement
 
     @property
@@ -165,7 +166,7 @@ class RayEvaluatorPool:
             flight.slot.num_free += flight.num_places
             flight.slot.answered_at = time.monotonic()
             if isinstance(outcome, Measurement):
-                self._note_speed(outcome)
+                self._note_speed(flight.slot.kind, outcome)
                 if outcome.error:
                     logger.warning("%s: %s", flight.slot.name, outcome.error)
                 measurements.append(outcome)
@@ -220,10 +221,10 @@ class RayEvaluatorPool:
         is_its_fault = sum(node in there for node in work.failed_on) >= self._max_attempts
         return is_its_fault or len(work.failed_on) >= LOSSES_AN_ATTEMPT * self._max_attempts
 
-    def _note_speed(self, measurement: Measurement) -> None:
+    def _note_speed(self, kind: Kind, measurement: Measurement) -> None:
         if measurement.images:
             an_image = measurement.seconds / measurement.images
-            self._slowest = max(self._slowest or 0.0, an_image)
+            self._slowest[kind] = max(self._slowest.get(kind, 0.0), an_image)
             self._most_images = max(self._most_images, measurement.images)
 
     def _replace_hung(self) -> None:
@@ -232,15 +233,19 @@ class RayEvaluatorPool:
         for flight in self._flights.values():
             most = max(self._most_images, flight.work.candidate.images or 0)
             images[flight.slot] = max(most, images.get(flight.slot, 0))
+        first_patience = self._first_patience
         for slot, most in images.items():
-            patience = FIRST_HANG_S
-            if self._slowest is not None:
-                patience = max(HANG_S, HANG_FACTOR * self._slowest * most)
+            slowest = self._slowest.get(slot.kind)
+            patience = first_patience
+            if slowest is not None:
+                patience = max(HANG_S, HANG_FACTOR * slowest * most)
             if slot.is_ready and time.monotonic() - slot.answered_at > patience:
                 logger.warning(
                     "%s has not answered for %.0f s: it is replaced", slot.name, patience
                 )
                 self._fleet.replace(slot)
+                if slowest is None:  # perhaps it only takes that long
+                    self._first_patience = 2 * first_patience
 
     def _show(self) -> None:
         now = time.monotonic()

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cacp_ray.data.images import ImageSet
+
 MOST_PIXELS = 50 * 224**2  # at once: ResNet-50's largest feature map then takes 160 MB
 
 
@@ -69,18 +71,10 @@ def score_logits(logits: Tensor, labels: Tensor) -> Accuracy:
     )
 
 
-class Part(Protocol):
-    """Images that memory holds; `ImageSet` fits."""
-
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """Normalised images (N, C, H, W) and labels (N,)."""
-        ...
-
-
 class Split(Protocol):
     """Labelled images in their order; `ImageSet` and `ImageStream` fit."""
 
-    def parts(self, size: int) -> Iterator[Part]:
+    def parts(self, size: int) -> Iterator[ImageSet]:
         """`size` at a time."""
         ...
 
@@ -90,15 +84,16 @@ def measure_split(
 ) -> Accuracy:
     """Accuracy of `model` on a split, of which one batch at a time is held in float32.
 
-    Large images go through the network in smaller batches: feature maps are larger still.
+    Batches of large images are smaller, as feature maps are larger still.
     """
     logits, labels = [], []
     for part in split.parts(batch_size):
-        images, own = part.tensors()
-        pixels = images.shape[2] * images.shape[3]
-        at_once = min(batch_size, max(1, MOST_PIXELS // pixels))
-        logits.append(predict(model, images, at_once, dtype))
-        labels.append(own)
+        height, width = part.images.shape[1:3]
+        at_once = min(batch_size, max(1, MOST_PIXELS // (height * width)))
+        for batch in part.parts(at_once):
+            images, own = batch.tensors()
+            logits.append(predict(model, images, at_once, dtype))
+            labels.append(own)
     return score_logits(torch.cat(logits), torch.cat(labels))
 
 

@@ -31,18 +31,17 @@ TUNE_ENVIRONMENT = {
 }
 
 
-def make_loggers(names: Sequence[str], folder: Path) -> list[tune.Callback]:
+def make_loggers(names: Sequence[str], project: str) -> list[tune.Callback]:
     """Callbacks of Tune that log every epoch of every trial.
 
     Args:
         names: `tensorboard`, `csv`, `json` (beside each trial), `wandb`, `mlflow`.
-        folder: Of the experiment; the last two take its parent's name for the project, and MLflow
-            its tracking server from MLFLOW_TRACKING_URI.
+        project: What the last two file it under; MLflow takes its tracking server from
+            MLFLOW_TRACKING_URI.
 
     Raises:
         ConfigError: One is not installed.
     """
-    project = folder.parent.name
     found: list[tune.Callback] = []
     for name in names:
         try:

@@ -116,6 +116,7 @@ def finetune_subnets(
     on_epoch: Callable[[FinetuneProgress], None],
     stops_poor: bool = False,
     loggers: Sequence[str] = (),
+    project: str = "",
     source: Mapping[str, Any] | None = None,
 ) -> dict[float, FinetuneResult]:
     """Fine-tunes every subnet; `finetuned.safetensors` and `metrics.json` appear beside each.
@@ -141,6 +142,7 @@ def finetune_subnets(
             first with the last one of each trial.
         stops_poor: ASHA stops the poorer variants of each rate.
         loggers: Of Tune: `tensorboard`, `csv`, `json`, `wandb`, `mlflow`.
+        project: Of the loggers `wandb` and `mlflow`.
         source: Where images and teacher come from, in JSON: resumed with the same alone.
 
     Raises:
@@ -150,7 +152,7 @@ def finetune_subnets(
         EvaluationError: A trial died more often than it is restarted.
     """
     experiment_dir = experiment_dir.resolve()
-    callbacks = make_loggers(loggers, experiment_dir)
+    callbacks = make_loggers(loggers, project)
     content = {
         **(source or {}),
         "rates": sorted(subnet_folders),
@@ -177,7 +179,7 @@ def finetune_subnets(
     callbacks.insert(0, _ProgressCallback(epochs))
     if resources.most_workers > 1:
         callbacks.append(FreeAbandoned())
-    scheduler = _make_scheduler(recipes) if stops_poor else None
+    scheduler = _make_scheduler(recipes, experiment_dir) if stops_poor else None
     space = {
         "rate": tune.grid_search(sorted(subnet_folders, reverse=True)),
         "variant": tune.grid_search(list(recipes)),
@@ -248,9 +250,10 @@ def _ask(resources: Resources) -> Any:
     return {"cpu": resources.cpus, **({"gpu": resources.gpus} if resources.gpus else {})}
 
 
-def _make_scheduler(recipes: Mapping[str, Recipe]) -> TrialScheduler:
+def _make_scheduler(recipes: Mapping[str, Recipe], experiment_dir: Path) -> TrialScheduler:
     longest = max(recipe.epochs for recipe in recipes.values())
-    return SchedulerPerRate(partial(make_asha, longest, max(1, longest // 3)))
+    make = partial(make_asha, longest, max(1, longest // 3))
+    return SchedulerPerRate(make, experiment_dir / "asha.jsonl")
 
 
 def _open_experiment(experiment_dir: Path, content: dict[str, Any], *, resume: bool) -> None:

@@ -1,6 +1,8 @@
 """ASHA within each rate: a small network never competes with a large one."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ray.tune.experiment import Trial
@@ -8,12 +10,17 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 
 class SchedulerPerRate(FIFOScheduler):
-    """Hands each trial's results to the scheduler of its rate; trials start in their order."""
+    """Hands each trial's results to the scheduler of its rate; trials start in their order.
 
-    def __init__(self, make_scheduler: Callable[[], TrialScheduler]) -> None:
-        """Takes what makes the scheduler of one rate."""
+    Tune does not save schedulers. What this one was told is in a file, and a restored trial tells
+    it again, so that those that go on are compared with all that had got there before.
+    """
+
+    def __init__(self, make_scheduler: Callable[[], TrialScheduler], journal: Path) -> None:
+        """Takes what makes the scheduler of one rate, and the file, a line a result."""
         super().__init__()
         self._make_scheduler = make_scheduler
+        self._journal = journal
         self._by_rate: dict[float, TrialScheduler] = {}
 
     def _of(self, trial: Trial) -> TrialScheduler:
@@ -23,12 +30,31 @@ class SchedulerPerRate(FIFOScheduler):
         return self._by_rate[rate]
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        """Called by Tune, as the others."""
-        self._of(trial).on_trial_add(tune_controller, trial)
+        """Called by Tune, as the others; of restored trials too, those that have ended included."""
+        scheduler = self._of(trial)
+        scheduler.on_trial_add(tune_controller, trial)
+        for result in self._read(trial.trial_id):
+            scheduler.on_trial_result(tune_controller, trial, result)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Whether the trial goes on."""
+        told = {key: result[key] for key in ("epoch", "search_top1") if key in result}
+        with self._journal.open("a") as journal:
+            # The line before may have been cut short by a kill.
+            journal.write("\n" + json.dumps({"trial": trial.trial_id, **told}))
         return self._of(trial).on_trial_result(tune_controller, trial, result)
+
+    def _read(self, trial_id: str) -> list[dict[str, Any]]:
+        lines = self._journal.read_text().splitlines() if self._journal.exists() else []
+        found = []
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # cut short: the trial repeats that epoch
+            if row.get("trial") == trial_id:
+                found.append(row)
+        return found
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         """The last result counts for the others of its rate."""

@@ -124,6 +124,7 @@ def finetune(
     recipe: Recipe = RECIPE,
     recipes: dict[str, Recipe] | None = None,
     workers: int | tuple[int, int] = 1,
+    cpus: int = 1,
     resume: bool = False,
     on_epoch: Callable[[FinetuneProgress], None] = lambda progress: None,
     **options: Any,
@@ -134,7 +135,7 @@ def finetune(
         subnet_folders={rate: root / f"rate-{rate:.2f}" for rate in rates},
         recipes=recipes or {"": recipe},
         experiment_dir=root / "finetune",
-        resources=Resources(workers=workers),
+        resources=Resources(cpus, workers=workers),
         resume=resume,
         on_epoch=on_epoch,
         **SPLITS | options,
@@ -394,6 +395,40 @@ def test_worse_variants_of_each_rate_stop_and_never_a_rate_for_another(tmp_path:
     metrics = json.loads((tmp_path / "rate-0.30" / "metrics.json").read_text())
     assert metrics["variants"]["learns"]["epochs"] == 6
     assert metrics["variants"]["still"]["epochs"] < 6
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_variants_of_a_restored_experiment_are_compared_with_those_that_had_ended(
+    tmp_path: Path,
+) -> None:
+    save_fresh(tmp_path / "rate-0.30")
+    trained = save_trained(tmp_path / "teacher")
+    write_tensors(tmp_path / "teacher" / "model.safetensors", trained.state_dict())
+    still = dataclasses.replace(RECIPE, epochs=6, lr=1e-9)
+    recipes = {"learns": dataclasses.replace(RECIPE, epochs=6), "still": still}
+
+    def interrupt(progress: FinetuneProgress) -> None:
+        if progress.variant == "still":
+            raise Interrupted
+
+    # One after another, as each takes both CPUs.
+    options: dict[str, Any] = {"rates": (0.3,), "cpus": 2, "load_subnet": load_slow}
+    with pytest.raises(ray.tune.TuneError, match="Interrupted"):
+        finetune(tmp_path, recipes=recipes, stops_poor=True, on_epoch=interrupt, **options)
+    with (tmp_path / "finetune" / "asha.jsonl").open("a") as journal:
+        journal.write('{"trial": "cut sho')
+    events: list[FinetuneProgress] = []
+    finetune(
+        tmp_path, recipes=recipes, stops_poor=True, resume=True, on_epoch=events.append, **options
+    )
+    assert not [e for e in events if e.variant == "learns" and not e.is_restored]
+    metrics = json.loads((tmp_path / "rate-0.30" / "metrics.json").read_text())
+    assert metrics["variants"]["learns"]["epochs"] == 6
+    assert metrics["variants"]["still"]["epochs"] == 2  # the first rung
 
 
 @pytest.mark.usefixtures("ray_cluster")

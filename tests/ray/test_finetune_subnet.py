@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 
 import cacp_ray
 from cacp_ray.config import RunConfig, resolved
-from cacp_ray.errors import ConfigError
+from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.files import write_yaml
+from cacp_ray.finetuning import _check_teacher
 from tests.unit.exporting.folders import DEPTHWISE, make_folder
 
 pytestmark = pytest.mark.ray
@@ -27,13 +28,13 @@ RECIPE = {"epochs": 1, "distillation": 0, "lr": 0.1}
 def subnet(tmp_path):
     """In the place where a run would have it; its run is not there."""
     folder = make_folder(tmp_path / "run" / "subnets" / "rate-0.50", DEPTHWISE, 32, num_classes=10)
-    write_classes(folder, CLASSES)
+    describe(folder, classes=CLASSES)
     return folder
 
 
-def write_classes(folder, classes):
+def describe(folder, **values):
     description = json.loads((folder / "subnet.json").read_text())
-    (folder / "subnet.json").write_text(json.dumps(description | {"classes": classes}))
+    (folder / "subnet.json").write_text(json.dumps(description | values))
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -85,8 +86,43 @@ def test_crops_larger_than_the_images_are_refused(subnet):
     assert not (subnet / "finetune").exists()
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_subnet_is_trained_on_images_as_it_was_searched_on(subnet):
+    describe(subnet, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], input_shape=[3, 64, 64])
+    config = {"data": DATA, "finetune": RECIPE}
+    with pytest.raises(
+        ConfigError, match=r"images of \[64, 64\] pixels, data.search has \[32, 32\]"
+    ):
+        cacp_ray.finetune(subnet, config=config)
+    assert not (subnet / "finetune").exists()
+    describe(subnet, input_shape=[3, 32, 32])
+    cacp_ray.finetune(subnet, config={**config, "data": DATA | {"std": [0.7, 0.7, 0.7]}})
+    data = json.loads((subnet / "finetune" / "finetune.json").read_text())["data"]
+    assert (data["mean"], data["std"]) == ([0.1, 0.2, 0.3], [0.7, 0.7, 0.7])
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_subnet_alone_has_no_larger_one_to_learn_from(subnet):
+    config = RunConfig.model_validate({"data": DATA, "finetune": RECIPE | {"teacher": "larger"}})
+    write_yaml(subnet.parent.parent / "config.yaml", resolved(config))
+    with pytest.raises(ConfigError, match=r"alone has no larger subnet: .*finetune\.teacher=base"):
+        cacp_ray.finetune(subnet)
+    cacp_ray.finetune(subnet, overrides=["finetune.teacher=base"])
+
+
+@pytest.mark.parametrize("is_larger", [True, False])
+def test_a_fine_tuning_by_another_teacher_is_not_gone_on_with(tmp_path, is_larger):
+    place = tmp_path if is_larger else tmp_path / "rate-0.5"
+    place.mkdir(exist_ok=True)
+    _check_teacher(tmp_path, is_larger)
+    (place / "finetune.json").touch()
+    with pytest.raises(ArtifactError, match=r"begun with another finetune\.teacher: undo"):
+        _check_teacher(tmp_path, is_larger)
+    _check_teacher(tmp_path, not is_larger)
+
+
 def test_data_of_other_classes_is_refused_before_anything_is_written(subnet):
-    write_classes(subnet, [*CLASSES[:-1], "lorry"])
+    describe(subnet, classes=[*CLASSES[:-1], "lorry"])
     config = RunConfig.model_validate({"data": DATA, "finetune": RECIPE})
     write_yaml(subnet.parent.parent / "config.yaml", resolved(config))
     with pytest.raises(ConfigError, match="other classes"):

@@ -198,11 +198,12 @@ def test_an_evaluator_that_hangs_is_replaced(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     shared.wait()
-    monkeypatch.setattr(module, "FIRST_HANG_S" if is_first else "HANG_S", 1.5)
+    monkeypatch.setattr(module, "HANG_S", 1.5)
     shared.folder.with_suffix(".hung").unlink(missing_ok=True)
     orders = [HANG_ONCE] if is_first else [SLEEP, HANG_ONCE, *(5 * [SLEEP])]
     if is_first:
-        monkeypatch.setattr(shared.pool, "_slowest", None)
+        monkeypatch.setattr(shared.pool, "_slowest", {})
+        monkeypatch.setattr(shared.pool, "_first_patience", 1.5)
     found = shared.score(orders)
     assert {m.status for m in found} == {"ok"}
     assert [m.attempt for m in found if m.index == orders.index(HANG_ONCE)] == [2]
@@ -321,18 +322,50 @@ def test_only_failures_on_nodes_that_are_still_there_are_a_candidate_s_fault(
     assert pool._is_given_up(Work(Candidate(0, 0.5, (1,)), failed_on=failed_on)) is is_given_up
 
 
-@pytest.mark.parametrize(("images", "is_replaced"), [(None, True), (100, True), (50_000, False)])
-def test_a_longer_measurement_is_no_hang(images: int | None, is_replaced: bool) -> None:
-    replaced: list[Slot] = []
+@pytest.fixture
+def waiting(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Whom a pool replaces that waits for an evaluator with and one without a GPU."""
+    replaced: list[str] = []
     pool = object.__new__(RayEvaluatorPool)
-    pool._fleet = cast(Any, SimpleNamespace(replace=replaced.append))
-    pool._slowest, pool._most_images = None, 0
-    slot = Slot("evaluator-0", Kind(1.0), None, node="here", is_ready=True)
-    slot.answered_at = time.monotonic() - module.HANG_S - 1
-    work = Work(Candidate(0, 0.5, (1,), images=images))
-    pool._flights = cast(Any, {"task": Flight(slot, "here", work, 1)})
-    pool._replace_hung()
-    assert not replaced  # nothing is known yet
-    pool._note_speed(Measurement(1, 0.5, 0.5, 1.0, 100, 2.0))
-    pool._replace_hung()
-    assert bool(replaced) is is_replaced
+    pool._fleet = cast(Any, SimpleNamespace(replace=lambda slot: replaced.append(slot.name)))
+    pool._slowest, pool._most_images, pool._first_patience = {}, 0, module.FIRST_HANG_S
+
+    def wait(
+        seconds: float, images: int | None = None, known: dict[Kind, float] | None = None
+    ) -> list[str]:
+        for kind, an_image in (known or {}).items():
+            pool._note_speed(kind, Measurement(1, 0.5, 0.5, 1.0, 100, 100 * an_image))
+        flights = {}
+        for kind in (GPU, CPU):
+            slot = Slot("gpu" if kind == GPU else "cpu", kind, None, node="here", is_ready=True)
+            slot.answered_at = time.monotonic() - seconds
+            flights[kind] = Flight(slot, "here", Work(Candidate(0, 0.5, (1,), images=images)), 1)
+        pool._flights = cast(Any, flights)
+        replaced.clear()
+        pool._replace_hung()
+        return replaced
+
+    return wait
+
+
+CPU, GPU = Kind(1.0), Kind(1.0, 0.5)
+
+
+@pytest.mark.parametrize(("images", "is_replaced"), [(None, True), (100, True), (50_000, False)])
+def test_a_longer_measurement_is_no_hang(
+    waiting: Callable[..., list[str]], images: int | None, is_replaced: bool
+) -> None:
+    assert not waiting(module.HANG_S + 1, images)  # nothing is known yet
+    both = {CPU: 0.02, GPU: 0.02}
+    assert waiting(module.HANG_S + 1, images, both) == (["gpu", "cpu"] if is_replaced else [])
+
+
+def test_patience_is_that_of_the_kind_and_grows_while_nothing_is_known(
+    waiting: Callable[..., list[str]],
+) -> None:
+    late = module.FIRST_HANG_S + 1
+    assert waiting(late) == ["gpu", "cpu"]
+    assert waiting(late) == []  # twice as patient, once for both
+    assert waiting(2 * late) == ["gpu", "cpu"]
+    assert waiting(late, known={GPU: 0.001}) == ["gpu"]  # what a GPU takes says nothing of CPUs
+    assert waiting(late, 50_000, known={CPU: 0.02}) == ["gpu"]

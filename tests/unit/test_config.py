@@ -11,7 +11,7 @@ from cacp_ray.agent_space import AgentTuningConfig
 from cacp_ray.config import RunConfig, TrainConfig, load_config, resolved
 from cacp_ray.errors import ConfigError
 from cacp_ray.files import changed_keys
-from cacp_ray.finetuning import FinetuneConfig
+from cacp_ray.finetune_config import FinetuneConfig
 
 RECIPES = sorted(Path("tune_configs").glob("*.yaml"))
 

@@ -11,9 +11,9 @@ import yaml
 
 from cacp_ray.api import finetune
 from cacp_ray.cli import app
-from cacp_ray.config import load_config
+from cacp_ray.config import RunConfig, load_config
 from cacp_ray.errors import ArtifactError, ConfigError
-from cacp_ray.finetuning import FinetuneConfig
+from cacp_ray.finetune_config import FinetuneConfig
 
 
 def load(**values):
@@ -41,6 +41,7 @@ def test_variants_say_what_differs():
         ({"variants": {"a/b": {}}}, "'a/b' is no name"),
         ({"variants": {"a": {"teacher": "larger"}}}, "all variants have one teacher"),
         ({"trials": {"gpus": -1}}, r"trials\.gpus"),
+        ({"trials": {"gpus": 0.5, "workers": 2}}, r"workers of one trial need 1 each"),
         ({"trials": {"gpus": 1.5}}, r"trials\.gpus: at most 1"),
         ({"finetune": {"seed": -1}}, r"finetune\.seed: .*greater than or equal to 0"),
         ({"finetune": {"lr": float("inf")}}, r"finetune\.lr: .*finite"),
@@ -61,6 +62,16 @@ def test_bad_values_are_refused_in_one_line(values, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load(**values)
     assert "\n" not in str(caught.value)
+
+
+def test_published_weights_bring_their_transforms_to_a_subnet_outside_its_run_too():
+    model = {"name": "torchvision:mobilenet_v2", "weights": "IMAGENET1K_V1"}
+    data = {name: {"path": f"embedded:{name}"} for name in ("train", "search", "test")}
+    run = load_config(RunConfig, {"model": model, "data": data}).data
+    assert load(model=model, data=data).data == run
+    assert (run.resize, run.crop) == (256, 224)
+    assert load(model=model, data=data | {"crop": 192}).data == run.model_copy(update={"crop": 192})
+    assert load(model=model).data is None
 
 
 def test_a_subnet_outside_a_run_needs_data_and_for_distillation_its_base(tmp_path):

@@ -3,8 +3,10 @@
 import json
 import logging
 import shutil
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -121,11 +123,87 @@ def test_a_copy_that_hangs_holds_up_nothing_and_is_whole(
     assert hung
     goes_on.set()
     copy._aside.join()
+    if hangs_at != "config.yaml":  # of that the first copy has been made, when all else was there
+        assert RunDirectory(tmp_path / "copy").find_checkpoint() is not None
     again = RunStorage(str(tmp_path / "copy"))
     again.pull(tmp_path / "new")
     search(tmp_path / "new", again, push=RunStorage.push_aside)
     assert rows(tmp_path / "new") == uninterrupted
     assert names(tmp_path / "copy") == names(tmp_path / "new")
+
+
+def test_a_slow_copy_is_waited_for_in_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(module, "RETRY_SECONDS", 0.05)
+    RunDirectory(tmp_path / "run").write_config({"name": "x"})
+    copy = RunStorage(str(tmp_path / "copy"))
+    put = copy._put
+    monkeypatch.setattr(copy, "_put", lambda *file: (time.sleep(0.5), put(*file)))
+    copy.push_aside(tmp_path / "run")
+    copy.finish(tmp_path / "run")
+    assert names(tmp_path / "copy") == names(tmp_path / "run")
+
+
+def test_a_copy_that_goes_nowhere_is_given_up_in_the_end(tmp_path, monkeypatch):
+    for name in ("PATIENCE_SECONDS", "ASIDE_SECONDS", "RETRY_SECONDS"):
+        monkeypatch.setattr(module, name, 0.05)
+    RunDirectory(tmp_path / "run").write_config({"name": "x"})
+    copy, goes_on = RunStorage(str(tmp_path / "copy")), threading.Event()
+    monkeypatch.setattr(copy, "_put", lambda *_: goes_on.wait(60))
+    copy.push_aside(tmp_path / "run")
+    with pytest.raises(ArtifactError, match="has not taken the last files"):
+        copy.finish(tmp_path / "run")
+    goes_on.set()
+
+
+@pytest.mark.parametrize("push", [RunStorage.push, RunStorage.push_aside])
+def test_a_run_directory_that_fails_for_a_moment_costs_nothing(
+    tmp_path, uninterrupted, monkeypatch, caplog, push
+):
+    look, calls = module._Snapshot, iter(range(10_000))
+
+    def failing(folder):
+        if next(calls) in (1, 2):
+            raise OSError(5, "Input/output error")
+        return look(folder)
+
+    monkeypatch.setattr(module, "_Snapshot", failing)
+    with caplog.at_level(logging.WARNING):
+        search(tmp_path / "run", RunStorage(str(tmp_path / "copy")), push=push)
+    assert "run cannot be read now ([Errno 5] Input/output error)" in caplog.text
+    assert rows(tmp_path / "copy") == uninterrupted
+
+
+def test_files_that_vanish_are_passed_over(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    RunDirectory(run).write_config({"name": "x"})
+    for name in ("before", "after"):
+        (run / name).touch()
+    copy, stat, put = RunStorage(str(tmp_path / "copy")), Path.stat, RunStorage._put
+
+    def vanishing(path, **options):
+        if path.name == "before" and sys._getframe(1).f_code.co_name == "__init__":
+            path.unlink(missing_ok=True)
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", vanishing)
+    copy._put = lambda *file: ((run / "after").unlink(missing_ok=True), put(copy, *file))
+    (run / "a").touch()
+    assert copy.push(run)
+    assert names(tmp_path / "copy") == {"a", "config.yaml"}
+
+
+def test_a_result_is_there_when_all_that_it_speaks_of_is(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    RunDirectory(run).write_config({"name": "x"})
+    copy, put, order = RunStorage(str(tmp_path / "copy")), RunStorage._put, []
+    copy.push(run)
+    for name in ("result.json", "subnets/rate-0.50/model.safetensors", "zebra", module.LATEST):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("{}")
+    monkeypatch.setattr(copy, "_put", lambda *file: (order.append(file[0]), put(copy, *file)))
+    copy.push(run)
+    assert order[-3:] == ["result.json", module.LATEST, "config.yaml"]
 
 
 def test_a_search_ends_where_another_copies_to_the_same_place(tmp_path):

@@ -227,6 +227,9 @@ def test_the_search_split_is_drawn_from_the_training_rows_and_missing_there(shar
     greedy = load_config(DataConfig, {"train": {"path": str(shards)}, "search": everything})
     with pytest.raises(ConfigError, match="leaves no image for training"):
         read_split(greedy, "train")
+    fewer = data.model_copy(update={"train": data.train.model_copy(update={"images_per_class": 1})})
+    with pytest.raises(ConfigError, match=r"data\.train\.images_per_class: .*leave it out"):
+        read_split(fewer, "train")
     clash = data.model_copy(update={"test": data.train})
     with pytest.raises(ConfigError, match="share rows"):
         check_data(clash)

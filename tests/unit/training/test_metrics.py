@@ -1,9 +1,9 @@
-from collections.abc import Iterator
-
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from cacp_ray.data.images import ImageSet
 from cacp_ray.training.metrics import Accuracy, measure, measure_split, predict, score_logits
 
 
@@ -54,14 +54,8 @@ def test_measuring_leaves_the_model_as_it_was(training: bool) -> None:
 
 @pytest.mark.parametrize(("side", "largest"), [(32, 500), (224, 50), (2000, 1)])
 def test_large_images_are_measured_in_smaller_batches(side: int, largest: int) -> None:
-    class Part:
-        def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-            return torch.zeros(1, 3, 1, 1).expand(501, 3, side, side), torch.zeros(501).long()
-
-    class Split:
-        def parts(self, size: int) -> Iterator[Part]:
-            yield Part()
-
+    images = np.broadcast_to(np.zeros((1, 1, 1, 1), np.uint8), (501, side, side, 3))
+    split = ImageSet(images, np.zeros(501, np.int64), ("one", "two"))
     seen: list[int] = []
 
     class Model(nn.Module):
@@ -69,5 +63,5 @@ def test_large_images_are_measured_in_smaller_batches(side: int, largest: int) -
             seen.append(len(x))
             return torch.zeros(len(x), 2)
 
-    assert measure_split(Model(), Split()).images == 501
+    assert measure_split(Model(), split).images == 501
     assert (max(seen), sum(seen)) == (largest, 501)
