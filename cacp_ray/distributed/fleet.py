@@ -67,7 +67,7 @@ class Fleet:
         self._most = most
         self._known_nodes = set(read_nodes().cpus)
         self._watch_at = time.monotonic() + WATCH_S
-        self._none_ready_since = time.monotonic()
+        self._none_ready_since: float | None = None  # nobody has looked yet
         self._first_error_at = math.inf
         self._was_ready = False
         self._has_warned = False
@@ -179,6 +179,8 @@ class Fleet:
                 f"no evaluator can be prepared ({name}: {reason}): fix that, or see it with its "
                 "traceback by running without Ray (LocalEvaluator)"
             )
+        if self._none_ready_since is None:
+            self._none_ready_since = now
         if now - self._none_ready_since > PATIENCE_S and not self._has_warned:
             self._has_warned = True
             has = ray.cluster_resources()

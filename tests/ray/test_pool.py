@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ray.util.metrics import Counter, Gauge
 
 from cacp_ray.data.images import ImageSet
+from cacp_ray.distributed import fleet
 from cacp_ray.distributed import pool as module
 from cacp_ray.distributed.nodes import Nodes
 from cacp_ray.distributed.pool import RayEvaluatorPool
@@ -210,6 +211,21 @@ def test_an_evaluator_that_hangs_is_replaced(
     assert (
         len(re.findall(r"evaluator-\d has not answered for 2 s: it is replaced", caplog.text)) == 1
     )
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_that_nobody_is_ready_is_told_from_when_one_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fleet, "PATIENCE_S", 0.5)
+    pool = RayEvaluatorPool(make_impossible, {}, num_evaluators=1, cpus_per_evaluator=64)
+    time.sleep(0.6)  # the driver measures the base network, say
+    pool.results(0.0)
+    assert not caplog.text
+    time.sleep(0.6)
+    pool.results(0.0)
+    pool.close()
+    assert "no evaluator is ready after 1 s: they ask for 1 x 64 CPU" in caplog.text
 
 
 @pytest.mark.parametrize(
