@@ -52,10 +52,12 @@ def test_measuring_leaves_the_model_as_it_was(training: bool) -> None:
         assert torch.equal(value, before[key]), key
 
 
-@pytest.mark.parametrize(("side", "largest"), [(32, 500), (224, 50), (2000, 1)])
-def test_large_images_are_measured_in_smaller_batches(side: int, largest: int) -> None:
-    images = np.broadcast_to(np.zeros((1, 1, 1, 1), np.uint8), (501, side, side, 3))
-    split = ImageSet(images, np.zeros(501, np.int64), ("one", "two"))
+@pytest.mark.parametrize(
+    ("count", "side", "largest"), [(501, 32, 500), (101, 224, 50), (3, 2000, 1)]
+)
+def test_large_images_are_measured_in_smaller_batches(count: int, side: int, largest: int) -> None:
+    images = np.broadcast_to(np.zeros((1, 1, 1, 1), np.uint8), (count, side, side, 3))
+    split = ImageSet(images, np.zeros(count, np.int64), ("one", "two"))
     seen: list[int] = []
 
     class Model(nn.Module):
@@ -63,5 +65,5 @@ def test_large_images_are_measured_in_smaller_batches(side: int, largest: int) -
             seen.append(len(x))
             return torch.zeros(len(x), 2)
 
-    assert measure_split(Model(), split).images == 501
-    assert (max(seen), sum(seen)) == (largest, 501)
+    assert measure_split(Model(), split).images == count
+    assert (max(seen), sum(seen)) == (largest, count)
