@@ -19,7 +19,7 @@ from tests.object_stores import SCHEMES, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-EVALUATIONS, PATIENCE_SECONDS = 250, 240.0
+EVALUATIONS, PATIENCE_SECONDS = 1000, 240.0  # a checkpoint comes after 30 s
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
