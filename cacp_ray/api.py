@@ -34,8 +34,9 @@ from cacp_ray.planning import describe_estimate, estimate_search
 from cacp_ray.pruning.subnet import load_subnet
 from cacp_ray.reporting.tuning import write_tuning_report
 from cacp_ray.results import answer_rates, read_result, report_run
-from cacp_ray.run import check_run, find_room, is_local, run_search
+from cacp_ray.run import run_search
 from cacp_ray.searching.search_progress import SearchProgress
+from cacp_ray.starting import check_run, find_room, is_local
 from cacp_ray.storage import RunStorage
 from cacp_ray.training.base import train_base
 from cacp_ray.training.loop import EpochResult

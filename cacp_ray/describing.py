@@ -31,6 +31,15 @@ def describe_published(model: ModelConfig) -> str:
     return f"; published top-1 {100 * found.top1:.2f} % on {found.data}"
 
 
+def describe_accuracy(model: dict[str, Any]) -> str:
+    """One line of what the base network was measured to be, from the content of model.json."""
+    found = model["base"]["search"]
+    return (
+        f"base network: {100 * found['top1']:.2f} % top-1 on the search split "
+        f"({found['images']:,} images)"
+    )
+
+
 def describe_model(base: Base, prepared: Prepared, config: RunConfig) -> dict[str, Any]:
     """The content of model.json; measures the base network on the search split in float32."""
     accuracy = measure_split(base.model, base.search)

@@ -34,7 +34,7 @@ from cacp_ray.searching.records import EpisodeRecord
 from cacp_ray.searching.run_directory import RunDirectory
 from cacp_ray.strategies import CONDITIONAL, make_run_strategy
 from cacp_ray.training.metrics import Accuracy, measure_split
-from cacp_ray.winners import as_record, build_winners, measure_candidates
+from cacp_ray.winners import as_record, build_here, build_winners, measure_candidates
 
 BEAM_WIDTH = 4  # best candidates so far, near which the next are sought
 
@@ -170,7 +170,8 @@ def answer_rates(
         own.append({"rate": rate, "record": as_record(base, config, *found[0])})
     agent.stop()
     if save:
-        winners = build_winners(config, base, prepared, best, run_dir, own, out=out)
+        build = build_here(config, prepared, base.search)
+        winners = build_winners(config, base, prepared, best, run_dir, build, own, out=out)
         names = ("cost_kept", "macs", "params", "keep_counts", "top1", "path")
         for answer, row in zip(answers, winners, strict=True):
             answer |= {name: row[name] for name in names}

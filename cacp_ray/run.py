@@ -1,19 +1,14 @@
 """A search, from a configuration to a filled run directory."""
 
-import dataclasses
-import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cacp_ray.clock import Clock
 from cacp_ray.config import RunConfig, resolved
-from cacp_ray.describing import describe_base, describe_model
+from cacp_ray.describing import describe_accuracy
 from cacp_ray.diagnostics import (
     NUM_IMAGES,
     LearningLog,
@@ -22,72 +17,29 @@ from cacp_ray.diagnostics import (
     unseen_rates,
 )
 from cacp_ray.evaluation.measurement import Evaluator, Measurement, Subnet
-from cacp_ray.evaluation.preparation import Prepared
 from cacp_ray.evaluators import start_evaluators
-from cacp_ray.files import describe_environment, read_object, write_json
+from cacp_ray.files import write_json
 from cacp_ray.folders import is_run
-from cacp_ray.loading import (
-    STATISTICS_FILE,
-    Base,
-    check_weights,
-    find_statistics,
-    key_of_statistics,
-    load_base,
-    prepare_base,
-    read_orders,
-)
+from cacp_ray.loading import Base
 from cacp_ray.pruning.cost import describe_cost
-from cacp_ray.pruning.statistics import Statistics
-from cacp_ray.pruning.statistics_file import save_statistics
-from cacp_ray.reporting.scalars import ScalarLog, check_loggers
+from cacp_ray.reporting.scalars import ScalarLog
 from cacp_ray.searching.loop import SearchLoop
 from cacp_ray.searching.run_directory import RunDirectory
 from cacp_ray.searching.search_progress import SearchProgress
 from cacp_ray.searching.strategies import RACING
+from cacp_ray.starting import Ready, begin_run, prepare_run, write_model
 from cacp_ray.storage import RunStorage
-from cacp_ray.strategies import check_strategy, make_run_strategy, num_searched
+from cacp_ray.strategies import make_run_strategy, num_searched
 from cacp_ray.winners import (
+    Build,
     add_latencies,
+    build_here,
     build_winners,
+    builder_settings,
     measure_candidates,
     measure_policy,
     measure_uniform,
 )
-
-
-def join(config: RunConfig, address: str | None) -> None:
-    """Joins a cluster or starts a local Ray, and asks whether it could serve.
-
-    Raises:
-        ConfigError: The cluster does not answer, or an evaluator could never run there.
-    """
-    from cacp_ray.distributed.cluster import check_room, connect
-    from cacp_ray.distributed.probe import probe_nodes
-
-    connect(address)
-    check_room(config.cluster.cpus_per_evaluator, config.cluster.gpus_per_evaluator, address)
-    probe_nodes()
-
-
-def is_local(address: str | None) -> bool:
-    """Whether a search with this `--address` would start a Ray of its own."""
-    return (address or os.environ.get("RAY_ADDRESS") or "local") == "local"
-
-
-def find_room(config: RunConfig, address: str | None) -> list[float]:
-    """CPUs of each node that a search would find, without a Ray where it would start one.
-
-    Raises:
-        ConfigError: As of `join`.
-    """
-    from cacp_ray.distributed.cluster import check_room
-    from cacp_ray.distributed.nodes import read_nodes
-
-    if is_local(address):
-        check_room(config.cluster.cpus_per_evaluator, config.cluster.gpus_per_evaluator, address)
-        return [os.cpu_count() or 1]
-    join(config, address)
-    return list(read_nodes().cpus.values())
 
 
 def run_search(
@@ -116,29 +68,14 @@ def run_search(
     Raises:
         CacpError: Bad input, before anything is written, or a failed run.
     """
-    from cacp_ray.distributed.cluster import check_address
-    from cacp_ray.distributed.sharing import share
-
     clock, run = Clock(), RunDirectory(run_dir)
     is_begun = is_run(run_dir)
     with ExitStack() as lock:
         if is_begun:  # else nothing is written before all has been checked
             lock.enter_context(run.locked())
-        with clock.phase("prepare"):
-            check_address(address)
-            base = _load(config)
-        saved = _read_model(base, run_dir)
-        say(describe_base(base, config))
-        with clock.phase("start"), ThreadPoolExecutor(1) as executor:
-            orders = None if saved is None else read_orders(saved)
-            # Without the images, which would stay in this process as long as it takes.
-            few = dataclasses.replace(base, search=base.search.at(np.arange(1)))
-            preparing = executor.submit(_prepare, few, config, orders, run_dir)
-            join(config, address)
-            split, images = share(base.search)
-            base = dataclasses.replace(base, search=images)
-            reference, prepared, statistics = _share_prepared(preparing)
-            del preparing  # which holds what is in the store now
+        ready, statistics = prepare_run(config, run_dir, address, say, clock)
+        base, prepared = ready.base, ready.prepared
+        with clock.phase("start"):
             evaluator, kept = start_evaluators(
                 config,
                 base,
@@ -146,7 +83,7 @@ def run_search(
                 cache,
                 say,
                 num_measured=len({record.subnet for record in run.read_records()}),
-                stored={"split": split, "prepared": reference},
+                stored=ready.stored,
             )
             if cache is not None:
                 known = kept | dict(known or {})
@@ -155,11 +92,11 @@ def run_search(
             if not is_begun:
                 lock.enter_context(run.locked())
             with clock.phase("start"):
-                if saved is None:
-                    saved = _begin(
-                        run, config, base, statistics, describe_model(base, prepared, config)
-                    )
-                del statistics
+                if ready.saved is None:
+                    begin_run(run, config, base, statistics)
+                del statistics  # the base network is measured without them in memory
+                saved = ready.saved or write_model(run, config, ready)
+                say(describe_accuracy(saved))
             with clock.phase("search"):
                 loop, agent, log = _search(
                     config, base, run, evaluator, on_progress, known, storage
@@ -173,7 +110,10 @@ def run_search(
                 learning = _measure_learning(config, base, log, evaluator) if log else None
         with clock.phase("build"):
             searched = {rate: loop.archive.best(rate) for rate in config.rates}
-            rows = build_winners(config, base, prepared, searched, run_dir, answers, reference)
+            build = _find_build(config, ready)
+            rows = build_winners(
+                config, base, prepared, searched, run_dir, build, answers, reference
+            )
         result = {
             **_describe(config, base),
             "base": saved["base"],
@@ -193,15 +133,6 @@ def run_search(
         return result
 
 
-def _read_model(base: Base, run_dir: Path) -> dict[str, Any] | None:
-    """The content of model.json; None of a run that has not begun."""
-    if not (run_dir / "model.json").exists():
-        return None
-    saved = read_object(run_dir / "model.json", ("sha256", "groups", "base"))
-    check_weights(base, run_dir)
-    return saved
-
-
 def _describe(config: RunConfig, base: Base) -> dict[str, Any]:
     """What was searched, for result.json."""
     return {
@@ -215,54 +146,26 @@ def _describe(config: RunConfig, base: Base) -> dict[str, Any]:
     }
 
 
-def _load(config: RunConfig) -> Base:
-    base = load_base(config)
-    check_run(config, base)
-    return base
-
-
-def check_run(config: RunConfig, base: Base) -> None:
-    """Refuses what cannot be run, before anything is written.
-
-    Raises:
-        ConfigError: Of the strategy or of a logger.
-    """
-    check_strategy(config, base)
-    check_loggers(config.logging)
-
-
 def _count_new(answers: Sequence[dict[str, Any]], config: RunConfig, run: RunDirectory) -> int:
     """Of the policy's answers at the searched rates, those that the search had not measured."""
     own = {answer["record"].subnet for answer in answers if answer["rate"] in config.rates}
     return len(own - {record.subnet for record in run.read_records()})
 
 
-def _prepare(
-    base: Base, config: RunConfig, orders: Mapping[str, list[list[int]]] | None, run_dir: Path
-) -> tuple[Prepared, Statistics]:
-    statistics = find_statistics(base, config, run_dir)
-    return prepare_base(base, config, orders, statistics), statistics
+def _find_build(config: RunConfig, ready: Ready) -> Build:
+    """Final subnets are built where evaluators ran, unless this machine is all there is."""
+    from cacp_ray.distributed.building import build_on_nodes, is_alone
 
-
-def _share_prepared(
-    preparing: Future[tuple[Prepared, Statistics]],
-) -> tuple[Any, Prepared, Statistics]:
-    """As `share`, with the statistics, which stay here."""
-    from cacp_ray.distributed.sharing import share
-
-    prepared, statistics = preparing.result()
-    return *share(prepared), statistics
-
-
-def _begin(
-    run: RunDirectory, config: RunConfig, base: Base, statistics: Statistics, model: dict[str, Any]
-) -> dict[str, Any]:
-    """Writes what a run starts with; gives back the content of model.json."""
-    run.write_config(resolved(config))
-    save_statistics(run.path / STATISTICS_FILE, statistics, key_of_statistics(base, config))
-    run.write_environment(describe_environment(config.seed))
-    run.write_model(model)
-    return model
+    cluster = config.cluster
+    if is_alone() and not cluster.gpus_per_evaluator:
+        return build_here(config, ready.prepared, ready.base.search)
+    return partial(
+        build_on_nodes,
+        **ready.stored,
+        settings=builder_settings(config),
+        cpus=cluster.cpus_per_evaluator,
+        gpus=cluster.gpus_per_evaluator,
+    )
 
 
 def _search(

@@ -15,9 +15,9 @@ from cacp_ray.folders import is_run, open_folder, read_run_config
 from cacp_ray.loading import load_base
 from cacp_ray.reporting.comparison import Comparison
 from cacp_ray.reporting.comparison_figure import check_out, write_comparison
-from cacp_ray.run import check_run
 from cacp_ray.searching.search_progress import SearchProgress
 from cacp_ray.searching.strategies import AGENTS, STRATEGIES
+from cacp_ray.starting import check_run
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,21 @@ import torch
 from torch import nn
 
 from cacp_ray.config import RunConfig
-from cacp_ray.data.transforms import from_shared
+from cacp_ray.data.images import ImageSet
 from cacp_ray.errors import EvaluationError
+from cacp_ray.evaluation.building import Builder, Built
 from cacp_ray.evaluation.latency import Latency, measure_latency, speedup
-from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement
-from cacp_ray.evaluation.preparation import Cutters, Prepared
+from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement, Subnet
+from cacp_ray.evaluation.preparation import Prepared
 from cacp_ray.loading import Base
 from cacp_ray.pruning.cost import describe_cost
-from cacp_ray.pruning.sequential import recover_sequentially
 from cacp_ray.pruning.subnet import describe_kept, load_subnet, save_subnet
-from cacp_ray.pruning.surgery import build_subnet
 from cacp_ray.searching.budget import uniform
 from cacp_ray.searching.records import EpisodeRecord, make_record
-from cacp_ray.training.metrics import Accuracy, measure_split
 
 logger = logging.getLogger(__name__)
+
+Build = Callable[[Sequence[Subnet]], Iterable[Built]]
 
 LATENCY_BATCH = 64
 FRONTIER = tuple(round(0.2 + 0.05 * step, 2) for step in range(15))
@@ -102,52 +102,19 @@ def as_record(
     )
 
 
-class Builder:
-    """Keep counts -> the repaired network to save, with its accuracy in float32."""
-
-    def __init__(self, config: RunConfig, base: Base, prepared: Prepared) -> None:
-        self._config, self._base, self._prepared = config, base, prepared
-        self._cutters = Cutters(prepared, config.pruning.recovery)
-
-    def __call__(
-        self, keep_counts: Sequence[int], order: str = ""
-    ) -> tuple[nn.Module, Accuracy, bool]:
-        """The network, its accuracy on the search split, and whether sequential recovery made it.
-
-        Sequential recovery is tried where the run asks for it, and kept where it is better.
-        """
-        base, prepared = self._base, self._prepared.with_order(order)
-        cutter = self._cutters[order]
-        tensors = cutter.cut(keep_counts)
-        accuracy = measure_split(cutter.skeleton.load(tensors), base.search)
-        is_sequential = False
-        pruning = self._config.pruning
-        if pruning.sequential and pruning.recovery == "compensate":
-            repaired = recover_sequentially(
-                base.model,
-                base.plan,
-                tensors,
-                prepared.orders,
-                keep_counts,
-                base.calibration.tensors()[0],
-                seed=self._config.seed,
-            )
-            found = measure_split(cutter.skeleton.load(repaired), base.search)
-            is_sequential = (found.top1, -found.loss) > (accuracy.top1, -accuracy.loss)
-            if is_sequential:
-                tensors, accuracy = repaired, found
-        ordered = {name: from_shared(value) for name, value in prepared.tensors.items()}
-        return build_subnet(base.model, ordered | tensors), accuracy, is_sequential
+def builder_settings(config: RunConfig) -> dict[str, Any]:
+    """Of `Builder`, as a run has them."""
+    pruning = config.pruning
+    return {
+        "recovery": pruning.recovery,
+        "sequential": pruning.sequential,
+        "seed": config.seed,
+    }
 
 
-@dataclass(frozen=True)
-class Built:
-    """A candidate as it would be saved."""
-
-    record: EpisodeRecord
-    net: nn.Module
-    accuracy: Accuracy
-    is_sequential: bool
+def build_here(config: RunConfig, prepared: Prepared, split: ImageSet) -> Build:
+    """Builds one after another in this process."""
+    return partial(map, Builder(prepared, split, **builder_settings(config)))
 
 
 def build_winners(
@@ -156,6 +123,7 @@ def build_winners(
     prepared: Prepared,
     searched: Mapping[float, EpisodeRecord | None],
     run_dir: Path,
+    build: Build,
     answers: Sequence[dict[str, Any]] = (),
     reference: Mapping[float, float] | None = None,
     out: Path | None = None,
@@ -171,6 +139,7 @@ def build_winners(
         prepared: Of the base network.
         searched: By rate, the best that the search has measured within its budget.
         run_dir: Where the subnets are saved.
+        build: Subnets -> networks, in their order.
         answers: Of `measure_policy`.
         reference: Of `measure_uniform`.
         out: Folder of the subnet of a single rate; by default `subnets/rate-R` in the run.
@@ -184,20 +153,21 @@ def build_winners(
         EvaluationError: A rate has no candidate.
     """
     own: dict[float, EpisodeRecord] = {answer["rate"]: answer["record"] for answer in answers}
-    build = Builder(config, base, prepared)
+    candidates: dict[float, dict[Subnet, EpisodeRecord]] = {}
+    for rate, best in searched.items():
+        records = (record for record in (best, own.get(rate)) if record is not None)
+        candidates[rate] = {record.subnet: record for record in records}
+        if not candidates[rate]:
+            raise EvaluationError(f"no candidate of rate {rate:.2f} was measured: see the journal")
+    subnets = [subnet for found in candidates.values() for subnet in found]
+    logger.info("repairing %d networks, and measuring them in float32", len(subnets))
+    coming = iter(build(subnets))
     rows = []
     for rate, best in searched.items():
-        records = [record for record in (best, own.get(rate)) if record is not None]
-        if not records:
-            raise EvaluationError(f"no candidate of rate {rate:.2f} was measured: see the journal")
-        logger.info("rate %.2f: repairing %d networks", rate, len({r.subnet for r in records}))
-        built = {
-            record.subnet: Built(record, *build(record.keep_counts, record.order))
-            for record in records
-        }
-        won = max(built.values(), key=lambda each: (each.accuracy.top1, -each.accuracy.loss))
-        winner, net, accuracy, is_sequential = won.record, won.net, won.accuracy, won.is_sequential
-        counts = winner.keep_counts
+        built = {subnet: next(coming) for subnet in candidates[rate]}
+        won = max(built, key=lambda each: (built[each].accuracy.top1, -built[each].accuracy.loss))
+        winner, accuracy = candidates[rate][won], built[won].accuracy
+        counts, is_sequential = winner.keep_counts, built[won].is_sequential
         folder = Path("subnets") / f"rate-{rate:.2f}" if out is None else out.absolute()
         row = {
             "rate": rate,
@@ -237,7 +207,7 @@ def build_winners(
                 "search_top1": None if best is None else best.top1,
             },
         }
-        save_subnet(run_dir / folder, net, description)
+        save_subnet(run_dir / folder, built[won].net, description)
         row["search_top1"] = None if best is None else best.top1
         row["search_recovered_top1"] = None if best is None else built[best.subnet].accuracy.top1
         row["search_images"] = None if best is None else best.images

@@ -44,6 +44,18 @@ demand = [
 print(sum(actor["State"] != "DEAD" for actor in actors().values()), sum(demand))
 """
 
+# The command line on a machine that must build no subnet itself.
+IDLE = """
+from cacp_ray import winners
+from cacp_ray.cli import main
+
+def refuse(*_, **__):
+    raise AssertionError("the driver builds")
+
+winners.Builder = refuse
+main()
+"""
+
 # A driver with more evaluators than there is room for.
 GREEDY = """
 import sys, time
@@ -78,7 +90,7 @@ def test_auto_joins_the_cluster_of_this_machine_whose_head_scores_nothing(machin
     config = tmp_path / "small.yaml"
     config.write_text(yaml.safe_dump(SMALL))
     folder = tmp_path / "run"
-    search = ("-m", "cacp_ray.cli", "search", config, "--address", "auto", "--run-dir", folder)
+    search = ("-c", IDLE, "search", config, "--address", "auto", "--run-dir", folder)
     done = run(machines, *search)
     assert done.returncode == 0, done.stdout + done.stderr
     # 0 where the head has not heard of the node's CPU yet.

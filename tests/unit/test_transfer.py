@@ -20,7 +20,7 @@ from cacp_ray.searching.loop import SearchLoop
 from cacp_ray.searching.run_directory import RunDirectory
 from cacp_ray.strategies import make_run_strategy
 from cacp_ray.training.metrics import measure
-from cacp_ray.winners import build_winners
+from cacp_ray.winners import build_here, build_winners
 
 PAGE = Path("docs/transfer.md").read_text()
 SIZES = {"train": 128, "search": 64, "test": 96}
@@ -54,7 +54,8 @@ def search(config, folder):
     )
     loop.run(strategy)
     found = {rate: loop.archive.best(rate) for rate in config.rates}
-    (row,) = build_winners(config, base, prepared, found, folder)
+    build = build_here(config, prepared, base.search)
+    (row,) = build_winners(config, base, prepared, found, folder, build)
     return load_subnet(folder / row["path"]), loop.progress.evaluations
 
 

@@ -16,7 +16,7 @@ from cacp_ray.searching.records import EpisodeRecord
 from cacp_ray.training.metrics import measure
 from cacp_ray.winners import (
     FRONTIER,
-    Builder,
+    build_here,
     build_winners,
     measure_policy,
     measure_uniform,
@@ -49,10 +49,11 @@ def built(tmp_path_factory):
         config = load_config(RunConfig, {}, [f"pruning.sequential={sequential}"])
         folder = tmp_path_factory.mktemp("run")
         answer = {"rate": RATE, "record": answers[sequential]}
-        (row,) = build_winners(config, base, prepared, winners, folder, [answer])
+        build = build_here(config, prepared, base.search)
+        (row,) = build_winners(config, base, prepared, winners, folder, build, [answer])
         found[sequential] = folder / row["path"], row
-    again = Builder(config, base, prepared)(answers[True].keep_counts)[1]
-    return base, found, again
+    (again,) = build([answers[True].subnet])
+    return base, found, again.accuracy
 
 
 @pytest.mark.parametrize("sequential", [False, True])
@@ -92,11 +93,13 @@ def test_a_winner_in_another_order_is_built_in_it(tmp_path):
         prepared, base.search, recovery="compensate", batch_size=100, dtype="float32"
     )
     counts = uniform(base.budget, [0.5], np.ones(len(base.plan.groups)))[0].tolist()
+    build = build_here(config, prepared, base.search)
     top1 = {}
     for order in ("", "l1", "bn_scale"):
         winner = dataclasses.replace(record(base, counts), order=order)
-        (row,) = build_winners(config, base, prepared, {0.5: winner}, tmp_path / f"run{order}")
-        description = read_description(tmp_path / f"run{order}" / row["path"])
+        folder = tmp_path / f"run{order}"
+        (row,) = build_winners(config, base, prepared, {0.5: winner}, folder, build)
+        description = read_description(folder / row["path"])
         assert description["criterion"] == (order or "cap")
         kept = [group["kept"] for group in description["groups"]]
         orders = prepared.with_order(order).orders

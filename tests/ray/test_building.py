@@ -1,0 +1,79 @@
+"""Final subnets as tasks: what they become, processes that die, and what cannot be built."""
+
+import dataclasses
+import os
+import signal
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from cacp_ray.config import RunConfig, load_config
+from cacp_ray.distributed.building import build_on_nodes, is_alone
+from cacp_ray.distributed.sharing import share
+from cacp_ray.errors import EvaluationError
+from cacp_ray.loading import load_base, prepare_base
+from cacp_ray.searching.budget import uniform
+from cacp_ray.winners import build_here, builder_settings
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+@dataclasses.dataclass
+class Deadly:
+    """Kills the process that reads it from Ray's store, but for the first times."""
+
+    folder: str
+    value: object
+    deaths: int
+
+    def __reduce__(self):
+        return _read, (self.folder, self.value, self.deaths)
+
+
+def _read(folder, value, deaths):
+    died = len(os.listdir(folder))
+    if died < deaths:
+        open(os.path.join(folder, str(died)), "x").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return value
+
+
+def test_tasks_build_what_this_process_builds_though_one_of_theirs_dies(tmp_path):
+    config = load_config(RunConfig, {}, ["pruning.calibration_images=300"])
+    base = load_base(config)
+    base = dataclasses.replace(base, search=base.search.take(200))
+    prepared = prepare_base(base, config)
+    rates = [0.3, 0.5]
+    rows = uniform(base.budget, rates, np.ones(len(base.plan.groups))).tolist()
+    subnets = [(tuple(row), "") for row in rows]
+    split, images = share(base.search)
+    settings = builder_settings(config)
+    deadly = ray.put(Deadly(str(tmp_path), prepared, deaths=1))
+    built = list(build_on_nodes(subnets, deadly, split, settings, cpus=1, gpus=0.5))
+    assert len(os.listdir(tmp_path)) == 1
+    expected = list(build_here(config, prepared, images)(subnets))
+    assert built[0].accuracy.top1 != built[1].accuracy.top1
+    for one, other in zip(built, expected, strict=True):
+        assert one.is_sequential == other.is_sequential
+        assert one.accuracy.top1 == pytest.approx(other.accuracy.top1, abs=0.01)
+        assert one.accuracy.images == 200
+        tensors, flags = one.net.state_dict(), dict(other.net.named_parameters())
+        for name, value in other.net.state_dict().items():
+            assert torch.allclose(tensors[name], value, rtol=1e-2, atol=1e-3), name
+        for name, parameter in one.net.named_parameters():
+            assert parameter.requires_grad == flags[name].requires_grad, name
+
+
+def test_what_cannot_be_built_is_one_line():
+    split, _ = share(np.zeros(3))
+    found = build_on_nodes([((1,), "")], ray.put(None), split, {}, cpus=1, gpus=0.0)
+    with pytest.raises(
+        EvaluationError, match=r"^a final subnet cannot be built: TypeError: [^\n]+$"
+    ):
+        next(found)
+
+
+def test_a_machine_without_others_is_alone():
+    assert is_alone()
