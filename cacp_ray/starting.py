@@ -24,6 +24,7 @@ from cacp_ray.loading import (
     prepare_base,
     read_orders,
 )
+from cacp_ray.memory import give_back_memory
 from cacp_ray.pruning.statistics import Statistics
 from cacp_ray.pruning.statistics_file import save_statistics
 from cacp_ray.reporting.scalars import check_loggers
@@ -105,6 +106,7 @@ def prepare_run(
         check_address(address)
         base = load_base(config)
         check_run(config, base)
+        give_back_memory()
     saved = _read_model(base, run_dir)
     say(describe_base(base, config))
     with clock.phase("start"), ThreadPoolExecutor(1) as executor:
@@ -117,6 +119,7 @@ def prepare_run(
         base = dataclasses.replace(base, search=images)
         stored, prepared, statistics = _share_prepared(preparing)
         del preparing  # which holds what is in the store now
+        give_back_memory()
     return Ready(base, prepared, {"split": split, "prepared": stored}, saved), statistics
 
 
@@ -124,6 +127,7 @@ def _prepare(
     base: Base, config: RunConfig, orders: Mapping[str, list[list[int]]] | None, run_dir: Path
 ) -> tuple[Prepared, Statistics]:
     statistics = find_statistics(base, config, run_dir)
+    give_back_memory()
     return prepare_base(base, config, orders, statistics), statistics
 
 
@@ -146,8 +150,10 @@ def begin_run(run: RunDirectory, config: RunConfig, base: Base, statistics: Stat
 
 def write_model(run: RunDirectory, config: RunConfig, ready: Ready) -> dict[str, Any]:
     """Measures the base network, and writes model.json; gives back its content."""
+    give_back_memory()
     model = describe_model(ready.base, ready.prepared, config)
     run.write_model(model)
+    give_back_memory()
     return model
 
 

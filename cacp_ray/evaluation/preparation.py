@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.transforms import from_shared
+from cacp_ray.memory import give_back_memory
 from cacp_ray.pruning.compensation import LayerFactors, make_factors
 from cacp_ray.pruning.criteria import needs, rank_channels
 from cacp_ray.pruning.plan import Plan
@@ -90,9 +91,11 @@ def prepare(
     if orders is None:
         orders = rank_channels(criterion, plan, tensors, statistics, seed)
     ordered = reorder_weights(plan, tensors, orders)
+    give_back_memory()  # each step frees as much as it keeps
     factors: dict[str, LayerFactors] = {}
     if recovery == "compensate":
         factors = make_factors(plan, ordered, statistics.inputs, orders)
+        give_back_memory()
     return Prepared(
         model=model,
         plan=plan,

@@ -3,7 +3,6 @@
 A score costs little more than the forward pass of the small network.
 """
 
-import ctypes
 import dataclasses
 import math
 import time
@@ -26,6 +25,7 @@ from cacp_ray.evaluation.racing import (
     has_fallen_behind,
     prefixes,
 )
+from cacp_ray.memory import give_back_memory
 from cacp_ray.pruning.compensation import CACHE_BYTES
 from cacp_ray.training.metrics import fast_dtype, find_hits, score_logits
 
@@ -39,13 +39,6 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
-
-
-def give_back_memory() -> None:
-    """Of freed tensors, to the system: no two candidates have sizes alike, so it would pile up."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
-    if trim is not None:
-        trim(0)
 
 
 def read_dtype(name: str, device: str = "cpu") -> torch.dtype:
