@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from cacp_ray.errors import EvaluationError
+from cacp_ray.memory import give_back_memory
 from cacp_ray.pruning.patches import choose_places, is_product, take_inputs
 from cacp_ray.pruning.plan import Axis, Consumer, Plan
 
@@ -119,17 +120,19 @@ def collect_statistics(
     if "gates" in kinds:
         known = [c for c in plan.consumers if isinstance(modules[c.module], GATED)]
         hooks += [gates.attach(modules[c.module], c) for c in known]
-    batch_size = max(1, min(batch_size, BATCH_PIXELS // images.shape[2:].numel()))
+    at_once = max(1, min(batch_size, BATCH_PIXELS // images.shape[2:].numel()))
     model.eval()
     try:
-        for start in range(0, len(images) if kinds else 0, batch_size):
-            batch = images[start : start + batch_size]
+        for start in range(0, len(images) if kinds else 0, at_once):
+            batch = images[start : start + at_once]
             if "gates" in kinds:
                 assert labels is not None
-                gates.differentiate(model, batch, labels[start : start + batch_size])
+                gates.differentiate(model, batch, labels[start : start + at_once])
             else:
                 with torch.inference_mode():
                     model(batch)
+            if at_once < batch_size:  # large images leave much behind
+                give_back_memory()
     finally:
         for hook in hooks:
             hook.remove()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cacp_ray.data.images import ImageSet
+from cacp_ray.memory import give_back_memory
 
 MOST_PIXELS = 50 * 224**2  # at once: ResNet-50's largest feature map then takes 160 MB
 
@@ -94,6 +95,8 @@ def measure_split(
             images, own = batch.tensors()
             logits.append(predict(model, images, at_once, dtype))
             labels.append(own)
+            if at_once < batch_size:  # large images leave much behind
+                give_back_memory()
     return score_logits(torch.cat(logits), torch.cat(labels))
 
 

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.ray
 
 SMALL = {
     "name": "small",
+    "data": {"search": {"path": "embedded:search", "rows": [0, 300]}},
     "rates": [0.5],
     "strategy": "random",
     "evaluations": 4,

@@ -16,6 +16,10 @@ from bench.soak import RAY, free_port, running
 from cacp_ray.searching.run_directory import RunDirectory
 from tests.ray.test_elastic import SMALL
 
+LONG = {
+    "data": {"search": {"path": "embedded:search"}},
+    "evaluation": {"images": 500},
+}
 MANY = 200  # evaluations, some twenty seconds longer than `ray job stop` takes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -57,7 +61,7 @@ def jobs():
 
 def test_a_submitted_search_is_killed_and_submitted_again(jobs, tmp_path):
     config, folder = tmp_path / "small.yaml", tmp_path / "run"
-    config.write_text(yaml.safe_dump(SMALL | {"evaluations": MANY, "evaluation": {"images": 500}}))
+    config.write_text(yaml.safe_dump(SMALL | LONG | {"evaluations": MANY}))
     search = [sys.executable, "-m", "cacp_ray.cli", "search", config, "--address", "auto"]
     search += ["--run-dir", folder]
     begun = jobs("submit", "--no-wait", "--submission-id", "first", "--", *search)

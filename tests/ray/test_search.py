@@ -23,6 +23,7 @@ pytestmark = pytest.mark.ray
 
 SMALL = {
     "name": "small",
+    "data": {"search": {"path": "embedded:search", "rows": [0, 300]}},
     "rates": [0.4, 0.7],
     "evaluations": 20,
     "mode": "rounds",

@@ -18,7 +18,10 @@ BLOCKS = re.findall(r"```(bash|yaml|python)\n(.*?)```", PAGE, re.DOTALL)
 SMALL = {
     "evaluations": 12,
     "finetune": {"epochs": 1},
-    "data": {"train": {"path": "embedded:train", "rows": [0, 300]}},
+    "data": {
+        "train": {"path": "embedded:train", "rows": [0, 300]},
+        "search": {"path": "embedded:search", "rows": [0, 300]},
+    },
     "evaluation": {"images": 200},
     "pruning": {"calibration_images": 100, "sequential": False},
 }

@@ -28,7 +28,11 @@ pytestmark = pytest.mark.ray
 
 CONFIG = {
     "name": "tuning",
-    "search": {"name": "tuned", "evaluation": {"images": 50}, "evaluations": 40},
+    "search": {
+        "name": "tuned",
+        "data": {"search": {"path": "embedded:search", "rows": [0, 50]}},
+        "evaluations": 40,
+    },
     "trials": 2,
     "evaluations": 24,
     "seeds": [0],
