@@ -17,7 +17,7 @@ from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.evaluation.cache import check_folder
 from cacp_ray.evaluation.measurement import Measurement, Subnet
 from cacp_ray.exporting.subnet import export_subnet as export
-from cacp_ray.file_systems import is_within
+from cacp_ray.file_systems import overlaps
 from cacp_ray.files import describe_environment, read_json, write_json, write_yaml
 from cacp_ray.finetune_config import FinetuneConfig
 from cacp_ray.finetuning import finetune_folder, finetune_run
@@ -174,9 +174,10 @@ def search(
 
 def _open_storage(uri: str, folder: Path, config: RunConfig, resume: bool) -> RunStorage:
     """The storage of a run; what it holds is in the folder afterwards."""
-    if is_within(uri, folder):
+    if overlaps(uri, folder):
         raise ConfigError(
-            f"storage {uri} is within {folder}, which it shall be a copy of: choose another"
+            f"storage {uri} and {folder}, which it shall be a copy of, lie in each other: choose "
+            "another"
         )
     storage = RunStorage(uri)
     if resume:

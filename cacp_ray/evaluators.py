@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cacp_ray.config import ClusterConfig, RunConfig
-from cacp_ray.errors import ConfigError
 from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache, key_of_scores
 from cacp_ray.evaluation.measurement import Evaluator, Measurement, ScoreFunction, Subnet
 from cacp_ray.evaluation.preparation import Prepared
 from cacp_ray.evaluation.scorer import make_scorer, read_dtype
 from cacp_ray.loading import Base
-from cacp_ray.versions import installed_versions
+from cacp_ray.versions import check_versions, installed_versions
 
 if TYPE_CHECKING:
     from cacp_ray.distributed.room import Room
@@ -74,13 +73,7 @@ def make_scorer_alike(versions: Mapping[str, str], **arguments: Any) -> ScoreFun
     Raises:
         ConfigError: One is not.
     """
-    found = installed_versions()
-    for name, version in versions.items():
-        if found[name] != version:
-            raise ConfigError(
-                f"{name} {found[name]} is installed there, {version} where the search runs: "
-                "measurements would differ; start all nodes from the same image"
-            )
+    check_versions(versions)
     return make_scorer(**arguments)
 
 

@@ -63,10 +63,13 @@ def open_writable(uri: str) -> tuple[Any, str]:
     return outcome
 
 
-def is_within(uri: str, folder: Path) -> bool:
-    """Whether a storage is that folder of this machine, or in it."""
+def overlaps(uri: str, folder: Path) -> bool:
+    """Whether a storage is that folder of this machine, in it, or around it."""
     path = uri.removeprefix("file://")
-    return "://" not in path and Path(path).resolve().is_relative_to(folder.resolve())
+    if "://" in path:
+        return False
+    there, here = Path(path).resolve(), folder.resolve()
+    return there.is_relative_to(here) or here.is_relative_to(there)
 
 
 def one_line(error: Exception) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 
 from cacp_ray.clock import Clock
 from cacp_ray.config import DataConfig, ModelConfig, RunConfig
+from cacp_ray.data.streams import ImageStream
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.files import read_json, write_json
 from cacp_ray.finetune_config import FinetuneConfig
@@ -63,6 +64,7 @@ def finetune_run(
         )
     check_weights(load_base(config), run_dir)
     folders = {row["rate"]: run_dir / row["path"] for row in result["rates"]}
+    was_finished = all(row["test_top1"] is not None for row in result["rates"])
     with clock.phase("finetune"):
         found, splits = _finetune(
             folders,
@@ -75,14 +77,16 @@ def finetune_run(
             address=address,
             on_epoch=on_epoch,
         )
-        base = load_model(config.model, len(splits["test"].classes))
-        result["base"]["test"] = dict(vars(measure_split(base, splits["test"])))
+        if result["base"]["test"] is None:
+            base = load_model(config.model, len(splits["test"].classes))
+            result["base"]["test"] = dict(vars(measure_split(base, splits["test"])))
     for row in result["rates"]:
         tuned = found[row["rate"]]
         row["finetuned_top1"] = tuned.search_top1
         row["test_top1"] = tuned.test_top1
         row["test_images"] = tuned.test_images
-    result["seconds"] |= clock.seconds
+    if not was_finished:
+        result["seconds"] |= clock.seconds
     write_json(run_dir / "result.json", result)
     return result
 
@@ -119,10 +123,10 @@ def finetune_folder(
             "set finetune.teacher=base"
         )
     distils = any(recipe.distillation > 0 for recipe in settings.recipes.values())
-    if settings.model is None and distils:
+    if distils and (settings.model is None or settings.model.weights is None):
         raise ConfigError(
-            f"{folder} lies in no run: name the base network by --config, in `model`, or set "
-            "finetune.distillation to 0"
+            f"{folder} lies in no run: name the base network and its weights by --config, in "
+            "`model`, or set finetune.distillation to 0"
         )
     data = _as_searched(settings.data, description)
     first = read_split(data, "search", 1)
@@ -196,7 +200,8 @@ def _finetune(
     least = trials.workers if isinstance(trials.workers, int) else trials.workers[0]
     asked_by = "trials.cpus, trials.gpus, trials.workers"
     check_room(cpus, trials.gpus, address, actors=least, asked_by=asked_by)
-    probe_nodes()
+    streams = [split for split in (train, splits["test"]) if isinstance(split, ImageStream)]
+    probe_nodes([experiment_dir.parent], streams)
     # The weights themselves: their file may be on this machine alone.
     tensors = load_model(model, len(train.classes)).state_dict()
     load_base_model: Callable[[], nn.Module] = partial(

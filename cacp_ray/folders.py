@@ -19,7 +19,10 @@ def open_folder(run_dir: Path, config: Section, *, resume: bool) -> None:
     """
     saved = run_dir / "config.yaml"
     if not resume:
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        # A hidden file is what a kill left of the first one.
+        if run_dir.exists() and (
+            not run_dir.is_dir() or any(each.name[0] != "." for each in run_dir.iterdir())
+        ):
             raise ArtifactError(
                 f"{run_dir} exists: pass --resume to continue it, or choose another --run-dir"
             )

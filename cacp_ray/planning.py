@@ -121,8 +121,19 @@ def describe_estimate(found: Estimate, gpu_share: float, price: float | None = N
         gpu_share: Of a GPU, that the run asks for.
         price: Of a core for an hour, in any currency.
     """
-    cores = "core" if found.threads == 1 else "cores"
     rest = math.ceil(found.split_bytes / 2**20)
+    memory = (
+        f"memory: about {found.evaluator_bytes / 2**30:.1f} GB an evaluator, and on each machine "
+        f"{rest:,} MB of images and what candidates share, a few times the weights"
+    )
+    if gpu_share:
+        return [
+            f"{found.evaluations:,} evaluations of {found.images:,} images; on GPUs "
+            "(cluster.gpus_per_evaluator) neither time nor price nor room is estimated",
+            f"nodes: {found.nodes}",
+            memory,
+        ]
+    cores = "core" if found.threads == 1 else "cores"
     return [
         f"an evaluation: {found.images:,} images, about {found.seconds_per_evaluation:.2f} s on "
         f"{found.threads} {cores} of this machine",
@@ -138,7 +149,5 @@ def describe_estimate(found: Estimate, gpu_share: float, price: float | None = N
             ]
         ),
         f"room now: {found.places} evaluators at once, nodes: {found.nodes}",
-        f"memory: about {found.evaluator_bytes / 2**30:.1f} GB an evaluator, and {rest:,} MB of "
-        "images on each machine",
-        *(["on GPUs (cluster.gpus_per_evaluator) it is not estimated"] if gpu_share else []),
+        memory,
     ]

@@ -16,6 +16,7 @@ from cacp_ray.diagnostics import (
     measure_answers,
     unseen_rates,
 )
+from cacp_ray.errors import ArtifactError
 from cacp_ray.evaluation.measurement import Evaluator, Measurement, Subnet
 from cacp_ray.evaluators import start_evaluators
 from cacp_ray.files import write_json
@@ -91,6 +92,11 @@ def run_search(
         with closing(evaluator):
             if not is_begun:
                 lock.enter_context(run.locked())
+                if is_run(run_dir):
+                    raise ArtifactError(
+                        f"{run_dir}: another process has begun a run there meanwhile: pass "
+                        "--resume to continue it, or choose another --run-dir"
+                    )
             with clock.phase("start"):
                 if ready.saved is None:
                     begin_run(run, config, base, statistics)

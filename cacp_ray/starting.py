@@ -57,12 +57,12 @@ def find_room(config: RunConfig, address: str | None) -> list[float]:
     Raises:
         ConfigError: As of `join`.
     """
-    from cacp_ray.distributed.cluster import check_room
+    from cacp_ray.distributed.cluster import check_room, count_cpus
     from cacp_ray.distributed.nodes import read_nodes
 
     if is_local(address):
         check_room(config.cluster.cpus_per_evaluator, config.cluster.gpus_per_evaluator, address)
-        return [os.cpu_count() or 1]
+        return [count_cpus()]
     join(config, address)
     return list(read_nodes().cpus.values())
 
@@ -104,6 +104,7 @@ def prepare_run(
 
     with clock.phase("prepare"):
         check_address(address)
+        find_room(config, address)  # images of a large data set take minutes
         base = load_base(config)
         check_run(config, base)
         give_back_memory()
@@ -114,7 +115,8 @@ def prepare_run(
         # Without the images, which would stay in this process as long as it takes.
         few = dataclasses.replace(base, search=base.search.at(np.arange(1)))
         preparing = executor.submit(_prepare, few, config, orders, run_dir)
-        join(config, address)
+        if is_local(address):  # beside, as it takes seconds
+            join(config, address)
         split, images = share(base.search)
         base = dataclasses.replace(base, search=images)
         stored, prepared, statistics = _share_prepared(preparing)

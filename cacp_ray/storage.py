@@ -60,6 +60,7 @@ class RunStorage:
         self._is_listed = False
         self._aside: threading.Thread | None = None
         self._put_at = 0.0  # when a file last went through
+        self._is_taken = False  # the last copy beside
         self._refusal: ArtifactError | None = None
         try:
             self._latest = {self._read(LATEST)}  # what this process may find there
@@ -91,8 +92,12 @@ class RunStorage:
 
     @property
     def holds_run(self) -> bool:
-        """Whether a run was copied there."""
-        return self._info(FIRST_IS_BEGUN).type == fs.FileType.File
+        """Whether a run was copied there.
+
+        Raises:
+            ArtifactError: It cannot be read.
+        """
+        return self.config is not None
 
     def push(self, run_dir: Path) -> bool:
         """Copies what is new; False and a warning where the storage does not take it now.
@@ -143,7 +148,7 @@ class RunStorage:
 
         def push() -> None:
             try:
-                self._try_push(found)
+                self._is_taken = self._try_push(found)
             except ArtifactError as error:
                 self._refusal = error
 
@@ -152,24 +157,40 @@ class RunStorage:
         self._aside.start()
 
     def finish(self, run_dir: Path) -> None:
-        """Copies what is new, trying for two minutes, and ten after a file that went through.
+        """Copies what is new: tried for two minutes, and waited for while files go through.
+
+        A file is given ten minutes.
 
         Raises:
             ArtifactError: The storage did not take it; the run directory is whole. Or as of `push`.
         """
         started = time.monotonic()
+        if self._has_ended(started):
+            deadline = time.monotonic() + PATIENCE_SECONDS
+            while True:
+                self._is_taken = False
+                self.push_aside(run_dir)
+                if not self._has_ended(started):
+                    break
+                if self._refusal is not None:
+                    raise self._refusal
+                if self._is_taken:
+                    return
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(RETRY_SECONDS)
+        raise ArtifactError(
+            f"storage {self.uri} has not taken the last files; they are in {run_dir}: run the same "
+            "command with --resume when it can be written again"
+        )
+
+    def _has_ended(self, started: float) -> bool:
+        """Waits for the copy beside; False where no file went through for long."""
         while self._aside is not None and self._aside.is_alive():
             self._aside.join(RETRY_SECONDS)
             if time.monotonic() - max(started, self._put_at) > ASIDE_SECONDS:
-                break
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while (self._aside is not None and self._aside.is_alive()) or not self.push(run_dir):
-            if time.monotonic() > deadline:
-                raise ArtifactError(
-                    f"storage {self.uri} has not taken the last files; they are in {run_dir}: run "
-                    "the same command with --resume when it can be written again"
-                )
-            time.sleep(RETRY_SECONDS)
+                return not self._aside.is_alive()
+        return True
 
     def pull(self, run_dir: Path) -> None:
         """Fetches the run, unless the folder has it.

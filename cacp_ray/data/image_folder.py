@@ -96,8 +96,16 @@ class FolderSource:
     def read(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, bytes | None]]:
         """See `Source`."""
         for row in np.sort(rows).tolist():
-            with self.filesystem.open_input_file(self.files[row].path) as file:
-                yield row, file.read()
+            yield row, self._read(self.files[row].path)
+
+    def _read(self, path: str) -> bytes:
+        try:
+            with self.filesystem.open_input_file(path) as file:
+                return file.read()
+        except (OSError, pa.ArrowException) as error:
+            raise ArtifactError(
+                f"data {path}: cannot be read ({first_line(error)}); mend or remove it"
+            ) from error
 
     def where(self, row: int) -> str:
         """See `Source`."""

@@ -122,7 +122,10 @@ class Shape:
             filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
             image = image.resize((width, height), filters[self.interpolation])
         if self.crop is not None:
-            left, top = (round((side - self.crop) / 2) for side in image.size)
+            left, top = (
+                round((side - self.crop) / 2) if side >= self.crop else -((self.crop - side) // 2)
+                for side in image.size
+            )
             image = image.crop((left, top, left + self.crop, top + self.crop))
         return image
 

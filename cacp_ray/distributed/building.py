@@ -1,11 +1,16 @@
-"""Final subnets are built where evaluators ran: the driver's machine may be the smallest of all."""
+"""Final subnets are built where evaluators ran: the driver's machine may be the smallest of all.
+
+The driver counts what was tried: of a process that is killed for its memory, Ray itself would start
+the task again for ever.
+"""
 
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.distributed.nodes import read_nodes
@@ -14,11 +19,12 @@ from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.building import Builder, Built
 from cacp_ray.evaluation.measurement import Subnet
 from cacp_ray.evaluation.preparation import Prepared
+from cacp_ray.versions import check_versions, installed_versions
 
 logger = logging.getLogger(__name__)
 
 SAY_SECONDS = 60.0
-RETRIES = 10  # after a process that died or a node that went
+MAX_ATTEMPTS = 10  # where processes die or nodes go
 
 
 def is_alone() -> bool:
@@ -44,7 +50,7 @@ def build_on_nodes(
         split: The search split, in Ray's store.
         settings: Of `Builder`.
         cpus: Of each task.
-        gpus: Share of a GPU of each; 0: none.
+        gpus: Share of a GPU of each; 0: none. Without any GPU in the cluster, they do without.
 
     Returns:
         What each became, in their order, as they come.
@@ -52,22 +58,49 @@ def build_on_nodes(
     Raises:
         EvaluationError: One cannot be built.
     """
-    gpus = (
-        gpus if any(read_nodes().gpus.values()) else 0.0
-    )  # evaluators of a mixed cluster do without
-    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)(_build)
-    waiting = [task.remote(subnet, prepared, split, settings, cpus, gpus) for subnet in subnets]
-    while waiting:
-        if not ray.wait(waiting[:1], timeout=SAY_SECONDS)[0]:
-            logger.info("%d networks are still being built, or wait for a node", len(waiting))
-            continue
-        try:
-            yield ray.get(waiting.pop(0))
-        except RayError as error:
-            raise EvaluationError(
-                f"a final subnet cannot be built: {describe(error)}; mend that, or give nodes more "
-                "memory, and run again with --resume"
-            ) from error
+    task = ray.remote(num_cpus=cpus, max_retries=0)(_build)
+    versions = installed_versions()
+
+    def begin(subnet: Subnet) -> tuple[Any, float]:
+        share = gpus if _has_gpus() else 0.0
+        ref = task.options(num_gpus=share).remote(
+            subnet, prepared, split, settings, cpus, share, versions
+        )
+        return ref, share
+
+    flights = [begin(subnet) for subnet in subnets]
+    attempts: Counter[int] = Counter()
+    for number, subnet in enumerate(subnets):
+        while True:
+            ref, share = flights[number]
+            if not ray.wait([ref], timeout=SAY_SECONDS)[0]:
+                logger.info(
+                    "%d networks are still being built, or wait for a node", len(subnets) - number
+                )
+                if share and not _has_gpus():  # they have left for good, perhaps
+                    ray.cancel(ref, force=True)
+                    flights[number] = begin(subnet)
+                continue
+            try:
+                built: Built = cast(Any, ray.get(ref))
+            except RayError as error:
+                attempts[number] += 1
+                if isinstance(error, RayTaskError) or attempts[number] == MAX_ATTEMPTS:
+                    raise EvaluationError(
+                        f"a final subnet cannot be built: {describe(error)}; mend that, or give "
+                        "nodes more memory, and run again with --resume"
+                    ) from error
+                logger.warning("a final subnet is built again: %s", describe(error))
+                flights[number] = begin(subnet)
+                continue
+            flights[number] = (None, 0.0)  # else Ray keeps the network
+            yield built
+            break
+
+
+def _has_gpus() -> bool:
+    nodes = read_nodes()
+    return any(gpus for node, gpus in nodes.gpus.items() if node not in nodes.draining)
 
 
 def _build(
@@ -77,11 +110,13 @@ def _build(
     settings: dict[str, Any],
     cpus: int,
     gpus: float,
+    versions: Mapping[str, str],
 ) -> Built:
     import torch
 
     from cacp_ray.evaluation.gpu import open_gpu
 
+    check_versions(versions)
     torch.set_num_threads(cpus)
     if gpus:
         open_gpu(gpus)

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import ray
 from ray._private import worker
 from ray._private.authentication import authentication_token_setup
+from ray._private.utils import get_num_cpus
 
 from cacp_ray.errors import ConfigError
 
@@ -118,7 +119,7 @@ def check_room(
     else:
         import torch
 
-        has = [{"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}]
+        has = [{"CPU": count_cpus(), "GPU": torch.cuda.device_count()}]
     for kind, asked in (("CPU", cpus * actors), ("GPU", gpus * actors)):
         there = max((each.get(kind, 0) for each in has), default=0)
         if asked > there:
@@ -126,6 +127,11 @@ def check_room(
                 f"{asked:g} {kind}s at once are asked for ({asked_by}), there are {there:g} on "
                 "this machine: lower it, or join a cluster by --address"
             )
+
+
+def count_cpus() -> int:
+    """Of this machine, as a local Ray would count them: no more than a container may use."""
+    return max(1, int(get_num_cpus()))
 
 
 def _log_folder() -> str:

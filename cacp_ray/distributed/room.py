@@ -47,6 +47,7 @@ def find_room(
     share, nodes, free = gpus_per_evaluator, read_nodes(), ray.available_resources()
     fast, plain = Kind(cpus_per_evaluator, share), Kind(cpus_per_evaluator)
     by_cpu = int(free.get("CPU", 0) / cpus_per_evaluator)
+    by_cpu = min(by_cpu, sum(plain.room(nodes, node) for node in nodes.cpus))
     if not share:
         return Room(0.0, 0, min(wanted or max(1, by_cpu), useful), by_cpu)
     with_gpu = {node for node, gpus in nodes.gpus.items() if gpus}

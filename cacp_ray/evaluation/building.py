@@ -88,7 +88,7 @@ class Builder:
         return Built(build_subnet(prepared.model, ordered | tensors), accuracy, is_sequential)
 
     def _measure(self, net: nn.Module) -> Accuracy:
-        if self._device != "cpu":
-            net = copy.deepcopy(net).to(self._device)
-        with torch.backends.cudnn.flags(allow_tf32=False):  # else a GPU's is no float32
+        if self._device == "cpu":
             return measure_split(net, self._split)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # else it is no float32
+            return measure_split(copy.deepcopy(net).to(self._device), self._split)

@@ -179,7 +179,7 @@ def finetune_subnets(
     callbacks.insert(0, _ProgressCallback(epochs))
     if resources.most_workers > 1:
         callbacks.append(FreeAbandoned())
-    scheduler = _make_scheduler(recipes, experiment_dir) if stops_poor else None
+    scheduler = _make_scheduler(recipes) if stops_poor else None
     space = {
         "rate": tune.grid_search(sorted(subnet_folders, reverse=True)),
         "variant": tune.grid_search(list(recipes)),
@@ -200,7 +200,7 @@ def finetune_subnets(
     finally:
         _on_epoch.reset(listener)
     check_trials(results, "fine-tuning of")
-    keep: Any = ray.remote(num_cpus=resources.cpus)(cast(Any, keep_best))
+    keep: Any = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus)(cast(Any, keep_best))
     shared = {
         "task": ray.put(task),
         "search_images": len(search_split),
@@ -250,10 +250,9 @@ def _ask(resources: Resources) -> Any:
     return {"cpu": resources.cpus, **({"gpu": resources.gpus} if resources.gpus else {})}
 
 
-def _make_scheduler(recipes: Mapping[str, Recipe], experiment_dir: Path) -> TrialScheduler:
+def _make_scheduler(recipes: Mapping[str, Recipe]) -> TrialScheduler:
     longest = max(recipe.epochs for recipe in recipes.values())
-    make = partial(make_asha, longest, max(1, longest // 3))
-    return SchedulerPerRate(make, experiment_dir / "asha.jsonl")
+    return SchedulerPerRate(partial(make_asha, longest, max(1, longest // 3)))
 
 
 def _open_experiment(experiment_dir: Path, content: dict[str, Any], *, resume: bool) -> None:

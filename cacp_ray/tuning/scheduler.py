@@ -12,15 +12,15 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 class SchedulerPerRate(FIFOScheduler):
     """Hands each trial's results to the scheduler of its rate; trials start in their order.
 
-    Tune does not save schedulers. What this one was told is in a file, and a restored trial tells
-    it again, so that those that go on are compared with all that had got there before.
+    Tune saves schedulers as they began. What this one was told is in a file of the experiment, and
+    a restored trial tells it again, so that those that go on are compared with all that had got
+    there before.
     """
 
-    def __init__(self, make_scheduler: Callable[[], TrialScheduler], journal: Path) -> None:
-        """Takes what makes the scheduler of one rate, and the file, a line a result."""
+    def __init__(self, make_scheduler: Callable[[], TrialScheduler]) -> None:
+        """Takes what makes the scheduler of one rate."""
         super().__init__()
         self._make_scheduler = make_scheduler
-        self._journal = journal
         self._by_rate: dict[float, TrialScheduler] = {}
 
     def _of(self, trial: Trial) -> TrialScheduler:
@@ -33,28 +33,16 @@ class SchedulerPerRate(FIFOScheduler):
         """Called by Tune, as the others; of restored trials too, those that have ended included."""
         scheduler = self._of(trial)
         scheduler.on_trial_add(tune_controller, trial)
-        for result in self._read(trial.trial_id):
+        for result in _read(_journal(tune_controller), trial.trial_id):
             scheduler.on_trial_result(tune_controller, trial, result)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Whether the trial goes on."""
         told = {key: result[key] for key in ("epoch", "search_top1") if key in result}
-        with self._journal.open("a") as journal:
+        with _journal(tune_controller).open("a") as journal:
             # The line before may have been cut short by a kill.
             journal.write("\n" + json.dumps({"trial": trial.trial_id, **told}))
         return self._of(trial).on_trial_result(tune_controller, trial, result)
-
-    def _read(self, trial_id: str) -> list[dict[str, Any]]:
-        lines = self._journal.read_text().splitlines() if self._journal.exists() else []
-        found = []
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # cut short: the trial repeats that epoch
-            if row.get("trial") == trial_id:
-                found.append(row)
-        return found
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         """The last result counts for the others of its rate."""
@@ -67,6 +55,24 @@ class SchedulerPerRate(FIFOScheduler):
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         """A trial that failed for good."""
         self._of(trial).on_trial_error(tune_controller, trial)
+
+
+def _journal(tune_controller: Any) -> Path:
+    """A line a result; where the experiment is now, which may have been moved."""
+    return Path(tune_controller.experiment_path) / "asha.jsonl"
+
+
+def _read(journal: Path, trial_id: str) -> list[dict[str, Any]]:
+    lines = journal.read_text().splitlines() if journal.exists() else []
+    found = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # cut short: the trial repeats that epoch
+        if row.get("trial") == trial_id:
+            found.append(row)
+    return found
 
 
 def make_asha(epochs: int, grace_epochs: int) -> TrialScheduler:

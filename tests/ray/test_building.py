@@ -10,6 +10,7 @@ import ray
 import torch
 
 from cacp_ray.config import RunConfig, load_config
+from cacp_ray.distributed import building
 from cacp_ray.distributed.building import build_on_nodes, is_alone
 from cacp_ray.distributed.sharing import share
 from cacp_ray.errors import EvaluationError
@@ -64,6 +65,15 @@ def test_tasks_build_what_this_process_builds_though_one_of_theirs_dies(tmp_path
             assert torch.allclose(tensors[name], value, rtol=1e-2, atol=1e-3), name
         for name, parameter in one.net.named_parameters():
             assert parameter.requires_grad == flags[name].requires_grad, name
+
+
+def test_processes_that_always_die_end_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "MAX_ATTEMPTS", 2)
+    deadly = ray.put(Deadly(str(tmp_path), None, deaths=99))
+    found = build_on_nodes([((1,), "")], deadly, ray.put(None), {}, cpus=1, gpus=0.0)
+    with pytest.raises(EvaluationError, match="give nodes more memory"):
+        next(found)
+    assert len(os.listdir(tmp_path)) == 2
 
 
 def test_what_cannot_be_built_is_one_line():

@@ -405,9 +405,10 @@ class Interrupted(Exception):
 def test_variants_of_a_restored_experiment_are_compared_with_those_that_had_ended(
     tmp_path: Path,
 ) -> None:
-    save_fresh(tmp_path / "rate-0.30")
-    trained = save_trained(tmp_path / "teacher")
-    write_tensors(tmp_path / "teacher" / "model.safetensors", trained.state_dict())
+    root = tmp_path / "before"
+    save_fresh(root / "rate-0.30")
+    trained = save_trained(root / "teacher")
+    write_tensors(root / "teacher" / "model.safetensors", trained.state_dict())
     still = dataclasses.replace(RECIPE, epochs=6, lr=1e-9)
     recipes = {"learns": dataclasses.replace(RECIPE, epochs=6), "still": still}
 
@@ -418,15 +419,14 @@ def test_variants_of_a_restored_experiment_are_compared_with_those_that_had_ende
     # One after another, as each takes both CPUs.
     options: dict[str, Any] = {"rates": (0.3,), "cpus": 2, "load_subnet": load_slow}
     with pytest.raises(ray.tune.TuneError, match="Interrupted"):
-        finetune(tmp_path, recipes=recipes, stops_poor=True, on_epoch=interrupt, **options)
-    with (tmp_path / "finetune" / "asha.jsonl").open("a") as journal:
+        finetune(root, recipes=recipes, stops_poor=True, on_epoch=interrupt, **options)
+    root = root.rename(tmp_path / "moved")
+    with (root / "finetune" / "asha.jsonl").open("a") as journal:
         journal.write('{"trial": "cut sho')
     events: list[FinetuneProgress] = []
-    finetune(
-        tmp_path, recipes=recipes, stops_poor=True, resume=True, on_epoch=events.append, **options
-    )
+    finetune(root, recipes=recipes, stops_poor=True, resume=True, on_epoch=events.append, **options)
     assert not [e for e in events if e.variant == "learns" and not e.is_restored]
-    metrics = json.loads((tmp_path / "rate-0.30" / "metrics.json").read_text())
+    metrics = json.loads((root / "rate-0.30" / "metrics.json").read_text())
     assert metrics["variants"]["learns"]["epochs"] == 6
     assert metrics["variants"]["still"]["epochs"] == 2  # the first rung
 

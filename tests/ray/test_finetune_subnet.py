@@ -110,6 +110,14 @@ def test_a_subnet_alone_has_no_larger_one_to_learn_from(subnet):
     cacp_ray.finetune(subnet, overrides=["finetune.teacher=base"])
 
 
+@pytest.mark.parametrize("settings", [{"model": {"name": "resnet20", "weights": None}}, {}])
+def test_an_untrained_network_teaches_no_subnet(subnet, settings):
+    config = {"data": DATA, "finetune": RECIPE | {"distillation": 0.5}, **settings}
+    with pytest.raises(ConfigError, match="name the base network and its weights"):
+        cacp_ray.finetune(subnet, config=config)
+    assert not (subnet / "finetune").exists()
+
+
 @pytest.mark.parametrize("is_larger", [True, False])
 def test_a_fine_tuning_by_another_teacher_is_not_gone_on_with(tmp_path, is_larger):
     place = tmp_path if is_larger else tmp_path / "rate-0.5"

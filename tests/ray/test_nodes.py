@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -81,6 +82,9 @@ found = {"status": measurements[0].status, "attempt": measurements[0].attempt}
 """
 
 SPLITS = """
+from pathlib import Path
+from cacp_ray.distributed.probe import probe_nodes
+from cacp_ray.errors import ConfigError
 from tests.ray.test_nodes import draw, make_seen
 for _ in range(2):
     cluster.add_node(num_cpus=1)
@@ -95,6 +99,11 @@ while len(measurements) < 12:
     measurements += pool.results(10.0)
 nodes = {each.node for each in pool._fleet.slots}
 found = {"nodes": len(nodes), "seen": [each.top1 for each in measurements]}
+probe_nodes([Path(".")])
+try:
+    probe_nodes([Path("nowhere")])
+except ConfigError as error:
+    found["fault"] = str(error)
 """
 SPLIT = {"path": "embedded:train", "images_per_class": 3, "seed": 5}
 
@@ -156,6 +165,8 @@ def test_a_pool_left_alone_asks_for_little_and_is_there_when_a_node_joins():
 
 def test_every_node_has_the_same_search_split_to_the_bit():
     found = run(SPLITS)
+    # What fine-tuning needs of every node.
+    assert re.search(r"node \S+ cannot train: .*nowhere is not there", found.pop("fault"))
     assert found == {"nodes": 2, "seen": 12 * [1.0]}
 
 

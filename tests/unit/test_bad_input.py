@@ -344,7 +344,8 @@ CASES = {
         lambda folder: [*taken_storage(folder, "- 1"), "--resume"],
         r"config\.yaml cannot be read \(damaged\)",
     ),
-    "storage in the run directory": (storage("{folder}/run/copy"), "is within .*run"),
+    "storage in the run directory": (storage("{folder}/run/copy"), "lie in each other"),
+    "storage around the run directory": (storage("{folder}"), "lie in each other"),
     "an unknown option": (lambda folder: ["search", "--adress", "auto"], "--adress"),
 }
 

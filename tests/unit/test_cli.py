@@ -12,7 +12,9 @@ import pytest
 import yaml
 from safetensors.torch import save_file
 
+from cacp_ray.config import RunConfig
 from cacp_ray.errors import ConfigError, EvaluationError
+from cacp_ray.folders import open_folder
 from cacp_ray.models.factory import build_model
 from cacp_ray.searching.run_directory import RunDirectory
 from tests.unit.exporting.folders import make_folder
@@ -121,6 +123,11 @@ def test_existing_folder_is_left_alone(run, config, tmp_path):
     assert code == 2
     assert "pass --resume" in err
     assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+
+
+def test_what_a_kill_left_of_the_first_file_is_no_run(tmp_path):
+    (tmp_path / ".config.yaml.17.tmp").touch()
+    open_folder(tmp_path, RunConfig(), resume=False)
 
 
 def test_a_run_that_another_process_searches_is_refused_at_once(run, config, tmp_path):

@@ -60,4 +60,6 @@ def test_an_estimate_reads_as_lines(base, monkeypatch):
     assert "price" not in text
     priced = " ".join(describe_estimate(found, 0.0, 1.3))
     assert "price: about 0.13 for the evaluations, at 1.3 a core-hour" in priced
-    assert "not estimated" in describe_estimate(found, 0.25)[-1]
+    text = "\n".join(describe_estimate(found, 0.25, price=0.05))
+    assert "neither time nor price nor room is estimated" in text
+    assert "core-hour" not in text

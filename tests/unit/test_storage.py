@@ -144,13 +144,15 @@ def test_a_slow_copy_is_waited_for_in_the_end(tmp_path, monkeypatch):
     assert names(tmp_path / "copy") == names(tmp_path / "run")
 
 
-def test_a_copy_that_goes_nowhere_is_given_up_in_the_end(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_begun", [True, False])
+def test_a_copy_that_goes_nowhere_is_given_up_in_the_end(tmp_path, monkeypatch, is_begun):
     for name in ("PATIENCE_SECONDS", "ASIDE_SECONDS", "RETRY_SECONDS"):
         monkeypatch.setattr(module, name, 0.05)
     RunDirectory(tmp_path / "run").write_config({"name": "x"})
     copy, goes_on = RunStorage(str(tmp_path / "copy")), threading.Event()
     monkeypatch.setattr(copy, "_put", lambda *_: goes_on.wait(60))
-    copy.push_aside(tmp_path / "run")
+    if is_begun:
+        copy.push_aside(tmp_path / "run")
     with pytest.raises(ArtifactError, match="has not taken the last files"):
         copy.finish(tmp_path / "run")
     goes_on.set()
@@ -390,3 +392,15 @@ def test_googles_client_gives_up_within_half_a_minute(monkeypatch):
         with pytest.raises(ConfigError, match="cannot be written"):
             RunStorage(uri)
     assert [uri.partition("retry_limit_seconds")[2] for uri in asked] == ["=30", "=30", ""]
+
+
+def test_a_storage_that_cannot_be_asked_is_one_line(tmp_path, monkeypatch):
+    copy = RunStorage(str(tmp_path / "copy"))
+
+    def fail(_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(copy, "_info", fail)
+    for ask in (lambda: copy.holds_run, lambda: copy.pull(tmp_path / "run")):
+        with pytest.raises(ArtifactError, match="cannot be read"):
+            ask()

@@ -17,7 +17,7 @@ def test_commands_parse():
     (block,) = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
     group = typer.main.get_command(app).commands["data"]
     lines = block.strip().splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         _, _, name, *arguments = shlex.split(line)
         group.commands[name].make_context(name, arguments, resilient_parsing=False)

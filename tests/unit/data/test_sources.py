@@ -102,6 +102,14 @@ def test_folders_are_classes(folders):
     assert values(found) == sorted(range(21), key=lambda value: (LABELS[value], value))
 
 
+def test_an_image_that_goes_after_it_was_listed_is_one_line(folders):
+    source = open_source(str(folders))
+    assert source.files
+    (folders / "class1" / "001.png").unlink()
+    with pytest.raises(ArtifactError, match=r"class1/001\.png: cannot be read .*mend"):
+        read_images(source, Rows())
+
+
 def test_a_class_without_images_keeps_its_place(folders):
     for name in ("class1b", ".cache", "__MACOSX", "class0/inner"):
         (folders / name).mkdir()
@@ -275,8 +283,10 @@ def test_the_search_split_is_the_same_to_the_bit_in_every_process_and_place(tmp_
     assert found.pop().startswith("12 ")
 
 
-@pytest.mark.parametrize("size", [(300, 200), (200, 300), (37, 61), (64, 64)])
-@pytest.mark.parametrize(("resize", "crop"), [(64, 56), (232, 224), (None, 30), (50, None)])
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (37, 61), (64, 64), (21, 25)])
+@pytest.mark.parametrize(
+    ("resize", "crop"), [(64, 56), (232, 224), (None, 30), (None, 24), (50, None)]
+)
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_shapes_are_those_of_torchvision(size, resize, crop, interpolation):
     rng = np.random.default_rng(0)
