@@ -7,24 +7,26 @@ the pool reports evaluators that cannot be prepared.
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cacp_ray.data.streams import ImageStream
 from cacp_ray.distributed.nodes import read_nodes
 from cacp_ray.distributed.outcomes import describe
 from cacp_ray.errors import CacpError, ConfigError
 from cacp_ray.versions import installed_versions
 
+if TYPE_CHECKING:  # it needs torch, which a node may lack: that is what is asked
+    from cacp_ray.data.streams import ImageStream
+
 TIMEOUT_S = 120.0
 
 
 def read_versions(
-    folders: Sequence[str], streams: Sequence[ImageStream]
+    folders: Sequence[str], streams: Sequence["ImageStream"]
 ) -> tuple[dict[str, str], str]:
     """`installed_versions`, and what cannot be used there; torch must import."""
     import torch  # noqa: F401
@@ -40,7 +42,7 @@ def read_versions(
     return installed_versions(), ""
 
 
-def probe_nodes(folders: Sequence[Path] = (), streams: Sequence[ImageStream] = ()) -> None:
+def probe_nodes(folders: Sequence[Path] = (), streams: Sequence["ImageStream"] = ()) -> None:
     """Asks all nodes that have CPUs at once.
 
     Args:
