@@ -64,7 +64,13 @@ def finetune_run(
         )
     check_weights(load_base(config), run_dir)
     folders = {row["rate"]: run_dir / row["path"] for row in result["rates"]}
-    was_finished = all(row["test_top1"] is not None for row in result["rates"])
+    trained: list[Any] = []
+
+    def note(progress: Any) -> None:
+        if not progress.is_restored:
+            trained.append(progress)
+        on_epoch(progress)
+
     with clock.phase("finetune"):
         found, splits = _finetune(
             folders,
@@ -75,7 +81,7 @@ def finetune_run(
             cpus=settings.trials.cpus or config.cluster.cpus_per_evaluator,
             resume=resume,
             address=address,
-            on_epoch=on_epoch,
+            on_epoch=note,
         )
         if result["base"]["test"] is None:
             base = load_model(config.model, len(splits["test"].classes))
@@ -85,7 +91,7 @@ def finetune_run(
         row["finetuned_top1"] = tuned.search_top1
         row["test_top1"] = tuned.test_top1
         row["test_images"] = tuned.test_images
-    if not was_finished:
+    if trained or "finetune" not in result["seconds"]:  # else it had been finished before
         result["seconds"] |= clock.seconds
     write_json(run_dir / "result.json", result)
     return result

@@ -197,7 +197,7 @@ def _search(
         known=known,
         races=config.evaluation.racing and config.strategy in RACING,
         on_progress=on_progress,
-        on_checkpoint=None if storage is None else partial(storage.push_aside, run.path),
+        on_checkpoint=None if storage is None else partial(storage.push, run.path),
     )
     strategy, agent = make_run_strategy(config, base, lambda _: loop.tick(strategy), run.path)
     loop.restore(strategy)

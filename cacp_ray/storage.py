@@ -61,7 +61,7 @@ class RunStorage:
         self._aside: threading.Thread | None = None
         self._put_at = 0.0  # when a file last went through
         self._is_taken = False  # the last copy beside
-        self._refusal: ArtifactError | None = None
+        self._failure: BaseException | None = None
         try:
             self._latest = {self._read(LATEST)}  # what this process may find there
         except (OSError, pa.ArrowException) as error:
@@ -99,14 +99,32 @@ class RunStorage:
         """
         return self.config is not None
 
-    def push(self, run_dir: Path) -> bool:
-        """Copies what is new; False and a warning where the storage does not take it now.
+    def push(self, run_dir: Path) -> None:
+        """Begins to copy what is new, in a thread: a place that hangs holds up no search.
+
+        While an earlier copy goes on, nothing is begun. Where the storage does not take a copy,
+        there is a warning, and the next one is of all that is missing.
 
         Raises:
             ArtifactError: Another process has copied a run there since this one began.
         """
-        found = self._look(run_dir)
-        return found is not None and self._try_push(found)
+        if self._aside is not None and self._aside.is_alive():
+            return
+        if self._failure is not None:
+            raise self._failure
+        found = self._look(run_dir)  # now, as the search goes on
+        if found is None:
+            return
+
+        def copy() -> None:
+            try:
+                self._is_taken = self._try_push(found)
+            except BaseException as error:  # for whoever waits for it, in another thread
+                self._failure = error
+
+        # A daemon: a driver that is interrupted does not wait for it, and the copy stays whole.
+        self._aside = threading.Thread(target=copy, daemon=True)
+        self._aside.start()
 
     def _look(self, run_dir: Path) -> "_Snapshot | None":
         try:
@@ -132,30 +150,6 @@ class RunStorage:
             return False
         return True
 
-    def push_aside(self, run_dir: Path) -> None:
-        """Begins `push` in a thread, unless one goes on: a place that hangs holds up no search.
-
-        Raises:
-            ArtifactError: As of `push`, of the one before.
-        """
-        if self._aside is not None and self._aside.is_alive():
-            return
-        if self._refusal is not None:
-            raise self._refusal
-        found = self._look(run_dir)  # now, as the search goes on
-        if found is None:
-            return
-
-        def push() -> None:
-            try:
-                self._is_taken = self._try_push(found)
-            except ArtifactError as error:
-                self._refusal = error
-
-        # A daemon: a driver that is interrupted does not wait for it, and the copy stays whole.
-        self._aside = threading.Thread(target=push, daemon=True)
-        self._aside.start()
-
     def finish(self, run_dir: Path) -> None:
         """Copies what is new: tried for two minutes, and waited for while files go through.
 
@@ -169,11 +163,11 @@ class RunStorage:
             deadline = time.monotonic() + PATIENCE_SECONDS
             while True:
                 self._is_taken = False
-                self.push_aside(run_dir)
+                self.push(run_dir)
                 if not self._has_ended(started):
                     break
-                if self._refusal is not None:
-                    raise self._refusal
+                if self._failure is not None:
+                    raise self._failure
                 if self._is_taken:
                     return
                 if time.monotonic() > deadline:

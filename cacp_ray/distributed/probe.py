@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # it needs torch, which a node may lack: that is what is aske
 TIMEOUT_S = 120.0
 
 
-def read_versions(
+def _examine(
     folders: Sequence[str], streams: Sequence["ImageStream"]
 ) -> tuple[dict[str, str], str]:
     """`installed_versions`, and what cannot be used there; torch must import."""
@@ -58,7 +58,7 @@ def probe_nodes(folders: Sequence[Path] = (), streams: Sequence["ImageStream"] =
     if not others:
         return
     expected = installed_versions()
-    task = ray.remote(num_cpus=0, max_retries=0)(read_versions)
+    task = ray.remote(num_cpus=0, max_retries=0)(_examine)
     asked = {
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
             [str(folder.resolve()) for folder in folders], list(streams)

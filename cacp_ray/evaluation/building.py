@@ -3,7 +3,6 @@
 import copy
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from cacp_ray.data.images import ImageSet
@@ -90,5 +89,4 @@ class Builder:
     def _measure(self, net: nn.Module) -> Accuracy:
         if self._device == "cpu":
             return measure_split(net, self._split)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # else it is no float32
-            return measure_split(copy.deepcopy(net).to(self._device), self._split)
+        return measure_split(copy.deepcopy(net).to(self._device), self._split)

@@ -43,12 +43,16 @@ def find_device(model: nn.Module) -> torch.device:
 
 
 def predict(model: nn.Module, images: Tensor, batch_size: int, dtype: torch.dtype) -> Tensor:
-    """Logits float32 (N, classes) in evaluation mode on the model's device, autocast to `dtype`."""
+    """Logits float32 (N, classes) in evaluation mode on the model's device, autocast to `dtype`.
+
+    In float32 a GPU computes without TF32.
+    """
     was_training = model.training
     model.eval()
     device = find_device(model)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    with torch.inference_mode(), autocast:
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=dtype != torch.float32)
+    with torch.inference_mode(), autocast, exact:
         logits = [model(batch.to(device)).float().cpu() for batch in images.split(batch_size)]
     model.train(was_training)
     return torch.cat(logits)

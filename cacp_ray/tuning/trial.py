@@ -243,8 +243,7 @@ def keep_best(
     state = read_state(checkpoint)
     model = task.load_subnet(folder)
     model.load_state_dict(state["best"]["model"])
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # else it is no float32
-        test = measure_split(model.to("cuda" if task.resources.gpus else "cpu"), test_split)
+    test = measure_split(model.to("cuda" if task.resources.gpus else "cpu"), test_split)
     model.cpu()
     result = FinetuneResult(
         rate=config["rate"],

@@ -169,7 +169,8 @@ def test_fine_tuning_completes_the_result_and_the_report(finished):
         assert (finished.path / row["path"] / "finetuned.safetensors").exists()
         metrics = json.loads((finished.path / row["path"] / "metrics.json").read_text())
         assert metrics["test_top1"] == row["test_top1"]
-    # A finished search is not searched again, and nothing of its result is lost.
+    # What was finished is not done again, and nothing of its result is lost.
+    assert cacp_ray.finetune(finished.path, resume=True) == found
     assert cacp_ray.search(SMALL, finished.path, resume=True).result == found
     page = report_run(finished.path).read_text()
     assert "rate-0.40" in page

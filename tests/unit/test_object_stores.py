@@ -71,7 +71,7 @@ def test_a_store_that_hangs_holds_up_no_search(
         finish(folder)
 
     monkeypatch.setattr(copy, "finish", answer_and_finish)
-    search(tmp_path / "run", copy, push=RunStorage.push_aside)
+    search(tmp_path / "run", copy, push=RunStorage.push)
     assert rows(tmp_path / "run") == uninterrupted
     assert listed(uri) == names(tmp_path / "run")
 

@@ -26,7 +26,18 @@ from tests.unit.searching.test_loop import (
 )
 
 
-def search(folder, storage=None, stop_at=None, *, push=RunStorage.push):
+def push_whole(storage, folder):
+    """A copy that has ended; whether it was taken."""
+    storage._is_taken = False
+    storage.push(folder)
+    if storage._aside is not None:
+        storage._aside.join()
+    if storage._failure is not None:
+        raise storage._failure
+    return storage._is_taken
+
+
+def search(folder, storage=None, stop_at=None, *, push=push_whole):
     """A search in rounds; the process ends after `stop_at` checkpoints."""
     count = 0
 
@@ -119,7 +130,7 @@ def test_a_copy_that_hangs_holds_up_nothing_and_is_whole(
 
     monkeypatch.setattr(copy, "_put", hanging)
     with pytest.raises(Killed):  # after checkpoints that the hanging copy knew are gone
-        search(tmp_path / "lost", copy, stop_at=5, push=RunStorage.push_aside)
+        search(tmp_path / "lost", copy, stop_at=5, push=RunStorage.push)
     assert hung
     goes_on.set()
     copy._aside.join()
@@ -127,7 +138,7 @@ def test_a_copy_that_hangs_holds_up_nothing_and_is_whole(
         assert RunDirectory(tmp_path / "copy").find_checkpoint() is not None
     again = RunStorage(str(tmp_path / "copy"))
     again.pull(tmp_path / "new")
-    search(tmp_path / "new", again, push=RunStorage.push_aside)
+    search(tmp_path / "new", again, push=RunStorage.push)
     assert rows(tmp_path / "new") == uninterrupted
     assert names(tmp_path / "copy") == names(tmp_path / "new")
 
@@ -139,7 +150,7 @@ def test_a_slow_copy_is_waited_for_in_the_end(tmp_path, monkeypatch):
     copy = RunStorage(str(tmp_path / "copy"))
     put = copy._put
     monkeypatch.setattr(copy, "_put", lambda *file: (time.sleep(0.5), put(*file)))
-    copy.push_aside(tmp_path / "run")
+    copy.push(tmp_path / "run")
     copy.finish(tmp_path / "run")
     assert names(tmp_path / "copy") == names(tmp_path / "run")
 
@@ -152,13 +163,13 @@ def test_a_copy_that_goes_nowhere_is_given_up_in_the_end(tmp_path, monkeypatch, 
     copy, goes_on = RunStorage(str(tmp_path / "copy")), threading.Event()
     monkeypatch.setattr(copy, "_put", lambda *_: goes_on.wait(60))
     if is_begun:
-        copy.push_aside(tmp_path / "run")
+        copy.push(tmp_path / "run")
     with pytest.raises(ArtifactError, match="has not taken the last files"):
         copy.finish(tmp_path / "run")
     goes_on.set()
 
 
-@pytest.mark.parametrize("push", [RunStorage.push, RunStorage.push_aside])
+@pytest.mark.parametrize("push", [push_whole, RunStorage.push])
 def test_a_run_directory_that_fails_for_a_moment_costs_nothing(
     tmp_path, uninterrupted, monkeypatch, caplog, push
 ):
@@ -191,7 +202,7 @@ def test_files_that_vanish_are_passed_over(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "stat", vanishing)
     copy._put = lambda *file: ((run / "after").unlink(missing_ok=True), put(copy, *file))
     (run / "a").touch()
-    assert copy.push(run)
+    assert push_whole(copy, run)
     assert names(tmp_path / "copy") == {"a", "config.yaml"}
 
 
@@ -199,12 +210,12 @@ def test_a_result_is_there_when_all_that_it_speaks_of_is(tmp_path, monkeypatch):
     run = tmp_path / "run"
     RunDirectory(run).write_config({"name": "x"})
     copy, put, order = RunStorage(str(tmp_path / "copy")), RunStorage._put, []
-    copy.push(run)
+    push_whole(copy, run)
     for name in ("result.json", "subnets/rate-0.50/model.safetensors", "zebra", module.LATEST):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("{}")
     monkeypatch.setattr(copy, "_put", lambda *file: (order.append(file[0]), put(copy, *file)))
-    copy.push(run)
+    push_whole(copy, run)
     assert order[-3:] == ["result.json", module.LATEST, "config.yaml"]
 
 
@@ -212,10 +223,10 @@ def test_a_search_ends_where_another_copies_to_the_same_place(tmp_path):
     copy = RunStorage(str(tmp_path / "copy"))
     search(tmp_path / "other", RunStorage(str(tmp_path / "copy")))
     RunDirectory(tmp_path / "run").write_config({"name": "x"})
-    copy.push_aside(tmp_path / "run")
+    copy.push(tmp_path / "run")
     copy._aside.join()
     with pytest.raises(ArtifactError, match="another process copies a run there"):
-        copy.push_aside(tmp_path / "run")
+        copy.push(tmp_path / "run")
 
 
 def test_storage_that_fails_for_a_while_costs_nothing(tmp_path, uninterrupted, monkeypatch, caplog):
@@ -324,7 +335,7 @@ def test_a_checkpoint_of_an_earlier_life_is_not_taken_for_one_of_the_same_name(
 
     monkeypatch.setattr(first, "_put", dying)
     with pytest.raises(Killed):
-        first.push(run_dir)
+        first._push(module._Snapshot(run_dir))
     shutil.rmtree(run_dir / "checkpoints")  # the driver's disk had not written it yet
     run.save_checkpoint(0, lambda folder: (folder / "state").write_text("bbb"))
     RunStorage(str(copy)).finish(run_dir)
@@ -372,7 +383,7 @@ def test_what_could_not_be_removed_is_removed_later(tmp_path, monkeypatch):
     monkeypatch.setattr(copy, "_remove", refuse_once)
     for told in range(4):
         run.save_checkpoint(told, lambda folder: (folder / "state").write_text("x"))
-        copy.push(run_dir)
+        push_whole(copy, run_dir)
     assert refused
     assert names(tmp_path / "copy") == names(run_dir)
 

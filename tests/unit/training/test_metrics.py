@@ -67,3 +67,18 @@ def test_large_images_are_measured_in_smaller_batches(count: int, side: int, lar
 
     assert measure_split(Model(), split).images == count
     assert (max(seen), sum(seen)) == (largest, count)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float32_on_a_gpu_is_no_tf32_and_cudnn_stays_on(dtype: torch.dtype) -> None:
+    seen: list[tuple[bool, bool]] = []
+    before = torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32
+
+    class Look(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32))
+            return x.flatten(1)
+
+    predict(Look(), torch.zeros(2, 3, 2, 2), 2, dtype)
+    assert seen == [(True, dtype != torch.float32)]
+    assert before == (torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32)
