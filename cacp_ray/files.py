@@ -107,7 +107,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(read_text(path))
     except ValueError as error:
-        raise ArtifactError(f"{path}: not valid JSON ({error})") from error
+        raise ArtifactError(
+            f"{path}: not valid JSON ({error}); restore it from a copy, or start in a new folder"
+        ) from error
 
 
 def read_object(path: Path, keys: Iterable[str]) -> dict[str, Any]:
