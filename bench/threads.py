@@ -22,26 +22,19 @@ CANDIDATES = 4  # a round, for each core
 IMAGENET = ("resnet50", "mobilenet_v2")  # with random weights, on 64 images of 224 pixels
 
 
-def work(pipe: Connection, network: str, threads: int, seed: int) -> None:
-    """An evaluator: scores the keep counts that it is sent, and answers with its memory."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+def prepare_network(network: str, images: int, seed: int) -> tuple[Any, Any]:
+    """What candidates share, and the split that scores them."""
     from compensation import make_noise
 
-    from cacp_ray.config import PruningConfig
     from cacp_ray.data.images import read_parquet
-    from cacp_ray.evaluation.measurement import Candidate
     from cacp_ray.evaluation.preparation import prepare
-    from cacp_ray.evaluation.scorer import make_scorer
-    from cacp_ray.loading import make_budget
     from cacp_ray.models.factory import build_model, load_weights
     from cacp_ray.pruning.plan import make_plan
     from cacp_ray.pruning.statistics import collect_statistics
-    from cacp_ray.searching.budget import spend
-    from cacp_ray.searching.strategies.random import scale_to_budget
 
     if network in IMAGENET:
         model = build_model(f"torchvision:{network}", 1000).eval()
-        split = make_noise(64, 224, seed)
+        split = make_noise(images, 224, seed)
         calibration = split.take(16)
     else:
         model = build_model(network, 10).eval()
@@ -50,24 +43,46 @@ def work(pipe: Connection, network: str, threads: int, seed: int) -> None:
             read_parquet("embedded:search"),
             read_parquet("embedded:train", count=200),
         )
-    images, labels = calibration.tensors()
-    plan = make_plan(model, images[:1])
-    statistics_ = collect_statistics(model, plan, images, labels, seed=seed, kinds=set())
-    prepared = prepare(
-        model, plan, calibration, statistics_, criterion="l1", recovery="none", seed=seed
-    )
-    score = make_scorer(prepared, split, recovery="none", dtype="auto", threads=threads)
+    x, y = calibration.tensors()
+    plan = make_plan(model, x[:1])
+    found = collect_statistics(model, plan, x, y, seed=seed, kinds=set())
+    options = {"criterion": "l1", "recovery": "none", "seed": seed}
+    return prepare(model, plan, calibration, found, **options), split
+
+
+def draw(plan: Any, count: int, rng: np.random.Generator) -> list[Any]:
+    """Random candidates of random rates, each spending its budget."""
+    from cacp_ray.config import PruningConfig
+    from cacp_ray.evaluation.measurement import Candidate
+    from cacp_ray.loading import make_budget
+    from cacp_ray.searching.budget import spend
+    from cacp_ray.searching.strategies.random import scale_to_budget
+
     budget = make_budget(plan, "macs", PruningConfig())
-    del images, labels
+    least = budget.min_counts / budget.num_channels
+    rates = rng.uniform(0.3, 0.7, count)
+    ratios = rng.uniform(least, 1, (count, len(least)))
+    chosen = spend(budget, scale_to_budget(budget, ratios, rates), rates).tolist()
+    return [
+        Candidate(index, float(rate), tuple(counts))
+        for index, (rate, counts) in enumerate(zip(rates, chosen, strict=True))
+    ]
+
+
+def work(
+    pipe: Connection, network: str, threads: int, seed: int, images: int = 64, gpu: float = 0.0
+) -> None:
+    """An evaluator: scores as many candidates as it is told, and answers with its memory."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    from cacp_ray.evaluation.scorer import make_scorer
+
+    prepared, split = prepare_network(network, images, seed)
+    score = make_scorer(prepared, split, recovery="none", dtype="auto", threads=threads, gpu=gpu)
     pipe.send(None)
     rng = np.random.default_rng(seed)
-    least = budget.min_counts / budget.num_channels
     while (count := pipe.recv()) is not None:
-        rates = rng.uniform(0.3, 0.7, count)
-        ratios = rng.uniform(least, 1, (count, len(least)))
-        chosen = spend(budget, scale_to_budget(budget, ratios, rates), rates).tolist()
-        for index, counts in enumerate(chosen):
-            score(Candidate(index, float(rates[index]), tuple(counts)))
+        for candidate in draw(prepared.plan, count, rng):
+            score(candidate)
         pipe.send(read_memory())
 
 

@@ -26,7 +26,7 @@ from cacp_ray.clock import Clock
 from cacp_ray.config import RunConfig, resolved
 from cacp_ray.evaluation.measurement import Evaluator
 from cacp_ray.evaluation.scorer import make_scorer
-from cacp_ray.evaluators import images_scored, key_of_run, scorer_arguments
+from cacp_ray.evaluators import find_gpu_share, images_scored, key_of_run, scorer_arguments
 from cacp_ray.files import describe_environment, write_file, write_json, write_yaml
 from cacp_ray.folders import is_run
 from cacp_ray.loading import Base, load_base, prepare_base
@@ -216,17 +216,18 @@ def _run_trials(
     cpus = search.cluster.cpus_per_evaluator
     wanted = search.cluster.max_evaluators
     useful = search.evaluations * config.trials * len(config.seeds)
-    room = find_room(cpus, search.cluster.gpus_per_evaluator, wanted, useful)
+    gpus = find_gpu_share(search, base, prepared, say)
+    room = find_room(cpus, gpus, wanted, useful)
     if wanted is not None and room.total > max(1, room.now):
         # Evaluators that wait for room would take what the trials need.
-        room = find_room(cpus, search.cluster.gpus_per_evaluator, max(1, room.now), useful)
+        room = find_room(cpus, gpus, max(1, room.now), useful)
     num_evaluators = room.total
     max_concurrent = trials_at_once(config, num_evaluators)
     trial_cpus = min(TRIAL_CPUS, TRIALS_SHARE * cpus * num_evaluators / max_concurrent)
     say(f"{num_evaluators} evaluators, {max_concurrent} of {config.trials} trials at once")
     broker = start_broker(
         make_scorer,
-        scorer_arguments(search, base, prepared),
+        scorer_arguments(search, base, prepared, gpus),
         num_evaluators=room.on_cpus,
         num_gpu_evaluators=room.on_gpus,
         gpus_per_evaluator=room.gpu_share,

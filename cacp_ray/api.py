@@ -23,6 +23,7 @@ from cacp_ray.finetune_config import FinetuneConfig
 from cacp_ray.finetuning import finetune_folder, finetune_run
 from cacp_ray.folders import check_unchanged, is_run, open_folder, read_run_config
 from cacp_ray.loading import (
+    Sources,
     check_padding,
     check_splits,
     load_base,
@@ -30,13 +31,12 @@ from cacp_ray.loading import (
     open_split,
     read_split,
 )
-from cacp_ray.planning import describe_estimate, estimate_search
 from cacp_ray.pruning.subnet import load_subnet
 from cacp_ray.reporting.tuning import write_tuning_report
 from cacp_ray.results import answer_rates, read_result, report_run
 from cacp_ray.run import run_search
 from cacp_ray.searching.search_progress import SearchProgress
-from cacp_ray.starting import check_run, find_room, is_local
+from cacp_ray.starting import check_run, estimate, find_room
 from cacp_ray.storage import RunStorage
 from cacp_ray.training.base import train_base
 from cacp_ray.training.loop import EpochResult
@@ -71,8 +71,9 @@ def train_model(
         CacpError: Bad input, in one line, before anything is written.
     """
     open_folder(run_dir, config, resume=resume)
-    train, test = open_split(config.data, "train"), open_split(config.data, "test")
-    search = read_split(config.data, "search")
+    sources: Sources = {}
+    train, test = (open_split(config.data, name, sources) for name in ("train", "test"))
+    search = read_split(config.data, "search", sources=sources)
     check_splits({"train": train, "search": search, "test": test})
     check_padding(config.training, search, "training.padding")
     torch.manual_seed(config.training.seed)
@@ -98,10 +99,12 @@ class Run:
     Attributes:
         path: Its directory.
         result: The content of result.json.
+        storage: What it was copied to, if anything; its `finish` copies what came later.
     """
 
     path: Path
     result: dict[str, Any]
+    storage: RunStorage | None = None
 
     @property
     def subnets(self) -> dict[float, Path]:
@@ -156,7 +159,8 @@ def search(
     if (folder / "result.json").exists():
         if copy is not None:
             copy.finish(folder)
-        return Run(folder, read_result(folder))  # finished before: fine-tuning may have added to it
+        # Finished before: fine-tuning may have added to it.
+        return Run(folder, read_result(folder), copy)
     if cache is not None:
         check_folder(Path(cache))
     result = run_search(
@@ -169,7 +173,7 @@ def search(
         cache=None if cache is None else Path(cache),
         storage=copy,
     )
-    return Run(folder, result)
+    return Run(folder, result, copy)
 
 
 def _open_storage(uri: str, folder: Path, config: RunConfig, resume: bool) -> RunStorage:
@@ -206,7 +210,8 @@ def check_search(
         run_dir: That it would write.
         resume: As of `search`.
         address: As of `search`.
-        price: Of a core for an hour, in any currency; told is then what the evaluations would cost.
+        price: Of a core, or where GPUs score of a GPU, for an hour, in any currency; told is then
+            what the evaluations would cost.
 
     Returns:
         Lines about what it would search, and what that would take.
@@ -218,13 +223,7 @@ def check_search(
     cpus = find_room(config, address)
     base = load_base(config)
     check_run(config, base)
-    estimate = estimate_search(config, base, cpus, can_grow=not is_local(address))
-    return "\n".join(
-        [
-            describe_base(base, config),
-            *describe_estimate(estimate, config.cluster.gpus_per_evaluator, price),
-        ]
-    )
+    return "\n".join([describe_base(base, config), *estimate(config, base, cpus, address, price)])
 
 
 def tune_agent(

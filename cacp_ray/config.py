@@ -175,9 +175,18 @@ class ClusterConfig(Section):
         "room for, and for more when nodes join",
     )
     cpus_per_evaluator: int = Field(default=1, ge=1, description="threads of one evaluator")
-    gpus_per_evaluator: float = Field(
-        default=0.0, ge=0, le=1, description="share of a GPU, 0.25: four on each; 0: on CPUs"
+    gpus_per_evaluator: float | Literal["auto"] = Field(
+        default=0.0,
+        description="share of a GPU, 0.25: four on each; 0: on CPUs; auto: as its memory holds",
     )
+
+    @field_validator("gpus_per_evaluator", mode="before")
+    @classmethod
+    def _share_or_auto(cls, gpus: Any) -> Any:
+        is_share = isinstance(gpus, float | int) and not isinstance(gpus, bool) and 0 <= gpus <= 1
+        if not is_share and gpus != "auto":
+            raise ValueError("write a share of a GPU from 0 to 1, or auto")
+        return gpus
 
 
 class RunConfig(Section):

@@ -1,19 +1,58 @@
 """The evaluators of a run: actors on a connected cluster, and the cache before them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cacp_ray.config import ClusterConfig, RunConfig
 from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache, key_of_scores
+from cacp_ray.evaluation.gpu import Need
 from cacp_ray.evaluation.measurement import Evaluator, Measurement, ScoreFunction, Subnet
 from cacp_ray.evaluation.preparation import Prepared
-from cacp_ray.evaluation.scorer import make_scorer, read_dtype
+from cacp_ray.evaluation.scorer import make_scorer, measure_need, read_dtype
 from cacp_ray.loading import Base
 from cacp_ray.versions import check_versions, installed_versions
 
 if TYPE_CHECKING:
     from cacp_ray.distributed.room import Room
+
+
+def find_gpu_share(
+    config: RunConfig,
+    base: Base,
+    prepared: Prepared,
+    say: Callable[[str], object],
+    stored: Mapping[str, Any] | None = None,
+) -> float:
+    """Of a GPU, for each evaluator: as set, or where that is `auto`, as the cluster's GPUs hold.
+
+    Args are those of `start_evaluators`.
+
+    Raises:
+        ConfigError: See `distributed.gpus.measure_on_gpus`.
+    """
+    from cacp_ray.distributed.gpus import find_share, measure_on_gpus
+    from cacp_ray.distributed.nodes import read_nodes
+
+    asked, cpus = config.cluster.gpus_per_evaluator, config.cluster.cpus_per_evaluator
+    if asked != "auto":
+        return asked
+    arguments = {**scorer_arguments(config, base, prepared, 1.0), **(stored or {})}
+    needs = measure_on_gpus(measure_need_alike, with_versions(arguments), cpus)
+    share = find_share(needs, read_nodes(), cpus)
+    say(describe_needs(list(needs.values()), share))
+    return share
+
+
+def describe_needs(needs: Sequence[Need], share: float) -> str:
+    """What was measured on GPUs, one of a node, and the share that follows."""
+    if not needs:
+        return "GPUs: the cluster has none now, so evaluators score on CPUs"
+    taken, gpu = max(each.evaluator for each in needs), min(each.gpu for each in needs)
+    return (
+        f"GPUs: an evaluator takes about {taken / 2**30:.1f} of {gpu / 2**30:.0f} GB, "
+        f"{round(1 / share)} score on each"
+    )
 
 
 def start_evaluators(
@@ -24,6 +63,7 @@ def start_evaluators(
     say: Callable[[str], object],
     num_measured: int = 0,
     stored: Mapping[str, Any] | None = None,
+    gpus: float = 0.0,
 ) -> tuple[Evaluator, dict[Subnet, Measurement]]:
     """The evaluator of a search, and the measurements that it need not ask for.
 
@@ -35,6 +75,7 @@ def start_evaluators(
         say: Takes a line.
         num_measured: Evaluations that the run has made before.
         stored: References of `split` and `prepared`, where Ray has them (`distributed.sharing`).
+        gpus: Share of a GPU for each, see `find_gpu_share`.
     """
     from cacp_ray.distributed.pool import RayEvaluatorPool
     from cacp_ray.distributed.room import find_room
@@ -43,17 +84,11 @@ def start_evaluators(
     # Never more than could work at once, since nodes may be started for them.
     left = max(config.evaluations - num_measured, len(config.rates))
     useful = config.round_size if config.mode == "rounds" else left
-    room = find_room(
-        cluster.cpus_per_evaluator, cluster.gpus_per_evaluator, cluster.max_evaluators, useful
-    )
+    room = find_room(cluster.cpus_per_evaluator, gpus, cluster.max_evaluators, useful)
     say(describe_evaluators(cluster, room))
     pool = RayEvaluatorPool(
         make_scorer_alike,
-        {
-            "versions": installed_versions(),
-            **scorer_arguments(config, base, prepared),
-            **(stored or {}),
-        },
+        with_versions({**scorer_arguments(config, base, prepared, gpus), **(stored or {})}),
         num_evaluators=room.on_cpus,
         cpus_per_evaluator=cluster.cpus_per_evaluator,
         num_gpu_evaluators=room.on_gpus,
@@ -67,6 +102,11 @@ def start_evaluators(
     return CachedEvaluator(pool, found, images), found.on(images)
 
 
+def with_versions(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `make_scorer_alike` and `measure_need_alike`."""
+    return {"versions": installed_versions(), **arguments}
+
+
 def make_scorer_alike(versions: Mapping[str, str], **arguments: Any) -> ScoreFunction:
     """`make_scorer`, where the packages are those of the search: nodes may join at any time.
 
@@ -75,6 +115,16 @@ def make_scorer_alike(versions: Mapping[str, str], **arguments: Any) -> ScoreFun
     """
     check_versions(versions)
     return make_scorer(**arguments)
+
+
+def measure_need_alike(versions: Mapping[str, str], **arguments: Any) -> Need:
+    """`measure_need`, likewise.
+
+    Raises:
+        ConfigError: One is not.
+    """
+    check_versions(versions)
+    return measure_need(**arguments)
 
 
 def describe_evaluators(cluster: ClusterConfig, room: "Room") -> str:
@@ -92,10 +142,12 @@ def describe_evaluators(cluster: ClusterConfig, room: "Room") -> str:
     return f"evaluators: {asked}, room for {room.now:,} now"
 
 
-def scorer_arguments(config: RunConfig, base: Base, prepared: Prepared) -> dict[str, Any]:
-    """What an evaluator builds its score function from."""
+def scorer_arguments(
+    config: RunConfig, base: Base, prepared: Prepared, gpus: float = 0.0
+) -> dict[str, Any]:
+    """What an evaluator builds its score function from; `gpus` is its share of a GPU."""
     dtype = config.evaluation.dtype
-    if not config.cluster.gpus_per_evaluator:
+    if not gpus:
         # As this machine has it: nodes with other processors would compute in another one.
         dtype = str(read_dtype(dtype)).removeprefix("torch.")
     return {

@@ -15,6 +15,7 @@ from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.files import read_json, write_json
 from cacp_ray.finetune_config import FinetuneConfig
 from cacp_ray.loading import (
+    Sources,
     check_padding,
     check_splits,
     check_weights,
@@ -196,8 +197,12 @@ def _finetune(
     _check_teacher(experiment_dir, one_by_one)
     check_address(address)
     logger.info("reading images, starting the trials")
-    train = open_split(data, "train")
-    splits = {"search": read_split(data, "search"), "test": open_split(data, "test")}
+    sources: Sources = {}
+    train = open_split(data, "train", sources)
+    splits = {
+        "search": read_split(data, "search", sources=sources),
+        "test": open_split(data, "test", sources),
+    }
     check_splits({"train": train, **splits})
     for name, recipe in settings.recipes.items():
         key = f"variants.{name}.padding" if name else "finetune.padding"

@@ -35,6 +35,10 @@ logger = logging.getLogger(__name__)
 STATISTICS_FILE = "statistics.safetensors"
 
 
+# Opened by path, where several splits are read: listing files and reading labels takes a while.
+Sources = dict[str, Source]
+
+
 @dataclass(frozen=True)
 class Base:
     """The trained network of a run and the images that judge it.
@@ -58,18 +62,22 @@ class Base:
     latency: LatencyTable | None = None
 
 
-def read_split(data: DataConfig, name: str, count: int | None = None) -> ImageSet:
+def read_split(
+    data: DataConfig, name: str, count: int | None = None, sources: Sources | None = None
+) -> ImageSet:
     """Decodes a split, or `count` of its images, evenly spaced."""
-    source, rows = _find_rows(data, name)
+    source, rows = _find_rows(data, name, sources)
     images = read_images(source, dataclasses.replace(rows, count=count), _shape(data))
     return dataclasses.replace(images, mean=data.mean, std=data.std)
 
 
-def open_split(data: DataConfig, name: str) -> ImageSet | ImageStream:
+def open_split(
+    data: DataConfig, name: str, sources: Sources | None = None
+) -> ImageSet | ImageStream:
     """A split in memory, or with `data.stream` where it lies."""
     if not data.stream:
-        return read_split(data, name)
-    source, rows = _find_rows(data, name)
+        return read_split(data, name, sources=sources)
+    source, rows = _find_rows(data, name, sources)
     stream = open_stream(source, rows, _shape(data))
     return dataclasses.replace(stream, mean=data.mean, std=data.std)
 
@@ -78,12 +86,12 @@ def _shape(data: DataConfig) -> Shape:
     return Shape(data.resize, data.crop, data.interpolation)
 
 
-def _find_rows(data: DataConfig, name: str) -> tuple[Source, Rows]:
+def _find_rows(data: DataConfig, name: str, sources: Sources | None) -> tuple[Source, Rows]:
     """Where a split lies; the training split leaves out what the search split draws from it."""
     split, search = getattr(data, name), data.search
-    source = open_source(split.path)
+    source = _open(split.path, sources)
     rows = Rows(split.rows, split.images_per_class, seed=split.seed)
-    if name == "train" and search.images_per_class and _is_at(source, search.path):
+    if name == "train" and search.images_per_class and _is_at(source, search.path, sources):
         if split.rows != search.rows:
             raise ConfigError(
                 "data.search.images_per_class draws from the rows of data.train: give both the "
@@ -98,12 +106,19 @@ def _find_rows(data: DataConfig, name: str) -> tuple[Source, Rows]:
     return source, rows
 
 
-def _is_at(source: Source, path: str) -> bool:
+def _open(path: str, sources: Sources | None) -> Source:
+    known = sources if sources is not None else {}
+    if path not in known:
+        known[path] = open_source(path)
+    return known[path]
+
+
+def _is_at(source: Source, path: str, sources: Sources | None) -> bool:
     """Whether a path, however it is spelled, has the very files of a source."""
-    return source.name == path or source.resolved == open_source(path).resolved
+    return source.name == path or source.resolved == _open(path, sources).resolved
 
 
-def check_data(data: DataConfig) -> tuple[str, ...]:
+def check_data(data: DataConfig, sources: Sources | None = None) -> tuple[str, ...]:
     """Opens all three splits and reads their labels.
 
     Returns:
@@ -115,7 +130,7 @@ def check_data(data: DataConfig) -> tuple[str, ...]:
     seen: dict[str, tuple[Source, NDArray[np.int64]]] = {}
     first: tuple[str, ...] = ()
     for name in ("train", "search", "test"):
-        source, chosen = _find_rows(data, name)
+        source, chosen = _find_rows(data, name, sources)
         rows, _, classes = read_labels(source, chosen)
         for other, (known, others) in seen.items():
             if have_common_rows(known, others, source, rows):
@@ -235,11 +250,12 @@ def load_base(config: RunConfig) -> Base:
         raise ConfigError("model.weights is missing: a search starts from a trained network")
     warn_of_normalisation(config)
     # The network first: images of a large data set take minutes.
-    classes = check_data(config.data)
+    sources: Sources = {}
+    classes = check_data(config.data, sources)
     model = load_model(config.model, len(classes))
-    calibration = read_split(config.data, "train", config.pruning.calibration_images)
-    search = read_split(config.data, "search")
-    test = read_split(config.data, "test", 1)
+    calibration = read_split(config.data, "train", config.pruning.calibration_images, sources)
+    search = read_split(config.data, "search", sources=sources)
+    test = read_split(config.data, "test", 1, sources)
     check_splits({"train": calibration, "search": search, "test": test})
     check_padding(config.finetune, search, "finetune.padding")
     plan = make_plan(model, search.take(1).tensors()[0])

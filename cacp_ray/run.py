@@ -18,7 +18,7 @@ from cacp_ray.diagnostics import (
 )
 from cacp_ray.errors import ArtifactError
 from cacp_ray.evaluation.measurement import Evaluator, Measurement, Subnet
-from cacp_ray.evaluators import start_evaluators
+from cacp_ray.evaluators import find_gpu_share, start_evaluators
 from cacp_ray.files import write_json
 from cacp_ray.folders import is_run
 from cacp_ray.loading import Base
@@ -77,6 +77,7 @@ def run_search(
         ready, statistics = prepare_run(config, run_dir, address, say, clock)
         base, prepared = ready.base, ready.prepared
         with clock.phase("start"):
+            gpus = find_gpu_share(config, base, prepared, say, ready.stored)
             evaluator, kept = start_evaluators(
                 config,
                 base,
@@ -85,6 +86,7 @@ def run_search(
                 say,
                 num_measured=len({record.subnet for record in run.read_records()}),
                 stored=ready.stored,
+                gpus=gpus,
             )
             if cache is not None:
                 known = kept | dict(known or {})
@@ -116,7 +118,7 @@ def run_search(
                 learning = _measure_learning(config, base, log, evaluator) if log else None
         with clock.phase("build"):
             searched = {rate: loop.archive.best(rate) for rate in config.rates}
-            build = _find_build(config, ready)
+            build = _find_build(config, ready, gpus)
             rows = build_winners(
                 config, base, prepared, searched, run_dir, build, answers, reference
             )
@@ -158,19 +160,18 @@ def _count_new(answers: Sequence[dict[str, Any]], config: RunConfig, run: RunDir
     return len(own - {record.subnet for record in run.read_records()})
 
 
-def _find_build(config: RunConfig, ready: Ready) -> Build:
+def _find_build(config: RunConfig, ready: Ready, gpus: float) -> Build:
     """Final subnets are built where evaluators ran, unless this machine is all there is."""
     from cacp_ray.distributed.building import build_on_nodes, is_alone
 
-    cluster = config.cluster
-    if is_alone() and not cluster.gpus_per_evaluator:
+    if is_alone() and not gpus:
         return build_here(config, ready.prepared, ready.base.search)
     return partial(
         build_on_nodes,
         **ready.stored,
         settings=builder_settings(config),
-        cpus=cluster.cpus_per_evaluator,
-        gpus=cluster.gpus_per_evaluator,
+        cpus=config.cluster.cpus_per_evaluator,
+        gpus=gpus,
     )
 
 

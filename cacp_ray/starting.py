@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,11 +25,22 @@ from cacp_ray.loading import (
     read_orders,
 )
 from cacp_ray.memory import give_back_memory
+from cacp_ray.planning import (
+    GpuFigures,
+    describe_estimate,
+    estimate_on_gpus,
+    estimate_search,
+    gpu_arguments,
+    measure_gpu,
+)
 from cacp_ray.pruning.statistics import Statistics
 from cacp_ray.pruning.statistics_file import save_statistics
 from cacp_ray.reporting.scalars import check_loggers
 from cacp_ray.searching.run_directory import RunDirectory
 from cacp_ray.strategies import check_strategy
+
+if TYPE_CHECKING:
+    from cacp_ray.distributed.nodes import Nodes
 
 
 def join(config: RunConfig, address: str | None) -> None:
@@ -65,6 +76,50 @@ def find_room(config: RunConfig, address: str | None) -> list[float]:
         return [count_cpus()]
     join(config, address)
     return list(read_nodes().cpus.values())
+
+
+def estimate(
+    config: RunConfig, base: Base, cpus: list[float], address: str | None, price: float | None
+) -> list[str]:
+    """Lines of what a search would take; after `find_room`, whose answer `cpus` is.
+
+    Raises:
+        CacpError: A GPU that cannot be used.
+    """
+    share, can_grow = config.cluster.gpus_per_evaluator, not is_local(address)
+    if share:
+        figures, nodes = _find_gpus(config, base, address)
+        if figures:
+            found = estimate_on_gpus(config, base, figures, nodes, can_grow=can_grow)
+            return describe_estimate(found, price)
+        if share != "auto":
+            return [
+                f"{config.evaluations:,} evaluations; no GPU is in the cluster now "
+                "(cluster.gpus_per_evaluator), so neither time nor price nor room is estimated"
+            ]
+    return describe_estimate(estimate_search(config, base, cpus, can_grow=can_grow), price)
+
+
+def _find_gpus(
+    config: RunConfig, base: Base, address: str | None
+) -> tuple[dict[str, GpuFigures], "Nodes"]:
+    """What is measured on a GPU of each node that has one, and the nodes.
+
+    Raises:
+        CacpError: A GPU that cannot be used.
+    """
+    import torch
+
+    from cacp_ray.distributed.cluster import count_cpus
+    from cacp_ray.distributed.gpus import measure_on_gpus
+    from cacp_ray.distributed.nodes import Nodes, read_nodes
+
+    if not is_local(address):
+        cpus = config.cluster.cpus_per_evaluator
+        return measure_on_gpus(measure_gpu, gpu_arguments(config, base), cpus), read_nodes()
+    gpus = torch.cuda.device_count()
+    figures = {"": measure_gpu(**gpu_arguments(config, base))} if gpus else {}
+    return figures, Nodes({"": count_cpus()}, {"": gpus}, frozenset())
 
 
 @dataclasses.dataclass(frozen=True)

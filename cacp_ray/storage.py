@@ -206,6 +206,7 @@ class RunStorage:
                 with self._filesystem.open_input_stream(self._path(name)) as stream:
                     part.write_bytes(stream.read())
                 part.replace(file)
+                self._copied[name] = _state(file)
         except (OSError, pa.ArrowException) as error:
             raise ArtifactError(
                 f"storage {self.uri} cannot be read ({one_line(error)}): try again"
@@ -321,9 +322,7 @@ class _Snapshot:
         for path in sorted(run_dir.rglob("*")):
             if path.is_file() and not path.name.startswith("."):
                 with suppress(FileNotFoundError):  # another process's, as loggers have them
-                    status = path.stat()
-                    name = path.relative_to(run_dir).as_posix()
-                    self.states[name] = status.st_size, status.st_mtime_ns
+                    self.states[path.relative_to(run_dir).as_posix()] = _state(path)
         # Checkpoints are dropped meanwhile, and a later journal does not go with the parts of now.
         self._held = {
             name: (run_dir / name).read_bytes()
@@ -339,6 +338,12 @@ class _Snapshot:
             return (self.run_dir / name).read_bytes()
         except FileNotFoundError:
             return None
+
+
+def _state(file: Path) -> tuple[int, int]:
+    """Size and time of change."""
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _newest(latest: bytes) -> str | None:

@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from cacp_ray.cli.options import Address, Overrides, Resume, RunDir
 from cacp_ray.cli.results import print_report
 from cacp_ray.errors import ConfigError
 from cacp_ray.searching.strategies import AGENTS, STRATEGIES
+
+if TYPE_CHECKING:
+    from cacp_ray.api import Run
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +67,9 @@ def search(
     price: Annotated[
         float | None,
         typer.Option(
-            min=0.0, help="Of a core for an hour; --dry-run then tells what the search would cost."
+            min=0.0,
+            help="Of a core, or of a GPU where those score, for an hour; --dry-run then tells what "
+            "the search would cost.",
         ),
     ] = None,
 ) -> None:
@@ -88,12 +93,10 @@ def search(
 
         typer.echo(check_search(settings, folder, resume=resume, address=address, price=price))
         return
-    _search(settings, folder, resume=resume, address=address, cache=cache, storage=storage)
+    run = _search(settings, folder, resume=resume, address=address, cache=cache, storage=storage)
     print_report(folder)
-    if storage:
-        from cacp_ray.storage import RunStorage
-
-        RunStorage(storage).finish(folder)  # the report too
+    if run.storage is not None:
+        run.storage.finish(folder)  # the report too
 
 
 @app.command()
@@ -140,12 +143,12 @@ def compare(
     _compare(runs, out)
 
 
-def _search(settings: Any, folder: Path, **options: Any) -> None:
+def _search(settings: Any, folder: Path, **options: Any) -> "Run":
     from cacp_ray import api
     from cacp_ray.reporting.progress import SearchDisplay
 
     with SearchDisplay(quiet=state["quiet"]) as display:
-        api.search(settings, folder, on_progress=display.update, **options)
+        return api.search(settings, folder, on_progress=display.update, **options)
 
 
 def _search_each(

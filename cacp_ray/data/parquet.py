@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -52,7 +53,7 @@ class ParquetSource:
 
     @cached_property
     def _starts(self) -> NDArray[np.int64]:
-        lengths = [self._open(file).metadata.num_rows for file in self.files]
+        lengths = [self._footer(file).num_rows for file in self.files]
         return np.concatenate([[0], np.cumsum(lengths)])
 
     @property
@@ -88,7 +89,7 @@ class ParquetSource:
     def _blocks(self) -> NDArray[np.int64]:
         sizes = [
             group.num_rows
-            for metadata in (self._open(file).metadata for file in self.files)
+            for metadata in map(self._footer, self.files)
             for group in map(metadata.row_group, range(metadata.num_row_groups))
         ]
         return np.cumsum([0, *sizes])[:-1]
@@ -128,9 +129,25 @@ class ParquetSource:
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         return f"{self.files[number]}, row {row - self._starts[number]}"
 
+    @cached_property
+    def _footers(self) -> dict[str, pq.FileMetaData]:
+        """Of the files that were opened: an object store takes a while for each."""
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the footers, which are many times larger than the labels."""
+        return {name: value for name, value in vars(self).items() if name != "_footers"}
+
     def _open(self, file: str) -> pq.ParquetFile:
         with self._errors(file):
-            return pq.ParquetFile(self.filesystem.open_input_file(file))
+            opened = pq.ParquetFile(
+                self.filesystem.open_input_file(file), metadata=self._footers.get(file)
+            )
+        self._footers[file] = opened.metadata
+        return opened
+
+    def _footer(self, file: str) -> pq.FileMetaData:
+        return self._footers.get(file) or self._open(file).metadata
 
     def _errors(self, file: str) -> "_Readable":
         return _Readable(file)

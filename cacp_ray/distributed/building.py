@@ -58,15 +58,16 @@ def build_on_nodes(
     Raises:
         EvaluationError: One cannot be built.
     """
-    task = ray.remote(num_cpus=cpus, max_retries=0)(_build)
+    on_cpu = ray.remote(num_cpus=cpus, max_retries=0)(_build)
+    # Its process ends with it: a share that is given by `options` alone would leave it alive, and
+    # the GPU's memory with it.
+    on_gpu = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0)(_build)
     versions = installed_versions()
 
     def begin(subnet: Subnet) -> tuple[Any, float]:
         share = gpus if _has_gpus() else 0.0
-        ref = task.options(num_gpus=share).remote(
-            subnet, prepared, split, settings, cpus, share, versions
-        )
-        return ref, share
+        task = on_gpu if share else on_cpu
+        return task.remote(subnet, prepared, split, settings, cpus, share, versions), share
 
     flights = [begin(subnet) for subnet in subnets]
     attempts: Counter[int] = Counter()

@@ -92,7 +92,7 @@ def disconnect() -> None:
 
 def check_room(
     cpus: int,
-    gpus: float,
+    gpus: float | str,
     address: str | None,
     *,
     actors: int = 1,
@@ -104,7 +104,7 @@ def check_room(
 
     Args:
         cpus: Of an actor.
-        gpus: Of an actor.
+        gpus: Of an actor; `auto` asks for none.
         address: As of `connect`.
         actors: That have to run at once.
         asked_by: Settings that the message names.
@@ -120,7 +120,8 @@ def check_room(
         import torch
 
         has = [{"CPU": count_cpus(), "GPU": torch.cuda.device_count()}]
-    for kind, asked in (("CPU", cpus * actors), ("GPU", gpus * actors)):
+    on_gpus = gpus if isinstance(gpus, float | int) else 0.0
+    for kind, asked in (("CPU", cpus * actors), ("GPU", on_gpus * actors)):
         there = max((each.get(kind, 0) for each in has), default=0)
         if asked > there:
             raise ConfigError(

@@ -1,6 +1,7 @@
 """Scoring on a share of a GPU: memory that is the evaluator's own, and batches that fill it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +13,22 @@ TRIED_IMAGES = 16
 MAX_BATCH = 4096
 FILL = 0.7  # of the memory left, by a batch of the whole network
 CONTEXT_BYTES = 2**29  # of CUDA itself in every process; no torch setting limits it
+LIKED_PIXELS = 2**22  # of a batch: 4,096 images of CIFAR, 83 of ImageNet; larger ones gain little
+# Processes take turns on a GPU: more of them only hide where one prepares weights. Not measured.
+MAX_EVALUATORS = 8
+
+
+@dataclass(frozen=True)
+class Need:
+    """Memory of one evaluator on a GPU, and of the GPU, in bytes."""
+
+    evaluator: float
+    gpu: float
+
+    @property
+    def num_evaluators(self) -> int:
+        """That a GPU holds; one where none fits, which then says what it lacks."""
+        return min(max(1, int(self.gpu / self.evaluator)), MAX_EVALUATORS)
 
 
 def open_gpu(share: float) -> None:
@@ -36,25 +53,49 @@ def own_memory(share: float) -> float:
     return max(share * _total_memory() - CONTEXT_BYTES, share * _total_memory() / 2)
 
 
-def fit_batch(
-    predict: Callable[[Pixels, int, int], Tensor], pixels: Pixels, share: float, kept: int
-) -> int:
-    """Images a forward pass, from what a few images of the whole network take.
+def measure_image(predict: Callable[[Pixels, int, int], Tensor], pixels: Pixels) -> float:
+    """Bytes that an image of a batch takes while it is scored.
 
     Args:
         predict: Of the whole network, with batches of `TRIED_IMAGES`.
         pixels: Of the split.
-        share: Of the GPU's memory.
-        kept: Bytes that scoring comes to hold later.
     """
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     tried = min(TRIED_IMAGES, len(pixels))
     predict(pixels, 0, tried)
-    each = max(1, (torch.cuda.max_memory_allocated() - before) / tried)
-    left = own_memory(share) - before - kept
-    return int(min(max(left * FILL / each, 1), MAX_BATCH, len(pixels)))
+    return max(1, (torch.cuda.max_memory_allocated() - before) / tried)
+
+
+def fit_batch(image_bytes: float, num_images: int, share: float, kept: int) -> int:
+    """Images a forward pass that a share of the GPU holds, beside what this process has there.
+
+    Args:
+        image_bytes: See `measure_image`.
+        num_images: Of the split.
+        share: Of the GPU's memory.
+        kept: Bytes that scoring comes to hold later.
+    """
+    left = own_memory(share) - torch.cuda.memory_allocated() - kept
+    return int(min(max(left * FILL / image_bytes, 1), MAX_BATCH, num_images))
+
+
+def find_need(image_bytes: float, batch: int, kept: int) -> Need:
+    """What an evaluator needs to score in such batches, from what this process holds there.
+
+    Args:
+        image_bytes: See `measure_image`.
+        batch: Images a forward pass.
+        kept: As of `fit_batch`.
+    """
+    held = torch.cuda.memory_allocated() + kept
+    return Need(CONTEXT_BYTES + held + image_bytes * batch / FILL, _total_memory())
+
+
+def liked_batch(image_pixels: int, num_images: int) -> int:
+    """Images a forward pass that keep a GPU busy."""
+    return min(max(1, LIKED_PIXELS // image_pixels), MAX_BATCH, num_images)
 
 
 def _total_memory() -> int:

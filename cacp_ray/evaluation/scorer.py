@@ -14,7 +14,15 @@ from torch import Tensor
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.transforms import from_shared
 from cacp_ray.errors import EvaluationError
-from cacp_ray.evaluation.gpu import TRIED_IMAGES, fit_batch, open_gpu
+from cacp_ray.evaluation.gpu import (
+    TRIED_IMAGES,
+    Need,
+    find_need,
+    fit_batch,
+    liked_batch,
+    measure_image,
+    open_gpu,
+)
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
 from cacp_ray.evaluation.network import FastNetwork, Pixels, default_batch_size, put_pixels
 from cacp_ray.evaluation.preparation import Cutters, Prepared
@@ -79,17 +87,10 @@ def make_scorer(
     if gpu:
         open_gpu(gpu)
     try:
-        cutters = Cutters(prepared, recovery, device)
-        precision = read_dtype(dtype, device)
-        # By importance order; on a GPU all at once, so that what they take is known.
-        orders = ("", *prepared.others) if gpu else ("",)
-        networks = {order: FastNetwork(cutters[order], precision) for order in orders}
-        pixels = put_pixels(split, device)
+        loaded = _load(prepared, split, recovery, dtype, device)
         size = batch_size or default_batch_size(split)
         if gpu and batch_size is None:
-            whole = prepared.plan.cost_model.num_channels.tolist()
-            kept = CACHE_BYTES * len(orders) if recovery == "compensate" else 0
-            size = fit_batch(networks[""].load(whole, TRIED_IMAGES), pixels, gpu, kept)
+            size = fit_batch(loaded.measure_image(), len(split), gpu, loaded.kept)
     except torch.OutOfMemoryError as error:
         raise EvaluationError(
             f"network and search split do not fit into {gpu:g} of the GPU's memory: raise "
@@ -115,11 +116,9 @@ def make_scorer(
 
     def score_once(candidate: Candidate) -> Measurement:
         started = time.perf_counter()
-        if candidate.order not in networks:
-            networks[candidate.order] = FastNetwork(cutters[candidate.order], precision)
-        network = networks[candidate.order].load(candidate.keep_counts, size)
+        network = loaded.network(candidate.order).load(candidate.keep_counts, size)
         scored = len(split.take(candidate.images or images))
-        logits = _race(network, pixels, labels_of_split[:scored], candidate.best)
+        logits = _race(network, loaded.pixels, labels_of_split[:scored], candidate.best)
         labels = labels_of_split[: len(logits)]
         accuracy = score_logits(logits, labels)
         if not math.isfinite(accuracy.loss):
@@ -142,6 +141,74 @@ def make_scorer(
         return found
 
     return score
+
+
+def measure_need(
+    prepared: Prepared,
+    split: ImageSet,
+    *,
+    recovery: str,
+    batch_size: int | None = None,
+    dtype: str,
+    **_others: object,
+) -> Need:
+    """The memory of an evaluator, measured on a GPU of which this process has all.
+
+    Args are those of `make_scorer`.
+
+    Raises:
+        EvaluationError: torch cannot use a GPU here, or it is too small for one evaluator.
+    """
+    open_gpu(1.0)
+    try:
+        loaded = _load(prepared, split, recovery, dtype, "cuda")
+        image_bytes = loaded.measure_image()
+    except torch.OutOfMemoryError as error:
+        raise EvaluationError(
+            "network and search split do not fit into a GPU's memory: set data.search to fewer "
+            "images, or cluster.gpus_per_evaluator to 0"
+        ) from error
+    batch = batch_size or liked_batch(math.prod(split.images.shape[1:3]), len(split))
+    return find_need(image_bytes, batch, loaded.kept)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loaded:
+    """What scores, on its device.
+
+    Attributes:
+        cutters: By importance order.
+        networks: Likewise, made when they are first asked for.
+        precision: Of the networks.
+        pixels: Of the split.
+        kept: Bytes that scoring comes to hold later.
+    """
+
+    cutters: Cutters
+    networks: dict[str, FastNetwork]
+    precision: torch.dtype
+    pixels: Pixels
+    kept: int
+
+    def network(self, order: str) -> FastNetwork:
+        """Of an importance order."""
+        if order not in self.networks:
+            self.networks[order] = FastNetwork(self.cutters[order], self.precision)
+        return self.networks[order]
+
+    def measure_image(self) -> float:
+        """Of the whole network, see `cacp_ray.evaluation.gpu`."""
+        whole = self.cutters[""].plan.cost_model.num_channels.tolist()
+        return measure_image(self.network("").load(whole, TRIED_IMAGES), self.pixels)
+
+
+def _load(prepared: Prepared, split: ImageSet, recovery: str, dtype: str, device: str) -> _Loaded:
+    # On a GPU all orders at once, so that what they take is known.
+    orders = ("", *prepared.others) if device == "cuda" else ("",)
+    kept = CACHE_BYTES * len(orders) if recovery == "compensate" else 0
+    cutters, precision = Cutters(prepared, recovery, device), read_dtype(dtype, device)
+    networks = {order: FastNetwork(cutters[order], precision) for order in orders}
+    return _Loaded(cutters, networks, precision, put_pixels(split, device), kept)
 
 
 def _race(

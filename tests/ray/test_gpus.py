@@ -5,6 +5,7 @@ No process computes on one: what is tried is who is placed where, and what each 
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -13,9 +14,11 @@ import ray
 
 from cacp_ray.distributed import room
 from cacp_ray.distributed.cluster import check_room
+from cacp_ray.distributed.gpus import find_share, measure_on_gpus
 from cacp_ray.distributed.nodes import Nodes
 from cacp_ray.distributed.slots import Kind
-from cacp_ray.errors import ConfigError
+from cacp_ray.errors import ConfigError, EvaluationError
+from cacp_ray.evaluation.gpu import Need
 
 pytestmark = pytest.mark.ray
 
@@ -23,15 +26,26 @@ DRIVER = """
 import json, os, time
 from ray.cluster_utils import Cluster
 import ray
+from cacp_ray.distributed import building
+from cacp_ray.distributed.gpus import find_share, measure_on_gpus
+from cacp_ray.distributed.nodes import read_nodes
 from cacp_ray.distributed.pool import RayEvaluatorPool
 from cacp_ray.distributed.room import find_room
+from cacp_ray.errors import ConfigError, EvaluationError
+from cacp_ray.evaluation.gpu import Need
 from cacp_ray.evaluation.measurement import Candidate
-from tests.ray.test_gpus import make_told
+from tests.ray.test_gpus import fail_there, make_told, tell_need, tell_process
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
 cluster.add_node(num_cpus=2, num_gpus=1)
 cluster.add_node(num_cpus=1)
 ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+
+def is_running(process):
+    deadline = time.monotonic() + 10
+    while os.path.exists(f"/proc/{process}") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return os.path.exists(f"/proc/{process}")
 
 def as_list(room):
     return [room.gpu_share, room.on_gpus, room.on_cpus, room.now, room.device]
@@ -43,6 +57,18 @@ rooms = {
     "wanted": as_list(find_room(1, 0.5, 7, 100)),
     "few useful": as_list(find_room(1, 0.5, None, 1)),
 }
+needs = measure_on_gpus(tell_need, {"gigabytes": 3, "of": 8}, 1)
+told_needs = [
+    [need.evaluator, need.gpu, bool(given), is_running(process)]
+    for need, given, process in needs.values()
+]
+share = find_share({node: need for node, (need, *_) in needs.items()}, read_nodes(), 1)
+try:
+    measure_on_gpus(fail_there, {}, 1)
+except ConfigError as error:
+    fault = str(error)
+building._build = tell_process
+built = [is_running(each) for each in building.build_on_nodes([()] * 3, 0, 0, {}, cpus=1, gpus=0.5)]
 pool = RayEvaluatorPool(
     make_told, {"top1": 0.25}, num_evaluators=1, cpus_per_evaluator=1, num_gpu_evaluators=2,
     gpus_per_evaluator=0.5, most=100,
@@ -69,7 +95,7 @@ later = score(20)
 pool.close()
 ray.shutdown()
 cluster.shutdown()
-print(json.dumps([rooms, first, later]))
+print(json.dumps([rooms, [told_needs, share, fault, built], first, later]))
 """
 
 
@@ -89,6 +115,25 @@ def make_told(top1, gpu=0.0):
     return score
 
 
+def tell_need(gigabytes, of):
+    """What is measured, the GPU that Ray gave, and the process."""
+    import os
+
+    from cacp_ray.evaluation.gpu import Need
+
+    return Need(gigabytes, of), os.environ.get("CUDA_VISIBLE_DEVICES"), os.getpid()
+
+
+def fail_there():
+    raise EvaluationError("torch cannot use one")
+
+
+def tell_process(*arguments):
+    import os
+
+    return os.getpid()
+
+
 @pytest.mark.parametrize(
     ("cpus", "gpus", "share", "room"),
     [(8, 1, 0.25, 4), (2, 1, 0.25, 2), (16, 2, 0.6, 2), (16, 5, 0.4, 10), (8, 0, 0.5, 0)],
@@ -106,12 +151,43 @@ def test_a_gpu_is_asked_for_where_a_cluster_has_none_yet(monkeypatch):
     assert (found.on_gpus, found.on_cpus, found.device) == (1, 4, "cuda and cpu")
 
 
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "needs", "number"),
+    [
+        ([8], [1], [(3, 16)], 5),
+        ([4], [1], [(3, 16)], 4),
+        ([8], [2], [(1, 16)], 4),
+        ([64], [1], [(1, 80)], 8),
+        ([8], [1], [(20, 16)], 1),
+        ([1], [4], [(1, 16)], 1),
+        ([8, 16], [1, 1], [(3, 16), (3, 7)], 2),
+    ],
+)
+def test_as_many_share_a_gpu_as_the_smallest_holds_and_has_cpus_for(cpus, gpus, needs, number):
+    names = "ab"[: len(cpus)]
+    has = [dict(zip(names, each, strict=True)) for each in (cpus, gpus)]
+    nodes = Nodes(*has, frozenset())
+    found = {name: Need(*need) for name, need in zip(names, needs, strict=True)}
+    assert find_share(found, nodes, 1) == 1 / number
+    assert find_share({}, nodes, 1) == 0.0
+    fast = Kind(1, 1 / number)
+    assert sum(fast.room(nodes, name) for name in names) >= min(number, *cpus)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_where_no_node_has_a_gpu_nothing_is_measured():
+    if any(node["Resources"].get("GPU") for node in ray.nodes()):
+        pytest.skip("a GPU is there")
+    assert measure_on_gpus(fail_there, {}, 1) == {}
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_share_of_no_gpu_is_refused_on_this_machine():
     if any(node["Resources"].get("GPU") for node in ray.nodes()):
         pytest.skip("a GPU is there")
     with pytest.raises(ConfigError, match=r"0\.25 GPUs .* there are 0 on this machine: lower it"):
         check_room(1, 0.25, "local")
+    check_room(1, "auto", "local")
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -131,7 +207,7 @@ def test_gpu_nodes_get_evaluators_with_shares_and_others_get_plain_ones():
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    rooms, first, later = json.loads(done.stdout.splitlines()[-1])
+    rooms, measured, first, later = json.loads(done.stdout.splitlines()[-1])
     assert rooms == {
         "all": [0.5, 2, 1, 3, "cuda and cpu"],
         "CPUs end first": [0.25, 2, 1, 3, "cuda and cpu"],
@@ -139,6 +215,11 @@ def test_gpu_nodes_get_evaluators_with_shares_and_others_get_plain_ones():
         "wanted": [0.5, 7, 0, 2, "cuda"],
         "few useful": [0.5, 1, 0, 3, "cuda and cpu"],
     }
+    needs, share, fault, built = measured
+    assert needs == [[3, 8, True, False]]
+    assert share == 0.5
+    assert re.match(r"memory cannot be measured on a GPU of node [0-9.]+ \(.*cannot use one", fault)
+    assert built == [False] * 3  # processes, which would keep a GPU's memory
     told = {(name, share) for name, share, _ in first}
     assert told == {("evaluator-0", 0.5), ("evaluator-1", 0.5), ("evaluator-2", 0.0)}
     assert all(top1 == 0.25 for _, _, top1 in first)

@@ -45,6 +45,9 @@ def test_every_shipped_recipe_loads(path):
         (["rates=[0.425]"], "at most two decimals"),
         (["data.std=[0, 1, 1]"], r"data\.std\.0: .*greater than 0"),
         (["agent.hidden=[-1]"], r"agent\.hidden\.0: .*greater than or equal to 1"),
+        (["cluster.gpus_per_evaluator=some"], r"write a share of a GPU .* or auto \(got 'some'\)"),
+        (["cluster.gpus_per_evaluator=1.5"], r"write a share of a GPU from 0 to 1, or auto"),
+        (["cluster.gpus_per_evaluator=true"], r"write a share of a GPU from 0 to 1, or auto"),
     ],
 )
 def test_bad_values_are_refused_by_name(overrides, message):

@@ -96,6 +96,23 @@ def test_a_run_whose_machine_is_lost_goes_on_from_the_copy(
     assert sum(name.endswith("loop.json") for name in names(tmp_path / "copy")) == 2
 
 
+def test_what_was_fetched_is_not_copied_back(tmp_path, monkeypatch):
+    """Statistics of a large network are hundreds of megabytes."""
+    search(tmp_path / "run", RunStorage(str(tmp_path / "copy")))
+    (tmp_path / "copy" / "statistics.safetensors").write_bytes(b"large")
+    again = RunStorage(str(tmp_path / "copy"))
+    again.pull(tmp_path / "new")
+    put, done = again._put, []
+    monkeypatch.setattr(
+        again, "_put", lambda name, content: (done.append(name), put(name, content))
+    )
+    again.finish(tmp_path / "new")
+    assert done == []
+    (tmp_path / "new" / "report.html").write_text("new")
+    again.finish(tmp_path / "new")
+    assert done == ["report.html"]
+
+
 @pytest.mark.parametrize("kill_at", range(0, 24, 3))
 def test_a_copy_that_stops_anywhere_can_be_resumed(tmp_path, uninterrupted, monkeypatch, kill_at):
     copy = RunStorage(str(tmp_path / "copy"))
@@ -195,7 +212,7 @@ def test_files_that_vanish_are_passed_over(tmp_path, monkeypatch):
     copy, stat, put = RunStorage(str(tmp_path / "copy")), Path.stat, RunStorage._put
 
     def vanishing(path, **options):
-        if path.name == "before" and sys._getframe(1).f_code.co_name == "__init__":
+        if path.name == "before" and sys._getframe(1).f_code.co_name == "_state":
             path.unlink(missing_ok=True)
         return stat(path, **options)
 

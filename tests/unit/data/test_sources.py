@@ -2,8 +2,10 @@
 
 import io
 import os
+import pickle
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -92,6 +94,41 @@ def test_only_row_groups_with_wanted_rows_are_read(shards, monkeypatch):
     found = read_images(open_source(str(shards)), Rows(span=(9, 10)))
     assert values(found) == [9]
     assert groups == [1]
+
+
+def test_a_footer_and_the_labels_are_read_once_whatever_splits_lie_there(shards, monkeypatch):
+    opened = Counter()
+
+    class Counted(pq.ParquetFile):
+        def __init__(self, place, metadata=None):
+            opened["footers" if metadata is None else "others"] += 1
+            super().__init__(place, metadata=metadata)
+
+        def read(self, **options):
+            opened["labels"] += 1
+            return super().read(**options)
+
+    monkeypatch.setattr(pq, "ParquetFile", Counted)
+    data = load_config(
+        DataConfig,
+        {
+            "train": {"path": str(shards)},
+            "search": {"path": str(shards), "images_per_class": 2},
+            "test": {"path": f"{shards}/train-00000-*.parquet"},
+        },
+    )
+    sources = {}
+    with pytest.raises(ConfigError, match="share rows"):
+        check_data(data, sources)
+    assert opened["labels"] == 3 + 1  # the test file has another path
+    train, search = (read_split(data, name, sources=sources) for name in ("train", "search"))
+    assert sorted(values(train) + values(search)) == list(range(21))
+    assert (opened["labels"], opened["footers"]) == (4, 4)
+    # Nodes that train get the source without them.
+    source = pickle.loads(pickle.dumps(sources[str(shards)]))
+    assert "_footers" not in vars(source)
+    assert values(read_images(source, Rows())) == list(range(21))
+    assert (opened["labels"], opened["footers"]) == (4, 7)
 
 
 def test_folders_are_classes(folders):

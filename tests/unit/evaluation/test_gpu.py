@@ -1,8 +1,12 @@
 """Scoring on a GPU; for machines that have one (`pytest -m gpu`)."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cacp_ray.config import RunConfig, load_config
 from cacp_ray.errors import EvaluationError
@@ -10,6 +14,7 @@ from cacp_ray.evaluation import gpu, scorer
 from cacp_ray.evaluation.measurement import Candidate
 from cacp_ray.evaluation.scorer import make_scorer
 from cacp_ray.loading import load_base, prepare_base
+from cacp_ray.pruning.compensation import CACHE_BYTES
 from cacp_ray.searching.budget import uniform
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -22,20 +27,95 @@ def test_without_a_gpu_the_reason_and_the_next_step_are_one_line():
     assert "\n" not in str(caught.value)
 
 
+@pytest.fixture
+def memory(monkeypatch):
+    """A GPU of 8 GB, on which 100 MB are held and an image takes `each` bytes."""
+    state = SimpleNamespace(held=100 * 2**20, each=2**20, total=2**33)
+    cuda = torch.cuda
+    properties = SimpleNamespace(total_memory=state.total)
+    monkeypatch.setattr(cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(cuda, "memory_allocated", lambda: state.held)
+    monkeypatch.setattr(
+        cuda, "max_memory_allocated", lambda: state.held + state.each * gpu.TRIED_IMAGES
+    )
+    return state
+
+
 @pytest.mark.parametrize(("each", "size"), [(2**20, 716), (2**30, 1), (1, 900)])
-def test_the_batch_is_what_the_memory_holds(monkeypatch, each, size):
+def test_the_batch_is_what_the_memory_holds(memory, each, size):
     """1 GB is left of a share of 2 GB less CUDA's own 0.5, weights and what comes later."""
-    used, later = 100 * 2**20, 412 * 2**20
-    memory = type("Properties", (), {"total_memory": 2**33})
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: used)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: used + each * gpu.TRIED_IMAGES)
+    memory.each = each
     seen = []
-    found = gpu.fit_batch(lambda *where: seen.append(where), range(900), 0.25, later)
+    found = gpu.measure_image(lambda *where: seen.append(where), range(900))
     assert [where[1:] for where in seen] == [(0, gpu.TRIED_IMAGES)]
-    assert found == size
+    assert found == each
+    assert gpu.fit_batch(found, 900, 0.25, 412 * 2**20) == size
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    each=st.integers(1, 2**27),
+    held=st.integers(0, 2**31),
+    kept=st.integers(0, 2**29),
+    batch=st.integers(1, gpu.MAX_BATCH),
+)
+def test_of_evaluators_that_a_gpu_holds_each_has_memory_for_its_batch(
+    memory, each, held, kept, batch
+):
+    memory.held = held
+    need = gpu.find_need(each, batch, kept)
+    number = need.num_evaluators
+    assert 1 <= number <= gpu.MAX_EVALUATORS
+    if need.evaluator > need.gpu:
+        assert number == 1
+        return
+    assert number * need.evaluator <= need.gpu
+    if number < gpu.MAX_EVALUATORS:
+        assert (number + 1) * need.evaluator > need.gpu
+    assert gpu.fit_batch(each, gpu.MAX_BATCH, 1 / number, kept) >= batch - 1  # rounding
+
+
+def test_a_batch_that_a_gpu_likes_is_of_many_small_images_or_few_large_ones():
+    assert gpu.liked_batch(32 * 32, 5000) == 4096
+    assert gpu.liked_batch(224 * 224, 5000) == 83
+    assert gpu.liked_batch(224 * 224, 50) == 50
+    assert gpu.liked_batch(4000 * 4000, 50) == 1
+
+
+@pytest.mark.parametrize("recovery", ["none", "compensate"])
+def test_the_need_of_an_evaluator_is_that_of_all_it_loads(memory, monkeypatch, recovery):
+    """On this machine's CPU in the place of a GPU, whose memory is told."""
+    config = load_config(RunConfig, {"pruning": {"recovery": recovery}})
+    base = load_base(config)
+    loaded, load = [], scorer._load
+    monkeypatch.setattr(scorer, "open_gpu", loaded.append)
+    monkeypatch.setattr(scorer, "_load", lambda *args: load(*args[:-1], "cpu"))
+    prepared = prepare_base(base, config)
+    found = scorer.measure_need(
+        prepared, base.search, recovery=recovery, dtype="float32", threads=1, images=None
+    )
+    kept = CACHE_BYTES if recovery == "compensate" else 0
+    rest = memory.each * len(base.search) / gpu.FILL
+    assert loaded == [1.0]
+    assert found == gpu.Need(gpu.CONTEXT_BYTES + memory.held + kept + rest, memory.total)
+    given = scorer.measure_need(
+        prepared, base.search, recovery=recovery, dtype="float32", batch_size=10
+    )
+    assert found.evaluator - given.evaluator == pytest.approx(
+        memory.each * (len(base.search) - 10) / gpu.FILL
+    )
+
+
+def test_what_a_gpu_of_its_own_cannot_hold_is_one_line_with_the_next_step(monkeypatch):
+    def run_out(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(scorer, "open_gpu", lambda share: None)
+    monkeypatch.setattr(scorer, "_load", run_out)
+    with pytest.raises(EvaluationError, match=r"do not fit into a GPU's memory: set data.search"):
+        scorer.measure_need(None, None, recovery="none", dtype="float32")
 
 
 def test_what_does_not_fit_is_one_line_with_the_next_step(monkeypatch):
@@ -43,13 +123,31 @@ def test_what_does_not_fit_is_one_line_with_the_next_step(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(scorer, "open_gpu", lambda share: None)
-    monkeypatch.setattr(scorer, "Cutters", run_out)
+    monkeypatch.setattr(scorer, "_load", run_out)
     with pytest.raises(EvaluationError, match=r"do not fit into 0\.25 .* raise cluster"):
         make_scorer(None, None, recovery="none", dtype="auto", gpu=0.25)
 
 
 class TestOnAGpu:
     pytestmark = needs_gpu
+
+    def test_as_many_evaluators_as_are_said_to_fit_score_side_by_side(self):
+        """Their shares of memory are limits of torch: one that needs more fails."""
+        config = load_config(RunConfig, {})
+        base = load_base(config)
+        prepared = prepare_base(base, config)
+        need = scorer.measure_need(prepared, base.search, recovery="compensate", dtype="auto")
+        assert gpu.CONTEXT_BYTES < need.evaluator < need.gpu
+        share = 1 / need.num_evaluators
+        counts = uniform(base.budget, [0.5], np.ones(len(base.budget.num_channels)))
+        candidate = Candidate(0, 0.5, tuple(counts[0].tolist()))
+        tops = {
+            make_scorer(prepared, base.search, recovery="compensate", dtype="auto", gpu=share)(
+                candidate
+            ).top1
+            for _ in range(2)
+        }
+        assert len(tops) == 1
 
     @pytest.mark.parametrize("recovery", ["none", "bn", "compensate"])
     @pytest.mark.parametrize("dtype", ["float32", "auto"])
