@@ -9,6 +9,7 @@ a conversion that was killed goes on.
 import hashlib
 import io
 import json
+import logging
 import os
 import posixpath
 import re
@@ -30,6 +31,9 @@ from cacp_ray.data.image_folder import FolderSource
 from cacp_ray.data.sources import open_place, open_source
 from cacp_ray.errors import ArtifactError, CacpError, ConfigError, EvaluationError, first_line
 
+logger = logging.getLogger(__name__)
+
+SAY_SECONDS = 30.0
 SEED = 0
 ROWS_A_GROUP = 16  # a reader of few rows reads little more
 DIGEST = b"cacp_ray.rows"
@@ -101,7 +105,7 @@ def convert(
                 infos = [(source.files[row], int(source.labels[row])) for row in part]
                 items = [_Item(i.path, i.size, i.mtime_ns, label) for i, label in infos]
                 flights.append(write.remote(job, name, items))
-            (finished,), flights = ray.wait(flights, num_returns=1)
+            (finished,), flights = _wait(flights)
             written = _result(finished, out)
             done += 1
             on_shard(done, num_shards, written)
@@ -109,6 +113,20 @@ def convert(
         _cancel(flights)
     _remove_abandoned(target, folder, names)
     return count
+
+
+def _wait(flights: list[ray.ObjectRef]) -> tuple[list[ray.ObjectRef], list[ray.ObjectRef]]:
+    """The first task that ends, and the others."""
+    while True:
+        done, others = ray.wait(flights, num_returns=1, timeout=SAY_SECONDS)
+        if done:
+            return done, others
+        free = ray.available_resources().get("CPU", 0)
+        logger.info(
+            "no shard for %.0f s: they are large, or wait for CPUs, of which %g are free",
+            SAY_SECONDS,
+            free,
+        )
 
 
 def _check_places(path: str, out: str) -> None:

@@ -1,5 +1,6 @@
 """Image folders become shards with the same images, whatever is killed in between."""
 
+import logging
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from PIL import Image
 
 from cacp_ray.data.images import Rows, read_images, read_parquet
 from cacp_ray.data.sources import open_source
+from cacp_ray.distributed import converting
 from cacp_ray.distributed.converting import convert
 from cacp_ray.errors import ArtifactError, ConfigError
 
@@ -114,6 +116,15 @@ def test_what_cannot_be_converted_is_refused(folder, tmp_path):
     with pytest.raises(ArtifactError, match="no such file"):
         convert(str(tmp_path / "nothing"), str(tmp_path / "out"), 2, "train", lambda *done: None)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_conversion_that_waits_for_cpus_says_so(folder, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(converting, "SAY_SECONDS", 0.5)
+    sleepers = [ray.remote(num_cpus=1)(lambda: time.sleep(3)).remote() for _ in range(2)]
+    assert shard_sizes(folder, tmp_path / "out", 2) == [60, 60]
+    assert "no shard for 0 s: they are large, or wait for CPUs, of which 0 are free" in caplog.text
+    ray.get(sleepers)
 
 
 def test_a_mended_image_and_one_of_another_class_are_written_again(copy, tmp_path):
