@@ -66,7 +66,8 @@ def measure_on_gpus(
                 continue
             raise ConfigError(
                 f"memory cannot be measured on a GPU of node {_address(asked[ref])} "
-                f"({describe(error)}): mend that, or set cluster.gpus_per_evaluator to a number"
+                f"({describe(error)}): mend that, or set cluster.gpus_per_evaluator to a number, "
+                "0 for CPUs"
             ) from error
     if asked and not found:
         raise ConfigError(

@@ -87,7 +87,13 @@ def test_a_batch_that_a_gpu_likes_is_of_many_small_images_or_few_large_ones():
 @pytest.mark.parametrize("recovery", ["none", "compensate"])
 def test_the_need_of_an_evaluator_is_that_of_all_it_loads(memory, monkeypatch, recovery):
     """On this machine's CPU in the place of a GPU, whose memory is told."""
-    config = load_config(RunConfig, {"pruning": {"recovery": recovery}})
+    config = load_config(
+        RunConfig,
+        {
+            "pruning": {"recovery": recovery, "criterion": "l1", "calibration_images": 32},
+            "data": {"search": {"path": "embedded:search", "rows": [0, 64]}},
+        },
+    )
     base = load_base(config)
     loaded, load = [], scorer._load
     monkeypatch.setattr(scorer, "open_gpu", loaded.append)
