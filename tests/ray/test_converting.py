@@ -119,7 +119,7 @@ def test_what_cannot_be_converted_is_refused(folder, tmp_path):
 
 
 def test_a_conversion_that_waits_for_cpus_says_so(folder, tmp_path, monkeypatch, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="cacp_ray")  # others may have set it
     monkeypatch.setattr(converting, "SAY_SECONDS", 0.5)
     sleepers = [ray.remote(num_cpus=1)(lambda: time.sleep(3)).remote() for _ in range(2)]
     assert shard_sizes(folder, tmp_path / "out", 2) == [60, 60]
