@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cacp_ray.config import ClusterConfig, RunConfig
+from cacp_ray.errors import ConfigError
 from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache, key_of_scores
 from cacp_ray.evaluation.gpu import Need
 from cacp_ray.evaluation.measurement import Evaluator, Measurement, ScoreFunction, Subnet
@@ -29,7 +30,7 @@ def find_gpu_share(
     Args are those of `start_evaluators`.
 
     Raises:
-        ConfigError: See `distributed.gpus.measure_on_gpus`.
+        ConfigError: Memory cannot be measured on a GPU that is there.
     """
     from cacp_ray.distributed.gpus import find_share, measure_on_gpus
     from cacp_ray.distributed.nodes import read_nodes
@@ -39,15 +40,21 @@ def find_gpu_share(
         return asked
     arguments = {**scorer_arguments(config, base, prepared, 1.0), **(stored or {})}
     needs = measure_on_gpus(measure_need_alike, with_versions(arguments), cpus)
-    share = find_share(needs, read_nodes(), cpus)
+    nodes = read_nodes()
+    if not needs and any(nodes.gpus.values()):
+        raise ConfigError(
+            f"no GPU was free to measure memory on, with {cpus} CPUs beside it: wait until one is, "
+            "or set cluster.gpus_per_evaluator to a number, 0 for CPUs"
+        )
+    share = find_share(needs, nodes, cpus)
     say(describe_needs(list(needs.values()), share))
     return share
 
 
 def describe_needs(needs: Sequence[Need], share: float) -> str:
     """What was measured on GPUs, one of a node, and the share that follows."""
-    if not needs:
-        return "GPUs: the cluster has none now, so evaluators score on CPUs"
+    if not share:
+        return "GPUs: none is there now, so evaluators score on CPUs"
     taken, gpu = max(each.evaluator for each in needs), min(each.gpu for each in needs)
     return (
         f"GPUs: an evaluator takes about {taken / 2**30:.1f} of {gpu / 2**30:.0f} GB, "

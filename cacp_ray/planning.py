@@ -12,6 +12,7 @@ import torch
 
 from cacp_ray.config import RunConfig
 from cacp_ray.data.images import ImageSet
+from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.gpu import Need, liked_batch
 from cacp_ray.evaluation.network import FastNetwork, default_batch_size, put_pixels
 from cacp_ray.evaluation.preparation import Cutter, Prepared
@@ -22,6 +23,7 @@ from cacp_ray.pruning.compensation import CACHE_BYTES
 from cacp_ray.pruning.surgery import all_tensors
 from cacp_ray.reporting.summary import format_seconds
 from cacp_ray.searching.budget import uniform
+from cacp_ray.searching.strategies import OTHER_ORDERS
 
 if TYPE_CHECKING:
     from cacp_ray.distributed.nodes import Nodes
@@ -45,6 +47,7 @@ class Estimate:
         split_bytes: Decoded images, once on every machine.
         gpus: That score; 0: cores do.
         gpu_bytes: Memory of the smallest of them.
+        share: Of a GPU, for each evaluator.
     """
 
     evaluations: int
@@ -58,6 +61,7 @@ class Estimate:
     split_bytes: int
     gpus: int = 0
     gpu_bytes: float = 0.0
+    share: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -122,7 +126,7 @@ def gpu_arguments(config: RunConfig, base: Base) -> dict[str, Any]:
     prepared, part, rows = _parts(config, base, batch)
     rest = base.search.images.nbytes - part.images.nbytes
     if config.pruning.recovery == "compensate":
-        rest += CACHE_BYTES
+        rest += CACHE_BYTES * (1 + len(OTHER_ORDERS.get(config.strategy, ())))
     return {
         "prepared": prepared,
         "part": part,
@@ -145,10 +149,18 @@ def measure_gpu(
     """Measures on the GPU that this process has; arguments of `gpu_arguments`.
 
     Raises:
-        EvaluationError: As of `measure_need`.
+        EvaluationError: As of `measure_need`, or a batch does not fit.
     """
     found = measure_need(prepared, part, recovery="none", batch_size=batch, dtype=dtype)
-    each = time_image(prepared, part, rows, batch, read_dtype(dtype, "cuda"), "cuda")
+    try:
+        each = time_image(prepared, part, rows, batch, read_dtype(dtype, "cuda"), "cuda")
+    except torch.OutOfMemoryError as error:
+        raise EvaluationError(
+            f"a batch of {batch} images does not fit into a GPU's memory: set "
+            "evaluation.batch_size to a smaller one"
+        ) from error
+    finally:
+        torch.cuda.empty_cache()  # the process may be a notebook's
     return GpuFigures(Need(found.evaluator + rest, found.gpu), each)
 
 
@@ -192,6 +204,7 @@ def estimate_on_gpus(
         split_bytes=base.search.images.nbytes,
         gpus=max(1, gpus),
         gpu_bytes=min(each.need.gpu for each in figures.values()),
+        share=share,
     )
 
 
@@ -261,11 +274,23 @@ def describe_estimate(found: Estimate, price: float | None = None) -> list[str]:
             []
             if price is None
             else [
-                f"price: about {found.hours * price:.2f} for the evaluations, at {price:g} a "
+                f"price: {_amount(found.hours * price)} for the evaluations, at {price:g} a "
                 f"{unit}-hour"
             ]
         ),
         f"room now: {found.places} evaluators at once, nodes: {found.nodes}",
         f"{memory}, and on each machine {rest:,} MB of images and what candidates share, a few "
         "times the weights",
+        *(
+            [
+                f"{found.share:g} of a GPU is less than an evaluator needs for batches that keep "
+                "it busy: it takes smaller ones, or fails where nothing fits"
+            ]
+            if found.gpus and found.share * found.gpu_bytes < found.evaluator_bytes
+            else []
+        ),
     ]
+
+
+def _amount(price: float) -> str:
+    return f"about {price:.2f}" if price >= 0.01 else "less than 0.01"

@@ -13,6 +13,7 @@ from cacp_ray.clock import Clock
 from cacp_ray.config import RunConfig, resolved
 from cacp_ray.describing import describe_base, describe_model
 from cacp_ray.evaluation.preparation import Prepared
+from cacp_ray.evaluators import describe_needs
 from cacp_ray.files import describe_environment, read_object
 from cacp_ray.loading import (
     STATISTICS_FILE,
@@ -94,10 +95,12 @@ def estimate(
             return describe_estimate(found, price)
         if share != "auto":
             return [
-                f"{config.evaluations:,} evaluations; no GPU is in the cluster now "
+                f"{config.evaluations:,} evaluations; no GPU of the cluster is free now "
                 "(cluster.gpus_per_evaluator), so neither time nor price nor room is estimated"
             ]
-    return describe_estimate(estimate_search(config, base, cpus, can_grow=can_grow), price)
+    found = estimate_search(config, base, cpus, can_grow=can_grow)
+    none = [describe_needs([], 0.0)] if share else []
+    return [*none, *describe_estimate(found, price)]
 
 
 def _find_gpus(

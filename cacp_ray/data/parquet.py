@@ -141,7 +141,9 @@ class ParquetSource:
     def _open(self, file: str) -> pq.ParquetFile:
         with self._errors(file):
             opened = pq.ParquetFile(
-                self.filesystem.open_input_file(file), metadata=self._footers.get(file)
+                self.filesystem.open_input_file(file),
+                metadata=self._footers.get(file),
+                page_checksum_verification=True,  # where pages have some, as converted ones do
             )
         self._footers[file] = opened.metadata
         return opened

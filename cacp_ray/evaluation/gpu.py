@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.network import Pixels
+
+T = TypeVar("T")
 
 TRIED_IMAGES = 16
 MAX_BATCH = 4096
@@ -20,7 +23,7 @@ MAX_EVALUATORS = 8
 
 @dataclass(frozen=True)
 class Need:
-    """Memory of one evaluator on a GPU, and of the GPU, in bytes."""
+    """Memory of one evaluator on a GPU, and of the GPU as far as no others have it, in bytes."""
 
     evaluator: float
     gpu: float
@@ -60,12 +63,18 @@ def measure_image(predict: Callable[[Pixels, int, int], Tensor], pixels: Pixels)
         predict: Of the whole network, with batches of `TRIED_IMAGES`.
         pixels: Of the split.
     """
+    tried = min(TRIED_IMAGES, len(pixels))
+    _, taken = measure_peak(lambda: predict(pixels, 0, tried))
+    return max(1, taken / tried)
+
+
+def measure_peak(run: Callable[[], T]) -> tuple[T, int]:
+    """What it returns, and the bytes that it took meanwhile."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    tried = min(TRIED_IMAGES, len(pixels))
-    predict(pixels, 0, tried)
-    return max(1, (torch.cuda.max_memory_allocated() - before) / tried)
+    found = run()
+    return found, torch.cuda.max_memory_allocated() - before
 
 
 def fit_batch(image_bytes: float, num_images: int, share: float, kept: int) -> int:
@@ -81,16 +90,20 @@ def fit_batch(image_bytes: float, num_images: int, share: float, kept: int) -> i
     return int(min(max(left * FILL / image_bytes, 1), MAX_BATCH, num_images))
 
 
-def find_need(image_bytes: float, batch: int, kept: int) -> Need:
+def find_need(image_bytes: float, batch: int, kept: int, repair_bytes: int) -> Need:
     """What an evaluator needs to score in such batches, from what this process holds there.
 
     Args:
         image_bytes: See `measure_image`.
         batch: Images a forward pass.
         kept: As of `fit_batch`.
+        repair_bytes: That cutting and repairing a network takes meanwhile, before any is scored.
     """
-    held = torch.cuda.memory_allocated() + kept
-    return Need(CONTEXT_BYTES + held + image_bytes * batch / FILL, _total_memory())
+    own = CONTEXT_BYTES + torch.cuda.memory_allocated() + kept
+    free, total = torch.cuda.mem_get_info()
+    # What others hold on this GPU, outside Ray, is no evaluator's.
+    there = min(total, free + torch.cuda.memory_reserved() + CONTEXT_BYTES)
+    return Need(own + max(repair_bytes, image_bytes * batch / FILL), there)
 
 
 def liked_batch(image_pixels: int, num_images: int) -> int:

@@ -21,6 +21,7 @@ from cacp_ray.evaluation.gpu import (
     fit_batch,
     liked_batch,
     measure_image,
+    measure_peak,
     open_gpu,
 )
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
@@ -90,11 +91,12 @@ def make_scorer(
         loaded = _load(prepared, split, recovery, dtype, device)
         size = batch_size or default_batch_size(split)
         if gpu and batch_size is None:
-            size = fit_batch(loaded.measure_image(), len(split), gpu, loaded.kept)
+            image_bytes = measure_image(loaded.load_whole(), loaded.pixels)
+            size = fit_batch(image_bytes, len(split), gpu, loaded.kept)
     except torch.OutOfMemoryError as error:
         raise EvaluationError(
-            f"network and search split do not fit into {gpu:g} of the GPU's memory: raise "
-            "cluster.gpus_per_evaluator"
+            f"network and search split do not fit into {gpu:g} of the GPU's memory: set "
+            "cluster.gpus_per_evaluator to a larger share"
         ) from error
     labels_of_split = from_shared(split.labels)
     is_halved, trimmed_at = False, time.monotonic()
@@ -162,14 +164,15 @@ def measure_need(
     open_gpu(1.0)
     try:
         loaded = _load(prepared, split, recovery, dtype, "cuda")
-        image_bytes = loaded.measure_image()
+        predict, repair_bytes = measure_peak(loaded.load_whole)
+        image_bytes = measure_image(predict, loaded.pixels)
     except torch.OutOfMemoryError as error:
         raise EvaluationError(
             "network and search split do not fit into a GPU's memory: set data.search to fewer "
             "images, or cluster.gpus_per_evaluator to 0"
         ) from error
     batch = batch_size or liked_batch(math.prod(split.images.shape[1:3]), len(split))
-    return find_need(image_bytes, batch, loaded.kept)
+    return find_need(image_bytes, batch, loaded.kept, repair_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,10 +199,10 @@ class _Loaded:
             self.networks[order] = FastNetwork(self.cutters[order], self.precision)
         return self.networks[order]
 
-    def measure_image(self) -> float:
-        """Of the whole network, see `cacp_ray.evaluation.gpu`."""
+    def load_whole(self) -> Callable[[Pixels, int, int], Tensor]:
+        """The whole network, which takes most; for `cacp_ray.evaluation.gpu` to try."""
         whole = self.cutters[""].plan.cost_model.num_channels.tolist()
-        return measure_image(self.network("").load(whole, TRIED_IMAGES), self.pixels)
+        return self.network("").load(whole, TRIED_IMAGES)
 
 
 def _load(prepared: Prepared, split: ImageSet, recovery: str, dtype: str, device: str) -> _Loaded:

@@ -19,6 +19,7 @@ from cacp_ray.distributed.nodes import Nodes
 from cacp_ray.distributed.slots import Kind
 from cacp_ray.errors import ConfigError, EvaluationError
 from cacp_ray.evaluation.gpu import Need
+from cacp_ray.evaluators import describe_needs
 
 pytestmark = pytest.mark.ray
 
@@ -33,6 +34,7 @@ from cacp_ray.distributed.pool import RayEvaluatorPool
 from cacp_ray.distributed.room import find_room
 from cacp_ray.errors import ConfigError, EvaluationError
 from cacp_ray.evaluation.gpu import Need
+from cacp_ray.evaluators import describe_needs
 from cacp_ray.evaluation.measurement import Candidate
 from tests.ray.test_gpus import fail_there, make_told, tell_need, tell_process
 
@@ -63,6 +65,7 @@ told_needs = [
     for need, given, process in needs.values()
 ]
 share = find_share({node: need for node, (need, *_) in needs.items()}, read_nodes(), 1)
+measured_room = as_list(find_room(1, share, None, 100))
 try:
     measure_on_gpus(fail_there, {}, 1)
 except ConfigError as error:
@@ -95,7 +98,7 @@ later = score(20)
 pool.close()
 ray.shutdown()
 cluster.shutdown()
-print(json.dumps([rooms, [told_needs, share, fault, built], first, later]))
+print(json.dumps([rooms, [told_needs, measured_room, fault, built], first, later]))
 """
 
 
@@ -168,10 +171,25 @@ def test_as_many_share_a_gpu_as_the_smallest_holds_and_has_cpus_for(cpus, gpus, 
     has = [dict(zip(names, each, strict=True)) for each in (cpus, gpus)]
     nodes = Nodes(*has, frozenset())
     found = {name: Need(*need) for name, need in zip(names, needs, strict=True)}
-    assert find_share(found, nodes, 1) == 1 / number
+    share = find_share(found, nodes, 1)
+    assert share == pytest.approx(1 / number, abs=1e-4)
     assert find_share({}, nodes, 1) == 0.0
-    fast = Kind(1, 1 / number)
+    fast = Kind(1, share)
     assert sum(fast.room(nodes, name) for name in names) >= min(number, *cpus)
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_ray_has_room_for_all_that_share_a_gpu(number):
+    """Whose shares it rounds to ten thousandths."""
+    nodes = Nodes({"a": 8.0}, {"a": 1.0}, frozenset())
+    share = find_share({"a": Need(1, number)}, nodes, 1)
+    assert round(share * 10_000) * number <= 10_000
+    assert Kind(1, share).room(nodes, "a") == number
+
+
+def test_of_a_node_that_has_left_nothing_follows():
+    share = find_share({"gone": Need(1, 4)}, Nodes({}, {}, frozenset()), 1)
+    assert "on CPUs" in describe_needs([Need(1, 4)], share)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -215,10 +233,12 @@ def test_gpu_nodes_get_evaluators_with_shares_and_others_get_plain_ones():
         "wanted": [0.5, 7, 0, 2, "cuda"],
         "few useful": [0.5, 1, 0, 3, "cuda and cpu"],
     }
-    needs, share, fault, built = measured
+    needs, room, fault, built = measured
     assert needs == [[3, 8, True, False]]
-    assert share == 0.5
-    assert re.match(r"memory cannot be measured on a GPU of node [0-9.]+ \(.*cannot use one", fault)
+    assert room == [0.5, 2, 1, 3, "cuda and cpu"]  # the GPU is there to be shared
+    assert re.match(
+        r"nothing can be measured on a GPU of node [0-9.]+: .*cannot use one; mend", fault
+    )
     assert built == [False] * 3  # processes, which would keep a GPU's memory
     told = {(name, share) for name, share, _ in first}
     assert told == {("evaluator-0", 0.5), ("evaluator-1", 0.5), ("evaluator-2", 0.0)}

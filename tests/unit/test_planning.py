@@ -37,7 +37,7 @@ def test_time_is_that_of_all_images_of_all_evaluations_shared_by_the_evaluators(
 def test_a_small_network_takes_less_time_than_a_large_one(base):
     def measure(rate):
         parts = planning._parts(load_config(RunConfig, {"rates": [rate]}), base, 200)
-        return min(planning.time_image(*parts, 200, torch.float32, "cpu") for _ in "123")
+        return min(planning.time_image(*parts, 200, torch.float32, "cpu") for _ in range(5))
 
     assert 0 < measure(0.1) < measure(1.0)
 
@@ -92,6 +92,8 @@ def test_evaluators_on_one_gpu_take_turns(base, share, places):
     ):
         assert part in text
     assert "core" not in text
+    assert ("less than an evaluator needs" in text) == (share == 0.25)
+    assert "price: less than 0.01 for" in "".join(describe_estimate(found, 0.001))
 
 
 def test_what_a_gpu_is_asked_is_measured_on_a_part_of_the_split(base, monkeypatch):
@@ -123,6 +125,7 @@ def test_where_a_cluster_has_no_gpu_yet_a_dry_run_says_so(monkeypatch, tmp_path)
         )
         for share in (0.25, "auto")
     )
-    assert "no GPU is in the cluster now" in on_gpus
+    assert "no GPU of the cluster is free now" in on_gpus
     assert "core" not in on_gpus
+    assert "none is there now, so evaluators score on CPUs" in either
     assert "of this machine" in either

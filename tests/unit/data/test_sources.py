@@ -100,9 +100,9 @@ def test_a_footer_and_the_labels_are_read_once_whatever_splits_lie_there(shards,
     opened = Counter()
 
     class Counted(pq.ParquetFile):
-        def __init__(self, place, metadata=None):
+        def __init__(self, place, metadata=None, **options):
             opened["footers" if metadata is None else "others"] += 1
-            super().__init__(place, metadata=metadata)
+            super().__init__(place, metadata=metadata, **options)
 
         def read(self, **options):
             opened["labels"] += 1
@@ -129,6 +129,19 @@ def test_a_footer_and_the_labels_are_read_once_whatever_splits_lie_there(shards,
     assert "_footers" not in vars(source)
     assert values(read_images(source, Rows())) == list(range(21))
     assert (opened["labels"], opened["footers"]) == (4, 7)
+
+
+def test_bytes_that_rot_within_an_image_are_found_where_pages_have_checksums(shards):
+    """The image may still decode, to something else."""
+    file = shards / "train-00001-of-00003.parquet"
+    table = pq.read_table(file)
+    pq.write_table(table, file, compression="none", use_dictionary=False, write_page_checksum=True)
+    assert len(read_images(open_source(str(shards)), Rows())) == 21
+    content = bytearray(file.read_bytes())
+    content[content.index(IMAGES[9]) + 20] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"train-00001.*not a readable Parquet .*fetch or conv"):
+        read_images(open_source(str(shards)), Rows())
 
 
 def test_folders_are_classes(folders):

@@ -30,13 +30,19 @@ def test_without_a_gpu_the_reason_and_the_next_step_are_one_line():
 @pytest.fixture
 def memory(monkeypatch):
     """A GPU of 8 GB, on which 100 MB are held and an image takes `each` bytes."""
-    state = SimpleNamespace(held=100 * 2**20, each=2**20, total=2**33)
+    state = SimpleNamespace(held=100 * 2**20, each=2**20, total=2**33, others=0)
     cuda = torch.cuda
     properties = SimpleNamespace(total_memory=state.total)
     monkeypatch.setattr(cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(cuda, "memory_allocated", lambda: state.held)
+    monkeypatch.setattr(cuda, "memory_reserved", lambda: state.held)
+    monkeypatch.setattr(
+        cuda,
+        "mem_get_info",
+        lambda: (state.total - state.held - gpu.CONTEXT_BYTES - state.others, state.total),
+    )
     monkeypatch.setattr(
         cuda, "max_memory_allocated", lambda: state.held + state.each * gpu.TRIED_IMAGES
     )
@@ -65,7 +71,7 @@ def test_of_evaluators_that_a_gpu_holds_each_has_memory_for_its_batch(
     memory, each, held, kept, batch
 ):
     memory.held = held
-    need = gpu.find_need(each, batch, kept)
+    need = gpu.find_need(each, batch, kept, 0)
     number = need.num_evaluators
     assert 1 <= number <= gpu.MAX_EVALUATORS
     if need.evaluator > need.gpu:
@@ -75,6 +81,15 @@ def test_of_evaluators_that_a_gpu_holds_each_has_memory_for_its_batch(
     if number < gpu.MAX_EVALUATORS:
         assert (number + 1) * need.evaluator > need.gpu
     assert gpu.fit_batch(each, gpu.MAX_BATCH, 1 / number, kept) >= batch - 1  # rounding
+
+
+def test_what_others_hold_is_not_shared_and_repairs_need_room_too(memory):
+    alone = gpu.find_need(2**20, 100, 0, 0)
+    assert alone.gpu == memory.total
+    memory.others = 2**32
+    assert gpu.find_need(2**20, 100, 0, 0).gpu == memory.total - 2**32
+    repairing = gpu.find_need(2**20, 100, 0, 2**30)
+    assert repairing.evaluator == gpu.CONTEXT_BYTES + memory.held + 2**30
 
 
 def test_a_batch_that_a_gpu_likes_is_of_many_small_images_or_few_large_ones():
@@ -103,14 +118,15 @@ def test_the_need_of_an_evaluator_is_that_of_all_it_loads(memory, monkeypatch, r
         prepared, base.search, recovery=recovery, dtype="float32", threads=1, images=None
     )
     kept = CACHE_BYTES if recovery == "compensate" else 0
+    # Loading the network, told as an image of 16 that are tried, takes less than its batches.
     rest = memory.each * len(base.search) / gpu.FILL
     assert loaded == [1.0]
     assert found == gpu.Need(gpu.CONTEXT_BYTES + memory.held + kept + rest, memory.total)
     given = scorer.measure_need(
-        prepared, base.search, recovery=recovery, dtype="float32", batch_size=10
+        prepared, base.search, recovery=recovery, dtype="float32", batch_size=20
     )
     assert found.evaluator - given.evaluator == pytest.approx(
-        memory.each * (len(base.search) - 10) / gpu.FILL
+        memory.each * (len(base.search) - 20) / gpu.FILL
     )
 
 
@@ -130,7 +146,7 @@ def test_what_does_not_fit_is_one_line_with_the_next_step(monkeypatch):
 
     monkeypatch.setattr(scorer, "open_gpu", lambda share: None)
     monkeypatch.setattr(scorer, "_load", run_out)
-    with pytest.raises(EvaluationError, match=r"do not fit into 0\.25 .* raise cluster"):
+    with pytest.raises(EvaluationError, match=r"do not fit into 0\.25 .* set cluster"):
         make_scorer(None, None, recovery="none", dtype="auto", gpu=0.25)
 
 
