@@ -61,18 +61,19 @@ def measure_on_gpus(
             logger.info("GPUs are measured: %d nodes have not answered", len(waiting))
     for ref in waiting:
         ray.cancel(ref, force=True)
-    found, fault = {}, None
+    found, faults = {}, []
     for ref in done:
         try:
             found[asked[ref]] = cast(Any, ray.get(ref))
         except RayError as error:
             if asked[ref] not in read_nodes().cpus:
                 continue
-            fault = f"nothing can be measured on a GPU of node {_address(asked[ref])}: "
-            fault += describe(error)
-            logger.warning(fault)
-    if fault and not found:
-        raise ConfigError(f"{fault}; mend that, or set cluster.gpus_per_evaluator to 0")
+            where = f"nothing can be measured on a GPU of node {_address(asked[ref])}"
+            faults.append(f"{where}: {describe(error)}")
+    if faults and not found:
+        raise ConfigError(f"{faults[0]}; mend that, or score on CPUs")
+    for fault in faults:
+        logger.warning(fault)
     # A task has answered before its process is gone, and only then Ray has the GPU back.
     deadline = time.monotonic() + FREE_TIMEOUT_S
     while asked and not _are_free(before) and time.monotonic() < deadline:
