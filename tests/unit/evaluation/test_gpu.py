@@ -130,22 +130,25 @@ def test_the_need_of_an_evaluator_is_that_of_all_it_loads(memory, monkeypatch, r
     )
 
 
-def test_what_a_gpu_of_its_own_cannot_hold_is_one_line_with_the_next_step(monkeypatch):
+@pytest.fixture
+def full_gpu(monkeypatch):
+    """On which nothing can be loaded."""
+
     def run_out(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(scorer, "open_gpu", lambda share: None)
     monkeypatch.setattr(scorer, "_load", run_out)
+
+
+@pytest.mark.usefixtures("full_gpu")
+def test_what_a_gpu_of_its_own_cannot_hold_is_one_line_with_the_next_step():
     with pytest.raises(EvaluationError, match=r"do not fit into a GPU's memory: set data.search"):
         scorer.measure_need(None, None, recovery="none", dtype="float32")
 
 
-def test_what_does_not_fit_is_one_line_with_the_next_step(monkeypatch):
-    def run_out(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(scorer, "open_gpu", lambda share: None)
-    monkeypatch.setattr(scorer, "_load", run_out)
+@pytest.mark.usefixtures("full_gpu")
+def test_what_does_not_fit_is_one_line_with_the_next_step():
     with pytest.raises(EvaluationError, match=r"do not fit into 0\.25 .* set cluster"):
         make_scorer(None, None, recovery="none", dtype="auto", gpu=0.25)
 
