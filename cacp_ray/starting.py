@@ -93,7 +93,7 @@ def estimate(
         if figures:
             found = estimate_on_gpus(config, base, figures, nodes, can_grow=can_grow)
             return describe_estimate(found, price)
-        if share != "auto":
+        if share != "auto" or any(nodes.gpus.values()):
             return [
                 f"{config.evaluations:,} evaluations; no GPU of the cluster is free now "
                 "(cluster.gpus_per_evaluator), so neither time nor price nor room is estimated"

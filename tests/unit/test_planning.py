@@ -129,3 +129,7 @@ def test_where_a_cluster_has_no_gpu_yet_a_dry_run_says_so(monkeypatch, tmp_path)
     assert "core" not in on_gpus
     assert "none is there now, so evaluators score on CPUs" in either
     assert "of this machine" in either
+    busy = ({}, Nodes({"a": 2}, {"a": 1}, frozenset()))
+    monkeypatch.setattr(starting, "_find_gpus", lambda *_: busy)
+    config = load_config(RunConfig, {"cluster": {"gpus_per_evaluator": "auto"}})
+    assert "no GPU of the cluster is free now" in api.check_search(config, tmp_path / "run")
