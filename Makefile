@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile
 
-# Every process would compile torch and Ray anew, 10 s each time.
+# With it, every process would compile torch and Ray anew, in 10 s each time.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check bench
@@ -25,7 +25,7 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python bench/pool_overhead.py
-	OMP_NUM_THREADS=1 $(BIN)/python bench/surgery.py
+	OMP_NUM_THREADS=1 $(BIN)/python bench/cutting.py
 	OMP_NUM_THREADS=1 $(BIN)/python bench/compensation.py
 
 $(READY): pyproject.toml

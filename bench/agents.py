@@ -1,18 +1,20 @@
-"""Search strategies at equal evaluations: accuracy of what each finds, before any fine-tuning.
+"""Search strategies at equal evaluations: accuracy of their winners, before any fine-tuning.
 
 python bench/agents.py --out OUT --groups all --evaluations 300 800 --seeds 0 1 2 \
     --train TRAIN.parquet --train-rows 0:45000 --search TRAIN.parquet --search-rows 45000:50000 \
     --test TEST.parquet --methods cacp cacp-paper amc random uniform hill_climb
 
 All methods share the network, its order (`cap`), the recovery (compensation), the groups and the
-images; an evaluation is one distinct candidate on the whole search split. What a policy answers at
-the searched rates counts among the evaluations. Winners are chosen on the search split and measured
-once on the test split. Every run has a folder in --out: a killed benchmark goes on where it stood.
-Its after-N.json says what was found, and with which options, commit and machine. Several numbers
-of evaluations are one search read several times, but for strategies whose schedule depends on it;
-the sensitivity map of a network of many groups does too, so there a call for each is needed. What
-one search has measured is not measured again by another, and counts for both; racing searches share
-nothing.
+images. An evaluation is one distinct candidate on the whole search split; a policy's answers at the
+searched rates count as evaluations. Winners are chosen on the search split and measured once on the
+test split.
+
+Every run has a folder in --out, and the same command continues a benchmark that was killed. A run's
+after-N.json holds its winners after N evaluations, its options, commit and machine. With several
+numbers of evaluations, one search is read several times, except where a strategy's schedule depends
+on the number. The sensitivity map of a network with many groups depends on it too: call the script
+once for each number there. Searches share a cache of measurements, and an answer from it counts as
+an evaluation; racing searches use no cache.
 `python bench/agents_table.py OUT...` prints the tables.
 """
 
@@ -33,24 +35,25 @@ import torch
 from experiment import RATES
 from report import parse_rows
 
-from cacp_ray.config import RunConfig, load_config
+from cacp_ray.config.run import RunConfig, load_config
 from cacp_ray.data.images import ImageSet
 from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache, key_of_scores
-from cacp_ray.evaluation.measurement import Candidate, Evaluator, LocalEvaluator, Subnet
-from cacp_ray.evaluation.preparation import Cutters, Prepared
-from cacp_ray.evaluation.scorer import make_scorer
-from cacp_ray.files import describe_environment, write_json
-from cacp_ray.loading import Base, load_base, prepare_base, read_split
+from cacp_ray.evaluation.measurement import Candidate, Evaluator, LocalEvaluator, SubnetKey
+from cacp_ray.evaluation.preparation import cut_networks
+from cacp_ray.evaluation.scorer import Scorer
+from cacp_ray.io.environment import describe_environment
+from cacp_ray.io.files import write_json
+from cacp_ray.rundir.directory import RunDirectory
 from cacp_ray.searching.loop import SearchLoop
-from cacp_ray.searching.run_directory import RunDirectory
 from cacp_ray.searching.strategies import prior
-from cacp_ray.strategies import make_run_strategy
 from cacp_ray.training.metrics import fast_dtype, predict
+from cacp_ray.workflows.setup import Setup
+from cacp_ray.workflows.splits import Splits
+from cacp_ray.workflows.strategy import find_policy, make_run_strategy, num_reserved
 
 UNSEEN = (0.4, 0.6)
 ROUND_SIZE = 6
-# What differs from the defaults. Where the schedule depends on the number of evaluations, each
-# number is a search of its own; all others go on from the smaller one.
+# Settings of each method that differ from the defaults.
 METHODS: dict[str, dict[str, Any]] = {
     "cacp": {},
     # No gradient step, so no screening either: elites and noise around the prior remain.
@@ -81,17 +84,18 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 MAP_SHARE = prior.MAP_SHARE
 OWN = "cacp, own search"  # at the rates that all others leave out, as many evaluations a rate
+# Methods whose schedule depends on the number of evaluations: each number is a search of its own.
 SCHEDULED = ("cacp-paper", "amc", "amc, prior", "sequential, prior", "pcp", "greedy", "sensitivity")
-# What the result of a search depends on, beside its folder's name.
+# Options that the result of a search depends on; its folder's name says the rest.
 SPLITS = ("train", "search", "test")
 OPTIONS = ("model", "weights", "groups", *SPLITS, *(f"{name}_rows" for name in SPLITS))
-Winner = tuple[float, Subnet]  # top1
+Winner = tuple[float, SubnetKey]  # top1
 NONE: Winner = (-1.0, ((), ""))
 
 
 @dataclass(frozen=True)
 class Job:
-    """One search: read at every milestone."""
+    """One search, whose winners are read at every milestone."""
 
     method: str
     seed: int
@@ -137,13 +141,13 @@ def list_jobs(options: argparse.Namespace) -> list[Job]:
 
 
 def folder_name(method: str, seed: int, evaluations: int) -> str:
-    """Of one search; only where the schedule depends on it does the number matter."""
+    """Folder of one search; it names the number where the schedule depends on it."""
     name = method.replace(", ", "-").replace(" ", "-")
     return f"{name}-{evaluations}-seed-{seed}" if method in SCHEDULED else f"{name}-seed-{seed}"
 
 
 def make_config(job: Job, options: argparse.Namespace) -> RunConfig:
-    """The run's configuration, all groups prunable or the inner ones alone."""
+    """Configuration of the run, with all groups prunable."""
     splits = {
         name: {"path": getattr(options, name), "rows": getattr(options, f"{name}_rows")}
         for name in SPLITS
@@ -163,43 +167,45 @@ def make_config(job: Job, options: argparse.Namespace) -> RunConfig:
 
 
 def to_ask(method: str, evaluations: int) -> int:
-    """Evaluations of a method: as many a rate for all."""
+    """Evaluations that a method gets: the same number a rate for all methods."""
     return evaluations * len(METHODS[method].get("rates", RATES)) // len(RATES)
 
 
 def run(job: Job, options: argparse.Namespace) -> None:
-    """One search to its end, with what it found by every milestone."""
+    """Searches to the end and writes the winners at every milestone."""
     files = {n: job.folder / f"after-{n}.json" for n in job.milestones}
     if all(file.exists() for file in files.values()):
         return
     logging.getLogger().setLevel(logging.ERROR)
-    # An ablation, no setting: the process may run several jobs.
+    # No setting switches the map off. Set it for every job: a process may run several.
     prior.MAP_SHARE = 0.0 if job.method.endswith("uniform prior") else MAP_SHARE
     torch.set_num_threads(1)
     config = make_config(job, options)
-    base = load_base(config)
+    setup = Setup.create(config)
     if options.groups == "inner":
-        streams = [g.producers[0] for g in base.plan.groups if g.is_residual]
+        streams = [g.producers[0] for g in setup.plan.groups if g.is_residual]
         values = config.model_dump() | {"pruning": config.pruning.model_dump() | {"keep": streams}}
         config = load_config(RunConfig, values)
-        base = load_base(config)
-    prepared = prepare_base(base, config)
-    score = make_scorer(prepared, base.search, recovery="compensate", dtype="auto", threads=1)
+        setup = Setup.create(config)
+    setup = setup.prepare()
+    score = Scorer(setup.prepared, setup.search, recovery="compensate", dtype="auto", threads=1)
     evaluator: Evaluator = LocalEvaluator(score)
-    if not config.evaluation.racing:  # which is to be seen with what it leaves out
-        key = key_of_scores(prepared, base.search, recovery="compensate", dtype=str(fast_dtype()))
+    if not config.evaluation.racing:  # a cached answer would hide the images that a race leaves out
+        key = key_of_scores(
+            setup.prepared, setup.search, recovery="compensate", dtype=str(fast_dtype())
+        )
         cache = MeasurementCache(options.out / "cache", key)
-        evaluator = CachedEvaluator(evaluator, cache, len(base.search))
+        evaluator = CachedEvaluator(evaluator, cache, len(setup.search))
     directory = RunDirectory(job.folder)
     job.folder.mkdir(parents=True, exist_ok=True)
-    strategy, agent = make_run_strategy(config, base, lambda _: loop.tick(strategy))
-    reserve = len(config.rates) if agent is not None else 0
+    strategy, reserve = make_run_strategy(setup), num_reserved(config)
     loop = SearchLoop(
         evaluator,
-        base.plan.cost_model,
+        setup.plan.cost_model,
         directory,
         rates=config.rates,
-        evaluations=config.evaluations - reserve,
+        evaluations=config.evaluations,
+        reserved=reserve,
         mode="rounds",
         round_size=ROUND_SIZE,
         races=config.evaluation.racing,
@@ -209,41 +215,39 @@ def run(job: Job, options: argparse.Namespace) -> None:
     while waiting:
         number = to_ask(job.method, waiting[0]) - reserve
         while not loop.done and loop.progress.evaluations < number:
-            if agent is not None and agent.is_attached:
-                agent.train()
-            else:
-                loop.tick(strategy)
+            loop.tick(strategy)
         answers, priors = {}, {}
-        if reserve:
-            rates = sorted({*RATES, *UNSEEN})
+        rates = sorted({*RATES, *UNSEEN})
+        agent: Any = find_policy(strategy)
+        if agent is not None:
             answers = measure(evaluator, rates, agent.policy(rates))
-        if config.strategy == "cacp":  # beside the policy in the tables; no candidate
+        if config.strategy == "cacp":  # for the tables; never a winner
             priors = measure(evaluator, rates, agent.mdp.prior(rates))
-        found = find_winners(directory, answers, number, config.rates)
+        winners = find_winners(directory, answers, number, config.rates)
         about = measure_effort(directory, number, reserve) | describe_sitting(options, job.seed)
-        test = read_split(config.data, "test")
+        test = Splits(config.data).read("test")
         about |= {"policy": by_rate(answers), "prior": by_rate(priors)}
-        report(files[waiting.pop(0)], found, base, prepared, test, about)
+        report(files[waiting.pop(0)], winners, setup, test, about)
     loop.checkpoint(strategy)
 
 
 def measure(evaluator: Evaluator, rates: Sequence[float], counts: Any) -> dict[float, Winner]:
     """Scores one allocation a rate."""
-    found = {}
+    answers = {}
     for rate, row in zip(rates, counts.tolist(), strict=True):
-        evaluator.submit(Candidate(0, rate, tuple(row)))
-        found[rate] = (evaluator.results(0)[0].top1, (tuple(row), ""))
-    return found
+        evaluator.submit(Candidate(rate, tuple(row), index=0))
+        answers[rate] = (evaluator.results(0)[0].top1, (tuple(row), ""))
+    return answers
 
 
-def by_rate(found: dict[float, Winner]) -> dict[str, float]:
+def by_rate(answers: dict[float, Winner]) -> dict[str, float]:
     """The accuracies alone, for a file."""
-    return {str(rate): top1 for rate, (top1, _) in found.items()}
+    return {str(rate): top1 for rate, (top1, _) in answers.items()}
 
 
 def measure_effort(directory: RunDirectory, number: int, reserve: int) -> dict[str, Any]:
-    """Evaluations, the policy's answers included, and what one of the search cost."""
-    distinct = {row.subnet: row for row in reversed(directory.read_records())}
+    """Evaluations with the policy's answers, and mean images and seconds of a candidate."""
+    distinct = {row.key: row for row in reversed(directory.read_records())}
     rows = sorted(distinct.values(), key=lambda row: row.index)[:number]
     return {
         "evaluations": len(rows) + reserve,
@@ -255,7 +259,7 @@ def measure_effort(directory: RunDirectory, number: int, reserve: int) -> dict[s
 def describe_sitting(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Options, versions, hardware, commit and seed of the search that ends now."""
     chosen = {name: getattr(options, name) for name in OPTIONS}
-    # Wherever the data lies on this machine.
+    # The last two parts of a path: folders differ between machines.
     chosen |= {name: "/".join(Path(chosen[name]).parts[-2:]) for name in SPLITS}
     return {"environment": {**describe_environment(seed), "options": chosen}}
 
@@ -268,43 +272,46 @@ def find_winners(
 ) -> dict[float, Winner]:
     """The best of the first `number` distinct candidates and of the policy, for each rate."""
     best: dict[float, Winner] = {}
-    known: set[Subnet] = set()
+    known: set[SubnetKey] = set()
     for record in directory.read_records():
-        known.add(record.subnet)
+        known.add(record.key)
         if len(known) > number:
             break
         # A cheaper candidate serves a larger rate too.
         for rate in rates:
             if record.cost_kept <= rate + 1e-9 and record.status == "ok":
-                best[rate] = max(best.get(rate, NONE), (record.top1, record.subnet))
+                best[rate] = max(best.get(rate, NONE), (record.top1, record.key))
     return {rate: max(best[rate], answers.get(rate, NONE)) for rate in rates}
 
 
 def report(
     file: Path,
-    found: dict[float, Winner],
-    base: Base,
-    prepared: Prepared,
+    winners: dict[float, Winner],
+    setup: Setup,
     test: ImageSet,
     about: dict[str, Any],
 ) -> None:
-    """Writes accuracies, and image by image which the winners get right."""
-    cutters = Cutters(prepared, "compensate")
+    """Writes the accuracies of the winners, and which images they get right."""
+    network = cut_networks(setup.prepared, "compensate")
     hits: dict[str, list[np.ndarray]] = {"search": [], "test": []}
     rows = []
-    for rate, (top1, (counts, order)) in found.items():
-        row: dict[str, Any] = {"rate": rate, "keep_counts": counts, "order": order, "top1": top1}
-        for name, split in (("search", base.search), ("test", test)):
+    for rate, (top1, (counts, criterion)) in winners.items():
+        row: dict[str, Any] = {
+            "rate": rate,
+            "keep_counts": counts,
+            "order": criterion,
+            "top1": top1,
+        }
+        for name, split in (("search", setup.search), ("test", test)):
             images, labels = split.tensors()
-            logits = predict(cutters[order].load(counts), images, 250, fast_dtype())
+            logits = predict(network(criterion).load(counts), images, 250, fast_dtype())
             is_right = (logits.argmax(1) == labels).numpy()
             hits[name].append(is_right)
             row[f"{name}_top1"] = float(is_right.mean())
         rows.append(row)
-    np.savez_compressed(
-        file.with_suffix(".npz"), **{name: np.packbits(each, axis=1) for name, each in hits.items()}
-    )
-    images = {"search": len(base.search), "test": len(test)}
+    packed = {name: np.packbits(split_hits, axis=1) for name, split_hits in hits.items()}
+    np.savez_compressed(file.with_suffix(".npz"), **packed)
+    images = {"search": len(setup.search), "test": len(test)}
     write_json(file, {"winners": rows, "images": images, **about})
 
 

@@ -12,6 +12,9 @@ import numpy as np
 from agents import METHODS, OPTIONS, OWN, RATES, UNSEEN, folder_name
 from report import bootstrap, print_table
 
+Runs = dict[int, dict[str, Any]]  # by seed
+Results = dict[str, Runs]  # by method
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -19,25 +22,25 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=300)
     parser.add_argument("--reference", default="cacp")
     options = parser.parse_args()
-    found = {name: read(options.out, name, options.evaluations) for name in METHODS}
-    own = found.pop(OWN)
-    found = {name: runs for name, runs in found.items() if runs}
-    print_winners(found, options)
-    print_policies(found, own)
-    if options.reference in found:
-        print_differences(found, options.reference)
-    print_effort(found)
-    print_environments({**found, OWN: own})
+    results = {name: read(options.out, name, options.evaluations) for name in METHODS}
+    own = results.pop(OWN)
+    results = {name: runs for name, runs in results.items() if runs}
+    print_winners(results, options)
+    print_policies(results, own)
+    if options.reference in results:
+        print_differences(results, options.reference)
+    print_effort(results)
+    print_environments({**results, OWN: own})
 
 
-def read(out: Path, method: str, evaluations: int) -> dict[int, dict[str, Any]]:
+def read(out: Path, method: str, evaluations: int) -> Runs:
     """Results of a method by seed, with `hits` of each split (rates, images).
 
-    Older ones do not say what they were run with: environment.json in `out` does, for all of them.
+    Older results do not name their commit and machine; environment.json in `out` does for them.
     """
     common = out / "environment.json"
     fallback = json.loads(common.read_text()) if common.exists() else {}
-    runs: dict[int, dict[str, Any]] = {}
+    runs: Runs = {}
     for seed in range(100):
         folder = out / folder_name(method, seed, evaluations)
         file = folder / f"after-{evaluations}.json"
@@ -53,10 +56,10 @@ def read(out: Path, method: str, evaluations: int) -> dict[int, dict[str, Any]]:
     return runs
 
 
-def print_winners(found: dict[str, dict[int, dict[str, Any]]], options: Any) -> None:
+def print_winners(results: Results, options: Any) -> None:
     """Mean and, over seeds, standard deviation of the winners' accuracies."""
     rows = []
-    for method, runs in found.items():
+    for method, runs in results.items():
         cells = [method, str(len(runs))]
         for split in ("search", "test"):
             top1 = np.array([[w[f"{split}_top1"] for w in run["winners"]] for run in runs.values()])
@@ -70,17 +73,15 @@ def print_winners(found: dict[str, dict[int, dict[str, Any]]], options: Any) -> 
     )
 
 
-def print_policies(
-    found: dict[str, dict[int, dict[str, Any]]], own: dict[int, dict[str, Any]]
-) -> None:
-    """What the policies answer without any further evaluation, and what a search there finds."""
+def print_policies(results: Results, own: Runs) -> None:
+    """Accuracy of the policies' own answers, and of a search at the unseen rates."""
     rates = [str(rate) for rate in (*RATES, *UNSEEN)]
     rows = []
-    for method, runs in found.items():
+    for method, runs in results.items():
         for name, title in (("policy", method), ("prior", f"the prior of {method}")):
             told = [run[name] for run in runs.values() if run.get(name)]
             if len(told) == len(runs):
-                top1 = np.array([[each[rate] for rate in rates] for each in told])
+                top1 = np.array([[answers[rate] for rate in rates] for answers in told])
                 rows.append([title, *(_cell(column) for column in top1.T)])
     if own:
         top1 = np.array([[w["search_top1"] for w in run["winners"]] for run in own.values()])
@@ -89,18 +90,18 @@ def print_policies(
     print_table("The policy alone, top-1 % on the search split", header, rows)
 
 
-def print_differences(found: dict[str, dict[int, dict[str, Any]]], reference: str) -> None:
-    """Mean over rates, the reference less another: paired bootstrap over the images."""
+def print_differences(results: Results, reference: str) -> None:
+    """Mean over rates of the reference less each method, by a paired bootstrap over the images."""
     rows = []
-    for method, runs in found.items():
-        seeds = sorted(runs.keys() & found[reference].keys())
+    for method, runs in results.items():
+        seeds = sorted(runs.keys() & results[reference].keys())
         if method == reference or not seeds:
             continue
         cells = [method, str(len(seeds))]
         for split in ("search", "test"):
             gains = np.array(
                 [
-                    found[reference][seed]["hits"][split].astype(float).mean(0)
+                    results[reference][seed]["hits"][split].astype(float).mean(0)
                     - runs[seed]["hits"][split].astype(float).mean(0)
                     for seed in seeds
                 ]
@@ -116,21 +117,21 @@ def print_differences(found: dict[str, dict[int, dict[str, Any]]], reference: st
     )
 
 
-def print_effort(found: dict[str, dict[int, dict[str, Any]]]) -> None:
-    """What an evaluation took; probes of nearly whole networks take longer, racing less."""
+def print_effort(results: Results) -> None:
+    """What an evaluation took: more for probes of nearly whole networks, less when racing."""
     rows = [
         [method, *(f"{np.mean([run[key] for run in runs.values()]):.{digits}f}"
                    for key, digits in (("evaluations", 0), ("images_scored", 0), ("seconds", 2)))]
-        for method, runs in found.items()
+        for method, runs in results.items()
         if all("seconds" in run for run in runs.values())
     ]  # fmt: skip
     print_table("Effort", ["method", "evaluations", "images each", "seconds each"], rows)
 
 
-def print_environments(found: dict[str, dict[int, dict[str, Any]]]) -> None:
-    """What the searches were run with: a line for all that share it."""
+def print_environments(results: Results) -> None:
+    """Commits, machines and options of the searches, one line for all that share them."""
     searches: dict[str, dict[str, list[int]]] = {}
-    for method, runs in found.items():
+    for method, runs in results.items():
         for seed, run in runs.items():
             seeds = searches.setdefault(describe(run["environment"]), {})
             seeds.setdefault(method, []).append(seed)

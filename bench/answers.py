@@ -1,20 +1,21 @@
-"""What the policy answers without evaluations, beside simpler rules: python bench/answers.py OUT.
+"""The policy's answers without evaluations, next to simpler rules: python bench/answers.py OUT.
 
-OUT holds searches by `bench/agents.py --methods cacp`, begun with the same options; their last
-checkpoints answer the searched rates and others:
+OUT holds searches by `bench/agents.py --methods cacp` with the same options. Their last checkpoints
+answer the searched rates and others by four rules:
 
 - prior: the allocation that the search began from;
 - actor: the actor's own answer;
-- mean: of the best allocations of the nearest searched rates, without any learned judgement;
-- policy: what `cacp-ray subnet RUN --rate R` answers: the mean of the drafts around the actor and
+- mean: the mean of the best allocations of the nearest searched rates, without learned judgement;
+- policy: the answer of `cacp-ray subnet RUN --rate R`, the mean of the drafts around the actor and
   good allocations that the critics favour.
 
-Each answer is repaired and scored on the whole search split. Nothing is chosen by these figures.
+Each answer is repaired and scored on the whole search split. These figures choose nothing.
 """
 
 import argparse
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +24,11 @@ from report import parse_rows, print_environment, print_table
 
 from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache, key_of_scores
 from cacp_ray.evaluation.measurement import LocalEvaluator
-from cacp_ray.evaluation.scorer import make_scorer
-from cacp_ray.loading import load_base, prepare_base
-from cacp_ray.searching.run_directory import RunDirectory
-from cacp_ray.strategies import make_run_strategy
+from cacp_ray.evaluation.scorer import Scorer
+from cacp_ray.rundir.directory import RunDirectory
 from cacp_ray.training.metrics import fast_dtype
+from cacp_ray.workflows.setup import Setup
+from cacp_ray.workflows.strategy import find_policy, make_run_strategy
 
 RULES = ("prior", "actor", "mean", "policy")
 
@@ -36,18 +37,18 @@ def main() -> None:
     options = parse_options()
     logging.getLogger().setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    found = {rule: np.zeros((len(options.seeds), len(options.rates))) for rule in RULES}
+    accuracies = {rule: np.zeros((len(options.seeds), len(options.rates))) for rule in RULES}
     for place, seed in enumerate(options.seeds):
         for rule, top1 in answer(seed, options).items():
-            found[rule][place] = top1
+            accuracies[rule][place] = top1
     rates = [f"{rate:g}" for rate in options.rates]
     rows = [
         [rule, *(f"{value:.1f}" for value in 100 * top1.mean(0)), f"{100 * top1.mean():.2f}"]
-        for rule, top1 in found.items()
+        for rule, top1 in accuracies.items()
     ]
     title = f"Answers after {options.evaluations} evaluations, top-1 in %, {place + 1} seed(s)"
     print_table(title, ["rule", *rates, "mean"], rows)
-    gains = 100 * (found["policy"] - found["mean"]).mean(1)
+    gains = 100 * (accuracies["policy"] - accuracies["mean"]).mean(1)
     print(f"\npolicy less mean, by seed: {' '.join(f'{gain:+.2f}' for gain in gains)}")
     print_environment(options.seeds[0])
 
@@ -60,7 +61,7 @@ def parse_options() -> argparse.Namespace:
     for name in SPLITS:
         parser.add_argument(f"--{name}", default=f"embedded:{name}", help="Parquet file")
         parser.add_argument(f"--{name}-rows", type=parse_rows, help="START:STOP")
-    parser.add_argument("--evaluations", type=int, default=800, help="of each search")
+    parser.add_argument("--evaluations", type=int, default=800, help="evaluations of each search")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
         "--rates",
@@ -75,20 +76,22 @@ def parse_options() -> argparse.Namespace:
 
 
 def answer(seed: int, options: argparse.Namespace) -> dict[str, np.ndarray]:
-    """(rates,) accuracies of every rule, of one search."""
+    """(rates,) accuracies of every rule for one search."""
     folder = options.out / f"cacp-seed-{seed}"
     config = make_config(Job("cacp", seed, (options.evaluations,), folder), options)
-    base = load_base(config)
-    prepared = prepare_base(base, config)
-    score = make_scorer(prepared, base.search, recovery="compensate", dtype="auto", threads=1)
-    key = key_of_scores(prepared, base.search, recovery="compensate", dtype=str(fast_dtype()))
+    setup = Setup.create(config).prepare()
+    score = Scorer(setup.prepared, setup.search, recovery="compensate", dtype="auto", threads=1)
+    key = key_of_scores(
+        setup.prepared, setup.search, recovery="compensate", dtype=str(fast_dtype())
+    )
     cache = MeasurementCache(options.out / "cache", key)
-    evaluator = CachedEvaluator(LocalEvaluator(score), cache, len(base.search))
-    strategy, agent = make_run_strategy(config, base)
+    evaluator = CachedEvaluator(LocalEvaluator(score), cache, len(setup.search))
+    strategy = make_run_strategy(setup)
     checkpoint = RunDirectory(folder).find_checkpoint()
     if checkpoint is None:
         raise SystemExit(f"{folder} has no checkpoint: run bench/agents.py --methods cacp first")
     strategy.restore(checkpoint[0] / "strategy")
+    agent: Any = find_policy(strategy)
     rates = np.array(options.rates)
     space = agent.mdp.space
     answers = {
@@ -98,11 +101,11 @@ def answer(seed: int, options: argparse.Namespace) -> dict[str, np.ndarray]:
         "policy": agent.policy(rates),
     }
     agent.stop()
-    found = {}
+    accuracies = {}
     for rule, counts in answers.items():
-        top1 = measure(evaluator, options.rates, counts)
-        found[rule] = np.array([top1[rate][0] for rate in options.rates])
-    return found
+        measured = measure(evaluator, options.rates, counts)
+        accuracies[rule] = np.array([measured[rate][0] for rate in options.rates])
+    return accuracies
 
 
 if __name__ == "__main__":

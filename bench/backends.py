@@ -1,9 +1,10 @@
 """Other scoring backends, their compilation counted: OMP_NUM_THREADS=1 python bench/backends.py.
 
 Random candidates (rates 0.3 to 0.7), cut and repaired, go through our scorer, ONNX Runtime
-(float32) and, where it is installed, OpenVINO (bfloat16 where the CPU has it), on one core. Cutting
-is left out for the others; `compile` is the conversion of one cut network and its loading, `run`
-the forward passes over the search split, at the fastest batch size of several.
+(float32) and, where it is installed, OpenVINO (bfloat16 where the CPU has it), on one core. The
+times of the others do not include cutting. `compile` is the time to convert one cut network and
+load it; `run` is the time of the forward passes over the search split, at the fastest of several
+batch sizes.
 """
 
 import argparse
@@ -23,11 +24,12 @@ from torch import Tensor, nn
 
 from cacp_ray.data.images import ImageSet, read_parquet
 from cacp_ray.evaluation.measurement import Candidate
-from cacp_ray.evaluation.preparation import Cutter, prepare
-from cacp_ray.evaluation.scorer import make_scorer
+from cacp_ray.evaluation.preparation import CutNetwork, prepare
+from cacp_ray.evaluation.scorer import Scorer
 from cacp_ray.exporting.formats import read_onnx, write_onnx
-from cacp_ray.models.factory import build_model, load_weights
-from cacp_ray.pruning.plan import make_plan
+from cacp_ray.models.factory import build_model
+from cacp_ray.models.pretrained import load_weights
+from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.statistics import collect_statistics
 from cacp_ray.training.metrics import fast_dtype
 
@@ -69,21 +71,21 @@ def bench(
     plan = make_plan(model, images[:1])
     calibration = search.take(options.calibration)
     x, y = calibration.tensors()
-    found = collect_statistics(model, plan, x, y, seed=0, kinds={"inputs"})
+    moments = collect_statistics(model, plan, x, y, seed=0, kinds={"inputs"})
     prepared = prepare(
-        model, plan, calibration, found, criterion="l1", recovery="compensate", seed=0
+        model, plan, calibration, moments, criterion="l1", recovery="compensate", seed=0
     )
-    score = make_scorer(prepared, search, recovery="compensate", dtype="auto")
-    cutter = Cutter(prepared, "compensate")
+    score = Scorer(prepared, search, recovery="compensate", dtype="auto")
+    cut_network = CutNetwork(prepared, "compensate")
     backends = {"ONNX Runtime": compile_onnx}
     if find_spec("openvino"):
         backends["OpenVINO"] = compile_openvino
     seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in ("ours", *backends)}
     for index, counts in enumerate(draw(plan, options)):
         started = time.perf_counter()
-        score(Candidate(index, 0.5, tuple(counts)))
+        score(Candidate(0.5, tuple(counts), index=index))
         seconds["ours"].append((0.0, time.perf_counter() - started))
-        small = copy.deepcopy(cutter.load(counts)).eval()
+        small = copy.deepcopy(cut_network.load(counts)).eval()
         for way, build in backends.items():
             started = time.perf_counter()
             network = build(small, images[:2])
@@ -91,7 +93,7 @@ def bench(
             sizes = [size for size in BATCHES if size <= len(images)]
             seconds[way].append((built, min(run(network, images, size) for size in sizes)))
     rows = []
-    ours = [each for _, each in seconds["ours"][1:]]  # the first one warms up
+    ours = [ran for _, ran in seconds["ours"][1:]]  # the first one warms up
     for way, pairs in seconds.items():
         built, ran = zip(*pairs[1:], strict=True)
         whole = [b + r for b, r in pairs[1:]]

@@ -4,14 +4,14 @@ python bench/calibration.py --model resnet20 --weights embedded:resnet20_cifar10
     --train TRAIN.parquet --train-rows 0:45000 --search TRAIN.parquet --search-rows 45000:50000
 
 CaP (arXiv 2108.13728) claims to need 90 % fewer images and 95 % less time than methods that train.
-Here, with the `cap` order, uniform widths and the same channels kept:
+This script measures, with the `cap` order, uniform widths and the same channels kept:
 1. accuracy of `compensate` by number of calibration images;
-2. seconds of compensation (statistics, order, factors, solving) against seconds of training the
-   subnet that was only cut until it is as accurate on the search split. Training may choose the
-   best of several learning rates afterwards, sees all training images, and is not charged for the
-   checks; a rate that does not get there within --max-steps is given up.
-Seconds are processor time on one thread. Each result is a line of --log at once: a run that was
-killed goes on where it stood.
+2. seconds of compensation (statistics, order, factors, solving) against seconds of training. The
+   training starts from the subnet that was only cut and ends when it is as accurate on the search
+   split. It may choose the best of several learning rates afterwards, sees all training images, and
+   is not charged for the checks; it is given up after --max-steps.
+Seconds are processor time on one thread. Each result becomes a line of --log at once, so the same
+command continues a run that was killed.
 """
 
 import argparse
@@ -26,24 +26,26 @@ from report import append_row, print_environment, print_table, read_rows
 from torch import nn
 
 from cacp_ray.data.images import ImageSet, read_parquet
-from cacp_ray.evaluation.preparation import Cutter, Prepared, prepare
-from cacp_ray.pruning.plan import Plan, make_plan
+from cacp_ray.evaluation.preparation import CutNetwork, Prepared, prepare
+from cacp_ray.pruning.cutter import Cutter
+from cacp_ray.pruning.plan import Plan
+from cacp_ray.pruning.planner import make_plan
+from cacp_ray.pruning.resizable import build_subnet
 from cacp_ray.pruning.statistics import collect_statistics
-from cacp_ray.pruning.surgery import Slicer, build_subnet
 from cacp_ray.training.loop import make_batches, make_optimizer, train_epoch
 from cacp_ray.training.metrics import fast_dtype, measure
 from cacp_ray.training.recipe import Recipe
 
 
 def read_calibration(options: argparse.Namespace, count: int) -> ImageSet:
-    """So many training images, evenly spaced."""
+    """`count` training images, evenly spaced."""
     return read_parquet(options.train, options.train_rows, count)
 
 
 def prepare_timed(
     model: nn.Module, plan: Plan, calibration: ImageSet, seed: int
 ) -> tuple[Prepared, float]:
-    """What compensated candidates share, and the seconds that it took."""
+    """What compensated candidates share, and the seconds that preparing it took."""
     started = time.process_time()
     images, _ = calibration.tensors()
     statistics = collect_statistics(model, plan, images, seed=seed)
@@ -54,7 +56,7 @@ def prepare_timed(
 
 
 def compensate(options: argparse.Namespace, model: nn.Module, search: ImageSet) -> None:
-    """Accuracy and seconds of every number of calibration images, group set and rate."""
+    """Logs accuracy and seconds by number of calibration images, group set and rate."""
     x, y = search.tensors()
     plan = make_plan(model, x[:1])
     for count in options.calibration:
@@ -70,16 +72,16 @@ def compensate(options: argparse.Namespace, model: nn.Module, search: ImageSet) 
         prepared, shared_s = prepare_timed(model, plan, calibration, options.seed)
         for cell in missing:
             keep = widths(plan, cell["groups"])[RATES.index(cell["rate"])].tolist()
-            cutter = Cutter(prepared, "compensate")
+            cut_network = CutNetwork(prepared, "compensate")
             started = time.process_time()
-            small = cutter.load(keep)
+            small = cut_network.load(keep)
             seconds = shared_s + time.process_time() - started
             top1 = measure(small, x, y, dtype=fast_dtype()).top1
             append_row(options.log, {"cell": cell, "top1": top1, "seconds": seconds})
 
 
 def race(options: argparse.Namespace, model: nn.Module, search: ImageSet) -> None:
-    """Trains the cut networks, each learning rate apart, until they are as accurate."""
+    """Trains the cut networks until they are as accurate, once with each learning rate."""
     x, y = search.tensors()
     plan = make_plan(model, x[:1])
     cells = [
@@ -98,7 +100,7 @@ def race(options: argparse.Namespace, model: nn.Module, search: ImageSet) -> Non
     targets = compensated(options, len(x))
     for cell in missing:
         keep = widths(plan, cell["groups"])[RATES.index(cell["rate"])].tolist()
-        small = build_subnet(model, tensors | Slicer(plan)(tensors, keep))
+        small = build_subnet(model, tensors | Cutter(plan)(tensors, keep))
         target = targets[options.race_calibration, cell["groups"], cell["rate"]]["top1"]
         figures = train_until(small, target, cell["lr"], train_split, (x, y), options)
         append_row(options.log, {"cell": cell, "target": target, **figures})
@@ -141,7 +143,7 @@ def train_until(
 
 
 def common(options: argparse.Namespace, num_images: int) -> dict[str, Any]:
-    """What all results of a run share; with the rest of a cell it names a result."""
+    """The part of a cell that all results of a run share."""
     return {
         "model": options.model,
         "weights": Path(options.weights).stem,
@@ -151,7 +153,7 @@ def common(options: argparse.Namespace, num_images: int) -> dict[str, Any]:
 
 
 def limits(options: argparse.Namespace) -> dict[str, Any]:
-    """What a race ran under."""
+    """The part of a cell that limits a race."""
     return {
         "race_calibration": options.race_calibration,
         "check_every": options.check_every,
@@ -160,7 +162,7 @@ def limits(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def without_done(options: argparse.Namespace, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Cells that the log has no result of."""
+    """Cells without a result in the log."""
     done = [row["cell"] for row in read_rows(options.log)]
     return [cell for cell in cells if cell not in done]
 
@@ -179,12 +181,12 @@ def compensated(
 
 def print_compensation(options: argparse.Namespace, base: float, num_images: int) -> None:
     """Accuracy by calibration images."""
-    found = compensated(options, num_images)
+    results = compensated(options, num_images)
     table = []
     for count in options.calibration:
-        results = [found[count, groups, rate] for groups in GROUP_SETS for rate in RATES]
-        seconds = np.median([row["seconds"] for row in results])
-        accuracies = [f"{100 * row['top1']:.1f}" for row in results]
+        rows = [results[count, groups, rate] for groups in GROUP_SETS for rate in RATES]
+        seconds = np.median([row["seconds"] for row in rows])
+        accuracies = [f"{100 * row['top1']:.1f}" for row in rows]
         table.append([f"{count:,}", *accuracies, f"{seconds:.1f}"])
     header = ["calibration images"]
     header += [f"{groups} groups, {rate}" for groups in GROUP_SETS for rate in RATES]
@@ -199,13 +201,13 @@ def print_race(options: argparse.Namespace, num_images: int) -> None:
     """The fastest learning rate of each race against compensation."""
     shared = common(options, num_images) | limits(options)
     races = [row for row in read_rows(options.log) if shared.items() <= row["cell"].items()]
-    found = compensated(options, num_images)
+    results = compensated(options, num_images)
     table = []
     for groups in GROUP_SETS:
         for rate in RATES:
             own = [r for r in races if (r["cell"]["groups"], r["cell"]["rate"]) == (groups, rate)]
             fastest = min(own, key=lambda row: (not row["reached"], row["seconds"], -row["top1"]))
-            ours = found[options.race_calibration, groups, rate]
+            ours = results[options.race_calibration, groups, rate]
             ratio = f"{fastest['seconds'] / ours['seconds']:.1f}x"
             table.append(
                 [

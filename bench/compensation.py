@@ -1,10 +1,9 @@
 """Cold compensation of a candidate against its forward pass: python bench/compensation.py.
 
-Each draw takes random keep counts and an empty cache, solves every layer (what a candidate costs
-beside its forward pass), then runs the small network, in float32 and in the fast dtype of this CPU,
-all on one thread. ResNet-56 has trained weights and real images; ResNet-50 has random weights and
-noise for images, which the solver cannot tell from others, and its forward pass is timed on a few
-images and scaled up.
+Each draw takes random keep counts and an empty cache, solves every layer and runs the small
+network, in float32 and in the fast dtype of this CPU, all on one thread. ResNet-56 has trained
+weights and real images. ResNet-50 has random weights and noise for images, which makes no
+difference to the solver; its forward pass is timed on a few images and scaled up.
 """
 
 import argparse
@@ -17,17 +16,18 @@ from report import print_environment, print_table
 from torch import nn
 
 from cacp_ray.data.images import ImageSet, read_parquet
-from cacp_ray.evaluation.preparation import Cutter, prepare
-from cacp_ray.models.factory import build_model, load_weights
-from cacp_ray.pruning.plan import make_plan
+from cacp_ray.evaluation.preparation import CutNetwork, prepare
+from cacp_ray.models.factory import build_model
+from cacp_ray.models.pretrained import load_weights
+from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.statistics import collect_statistics
 from cacp_ray.training.metrics import fast_dtype, predict
 
-SMALLEST = 0.1  # share of a group's channels that is kept at least
+SMALLEST = 0.1  # least share of a group's channels that is kept
 
 
 def make_noise(count: int, side: int, seed: int) -> ImageSet:
-    """Images of smooth noise: neighbours are alike, as in photographs."""
+    """Images of smooth noise: neighbouring pixels are alike, as in photographs."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, size=(count, side // 8, side // 8, 3), dtype=np.uint8)
     images = coarse.repeat(8, axis=1).repeat(8, axis=2)
@@ -41,9 +41,9 @@ def bench(
     x = timed.tensors()[0]
     plan = make_plan(model, x[:1])
     images, _ = calibration.tensors()
-    found = collect_statistics(model, plan, images, seed=options.seed)
+    moments = collect_statistics(model, plan, images, seed=options.seed)
     prepared = prepare(
-        model, plan, calibration, found, criterion="l1", recovery="compensate", seed=options.seed
+        model, plan, calibration, moments, criterion="l1", recovery="compensate", seed=options.seed
     )
     rng = np.random.default_rng(options.seed)
     whole = plan.cost_model.num_channels
@@ -51,9 +51,9 @@ def bench(
     rows = []
     for _ in range(options.draws + 1):
         counts = [int(rng.integers(np.ceil(SMALLEST * n), n + 1)) for n in whole]
-        cutter = Cutter(prepared, "compensate")  # with an empty cache
+        cut_network = CutNetwork(prepared, "compensate")  # with an empty cache
         started = time.process_time()
-        small = cutter.load(counts)
+        small = cut_network.load(counts)
         row = {"compensation": time.process_time() - started}
         for dtype in dtypes:
             started = time.process_time()

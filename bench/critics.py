@@ -1,11 +1,12 @@
-"""How well critics rank networks that are measured later, by what they see and what they learn.
+"""How well critics rank networks that are measured later, by their inputs and targets.
 
 OMP_NUM_THREADS=1 python bench/critics.py RUN [RUN ...]
 
-From the first episodes of a recorded search of three rates, critics of the agent's widths learn for
-as many steps as the agent would have taken; they then rank the next 75 episodes. Spearman's rank
-correlation with the accuracies of the same rate, mean over rates, runs and cuts. The last row is a
-Gaussian process (Matern 5/2, a length for each group, by marginal likelihood), for comparison.
+Critics of the agent's widths learn from the first episodes of a recorded search of three rates, for
+as many steps as the agent would have taken. They then rank the next 75 episodes. The table shows
+Spearman's rank correlation with the accuracies of the same rate, as the mean over rates, runs and
+cuts. For comparison, the last row is a Gaussian process (Matern 5/2, one length a group, fitted by
+marginal likelihood).
 """
 
 import argparse
@@ -20,12 +21,13 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from cacp_ray.agent.cacp.algorithm import NUM_CRITICS
-from cacp_ray.agent.cacp.module import INPUT_CENTRE, INPUT_SCALE, make_layers
+from cacp_ray.agent.cacp.module import INPUT_CENTRE, INPUT_SCALE
 from cacp_ray.agent.cacp.replay import Replay
+from cacp_ray.agent.parts import make_layers
 from cacp_ray.models.factory import build_model
-from cacp_ray.pruning.plan import make_plan
-from cacp_ray.searching.records import EpisodeRecord
-from cacp_ray.searching.run_directory import RunDirectory
+from cacp_ray.pruning.planner import make_plan
+from cacp_ray.rundir.directory import RunDirectory
+from cacp_ray.rundir.records import EpisodeRecord
 from cacp_ray.searching.settings import AgentSettings
 
 Array = NDArray[np.float64]
@@ -38,7 +40,8 @@ def learn(x: Array, targets: Array, steps: int) -> Callable[[Array], Array]:
     """Critics on rows (N, F) and targets (N,), as the agent's learner trains its own."""
     torch.manual_seed(0)
     critics = [
-        nn.Sequential(*make_layers((x.shape[1], *SETTINGS.hidden, 1))) for _ in range(NUM_CRITICS)
+        nn.Sequential(*make_layers((x.shape[1], *SETTINGS.hidden, 1), nn.SiLU))
+        for _ in range(NUM_CRITICS)
     ]
     optimizer = torch.optim.Adam([p for c in critics for p in c.parameters()], lr=SETTINGS.lr)
     rows, wanted = torch.tensor(x).float(), torch.tensor(targets).float()
@@ -59,7 +62,7 @@ def learn(x: Array, targets: Array, steps: int) -> Callable[[Array], Array]:
 
 
 def learn_process(x: Array, targets: Array, steps: int) -> Callable[[Array], Array]:
-    """A Gaussian process in the place of the critics."""
+    """A Gaussian process instead of the critics."""
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
@@ -70,7 +73,7 @@ def learn_process(x: Array, targets: Array, steps: int) -> Callable[[Array], Arr
 
 
 def read(folder: Path, num_channels: Array) -> tuple[list[EpisodeRecord], Replay, Array]:
-    """Episodes of a run, the agent's memory of them, and offsets from the first of a rate."""
+    """Episodes of a run, the agent's memory of them, and offsets from a rate's first episode."""
     rows = [row for row in RunDirectory(folder).read_records() if row.status == "ok"]
     counts = np.array([row.keep_counts for row in rows])
     rates = np.array([row.rate for row in rows])
@@ -91,16 +94,17 @@ def read(folder: Path, num_channels: Array) -> tuple[list[EpisodeRecord], Replay
 
 
 def first_of(replay: Replay, count: int, *, loss: bool = True) -> Replay:
-    """The first episodes alone; without loss the values are of accuracies."""
+    """The first episodes; without `loss`, their values are accuracies."""
     part = Replay(replay.offsets.shape[1])
-    part.add(**{name: column[:count] for name, column in vars(replay).items()})
+    columns = {name: rows for name, rows in vars(replay).items() if name != "num_added"}
+    part.add(**{name: rows[:count] for name, rows in columns.items()})
     if not loss:
         part.loss = np.zeros_like(part.loss)
     return part
 
 
 def a_rate(replay: Replay) -> Array:
-    """(N,) values normalised by those of the same rate."""
+    """(N,) values, normalised by the values of the same rate."""
     values = replay.values()
     means = np.empty(len(replay))
     for rate in np.unique(replay.rates):
@@ -117,7 +121,7 @@ def main() -> None:
     torch.set_num_threads(1)
     plan = make_plan(build_model(options.model, 10).eval(), torch.zeros(1, 3, 32, 32))
     num_channels = plan.cost_model.num_channels
-    found: dict[str, list[float]] = {}
+    correlations: dict[str, list[float]] = {}
     for folder in options.runs:
         rows, replay, offsets = read(folder, num_channels)
         top1 = np.array([row.top1 for row in rows])
@@ -139,15 +143,15 @@ def main() -> None:
             }  # fmt: skip
             for name, (method, x, targets) in ways.items():
                 predicted = method(x[past], targets, steps)(x[future])
-                each = [
+                by_rate = [
                     spearmanr(predicted[mask], top1[future][mask])[0]
                     for one in np.unique(rate[future])
                     if (mask := rate[future] == one).sum() > 2
                 ]
-                found.setdefault(name, []).append(float(np.mean(each)))
+                correlations.setdefault(name, []).append(float(np.mean(by_rate)))
     table = [
         [name, f"{np.mean(values):.2f}", " ".join(f"{value:.2f}" for value in values)]
-        for name, values in found.items()
+        for name, values in correlations.items()
     ]
     title = f"rank correlation, {len(options.runs)} runs, after {CUTS} episodes"
     print_table(title, ["critic", "mean", "each"], table)

@@ -1,10 +1,10 @@
 """Memory of the driver of a whole search of ResNet-50: python bench/driver_memory.py.
 
-A search of the default strategy with one evaluator, on a search split and calibration images of
-224 pixels (the embedded sample, enlarged, as JPEG in shards; random weights). Few images are
-scored a candidate: the split is held whatever is scored. What is told is the largest private memory
-(RssAnon) and shared memory (RssShmem, the part of Ray's store that this process has touched) until
-each line that the search says, and until it has measured a few candidates, where it is stopped.
+The search uses the default strategy with one evaluator, random weights, and images of 224 pixels
+(the embedded sample, enlarged, as JPEG in shards). Few images are scored a candidate, because the
+driver holds the whole split anyway. The table gives the largest private memory (RssAnon) and shared
+memory (RssShmem: the part of Ray's store that this process has touched) before each message of the
+search, and until a few candidates are measured, where the search is stopped.
 """
 
 import argparse
@@ -25,17 +25,17 @@ from safetensors.torch import save_file
 import cacp_ray
 from cacp_ray.data.images import read_parquet
 from cacp_ray.models.factory import build_model
-from cacp_ray.searching.search_progress import SearchProgress
+from cacp_ray.reporting.progress import SearchProgress
 
 SHARDS, SIDE = 20, 224
 
 
 class Enough(Exception):
-    """Has been measured."""
+    """Ends the search: enough was measured."""
 
 
 class Watch(logging.Handler):
-    """Notes the most memory of each stretch between two messages."""
+    """Notes the peak memory between two messages."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -47,19 +47,19 @@ class Watch(logging.Handler):
 
     def _sample(self) -> None:
         while not self._ended.wait(0.05):
-            found = dict(
+            status = dict(
                 line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
             )
             with self._lock:
                 for name in self._most:
-                    self._most[name] = max(self._most[name], int(found[name].split()[0]))
+                    self._most[name] = max(self._most[name], int(status[name].split()[0]))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """A stretch ends."""
+        """Ends a stretch with a message."""
         self.note(record.getMessage())
 
     def note(self, what: str) -> None:
-        """A stretch ends with this."""
+        """Ends a stretch and names it."""
         with self._lock:
             print(what, flush=True)
             self.rows.append(
@@ -71,15 +71,15 @@ class Watch(logging.Handler):
             self._most = dict.fromkeys(self._most, 0)
 
     def end(self) -> None:
-        """No more samples."""
+        """Stops sampling."""
         self._ended.set()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--images", type=positive, default=2000, help="of the search split")
+    parser.add_argument("--images", type=positive, default=2000, help="images of the search split")
     parser.add_argument("--calibration", type=positive, default=512)
-    parser.add_argument("--evaluations", type=positive, default=12, help="before the end")
+    parser.add_argument("--evaluations", type=positive, default=12, help="until the search stops")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +133,7 @@ def main() -> None:
 
 
 def write_shards(root: Path, images: int) -> None:
-    """Enough rows for both splits."""
+    """Writes shards with enough rows for both splits."""
     split = read_parquet("embedded:train")
     rows = []
     for number in range(images):

@@ -1,14 +1,14 @@
 """Candidates a second, against the usual loops: python bench/evaluate.py --candidates 20.
 
 The same random candidates (rates 0.3 to 0.7) go through all ways in turn, in one process on one
-core; the table shows medians of what each way takes over what ours takes.
+core. The table shows medians of each way's time over ours.
 
 - usual loop: copy the network, prune the copy with Torch-Pruning, float32, NCHW, a DataLoader;
 - masking: the whole network with zeros for cut channels, as AMC and CACP score, float32;
-- masking + least squares: with scikit-learn's regression of every layer on its kept inputs, on
-  sampled points of the calibration images, as their recovery does;
-- floor: the forward pass alone of the small network, already built and fused, images ready, at the
-  batch size of several that is fastest for the whole network.
+- masking + least squares: masking, and scikit-learn's regression of every layer on its kept inputs,
+  on sampled points of the calibration images, as in their recovery;
+- floor: only the forward pass of the small network, already built and fused, with images ready, at
+  the batch size of several that is fastest for the whole network.
 
 Ours scores the whole search split from its stored uint8 images, without recovery and with it.
 """
@@ -25,34 +25,36 @@ from functools import partial
 import numpy as np
 import torch
 from compensation import make_noise
+from cutting import prune_a_copy
 from numpy.typing import NDArray
 from report import parse_rows, positive, print_environment, print_table
-from surgery import prune_a_copy
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from cacp_ray.config import PruningConfig
+from cacp_ray.config.run import PruningConfig
 from cacp_ray.data.images import ImageSet, read_parquet
 from cacp_ray.evaluation.fusion import fuse
 from cacp_ray.evaluation.measurement import Candidate
-from cacp_ray.evaluation.preparation import Cutter, Prepared, prepare
-from cacp_ray.evaluation.scorer import make_scorer
-from cacp_ray.loading import make_budget
-from cacp_ray.models.factory import build_model, load_weights
-from cacp_ray.pruning.plan import Plan, make_plan
+from cacp_ray.evaluation.preparation import CutNetwork, Prepared, prepare
+from cacp_ray.evaluation.scorer import Scorer
+from cacp_ray.models.factory import build_model
+from cacp_ray.models.pretrained import load_weights
+from cacp_ray.pruning.plan import Plan
+from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.statistics import collect_statistics
 from cacp_ray.searching.budget import spend
 from cacp_ray.searching.strategies.random import scale_to_budget
 from cacp_ray.training.metrics import fast_dtype
+from cacp_ray.workflows.setup import make_budget
 
-POINTS = 10  # places of every map that the least squares read, as in AMC's code
+POINTS = 10  # places that the least squares read in each map, as in AMC's code
 RATES = (0.3, 0.7)
 FLOOR_BATCHES = (4, 10, 32, 64, 128, 250, 512, 1000)
 
 
 class MaskedNetwork:
-    """The reference way: cut channels are zeros of the whole network, layers are fitted anew."""
+    """The papers' way: cut channels are zeros of the whole network; layers may be refitted."""
 
     def __init__(self, prepared: Prepared, seed: int) -> None:
         self.model = copy.deepcopy(prepared.model).eval().requires_grad_(False)
@@ -89,7 +91,7 @@ class MaskedNetwork:
         self._points[name] = np.concatenate(rows), np.concatenate(columns)
 
     def load(self, counts: Sequence[int], *, fit: bool) -> nn.Module:
-        """Zeros behind the kept channels, and refitted weights of what is kept."""
+        """Puts zeros for the cut channels, and the old or refitted weights for the kept ones."""
         from sklearn.linear_model import LinearRegression
 
         parameters = dict(self.model.named_parameters())
@@ -101,9 +103,9 @@ class MaskedNetwork:
                 x, y = self._points[consumer.weight]
                 size = whole[0, 0].numel()
                 inputs = (kept[:, None] * size + np.arange(size)).ravel()
-                found = LinearRegression().fit(x[:, inputs], y).coef_  # (N, kept inputs)
+                weights = LinearRegression().fit(x[:, inputs], y).coef_  # (N, kept inputs)
                 masked[:, kept] = torch.from_numpy(
-                    found.reshape(len(whole), len(kept), *whole.shape[2:])
+                    weights.reshape(len(whole), len(kept), *whole.shape[2:])
                 ).float()
             else:
                 masked[:, kept] = whole[:, kept]
@@ -131,23 +133,23 @@ def bench(
     """One row of the table."""
     x, y = search.tensors()
     plan = make_plan(model, x[:1])
-    found = collect_statistics(
+    moments = collect_statistics(
         model, plan, calibration.tensors()[0], seed=options.seed, kinds={"inputs"}
     )
     prepared = {
         recovery: prepare(
-            model, plan, calibration, found, criterion="l1", recovery=recovery, seed=options.seed
+            model, plan, calibration, moments, criterion="l1", recovery=recovery, seed=options.seed
         )
         for recovery in ("none", "compensate")
     }
     ours = {
-        recovery: make_scorer(each, search, recovery=recovery, dtype="auto")
-        for recovery, each in prepared.items()
+        recovery: Scorer(shared, search, recovery=recovery, dtype="auto")
+        for recovery, shared in prepared.items()
     }
     loader = DataLoader(TensorDataset(x.contiguous(), y), batch_size=options.batch)
     masked = MaskedNetwork(prepared["none"], options.seed)
-    cutter = Cutter(prepared["none"], "none")
-    fused = fuse(cutter.skeleton.model)
+    cut_network = CutNetwork(prepared["none"], "none")
+    fused = fuse(cut_network.resizable.model)
     assert fused is not None
     fused.dtype = fast_dtype()
     images = x.to(fast_dtype())
@@ -159,7 +161,7 @@ def bench(
                 small(batch)
         return time.perf_counter() - started
 
-    whole = fused.load(cutter.tensors)
+    whole = fused.load(cut_network.tensors)
     seconds = {
         size: min(run_floor(whole, size) for _ in range(2))
         for size in FLOOR_BATCHES
@@ -173,8 +175,8 @@ def bench(
 
     rows = []
     for index, counts in enumerate(draw(plan, options)):
-        candidate = Candidate(index, 0.5, tuple(counts))
-        small = fused.load({**cutter.tensors, **cutter.cut(counts)})
+        candidate = Candidate(0.5, tuple(counts), index=index)
+        small = fused.load({**cut_network.tensors, **cut_network.cut(counts)})
         ways: dict[str, Callable[[], object]] = {
             "ours": lambda c=candidate: ours["none"](c),
             "ours+": lambda c=candidate: ours["compensate"](c),
@@ -208,7 +210,7 @@ def bench(
 
 
 def draw(plan: Plan, options: argparse.Namespace) -> list[list[int]]:
-    """Random candidates of random rates, each spending its budget."""
+    """Keep counts of random candidates at random rates, each spending its budget."""
     budget = make_budget(plan, "macs", PruningConfig())
     rng = np.random.default_rng(options.seed)
     number = options.candidates + 1
@@ -228,7 +230,7 @@ def main() -> None:
     parser.add_argument("--search-rows", type=parse_rows, help="START:STOP, by default all")
     parser.add_argument("--calibration", type=int, default=1000, help="images")
     parser.add_argument("--candidates", type=positive, default=20)
-    parser.add_argument("--batch", type=positive, default=250, help="of the usual loop and masking")
+    parser.add_argument("--batch", type=positive, default=250, help="usual loop and masking")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -237,7 +239,7 @@ def main() -> None:
     torch.manual_seed(options.seed)
     rows = []
     for name in options.networks:
-        if name == "resnet50":  # random weights: time alone is measured
+        if name == "resnet50":  # random weights, because only time is measured
             model = build_model("torchvision:resnet50", 1000).eval()
             calibration = search = make_noise(64, 224, options.seed)
         else:

@@ -1,4 +1,4 @@
-"""What the accuracy benchmarks share: options, the network and its images, uniform widths."""
+"""Shared parts of the accuracy benchmarks: options, network and images, uniform widths."""
 
 import argparse
 from typing import Any
@@ -9,19 +9,20 @@ from numpy.typing import NDArray
 from report import parse_rows
 from torch import nn
 
-from cacp_ray.config import PruningConfig
+from cacp_ray.config.run import PruningConfig
 from cacp_ray.data.images import ImageSet, read_parquet
-from cacp_ray.loading import make_budget
-from cacp_ray.models.factory import build_model, load_weights
+from cacp_ray.models.factory import build_model
+from cacp_ray.models.pretrained import load_weights
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.searching.budget import uniform
+from cacp_ray.workflows.setup import make_budget
 
 RATES = (0.3, 0.5, 0.7)
 GROUP_SETS = ("all", "inner")
 
 
 def make_data_parser(doc: str) -> argparse.ArgumentParser:
-    """The network and its images."""
+    """A parser with the options of network and images."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--weights", default="embedded:resnet20_cifar10")
@@ -33,7 +34,7 @@ def make_data_parser(doc: str) -> argparse.ArgumentParser:
 
 
 def make_parser(doc: str) -> argparse.ArgumentParser:
-    """The options of all benchmarks that score in this process."""
+    """A parser with the options of all benchmarks that score in this process."""
     parser = make_data_parser(doc)
     parser.add_argument("--images", type=int, help="score on so many of them, evenly spaced")
     parser.add_argument("--seed", type=int, default=0)
@@ -42,7 +43,7 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
 
 
 def run_values(options: argparse.Namespace) -> dict[str, Any]:
-    """Network and splits of a run's configuration, by these options and --test."""
+    """Network and splits of a run's configuration, from these options and --test."""
     return {
         "model": {"name": options.model, "weights": options.weights},
         "data": {
@@ -54,7 +55,7 @@ def run_values(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def load(options: argparse.Namespace) -> tuple[nn.Module, ImageSet]:
-    """The network and the images that score it; sets the threads."""
+    """Sets the threads; returns the network and the images that score it."""
     torch.set_num_threads(options.threads)
     search = read_parquet(options.search, options.search_rows, options.images)
     model = build_model(options.model, len(search.classes)).eval()

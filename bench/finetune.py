@@ -1,20 +1,22 @@
 """Fine-tuned accuracy of searched, random and uniform subnets: python bench/finetune.py --out DIR.
 
-Every seed is a search and a fine-tuning of what it found, all rates side by side on Ray Tune, the
-same recipe for all. The searches of one seed have the same number of evaluations; uniform widths
-need none. With the same command, a benchmark that was stopped goes on; what is in DIR/results is
-not run again, so that the tables of committed results can be printed anywhere.
+For every seed and method, a search is followed by a fine-tuning of its subnets, all rates side by
+side on Ray Tune, by the same recipe for all. The searches of one seed have the same number of
+evaluations; uniform widths need none. The same command continues a benchmark that was stopped, and
+runs nothing whose result lies in DIR/results, so the tables of committed results can be printed
+anywhere.
 
 - cacp: the default search of this package. Its two answers, the policy's and the best candidate,
   are both repaired layer by layer, and the better on the search split is kept;
-- random: the best of as many random allocations, all else as in the default search;
-- uniform cap: the same share of all channels, or of the inner ones, the default order and repair;
-- uniform l1: the same with those of least L1 norm cut;
-- base: the base network itself, trained on by the recipe: what the further epochs alone give.
+- random: the best of as many random allocations, with the other settings of the default search;
+- uniform cap: the same share of all channels, or of the inner ones, in the default order and
+  repair;
+- uniform l1: the same widths, but the channels of least L1 norm are cut;
+- base: the base network, trained on by the recipe: the gain of the further epochs alone.
 
-The table says what the fine-tuning left of the base network's accuracy on the test split, which is
-measured once a subnet. The sample that the package embeds shows that it works; figures worth
-reading need all of CIFAR-10: --train, --train-rows, --search, --search-rows, --test.
+The table compares the fine-tuned accuracy with the base network's on the test split, which is
+measured once a subnet. The package's sample only tries the command out; figures worth reading need
+all of CIFAR-10: --train, --train-rows, --search, --search-rows, --test.
 """
 
 import argparse
@@ -27,14 +29,17 @@ from experiment import make_data_parser, run_values
 from report import bootstrap, print_environment, print_table
 
 import cacp_ray
-from cacp_ray.config import ModelConfig, RunConfig, load_config
-from cacp_ray.files import describe_environment, read_json, write_file, write_json
-from cacp_ray.finetune_config import FinetuneConfig
-from cacp_ray.loading import load_model, read_split
+from cacp_ray.config.finetune import FinetuneConfig
+from cacp_ray.config.run import ModelConfig, RunConfig, load_config
+from cacp_ray.io.environment import describe_environment
+from cacp_ray.io.files import read_json, write_file, write_json
 from cacp_ray.pruning.subnet import save_subnet
-from cacp_ray.reporting.progress import FinetuneDisplay
+from cacp_ray.reporting.displays import FinetuneDisplay
 from cacp_ray.training.metrics import predict
+from cacp_ray.workflows.network import load_model
+from cacp_ray.workflows.splits import Splits
 
+Results = dict[tuple[str, int], dict[str, Any]]  # by method and seed
 BASE = "base"
 METHODS: dict[str, dict[str, Any]] = {
     "cacp": {"strategy": "cacp"},
@@ -47,34 +52,34 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     options = parse_options()
-    found: dict[tuple[str, int], dict[str, Any]] = {}
+    results: Results = {}
     for seed in options.seeds:
         for method in options.methods:
             name = f"{method.replace(' ', '-')}-seed-{seed}"
             file = options.out / "results" / f"{name}.json"
             if not file.exists():
                 run(method, seed, options.out / name, file, options)
-            found[method, seed] = read_result(file)
-    print_results(found, options)
-    print_differences(found, options)
+            results[method, seed] = read_result(file)
+    print_results(results, options)
+    print_differences(results, options)
     print_environment(options.seeds[0])
 
 
 def parse_options() -> argparse.Namespace:
     parser = make_data_parser(__doc__ or "")
-    parser.add_argument("--out", type=Path, required=True, help="folder of all runs; gone on with")
+    parser.add_argument("--out", type=Path, required=True, help="folder of all runs, old or new")
     parser.add_argument("--test", default="embedded:test", help="Parquet of test images")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--rates", nargs="+", type=float, default=[0.3, 0.5, 0.7])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--evaluations", type=int, default=300, help="of each search")
+    parser.add_argument("--evaluations", type=int, default=300, help="evaluations of each search")
     parser.add_argument("--config", type=Path, default=Path("tune_configs/finetune_plain.yaml"))
-    parser.add_argument("--set", nargs="*", default=[], help="of the recipe: finetune.epochs=8")
+    parser.add_argument("--set", nargs="*", default=[], help="as finetune.epochs=8")
     return parser.parse_args()
 
 
 def run(method: str, seed: int, folder: Path, file: Path, options: argparse.Namespace) -> None:
-    """Searches, fine-tunes and writes accuracies and seconds; the hits of each image beside."""
+    """Searches, fine-tunes and writes accuracies, seconds and which images were right."""
     recipe = load_config(FinetuneConfig, options.config, [*options.set, f"finetune.seed={seed}"])
     model = ModelConfig(name=options.model, weights=options.weights)
     with FinetuneDisplay() as display:
@@ -82,11 +87,11 @@ def run(method: str, seed: int, folder: Path, file: Path, options: argparse.Name
             rows = train_on(folder, model, recipe, options, display.update)
         else:
             rows = search_and_finetune(method, seed, folder, recipe, options, display.update)
-    test = read_split(recipe_data(options), "test")
+    test = Splits(recipe_data(options)).read("test")
     hits = {"base": find_hits(load_model(model, len(test.classes)), test)}
     for row in rows:
         hits[f"{row['rate']:g}"] = find_hits(cacp_ray.load_subnet(folder / row.pop("path")), test)
-    packed = {name: np.packbits(each) for name, each in hits.items()}
+    packed = {name: np.packbits(is_right) for name, is_right in hits.items()}
     write_file(file.with_suffix(".npz"), lambda path: save_arrays(path, packed))
     about = {"epochs": recipe.finetune.epochs, "evaluations": options.evaluations}
     environment = describe_environment(seed)
@@ -96,7 +101,7 @@ def run(method: str, seed: int, folder: Path, file: Path, options: argparse.Name
 def search_and_finetune(
     method: str, seed: int, folder: Path, recipe: FinetuneConfig, options: Any, on_epoch: Any
 ) -> list[dict[str, Any]]:
-    """A run directory, searched and fine-tuned, or gone on with: a row a rate."""
+    """Searches and fine-tunes a run directory, or continues it; a row a rate."""
     values = {
         "name": folder.name,
         **run_values(options),
@@ -114,7 +119,7 @@ def search_and_finetune(
     return [
         {key: row[key] for key in keys}
         | {
-            "search_seconds": round(seconds, 1),  # of all rates, since it last went on
+            "search_seconds": round(seconds, 1),  # for all rates, since the search was last started
             "finetune_seconds": round(
                 read_json(folder / row["path"] / "metrics.json")["seconds"], 1
             ),
@@ -126,10 +131,10 @@ def search_and_finetune(
 def train_on(
     folder: Path, model: ModelConfig, recipe: FinetuneConfig, options: Any, on_epoch: Any
 ) -> list[dict[str, Any]]:
-    """The base network as a subnet that keeps all, trained by the recipe."""
+    """Trains the base network by the recipe, as a subnet that keeps all channels."""
     whole, data = folder / "rate-1.00", recipe_data(options)
     if not (whole / "subnet.json").exists():
-        split = read_split(data, "search")
+        split = Splits(data).read("search")
         network = load_model(model, len(split.classes))
         description = {
             "model": model.name,
@@ -160,12 +165,12 @@ def train_on(
 
 
 def recipe_data(options: argparse.Namespace) -> Any:
-    """The three splits of these options."""
+    """The three splits that the options name."""
     return load_config(RunConfig, run_values(options)).data
 
 
 def find_hits(model: torch.nn.Module, split: Any) -> np.ndarray:
-    """(N,) whether each image is recognised, in float32 as `test_top1`."""
+    """(N,) whether each image is right, in float32 like `test_top1`."""
     hits = []
     for part in split.parts(500):
         images, labels = part.tensors()
@@ -174,13 +179,13 @@ def find_hits(model: torch.nn.Module, split: Any) -> np.ndarray:
 
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """NumPy would add a suffix to a path."""
+    """Writes to an open file: NumPy would add a suffix to a path."""
     with path.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
 def read_result(file: Path) -> dict[str, Any]:
-    """What `run` wrote, `hits` (N,) by rate and `base` included."""
+    """What `run` wrote, with `hits` (N,) by rate and for `base`."""
     row = read_json(file)
     with np.load(file.with_suffix(".npz")) as packed:
         row["hits"] = {
@@ -190,9 +195,9 @@ def read_result(file: Path) -> dict[str, Any]:
     return row
 
 
-def print_results(found: dict[tuple[str, int], dict[str, Any]], options: Any) -> None:
-    """One row a rate and method: means over the seeds, and their standard deviation."""
-    first = next(iter(found.values()))
+def print_results(results: Results, options: Any) -> None:
+    """Means and standard deviation over the seeds, one row for a rate and method."""
+    first = next(iter(results.values()))
     whole = 100 * first["hits"]["base"].mean()
     rows = []
     for rate in [*sorted(options.rates), 1.0]:
@@ -200,7 +205,7 @@ def print_results(found: dict[tuple[str, int], dict[str, Any]], options: Any) ->
             mine = [
                 row
                 for seed in options.seeds
-                for row in found[method, seed]["rates"]
+                for row in results[method, seed]["rates"]
                 if row["rate"] == rate
             ]
             if mine:
@@ -220,7 +225,7 @@ def print_results(found: dict[tuple[str, int], dict[str, Any]], options: Any) ->
 
 
 def describe(mine: list[dict[str, Any]], whole: float) -> list[str]:
-    """Cells of one rate and method, `mine` its seeds; the base's accuracy `whole` in %."""
+    """Cells of one rate and method; `mine` has a row a seed, `whole` is the base's top-1 in %."""
 
     def mean(key: str) -> float:
         return float(np.mean([row[key] for row in mine]))
@@ -239,8 +244,8 @@ def describe(mine: list[dict[str, Any]], whole: float) -> list[str]:
     ]
 
 
-def print_differences(found: dict[tuple[str, int], dict[str, Any]], options: Any) -> None:
-    """The first method less each other at the same rate: paired bootstrap over test images."""
+def print_differences(results: Results, options: Any) -> None:
+    """First method less each other one at a rate, by a paired bootstrap over test images."""
     compared = [method for method in options.methods if method != BASE]
     rows = []
     for method in compared[1:]:
@@ -248,7 +253,7 @@ def print_differences(found: dict[tuple[str, int], dict[str, Any]], options: Any
             key = f"{rate:g}"
             gains = np.array(
                 [
-                    found[compared[0], seed]["hits"][key] - found[method, seed]["hits"][key]
+                    results[compared[0], seed]["hits"][key] - results[method, seed]["hits"][key]
                     for seed in options.seeds
                 ]
             )

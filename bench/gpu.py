@@ -1,10 +1,10 @@
 """Evaluators that share a GPU: python bench/gpu.py --network resnet50 --images 1000.
 
-For each number of evaluators, so many processes, each with its share of the GPU's memory, score
+For each number of evaluators, that many processes, each with its share of the GPU's memory, score
 random candidates (rates 0.3 to 0.7, without recovery) for a few rounds. The floor is one process
-that runs forward passes alone, of small networks that are built already. The first line tells how
-many evaluators `cluster.gpus_per_evaluator: auto` would start. Without a GPU, the same runs on
-CPUs, which tries the command and measures nothing.
+that only runs forward passes of small networks built beforehand. The first line tells how many
+evaluators `cluster.gpus_per_evaluator: auto` would start. Without a GPU everything runs on CPUs:
+that tries the command out and measures nothing.
 """
 
 import argparse
@@ -21,27 +21,27 @@ from threads import IMAGENET, draw, prepare_network, work
 
 
 def ask_need(pipe: Connection, network: str, images: int, seed: int) -> None:
-    """What an evaluator takes of the GPU, in GB, and how many it holds."""
+    """Sends the GB that an evaluator takes, the GB of the GPU, and how many evaluators it holds."""
     from cacp_ray.evaluation.scorer import measure_need
 
-    found = measure_need(*prepare_network(network, images, seed), recovery="none", dtype="auto")
-    pipe.send((found.evaluator / 2**30, found.gpu / 2**30, found.num_evaluators))
+    need = measure_need(*prepare_network(network, images, seed), recovery="none", dtype="auto")
+    pipe.send((need.evaluator / 2**30, need.gpu / 2**30, need.num_evaluators))
 
 
 def run_floor(pipe: Connection, network: str, images: int, count: int, seed: int) -> None:
-    """Seconds of each of `count` forward passes over all images."""
-    from cacp_ray.evaluation.gpu import liked_batch
+    """Sends the seconds of `count` forward passes over all images."""
+    from cacp_ray.evaluation.gpu import gpu_batch_size
     from cacp_ray.evaluation.network import FastNetwork, default_batch_size, put_pixels
-    from cacp_ray.evaluation.preparation import Cutter
+    from cacp_ray.evaluation.preparation import CutNetwork
     from cacp_ray.evaluation.scorer import read_dtype
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
     prepared, split = prepare_network(network, images, seed)
-    fast = FastNetwork(Cutter(prepared, "none", device), read_dtype("auto", device))
+    fast = FastNetwork(CutNetwork(prepared, "none", device), read_dtype("auto", device))
     pixels = put_pixels(split, device)
     side = split.images.shape[1]
-    batch = liked_batch(side**2, len(split)) if device == "cuda" else default_batch_size(split)
+    batch = gpu_batch_size(side**2, len(split)) if device == "cuda" else default_batch_size(split)
     seconds = []
     for candidate in draw(prepared.plan, count, np.random.default_rng(seed)):
         predict = fast.load(candidate.keep_counts, batch)
@@ -53,29 +53,29 @@ def run_floor(pipe: Connection, network: str, images: int, count: int, seed: int
 
 
 def time_evaluators(number: int, share: float, options: argparse.Namespace) -> float:
-    """Candidates a second of so many evaluators together: median of the rounds."""
+    """Candidates a second of `number` evaluators together: median of the rounds."""
     pipes = [
         start(work, options.network, 1, options.seed + index, options.images, share)
         for index in range(number)
     ]
     for pipe in pipes:
         pipe.recv()
-    each = -(-options.candidates // number)
+    quota = -(-options.candidates // number)
     rates = []
     for _ in range(options.rounds + 1):
         started = time.monotonic()
         for pipe in pipes:
-            pipe.send(each)
+            pipe.send(quota)
         for pipe in pipes:
             pipe.recv()
-        rates.append(each * number / (time.monotonic() - started))
+        rates.append(quota * number / (time.monotonic() - started))
     for pipe in pipes:
         pipe.send(None)
     return statistics.median(rates[1:])  # the first warms up
 
 
 def start(run: Any, *arguments: Any) -> Connection:
-    """A process of its own, which takes its GPU's memory with it."""
+    """Starts a process, whose GPU memory is free again when it ends."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     spawn.Process(target=run, args=(theirs, *arguments), daemon=True).start()
@@ -87,10 +87,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--network", choices=("resnet20", *IMAGENET), default="resnet50")
     parser.add_argument(
-        "--images", type=positive, default=1000, help="of 224 pixels, of resnet50 and mobilenet_v2"
+        "--images", type=positive, default=1000, help="of 224 pixels, for resnet50 and mobilenet_v2"
     )
     parser.add_argument("--evaluators", type=positive, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--candidates", type=positive, default=32, help="a round, all together")
+    parser.add_argument("--candidates", type=positive, default=32, help="a round, of all together")
     parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -1,14 +1,14 @@
 """Predicted against measured latency of random subnets: python bench/latency.py [--network NAME].
 
-A table of the network is measured as `cacp-ray latency measure` does, without the networks that
-are judged. Then subnets at random keep counts, on budgets of 0.2 to 0.9 of the MACs, are measured
-in turn. For each the table's prediction stands beside the measurement. For comparison, two
-predictions by a line that is fitted to the very networks that are judged: *not monotone*, of the
-table as it was measured, which no search could rest on (the difference is what monotone costs), and
-*MACs*. What the odd rounds of the measurement say of the even ones is what nothing can beat.
-Passes are timed by the processor time of the one thread, so other processes do not lengthen them.
-Each --network gives rows of its own; a second table at multiples of 8 channels, and subnets of
-those widths, tell how much of the error comes from widths that the kernels dislike.
+A table of the network is measured as `cacp-ray latency measure` does; the judged subnets have no
+part in it. Then subnets at random keep counts, on budgets of 0.2 to 0.9 of the MACs, are measured
+in turn, and the table's prediction stands next to each measurement. Two other predictions serve as
+comparison, each by a line fitted to the judged subnets themselves: *not monotone*, from the table
+as it was measured, which no search could use (the difference is the price of monotony), and *MACs*.
+*Measured twice* compares the odd rounds of the measurement with the even ones; no prediction can be
+better. Passes are timed by the processor time of the one thread, so other processes do not lengthen
+them. Each --network gives rows of its own. A second table at multiples of 8 channels, and subnets
+of those widths, show how much of the error comes from widths that the kernels dislike.
 """
 
 import argparse
@@ -20,16 +20,19 @@ import torch
 from numpy.typing import NDArray
 from report import print_environment, print_table
 
-from cacp_ray.config import ModelConfig, PruningConfig
+from cacp_ray.config.run import ModelConfig, PruningConfig
 from cacp_ray.evaluation.latency import measure_latency
 from cacp_ray.evaluation.latency_table import LatencyTable, Settings
 from cacp_ray.evaluation.layer_timing import fit_calibration, measure_table
-from cacp_ray.loading import load_model, make_budget, with_latency
 from cacp_ray.models.factory import default_input_shape
+from cacp_ray.pruning.cutter import Cutter, all_tensors
 from cacp_ray.pruning.latency_cost import Calibration, make_latency_cost
-from cacp_ray.pruning.plan import Plan, make_plan
-from cacp_ray.pruning.surgery import Slicer, all_tensors, build_subnet
+from cacp_ray.pruning.plan import Plan
+from cacp_ray.pruning.planner import make_plan
+from cacp_ray.pruning.resizable import build_subnet
 from cacp_ray.searching.budget import spend
+from cacp_ray.workflows.network import load_model
+from cacp_ray.workflows.setup import make_budget, with_latency
 
 NETWORKS = ("resnet20", "resnet56", "torchvision:resnet18@64")
 RATES = (0.2, 0.9)
@@ -38,7 +41,7 @@ Ints = NDArray[np.int64]
 
 
 def draw_subnets(plan: Plan, round_to: int, number: int, seed: int) -> Ints:
-    """(number, G) random keep counts that use up random budgets of MACs."""
+    """(number, G) random keep counts that spend random budgets of MACs."""
     rng = np.random.default_rng(seed)
     budget = make_budget(plan, "macs", PruningConfig(floor=0.1, round_to=round_to))
     least = 1.001 * budget.smallest / budget.total
@@ -57,7 +60,7 @@ def compare(predicted: Floats, measured: Floats) -> list[str]:
 
 
 def sum_as_measured(plan: Plan, table: LatencyTable, counts: Ints) -> Ints:
-    """(N,) nanoseconds of the layers by the table as it is, not monotone."""
+    """(N,) nanoseconds of the layers by the table as it was measured, not monotone."""
     cost = make_latency_cost(
         plan.cost_model.layers,
         table.grids,
@@ -68,7 +71,7 @@ def sum_as_measured(plan: Plan, table: LatencyTable, counts: Ints) -> Ints:
 
 
 def on_a_line(values: Ints, measured: Floats) -> Floats:
-    """Predictions by the line from `values` that suits these very networks."""
+    """Predictions by the line from `values` that fits these networks best."""
     line = fit_calibration(values, measured)
     return line.constant + line.scale * values
 
@@ -87,13 +90,13 @@ def bench_network(
     seconds = time.perf_counter() - started
     plan = with_latency(plan, table)
     counts = draw_subnets(plan, round_to, options.subnets, options.seed)
-    tensors, cut = all_tensors(model), Slicer(plan)
+    tensors, cut = all_tensors(model), Cutter(plan)
     nets = {
         str(i): build_subnet(model, tensors | cut(tensors, row))
         for i, row in enumerate(counts.tolist())
     }
     x = torch.randn(settings.batch, *shape)
-    found = measure_latency(
+    latencies = measure_latency(
         nets,
         x,
         threads=settings.threads,
@@ -101,9 +104,9 @@ def bench_network(
         seconds=60.0,
         clock=settings.clock,
     )
-    measured = np.array([1e6 * each.median_ms for each in found.values()])
+    measured = np.array([1e6 * latency.median_ms for latency in latencies.values()])
     halves = [
-        np.array([statistics.median(each.rounds_ms[first::2]) for each in found.values()])
+        np.array([statistics.median(one.rounds_ms[first::2]) for one in latencies.values()])
         for first in (0, 1)
     ]
     assert plan.cost_model.latency is not None

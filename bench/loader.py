@@ -1,11 +1,11 @@
-"""Training images a second: shards that are streamed, against folders and a DataLoader.
+"""Training images a second: streamed shards, against folders and a DataLoader.
 
 python bench/loader.py [--images 2000] [--workers 2]
 
-Images of ImageNet's shape, made from the embedded sample (enlarged to 224-256 pixels, JPEG). Both
-ways give shuffled, cropped, flipped, normalised float32 batches of 224 pixels: ours from Parquet
-shards (`data.stream`), decoding on threads; torchvision's ImageFolder through a DataLoader with
-worker processes. Epochs are interleaved; all processes share the same cores.
+The images have ImageNet's shape and are made from the embedded sample (enlarged to 224-256 pixels,
+JPEG). Both ways give shuffled, cropped, flipped, normalised float32 batches of 224 pixels: ours
+from Parquet shards (`data.stream`), decoding on threads; torchvision's ImageFolder through a
+DataLoader with worker processes. Epochs are interleaved; all processes share the same cores.
 """
 
 import argparse
@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from cacp_ray.data.batches import Augmentation
-from cacp_ray.data.images import Rows, Shape, read_parquet
+from cacp_ray.data.images import Rows, Shape, read_labels, read_parquet
 from cacp_ray.data.sources import open_source
-from cacp_ray.data.streams import StreamBatches, open_stream
+from cacp_ray.data.streams import ImageStream, StreamBatches
 
 BATCH, SHARDS, EPOCHS, PADDING = 64, 20, 5, 4
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -56,8 +56,8 @@ def main() -> None:
     ours, theirs = map(np.array, speeds.values())
     ratios = ours / theirs
     rows = [
-        [name, f"{np.median(each):.0f}", f"{min(each):.0f}-{max(each):.0f}"]
-        for name, each in speeds.items()
+        [name, f"{np.median(speed):.0f}", f"{min(speed):.0f}-{max(speed):.0f}"]
+        for name, speed in speeds.items()
     ]
     title = (
         f"Images a second: {options.images:,} images, {options.workers} workers, {EPOCHS} epochs"
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def write_images(root: Path, count: int) -> None:
-    """The same JPEG files as shards and as folders."""
+    """Writes the same JPEG files as shards and as folders."""
     split = read_parquet("embedded:train", (0, count))
     rng = np.random.default_rng(0)
     rows = []
@@ -85,15 +85,16 @@ def write_images(root: Path, count: int) -> None:
 
 
 def streamed(root: Path) -> Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor]]]:
-    """Ours: what fine-tuning reads with `data.stream`."""
-    stream = open_stream(open_source(str(root / "shards")), Rows(), Shape(resize=232, crop=224))
+    """Our batches, as fine-tuning reads them with `data.stream`."""
+    source = open_source(str(root / "shards"))
+    stream = ImageStream(source, *read_labels(source, Rows()), Shape(resize=232, crop=224))
     return StreamBatches(stream, Augmentation(BATCH, PADDING, erasing=0.0, seed=0)).epoch
 
 
 def loaded(
     root: Path, workers: int
 ) -> Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor]]]:
-    """What torchvision's references do, with the same crops."""
+    """Batches as in torchvision's reference scripts, with the same crops."""
     steps = [
         transforms.Resize(232),
         transforms.CenterCrop(224),

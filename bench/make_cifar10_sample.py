@@ -1,8 +1,8 @@
 """Makes the embedded CIFAR-10 sample: `python bench/make_cifar10_sample.py CIFAR_DIR`.
 
 CIFAR_DIR holds train.parquet and test.parquet in the Hugging Face layout. Rows are drawn without
-replacement with a fixed seed, equally many a class, each from its own split: training rows
-0-44,999, search rows 45,000-49,999, test rows.
+replacement with a fixed seed, the same number from each class, and each part from its own rows: 0
+to 44,999 for training, 45,000 to 49,999 for the search, and the test file.
 """
 
 import sys

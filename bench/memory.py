@@ -1,8 +1,8 @@
 """Memory of evaluators, as a search starts them: python bench/memory.py --candidates 40.
 
 Ray actors of one thread score random candidates of ResNet-50 on 64 images of 224 pixels, repaired
-by least squares as by default, and note what they take: the proportional set size, with their share
-of the images, weights and factors that all actors of the machine read.
+by least squares as by default. They note their proportional set size, which includes their share of
+the images, weights and factors that all actors of the machine read.
 """
 
 import argparse
@@ -15,25 +15,25 @@ from compensation import make_noise
 from report import positive, print_environment, print_table
 from threads import read_memory
 
-from cacp_ray.config import PruningConfig
+from cacp_ray.config.run import PruningConfig
 from cacp_ray.distributed import cluster
 from cacp_ray.distributed.pool import RayEvaluatorPool
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
 from cacp_ray.evaluation.preparation import prepare
-from cacp_ray.evaluation.scorer import make_scorer
-from cacp_ray.loading import make_budget
+from cacp_ray.evaluation.scorer import Scorer
 from cacp_ray.models.factory import build_model
-from cacp_ray.pruning.plan import make_plan
+from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.statistics import collect_statistics
 from cacp_ray.searching.budget import spend
 from cacp_ray.searching.strategies.random import scale_to_budget
+from cacp_ray.workflows.setup import make_budget
 
 IMAGES, CALIBRATION = 64, 16
 
 
 def make_watched(**arguments: Any) -> ScoreFunction:
-    """As `make_scorer`; `loss` is the GB that the process takes."""
-    score = make_scorer(**arguments)
+    """`Scorer`, with the GB that the process takes as the loss."""
+    score = Scorer(**arguments)
 
     def watched(candidate: Candidate) -> Measurement:
         return dataclasses.replace(score(candidate), loss=read_memory())
@@ -43,7 +43,7 @@ def make_watched(**arguments: Any) -> ScoreFunction:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--candidates", type=positive, default=40, help="an evaluator")
+    parser.add_argument("--candidates", type=positive, default=40, help="for each evaluator")
     parser.add_argument("--evaluators", type=positive, default=2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -52,7 +52,7 @@ def main() -> None:
     calibration = split.take(CALIBRATION)
     images, labels = calibration.tensors()
     plan = make_plan(model, images[:1])
-    found = collect_statistics(model, plan, images, labels, seed=options.seed, kinds={"inputs"})
+    moments = collect_statistics(model, plan, images, labels, seed=options.seed, kinds={"inputs"})
     budget = make_budget(plan, "macs", PruningConfig())
     rng = np.random.default_rng(options.seed)
     least = budget.min_counts / budget.num_channels
@@ -60,7 +60,7 @@ def main() -> None:
     rows = []
     for recovery in ("none", "compensate"):
         prepared = prepare(
-            model, plan, calibration, found, criterion="l1", recovery=recovery, seed=options.seed
+            model, plan, calibration, moments, criterion="l1", recovery=recovery, seed=options.seed
         )
         pool = RayEvaluatorPool(
             make_watched,
@@ -77,10 +77,10 @@ def main() -> None:
         for index, counts in enumerate(
             spend(budget, scale_to_budget(budget, ratios, rates), rates).tolist()
         ):
-            pool.submit(Candidate(index, float(rates[index]), tuple(counts)))
+            pool.submit(Candidate(float(rates[index]), tuple(counts), index=index))
         memory: list[float] = []
         while len(memory) < number:
-            memory += [each.loss for each in pool.results(60.0)]
+            memory += [measurement.loss for measurement in pool.results(60.0)]
         pool.close()
         first = memory[: 2 * options.evaluators]
         rows.append([recovery, f"{max(first):.2f} GB", f"{max(memory):.2f} GB"])

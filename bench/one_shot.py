@@ -1,11 +1,11 @@
-"""Accuracy before any fine-tuning, of every criterion with every recovery at three rates.
+"""Accuracy before any fine-tuning, for every criterion and recovery at three rates.
 
 python bench/one_shot.py --model resnet20 --weights embedded:resnet20_cifar10 \
     --train TRAIN.parquet --train-rows 0:45000 --search TRAIN.parquet --search-rows 45000:50000
 
 Widths are uniform, over all groups and over the inner ones with residual streams whole. Statistics
-are collected once and shared by all criteria. Each result is a line of --log at once: a run that
-was killed goes on where it stood, and another --model adds its rows to the same file.
+are collected once and shared by all criteria. Each result becomes a line of --log at once: the same
+command continues a run that was killed, and another --model adds its rows to the same file.
 """
 
 import argparse
@@ -21,11 +21,12 @@ from torch import nn
 from cacp_ray.data.images import ImageSet, read_parquet
 from cacp_ray.evaluation.measurement import Candidate
 from cacp_ray.evaluation.preparation import Prepared, prepare
-from cacp_ray.evaluation.scorer import make_scorer
+from cacp_ray.evaluation.scorer import Scorer
 from cacp_ray.pruning.criteria import CRITERIA, needs, rank_channels
-from cacp_ray.pruning.plan import Plan, make_plan
+from cacp_ray.pruning.cutter import all_tensors
+from cacp_ray.pruning.plan import Plan
+from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.statistics import Statistics, collect_statistics
-from cacp_ray.pruning.surgery import all_tensors
 from cacp_ray.training.metrics import fast_dtype, measure
 
 RECOVERIES = ("none", "bn", "compensate")
@@ -39,7 +40,7 @@ def prepare_all(
     name: str,
     seed: int,
 ) -> Iterator[tuple[str, Prepared]]:
-    """Each recovery with what its candidates share, in the order that a criterion makes."""
+    """Yields each recovery with what its candidates share, in a criterion's order."""
     tensors = all_tensors(model)
     orders = rank_channels(name, plan, tensors, statistics, seed)
     for recovery in RECOVERIES:
@@ -59,7 +60,7 @@ def prepare_all(
 
 
 def list_cells(options: argparse.Namespace, num_images: int) -> list[dict[str, Any]]:
-    """What the tables need; a result of the same cell is not measured again."""
+    """The cells of the tables; a cell in the log is not measured again."""
     common = {
         "model": options.model,
         "weights": Path(options.weights).stem,
@@ -93,20 +94,18 @@ def score_missing(options: argparse.Namespace, model: nn.Module, search: ImageSe
     for criterion in dict.fromkeys(cell["criterion"] for cell in missing):
         shared = prepare_all(model, plan, train, statistics, criterion, options.seed)
         for recovery, prepared in shared:
-            score = make_scorer(
-                prepared, search, recovery=recovery, batch_size=250, dtype=options.dtype
-            )
+            score = Scorer(prepared, search, recovery=recovery, batch_size=250, dtype=options.dtype)
             for cell in missing:
                 if (cell["criterion"], cell["recovery"]) == (criterion, recovery):
                     keep = tuple(counts[cell["groups"]][RATES.index(cell["rate"])].tolist())
-                    found = score(Candidate(0, cell["rate"], keep))
-                    figures = {"top1": found.top1, "loss": found.loss, "seconds": found.seconds}
+                    scored = score(Candidate(cell["rate"], keep, index=0))
+                    figures = {"top1": scored.top1, "loss": scored.loss, "seconds": scored.seconds}
                     kept = int(plan.macs(keep)) / whole
                     append_row(options.log, {"cell": cell, "macs_kept": kept, **figures})
 
 
 def print_results(options: argparse.Namespace, base: float, num_images: int) -> None:
-    """A table a group set; the best of each column is bold."""
+    """Prints a table for each group set; the best of a column is bold."""
     rows = read_rows(options.log)
     cells = list_cells(options, num_images)
     top1 = {

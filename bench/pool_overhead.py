@@ -1,6 +1,6 @@
 """Driver time per candidate of the Ray pool: python bench/pool_overhead.py [ACTORS ...].
 
-The evaluators only sleep, so the driver's processor time is what dispatch and collection cost.
+The evaluators only sleep, so the driver's processor time is the cost of dispatch and collection.
 """
 
 import sys
@@ -36,7 +36,7 @@ def run(num_evaluators: int) -> None:
     started, cpu_started = time.monotonic(), time.thread_time()
     while collected < CANDIDATES:
         while submitted < min(CANDIDATES, collected + pool.capacity):
-            pool.submit(Candidate(submitted, 0.5, KEEP_COUNTS))
+            pool.submit(Candidate(0.5, KEEP_COUNTS, index=submitted))
             submitted += 1
         collected += len(pool.results(1.0))
     wall_s, cpu_s = time.monotonic() - started, time.thread_time() - cpu_started

@@ -1,8 +1,8 @@
 """Where the time goes: python bench/profiles.py.
 
-- one evaluator: the operators of its process while it scores candidates of a network, from images
-  on the shelf to accuracy, with the share of each in all processor time (torch.profiler);
-- the driver: functions of the search loop with the learning agent, while evaluators answer at once
+- One evaluator: the operators of its process while it scores candidates of a network, from stored
+  images to accuracy, with the share of each in all processor time (torch.profiler).
+- The driver: functions of the search loop with the learning agent, while evaluators answer at once
   (cProfile), and its memory at several moments of a long search.
 """
 
@@ -21,18 +21,18 @@ from scale import RATES, pretend
 from torch.profiler import ProfilerActivity, profile
 
 from cacp_ray.agent.cacp.algorithm import CACPConfig
-from cacp_ray.config import PruningConfig, RunConfig, load_config
+from cacp_ray.config.run import PruningConfig, RunConfig, load_config
 from cacp_ray.evaluation.measurement import Candidate, LocalEvaluator
-from cacp_ray.evaluation.scorer import make_scorer
-from cacp_ray.loading import load_base, make_budget, prepare_base
+from cacp_ray.evaluation.scorer import Scorer
 from cacp_ray.models.factory import build_model
-from cacp_ray.pruning.plan import make_plan
+from cacp_ray.pruning.planner import make_plan
+from cacp_ray.rundir.directory import RunDirectory
 from cacp_ray.searching.allocation import uniform_prior
 from cacp_ray.searching.budget import uniform
 from cacp_ray.searching.loop import SearchLoop
 from cacp_ray.searching.mdp import AllocationMDP
-from cacp_ray.searching.run_directory import RunDirectory
 from cacp_ray.searching.settings import AgentSettings
+from cacp_ray.workflows.setup import Setup, make_budget
 
 TOP = 10
 CANDIDATES = 20
@@ -40,34 +40,33 @@ MOMENTS = 5
 
 
 def profile_evaluator() -> None:
-    """ResNet-20 on the embedded search split, with recovery."""
-    base = load_base(load_config(RunConfig, {}))
-    prepared = prepare_base(base, load_config(RunConfig, {}))
-    score = make_scorer(prepared, base.search, recovery="compensate", dtype="auto", threads=1)
+    """Profiles scoring of ResNet-20 on the embedded search split, with recovery."""
+    setup = Setup.create(load_config(RunConfig, {})).prepare()
+    score = Scorer(setup.prepared, setup.search, recovery="compensate", dtype="auto", threads=1)
     rates = np.linspace(0.3, 0.7, CANDIDATES)
-    counts = uniform(base.budget, rates, np.ones(len(base.plan.groups))).tolist()
-    score(Candidate(0, 0.5, tuple(counts[0])))
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    counts = uniform(setup.budget, rates, np.ones(len(setup.plan.groups))).tolist()
+    score(Candidate(0.5, tuple(counts[0]), index=0))
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
         for index, row in enumerate(counts):
-            score(Candidate(index, float(rates[index]), tuple(row)))
-    events = sorted(found.key_averages(), key=lambda each: -each.self_cpu_time_total)
-    total = sum(each.self_cpu_time_total for each in events)
+            score(Candidate(float(rates[index]), tuple(row), index=index))
+    operators = sorted(profiled.key_averages(), key=lambda operator: -operator.self_cpu_time_total)
+    total = sum(operator.self_cpu_time_total for operator in operators)
     rows = [
         [
-            each.key,
-            f"{100 * each.self_cpu_time_total / total:.1f} %",
-            f"{each.self_cpu_time_total / 1000 / CANDIDATES:.2f}",
-            f"{each.count / CANDIDATES:.0f}",
+            operator.key,
+            f"{100 * operator.self_cpu_time_total / total:.1f} %",
+            f"{operator.self_cpu_time_total / 1000 / CANDIDATES:.2f}",
+            f"{operator.count / CANDIDATES:.0f}",
         ]
-        for each in events[:TOP]
+        for operator in operators[:TOP]
     ]
-    images = len(base.search)
+    images = len(setup.search)
     title = f"An evaluator: ResNet-20, {images:,} images, {CANDIDATES} candidates"
     print_table(title, ["operator", "share", "ms a candidate", "calls a candidate"], rows)
 
 
 def profile_driver(episodes: int) -> None:
-    """A search of ResNet-56 whose candidates are measured at once."""
+    """Profiles a search of ResNet-56 whose candidates are measured at once."""
     plan = make_plan(build_model("resnet56", 10).eval(), torch.zeros(1, 3, 32, 32))
     settings = AgentSettings()
     channels = plan.cost_model.num_channels
@@ -86,12 +85,12 @@ def profile_driver(episodes: int) -> None:
             evaluations=episodes,
             mode="async",
         )
-        agent.attach(mdp, RATES, 0, episodes, loop.tick)
+        agent.attach(mdp, RATES, 0, episodes)
         loop.restore(agent)
         watch = cProfile.Profile()
         watch.enable()
         while not loop.done:
-            agent.train()
+            loop.tick(agent)
             if loop.progress.evaluations >= episodes * (len(memory) + 1) // MOMENTS:
                 memory.append([f"{loop.progress.evaluations:,}", f"{read_memory():.0f}"])
         watch.disable()

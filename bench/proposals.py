@@ -2,8 +2,8 @@
 
 OMP_NUM_THREADS=1 python bench/proposals.py
 
-ResNet-56, all groups, batches of 16, after the warm-up: every proposal is the best of 32 drafts by
-the critics. Accuracies are a formula, so that nothing but the agent is timed.
+The agent proposes for all groups of ResNet-56 in batches of 16, after the warm-up: every proposal
+is the best of 32 drafts by the critics. Accuracies are a formula, so only the agent is timed.
 """
 
 import argparse
@@ -15,14 +15,14 @@ import torch
 from report import print_environment, print_table
 
 from cacp_ray.agent.cacp.algorithm import CACPConfig
-from cacp_ray.config import PruningConfig
-from cacp_ray.evaluation.measurement import Candidate, Measurement
-from cacp_ray.loading import make_budget
+from cacp_ray.config.run import PruningConfig
+from cacp_ray.evaluation.measurement import Measurement
 from cacp_ray.models.factory import build_model
-from cacp_ray.pruning.plan import make_plan
+from cacp_ray.pruning.planner import make_plan
 from cacp_ray.searching.allocation import uniform_prior
 from cacp_ray.searching.mdp import AllocationMDP
 from cacp_ray.searching.settings import AgentSettings
+from cacp_ray.workflows.setup import make_budget
 
 BATCH = 16
 
@@ -49,18 +49,12 @@ def main() -> None:
         started = time.process_time()
         proposals = agent.ask(BATCH)
         middle = time.process_time()
-        agent.tell(
-            [
-                (
-                    Candidate(BATCH * turn + i, each.rate, each.keep_counts),
-                    Measurement(
-                        BATCH * turn + i, float(np.mean(each.keep_counts / channels)), 0, 0, 1, 0
-                    ),
-                )
-                for i, each in enumerate(proposals)
-            ]
-        )
-        updates += agent.learn(agent.pending_updates)
+        results = []
+        for index, proposal in enumerate(proposals, start=BATCH * turn):
+            top1 = float(np.mean(proposal.keep_counts / channels))
+            results.append((proposal, Measurement(index, top1, 0, 0, 1, 0)))
+        agent.tell(results)
+        updates += agent.update(agent.pending_updates)
         if turn >= 2:  # the first episodes are noise around the prior, without drafts
             asking.append(middle - started)
             learning.append(time.process_time() - middle)

@@ -2,13 +2,14 @@
 
 OMP_NUM_THREADS=1 python bench/racing.py --search TRAIN --search-rows 45000:50000 RUN [RUN ...]
 
-Every search recorded which images each candidate got right. Its candidates race again, in rounds as
-they were proposed, each against the best that is known by then at its rate: in more or fewer parts,
-with more or less patience, in the order of the split or the images first of which the whole network
-is least sure.
-`images` is the share that is scored; `lost` is what the best network of the whole search is better
-than the best that the race scored to the end, in points on the whole split. The last table says how
-far the estimates of the stopped candidates are from what the whole split says of them.
+Every search recorded which images each candidate got right. Its candidates race again, in the
+rounds in which they were proposed, each against the best known at its rate by then: in more or
+fewer parts, with more or less patience, with the images in the order of the split or those first of
+which the whole network is least sure.
+
+`images` is the share of images that is scored. `lost` says, in points on the whole split, how much
+better the best network of the whole search is than the best one that the race scored to the end.
+The last table compares the estimates for stopped candidates with their accuracy on the whole split.
 """
 
 import argparse
@@ -23,13 +24,13 @@ from torch import Tensor
 
 from cacp_ray.evaluation import racing
 from cacp_ray.evaluation.racing import Bools, decode_hits, estimate, prefixes
-from cacp_ray.searching.records import EpisodeRecord
-from cacp_ray.searching.run_directory import RunDirectory
+from cacp_ray.rundir.directory import RunDirectory
+from cacp_ray.rundir.records import EpisodeRecord
 from cacp_ray.training.metrics import predict
 
 ROUND_SIZE = 6
 HARDEST = "hardest first"
-# Order of the images, parts, patience. The first is what a search does.
+# Order of the images, parts and patience; the first row is the setting of a search.
 RACES = [
     ("as it stands", racing.NUM_PARTS, racing.PATIENCE),
     *(("as it stands", 16, patience) for patience in (0.0, 0.5, 2.0)),
@@ -40,22 +41,22 @@ RACES = [
 
 def read(folder: Path) -> list[EpisodeRecord]:
     """The distinct candidates of a search whose hits are known, in order."""
-    rows = {row.subnet: row for row in reversed(RunDirectory(folder).read_records()) if row.hits}
+    rows = {row.key: row for row in reversed(RunDirectory(folder).read_records()) if row.hits}
     return sorted(rows.values(), key=lambda row: row.index)
 
 
 def race(
     rows: list[EpisodeRecord], hits: list[Bools]
 ) -> tuple[float, dict[float, float], list[tuple[float, float, float]]]:
-    """A recorded search with racing.
+    """Replays a recorded search with racing.
 
     Args:
-        rows: Of the candidates.
-        hits: Of the candidates, in the order in which images are scored.
+        rows: Records of the candidates.
+        hits: Which images each candidate got right, in the order of scoring.
 
     Returns:
-        The share of images that were scored, points lost by rate, and of the stopped candidates
-        rate, estimate and accuracy.
+        The share of images that were scored, points lost by rate, and (rate, estimate, accuracy)
+        for each stopped candidate.
     """
     best: dict[float, int] = {}
     scored, known, stopped = [], [], []
@@ -76,14 +77,14 @@ def race(
                 best[rows[i].rate] = i
     lost = {}
     for rate in RATES:
-        of_all = max(hits[i].mean() for i, row in enumerate(rows) if row.cost_kept <= rate + 1e-9)
-        found = max(hits[i].mean() for i in known if rows[i].cost_kept <= rate + 1e-9)
-        lost[rate] = 100 * float(of_all - found)
+        whole = max(hits[i].mean() for i, row in enumerate(rows) if row.cost_kept <= rate + 1e-9)
+        raced = max(hits[i].mean() for i in known if rows[i].cost_kept <= rate + 1e-9)
+        lost[rate] = 100 * float(whole - raced)
     return float(np.mean(scored)), lost, stopped
 
 
 def stop_at(hits: Bools, best: Bools) -> int:
-    """Images after which the candidate is given up, or all."""
+    """Number of images after which the candidate is given up, or all images."""
     for stop in prefixes(len(hits)):
         if racing.has_fallen_behind(hits[:stop], best[:stop]):
             return stop
@@ -91,10 +92,10 @@ def stop_at(hits: Bools, best: Bools) -> int:
 
 
 def hardest_first(logits: Tensor, labels: Tensor) -> NDArray[np.int64]:
-    """Places of the images (N,), rising by how far the right class is from the next or the best.
+    """(N,) places of the images, by rising distance of the right class from the best other one.
 
     Args:
-        logits: Of the whole network, (N, classes).
+        logits: Logits of the whole network, (N, classes).
         labels: (N,).
     """
     right = labels[:, None]
@@ -120,23 +121,26 @@ def main() -> None:
     table, errors = [], []
     for name, racing.NUM_PARTS, racing.PATIENCE in RACES:
         race_of = [name, str(racing.NUM_PARTS), f"{racing.PATIENCE:g}"]
-        found = [
+        replays = [
             race(rows, [decode_hits(row.hits)[orders[name]] for row in rows])
             for rows in searches.values()
         ]
-        images = float(np.mean([share for share, _, _ in found]))
-        lost = np.array([list(each.values()) for _, each, _ in found])
+        images = float(np.mean([share for share, _, _ in replays]))
+        lost = np.array([list(by_rate.values()) for _, by_rate, _ in replays])
         table.append(
             [
                 *race_of, f"{100 * images:.0f} %", f"{1 / images:.1f}x",
                 f"{lost.mean():.2f}", f"{lost.max():.2f}",
-                f"{(lost.mean(axis=1) <= 0.2).sum()} of {len(found)}",
-                f"{(lost.max(axis=1) <= 0.2).sum()} of {len(found)}",
+                f"{(lost.mean(axis=1) <= 0.2).sum()} of {len(replays)}",
+                f"{(lost.max(axis=1) <= 0.2).sum()} of {len(replays)}",
             ]
         )  # fmt: skip
-        off = np.array([(rate, value - top1) for _, _, each in found for rate, value, top1 in each])
-        cells = [100 * off[off[:, 0] == rate, 1] for rate in RATES]
-        errors.append([*race_of, *(f"{each.mean():+.2f} ({each.std():.2f})" for each in cells)])
+        stopped = [candidate for _, _, candidates in replays for candidate in candidates]
+        off = np.array([(rate, value - top1) for rate, value, top1 in stopped])
+        columns = [100 * off[off[:, 0] == rate, 1] for rate in RATES]
+        errors.append(
+            [*race_of, *(f"{column.mean():+.2f} ({column.std():.2f})" for column in columns)]
+        )
     num = sum(len(rows) for rows in searches.values())
     race_of = ["order of the images", "parts", "patience"]
     header = [

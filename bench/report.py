@@ -1,4 +1,4 @@
-"""What all benchmarks print, and a log of results that survives a kill."""
+"""Tables and environment that all benchmarks print, and a log of results that survives a kill."""
 
 import argparse
 import json
@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cacp_ray.files import describe_environment
+from cacp_ray.io.environment import describe_environment
+from cacp_ray.io.jsonl import append_line, read_lines
 
 RESAMPLES = 2000
 
@@ -23,48 +24,40 @@ def bootstrap(gains: np.ndarray) -> tuple[float, float]:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A Markdown table under a bold title."""
+    """Prints a Markdown table under a bold title."""
     print(f"\n**{title}**\n")
     for row in [header, ["---"] * len(header), *rows]:
         print(f"| {' | '.join(row)} |")
 
 
 def print_environment(seed: int) -> None:
-    """One line: commit, seed and machine."""
-    found = describe_environment(seed)
+    """Prints one line with commit, seed and machine."""
+    here = describe_environment(seed)
     print(
-        f"\nCommit {found['commit']}, seed {seed}, {found['processor']} with {found['cpus']} CPUs, "
-        f"{torch.get_num_threads()} torch thread(s), torch {found['packages']['torch']}."
+        f"\nCommit {here['commit']}, seed {seed}, {here['processor']} with {here['cpus']} CPUs, "
+        f"{torch.get_num_threads()} torch thread(s), torch {here['packages']['torch']}."
     )
 
 
 def positive(text: str) -> int:
-    """An option that counts something."""
+    """Parses an option that is a number above 0."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return number
 
 
 def parse_rows(text: str) -> tuple[int, int]:
-    """An option START:STOP."""
+    """Parses an option START:STOP."""
     start, stop = map(int, text.split(":"))
     return start, stop
 
 
 def read_rows(log: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file; one that a kill cut short is left out."""
-    rows = []
-    for line in log.read_text().splitlines() if log.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    """Rows of a JSONL file, without one that a kill cut short."""
+    return read_lines(log)[0]
 
 
 def append_row(log: Path, row: dict[str, Any]) -> None:
     """Adds a row to a JSONL file at once, on a line of its own."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    is_cut = log.exists() and not log.read_bytes().endswith(b"\n")
-    with log.open("a") as file:
-        file.write("\n" * is_cut + json.dumps(row) + "\n")
+    append_line(log, json.dumps(row))

@@ -1,10 +1,11 @@
-"""Accuracy before any fine-tuning of compensation at once and layer by layer.
+"""Accuracy before any fine-tuning, of compensation at once and layer by layer.
 
 python bench/sequential.py --model resnet20 --weights embedded:resnet20_cifar10 \
     --train TRAIN.parquet --train-rows 0:45000 --search TRAIN.parquet --search-rows 45000:50000
 
-Widths are uniform, the order is that of `cap`. Float32. The times are processor seconds of this
-process: of one compensated candidate with a cold cache, and of the layer-by-layer repair.
+Widths are uniform, the order is that of `cap`, and the networks compute in float32. Times are
+processor seconds of this process: for one compensated candidate with a cold cache, and for the
+layer-by-layer repair.
 """
 
 import time
@@ -13,8 +14,8 @@ from experiment import GROUP_SETS, RATES, load, make_parser, widths
 from report import print_environment, print_table
 
 from cacp_ray.data.images import read_parquet
-from cacp_ray.evaluation.preparation import Cutter, prepare
-from cacp_ray.pruning.plan import make_plan
+from cacp_ray.evaluation.preparation import CutNetwork, prepare
+from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.sequential import recover_sequentially
 from cacp_ray.pruning.statistics import collect_statistics
 from cacp_ray.training.metrics import measure
@@ -36,16 +37,16 @@ def main() -> None:
     table = []
     for groups in GROUP_SETS:
         for rate, counts in zip(RATES, widths(plan, groups).tolist(), strict=True):
-            cutter = Cutter(prepared, "compensate")
+            cut_network = CutNetwork(prepared, "compensate")
             started = time.process_time()
-            tensors = cutter.cut(counts)
+            tensors = cut_network.cut(counts)
             middle = time.process_time()
             repaired = recover_sequentially(
                 model, plan, tensors, prepared.orders, counts, images, seed=options.seed
             )
             ended = time.process_time()
-            once = measure(cutter.skeleton.load(tensors), *split).top1
-            stepwise = measure(cutter.skeleton.load(repaired), *split).top1
+            once = measure(cut_network.resizable.load(tensors), *split).top1
+            stepwise = measure(cut_network.resizable.load(repaired), *split).top1
             table.append(
                 [
                     groups, f"{rate}", f"{100 * once:.1f}", f"{100 * stepwise:.1f}",

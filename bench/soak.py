@@ -1,55 +1,48 @@
 """A search under faults, on one machine: python bench/soak.py.
 
-Real processes: a head without CPUs and nodes of one CPU (`ray start`), a driver that searches
-with evaluators of half a CPU which score by a formula and sleep. In the first part nodes come, are
-drained, are all lost and come back. In the second, every few seconds an evaluator, a node or the
-driver is killed with SIGKILL, at random; nodes come back, the driver resumes. At the end every
-candidate asked must have been measured once, and nothing more than what was in flight at a kill
-may have been scored twice. Prints what happened as JSON; exit code 1 where a promise is broken.
+A cluster of real processes: a head without CPUs, nodes of one CPU, and a driver whose evaluators of
+half a CPU sleep and score by a formula. In the first part nodes come, are drained, are all lost and
+come back. In the second part an evaluator, a node or the driver, drawn at random, gets a SIGKILL
+every few seconds; nodes come back and the driver resumes. At the end every candidate asked must
+have been measured once, and no more than what was in flight at a kill may have been scored twice.
+Prints what happened as JSON; exit code 1 when a promise is broken.
 """
 
 import argparse
 import json
 import os
 import random
-import secrets
-import shutil
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
 from cacp_ray.distributed import cluster
 from cacp_ray.distributed.pool import PLACES, RayEvaluatorPool
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
+from cacp_ray.rundir.directory import RunDirectory
+from cacp_ray.rundir.records import EpisodeRecord
 from cacp_ray.searching.allocation import uniform_prior
 from cacp_ray.searching.budget import Budget, minimum_counts
 from cacp_ray.searching.loop import SearchLoop
-from cacp_ray.searching.records import EpisodeRecord
-from cacp_ray.searching.run_directory import RunDirectory
-from cacp_ray.searching.strategies import make_strategy
 from cacp_ray.searching.strategies.problem import Problem
+from cacp_ray.searching.strategies.table import make_strategy
+from tests.machines import PATIENCE_SECONDS, Machines, kill, running
 from tests.toy import toy_cost_model, toy_score
 
 RATES = (0.4, 0.6)
 NUM_GROUPS = 8
 NUM_NODES = 4
 EVALUATORS = 2 * NUM_NODES
-RAY = [str(Path(sys.executable).parent / "ray")]
 AWAY_SECONDS = 5.0
-PATIENCE_SECONDS = 90.0
 
 
 def make_formula(folder: str, seconds: float) -> ScoreFunction:
-    """For actors: notes every score that is begun, with its process and node; imports no torch."""
+    """A score for actors that logs each call with its process and node; needs no torch."""
     score_of = toy_score(toy_cost_model(NUM_GROUPS))
     node = ray.get_runtime_context().get_node_id()
 
@@ -65,7 +58,7 @@ def make_formula(folder: str, seconds: float) -> ScoreFunction:
 
 
 def drive(folder: Path, address: str, episodes: int, seconds: float) -> None:
-    """The search, from where its folder stands."""
+    """Runs the search, or resumes what its folder holds."""
     cluster.connect(address)
     cost_model = toy_cost_model(NUM_GROUPS)
     channels = cost_model.num_channels
@@ -90,96 +83,13 @@ def drive(folder: Path, address: str, episodes: int, seconds: float) -> None:
     pool.close()
 
 
-class Machines:
-    """Processes of a cluster on this machine, each node a group that can be killed whole."""
+class Score(NamedTuple):
+    """A line of the log: a score that was begun."""
 
-    def __init__(self, folder: Path, port: int, *head_options: str, **variables: str) -> None:
-        self.folder = folder
-        self.address = f"127.0.0.1:{port}"
-        # Notes of `ray start` go to our folder: a cluster of yours on this machine stays `auto`.
-        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        self.environment = os.environ | token | {"RAY_TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
-        self.nodes: list[subprocess.Popen[bytes]] = []
-        head = [*RAY, "start", "--head", f"--port={port}", "--num-cpus=0", *head_options]
-        self.head = self.spawn(head, **variables)
-        cluster_answers(self.address)
-        self.wait_for_sockets(1)
-
-    def spawn(self, command: list[str], **variables: str) -> subprocess.Popen[bytes]:
-        """A process group of its own."""
-        options = ["--block", "--min-worker-port=0", "--max-worker-port=0"]
-        options += ["--object-store-memory=100000000", "--disable-usage-stats"]
-        with (self.folder / "ray.log").open("a") as log:
-            return subprocess.Popen(
-                [*command, *(options if command[0] == RAY[0] else [])],
-                env=self.environment | variables,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def add_nodes(self, count: int, **variables: str) -> None:
-        """Of one CPU each; one after another, as they would choose the same socket at once."""
-        for _ in range(count):
-            before = self.num_sockets()
-            command = [*RAY, "start", f"--address={self.address}", "--num-cpus=1"]
-            self.nodes.append(self.spawn(command, **variables))
-            self.wait_for_sockets(before + 1)
-
-    def wait_for_sockets(self, count: int) -> None:
-        """Until so many object stores are up, the head's included."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while self.num_sockets() < count and time.monotonic() < deadline:
-            time.sleep(0.05)
-
-    def num_sockets(self) -> int:
-        """Of object stores, of nodes that are gone too."""
-        return len([*(self.folder / "ray").glob("session_2*/sockets/plasma_store*")])
-
-    def lose_node(self, index: int) -> None:
-        """As a spot node that is taken away unannounced."""
-        kill(self.nodes.pop(index))
-
-    def drain(self, node: str) -> None:
-        """As a spot node whose end is announced."""
-        reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "soak"]
-        command = [*RAY, "drain-node", "--address", self.address, "--node-id", node, *reason]
-        subprocess.run(
-            [*command, "--deadline-remaining-seconds", "60"],
-            check=True,
-            capture_output=True,
-            env=self.environment,
-        )
-
-    def close(self) -> None:
-        """Ends all of them."""
-        for process in (*self.nodes, self.head):
-            kill(process)
-
-
-def free_port() -> int:
-    """Of this machine, now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to a process and all that it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def cluster_answers(address: str) -> None:
-    """Waits until the head does."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while time.monotonic() < deadline:
-        with suppress(Exception):
-            cluster._require_answer(address)
-            return
-        time.sleep(0.2)
-    raise TimeoutError(f"no head at {address}")
+    moment: float
+    process: int
+    node: str
+    candidate: int
 
 
 class Watched:
@@ -188,54 +98,52 @@ class Watched:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def scored(self) -> list[tuple[float, int, str, int]]:
-        """Time, process, node and candidate of every score begun."""
+    def scores(self, since: float = 0.0) -> list[Score]:
+        """Every score begun at or after a moment."""
         file = self.folder / "scored.log"
         lines = file.read_text().splitlines() if file.exists() else []
-        return [(float(t), int(p), n, int(i)) for t, p, n, i in (line.split() for line in lines)]
-
-    def since(self, moment: float) -> list[tuple[float, int, str, int]]:
-        """Those begun from a moment on."""
-        return [each for each in self.scored() if each[0] >= moment]
+        fields = [line.split() for line in lines]
+        scores = [Score(float(t), int(p), node, int(i)) for t, p, node, i in fields]
+        return [score for score in scores if score.moment >= since]
 
     def rows(self) -> list[EpisodeRecord]:
         """What the run directory holds."""
         return RunDirectory(self.folder / "run").read_records()
 
     def seconds_until_busy(self, start: float, evaluators: int) -> float:
-        """From `start` until so many processes have scored, afterwards."""
+        """Seconds from `start` until so many processes have begun a score."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < deadline:
             seen: set[int] = set()
-            for moment, process, _, _ in self.since(start):
-                seen.add(process)
+            for score in self.scores(start):
+                seen.add(score.process)
                 if len(seen) >= evaluators:
-                    return moment - start
+                    return score.moment - start
             time.sleep(0.2)
         raise TimeoutError(f"{evaluators} evaluators are not busy after {PATIENCE_SECONDS:.0f} s")
 
 
 def scale(machines: Machines, watched: Watched) -> dict[str, float]:
     """One node, four, two of them drained, none, four again; seconds of each change."""
-    found = {"first_score": watched.seconds_until_busy(time.time(), 1)}
+    seconds = {"first_score": watched.seconds_until_busy(time.time(), 1)}
     start = time.time()
     machines.add_nodes(NUM_NODES - 1)
-    found["three_nodes_more_are_used"] = watched.seconds_until_busy(start, EVALUATORS)
-    nodes = sorted({node for _, _, node, _ in watched.since(time.time() - 3)})[:2]
-    for node in nodes:
+    seconds["three_nodes_more_are_used"] = watched.seconds_until_busy(start, EVALUATORS)
+    drained = sorted({score.node for score in watched.scores(time.time() - 3)})[:2]
+    for node in drained:
         machines.drain(node)
     time.sleep(6.0)
-    late = [each for each in watched.since(time.time() - 3) if each[2] in nodes]
-    found["scores_on_drained_nodes"] = len(late)
+    late = [score for score in watched.scores(time.time() - 3) if score.node in drained]
+    seconds["scores_on_drained_nodes"] = len(late)
     while machines.nodes:
         machines.lose_node(0)
     time.sleep(AWAY_SECONDS)
     machines.add_nodes(NUM_NODES)
     start = time.time()
-    found["all_lost_then_80_percent_back"] = watched.seconds_until_busy(
+    seconds["all_lost_then_80_percent_back"] = watched.seconds_until_busy(
         start, round(0.8 * EVALUATORS)
     )
-    return found
+    return seconds
 
 
 def main() -> None:
@@ -251,33 +159,18 @@ def main() -> None:
         folder, address = options.drive
         drive(Path(folder), address, options.episodes, options.score_seconds)
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, which ends the cluster
     with running() as machines:
         try:
-            found = soak(machines, options)
+            outcome = soak(machines, options)
         except TimeoutError as error:
-            found = {"broken": [str(error)], "log": log_end(machines)}
-    print(json.dumps(found, indent=2))
-    sys.exit(bool(found["broken"]))
-
-
-@contextmanager
-def running(*head_options: str, port: int | None = None, **variables: str) -> Iterator[Machines]:
-    """A head of these options, without a dashboard by default, and the nodes that are added."""
-    folder = Path(tempfile.mkdtemp(prefix="soak", dir="/tmp"))  # Ray's sockets need a short path
-    machines = None
-    try:
-        options = head_options or ("--include-dashboard=false",)
-        machines = Machines(folder, port or free_port(), *options, **variables)
-        yield machines
-    finally:
-        if machines is not None:
-            machines.close()
-        shutil.rmtree(folder, ignore_errors=True)
+            outcome = {"broken": [str(error)], "log": log_end(machines)}
+    print(json.dumps(outcome, indent=2))
+    sys.exit(bool(outcome["broken"]))
 
 
 def soak(machines: Machines, options: argparse.Namespace) -> dict[str, Any]:
-    """Both parts; `broken` names the promises that were not kept."""
+    """Runs both parts; `broken` names the promises that were not kept."""
     watched = Watched(machines.folder)
     command = [sys.executable, str(Path(__file__)), "--drive", str(machines.folder)]
     command += [machines.address, "--episodes", str(options.episodes)]
@@ -304,7 +197,7 @@ def soak(machines: Machines, options: argparse.Namespace) -> dict[str, Any]:
             kill_at = now + options.kill_seconds
             kinds = ["evaluator", "node", "driver"]
             kind = chance.choice(kinds if kills["driver"] < options.driver_kills else kinds[:2])
-            recent = {process for _, process, _, _ in watched.since(now - 5)}
+            recent = {score.process for score in watched.scores(now - 5)}
             recent = {process for process in recent if is_evaluator(process)}
             if kind == "evaluator" and recent:
                 with suppress(ProcessLookupError):
@@ -330,18 +223,18 @@ def judge(
     seconds: dict[str, float],
     total: float,
 ) -> dict[str, Any]:
-    """What came of it."""
+    """The outcome, and which promises it breaks."""
     rows = [row for row in watched.rows() if not row.cached]
-    distinct = {row.subnet for row in rows}
-    scored = watched.scored()
-    # Beside the kills of the second part: two nodes drained in time, and four lost, two with work.
+    distinct = {row.key for row in rows}
+    num_scores = len(watched.scores())
+    # The first part drains two nodes in time and loses four, two of them with work.
     most = PLACES * (kills["evaluator"] + 2 * kills["node"] + 2 * NUM_NODES)
     most += PLACES * EVALUATORS * kills["driver"]
     promises = {
         "every candidate asked was measured": len(distinct) == options.episodes,
         "none was counted twice": len(rows) == len(distinct) == len({row.index for row in rows}),
         "none failed": all(row.status == "ok" for row in rows),
-        "at most what was in flight was scored twice": len(scored) - len(rows) <= most,
+        "at most what was in flight was scored twice": num_scores - len(rows) <= most,
         "drained nodes got nothing new": seconds["scores_on_drained_nodes"] == 0,
         "80 % were back within 30 s": seconds["all_lost_then_80_percent_back"] <= 30,
     }
@@ -349,7 +242,7 @@ def judge(
         "measurements": len(rows),
         "distinct": len(distinct),
         "failed": sum(row.status != "ok" for row in rows),
-        "scores_begun": len(scored),
+        "scores_begun": num_scores,
         "kills": kills,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "minutes": round(total / 60, 1),
@@ -358,7 +251,7 @@ def judge(
 
 
 def is_evaluator(process: int) -> bool:
-    """Whether the number is still that of an actor: it may have been given anew."""
+    """Whether the process is an actor still: its number may have been given to another."""
     try:
         return "RayEvaluator" in Path(f"/proc/{process}/cmdline").read_text()
     except OSError:

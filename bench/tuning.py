@@ -1,14 +1,13 @@
 """What tuning the agent gains, and what sharing saves: python bench/tuning.py --out DIR.
 
-1. `tune-agent` by --config on the network and images given: all trials on one pool and cache.
-2. Some of its trials again, each a search of its own with all evaluators of the machine and no
-   cache, to as many evaluations as the trial had: what trials would cost that share nothing.
+1. `tune-agent` by --config on the given network and images: all trials on one pool and cache.
+2. Some of its trials again, each as a search of its own with all evaluators of the machine and no
+   cache, to as many evaluations as the trial had: the cost of trials that share nothing.
 3. Searches with the best settings and with the defaults, by seeds that the tuning never saw.
 
-With the same command, a run that was stopped goes on. Tuning and searches choose on the search
-split; the test split is measured once a winner. The sample that the package embeds shows that it
-works; figures worth reading need all of CIFAR-10: --train, --train-rows, --search, --search-rows,
---test.
+The same command continues a run that was stopped. Tuning and searches choose on the search split;
+the test split is measured once for each winner. The package's sample only tries the command out;
+figures worth reading need all of CIFAR-10: --train, --train-rows, --search, --search-rows, --test.
 """
 
 import argparse
@@ -22,13 +21,13 @@ from experiment import make_data_parser, run_values
 from report import append_row, print_environment, print_table, read_rows
 
 import cacp_ray
-from cacp_ray.agent_space import AgentTuningConfig, with_settings
-from cacp_ray.config import RunConfig, load_config
-from cacp_ray.files import read_json, write_json
-from cacp_ray.loading import open_split
+from cacp_ray.config.agent_tuning import AgentTuningConfig, with_settings
+from cacp_ray.config.run import RunConfig, load_config
+from cacp_ray.io.files import read_json, write_json
 from cacp_ray.pruning.subnet import load_subnet
-from cacp_ray.reporting.tuning_progress import TuningDisplay
+from cacp_ray.reporting.displays import TuningDisplay
 from cacp_ray.training.metrics import measure_split
+from cacp_ray.workflows.splits import Splits
 
 
 def main() -> None:
@@ -54,12 +53,12 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = make_data_parser(__doc__ or "")
-    parser.add_argument("--out", type=Path, required=True, help="folder of all runs; gone on with")
+    parser.add_argument("--out", type=Path, required=True, help="folder of all runs, old or new")
     parser.add_argument("--test", default="embedded:test", help="Parquet of test images")
     parser.add_argument("--config", type=Path, default=Path("tune_configs/agent_asha.yaml"))
-    parser.add_argument("--set", nargs="*", default=[], help="of the tuning: trials=8")
+    parser.add_argument("--set", nargs="*", default=[], help="as trials=8")
     parser.add_argument("--alone", type=int, default=6, help="trials that are repeated alone")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[10, 11, 12], help="of part 3")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[10, 11, 12], help="for part 3")
     return parser.parse_args()
 
 
@@ -71,7 +70,7 @@ def read_tuning(options: argparse.Namespace) -> AgentTuningConfig:
 
 
 def tune(config: AgentTuningConfig, folder: Path) -> dict[str, Any]:
-    """Runs all trials, or what is left of them."""
+    """Runs all trials, or those that are left."""
     with TuningDisplay(config.trials, config.objective) as display:
         resume = (folder / "config.yaml").exists()
         if resume and not (folder / "result.json").exists():
@@ -80,7 +79,7 @@ def tune(config: AgentTuningConfig, folder: Path) -> dict[str, Any]:
 
 
 def pick(trials: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
-    """So many of the trials, evenly spaced from the best to the poorest."""
+    """`number` trials, evenly spaced from the best to the poorest."""
     places = np.unique(np.linspace(0, len(trials) - 1, min(number, len(trials))).round())
     return [trials[int(place)] for place in places]
 
@@ -106,16 +105,16 @@ def list_settings(config: AgentTuningConfig, folder: Path) -> dict[str, RunConfi
 
 
 def search_again(config: RunConfig, seed: int, folder: Path, out: Path) -> dict[str, Any]:
-    """A search by a seed that the tuning never saw, and its subnets on the test split.
+    """Searches by a seed that the tuning never saw, and measures its subnets on the test split.
 
-    What one search has scored answers the others.
+    The searches share a cache of measurements.
     """
     search = with_settings(config, {}, seed=seed)
     resume = (folder / "config.yaml").exists()
     run = cacp_ray.search(search, folder, resume=resume, cache=out / "cache")
     file = folder / "test.json"
     if not file.exists():
-        test = open_split(search.data, "test")
+        test = Splits(search.data).open("test")
         top1 = [measure_split(load_subnet(path), test).top1 for path in run.subnets.values()]
         write_json(file, top1)
     return {"rates": run.result["rates"], "test": read_json(file)}
@@ -124,7 +123,7 @@ def search_again(config: RunConfig, seed: int, folder: Path, out: Path) -> dict[
 def print_savings(
     config: AgentTuningConfig, tuned: dict[str, Any], alone: list[dict[str, Any]]
 ) -> None:
-    """How the broker answered, and wall time beside that of trials that share nothing."""
+    """Prints where answers came from, and the wall time of trials that share or do not."""
     answers = tuned["answers"]
     asked = sum(answers.values())
     evaluations = len(config.seeds) * sum(trial["evaluations"] for trial in tuned["trials"])
@@ -148,10 +147,10 @@ def print_searches(results: dict[tuple[str, int], dict[str, Any]], search: RunCo
     """Accuracy of the winners by settings and seed."""
     rows = []
     for (name, seed), result in sorted(results.items()):
-        found = [100 * row["search_top1"] for row in result["rates"]]
+        scored = [100 * row["search_top1"] for row in result["rates"]]
         repaired = [100 * row["top1"] for row in result["rates"]]
-        means = [statistics.mean(each) for each in (found, repaired)]
-        figures = [*found, *means, 100 * statistics.mean(result["test"])]
+        means = [statistics.mean(scored), statistics.mean(repaired)]
+        figures = [*scored, *means, 100 * statistics.mean(result["test"])]
         rows.append([name, f"{seed}", *(f"{value:.2f}" for value in figures)])
     title = f"Searches of {search.evaluations} evaluations, before fine-tuning, top-1 in %"
     rates = [f"{rate:g}" for rate in search.rates]

@@ -11,13 +11,14 @@ if TYPE_CHECKING:
         Analysis,
         Run,
         analyze,
+        compare,
         export,
         finetune,
         load_subnet,
         search,
+        search_each,
         tune_agent,
     )
-    from cacp_ray.series import compare, search_each
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,8 +38,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'cacp_ray' has no attribute {name!r}")
-    from cacp_ray import api, series
+    from cacp_ray import api
 
-    if name in ("compare", "search_each"):
-        return getattr(series, name)
     return getattr(api, name)

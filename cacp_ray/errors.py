@@ -4,7 +4,7 @@
     ├── ConfigError            a setting, name or path that the user gave
     ├── UnsupportedModelError  a network that cannot be traced or pruned
     ├── InfeasibleRateError    a rate that no keep counts can reach
-    ├── ArtifactError          a file: missing, corrupt, of another run or version
+    ├── ArtifactError          a file that is missing, corrupt, or of another run or version
     └── EvaluationError        a candidate that could not be measured
 
 The first four are bad input (exit code 2), the last is a failed run (exit code 1).
@@ -21,11 +21,11 @@ class CacpError(Exception):
 
 
 class ConfigError(CacpError):
-    """A setting, name or address that does not work."""
+    """A setting, name, path or address that does not work."""
 
 
 class UnsupportedModelError(CacpError):
-    """A network that cannot be traced, sliced or rebuilt."""
+    """A network that cannot be traced, cut or rebuilt."""
 
 
 class InfeasibleRateError(CacpError):
@@ -43,7 +43,7 @@ class EvaluationError(CacpError):
 
 
 def nearest_names(name: str, known: Iterable[str]) -> str:
-    """The part of a message that offers the closest known names."""
+    """End of a message that offers the closest known names."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     if close:
@@ -52,5 +52,10 @@ def nearest_names(name: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException | None) -> str:
-    """What a library says of an error, without its details."""
+    """First line of an error's message, without the details that libraries add below."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def one_line(error: BaseException) -> str:
+    """The whole message of an error in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

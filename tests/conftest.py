@@ -11,7 +11,7 @@ from cacp_ray.cli import main
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A Ray of two CPUs on this machine, whatever RAY_ADDRESS says; for tests marked `ray`."""
+    """A Ray of two CPUs on this machine, whatever RAY_ADDRESS says, for tests marked `ray`."""
     from cacp_ray.distributed import cluster
 
     cluster.connect("local", num_cpus=2)
@@ -21,7 +21,7 @@ def ray_cluster() -> Iterator[None]:
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs the command line in this process: (exit code, standard output, standard error)."""
+    """Runs the command line in this process; returns exit code, standard output and error."""
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["cacp-ray", *map(str, arguments)])
@@ -29,6 +29,6 @@ def run(monkeypatch, capsys):
             main()
         return caught.value.code, *capsys.readouterr()
 
-    level = logging.getLogger("cacp_ray").level  # which the command line sets
+    level = logging.getLogger("cacp_ray").level  # the command line sets it
     yield call
     logging.getLogger("cacp_ray").setLevel(level)

@@ -1,9 +1,9 @@
 """Which networks the pruning engine covers, as a table: `python -m tests.coverage --out FILE`.
 
-Every network is traced once and cut at random keep counts at three rates and down to one channel a
+Every network is traced once and cut to random keep counts at three rates, and to one channel a
 group. Each small network must run, give the right output shape, cost what was predicted (MACs by
-PyTorch's own counter, parameters by counting) and answer like the whole network with the cut
-channels set to zero, except where something is normalised over the channels.
+PyTorch's own counter, parameters by counting) and answer like the whole network with zeros for the
+cut channels, except where something is normalised over the channels.
 """
 
 import argparse
@@ -22,36 +22,38 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cacp_ray.config import PruningConfig
-from cacp_ray.files import describe_environment
-from cacp_ray.loading import make_budget
+from cacp_ray.config.run import PruningConfig
+from cacp_ray.io.environment import describe_environment
 from cacp_ray.models.factory import build_model
-from cacp_ray.pruning.plan import Plan, make_plan
-from cacp_ray.pruning.surgery import Skeleton, Slicer, all_tensors, reorder_weights
-from cacp_ray.pruning.verify import zero_channels
+from cacp_ray.pruning.cutter import Cutter, all_tensors, reorder_weights
+from cacp_ray.pruning.plan import Plan
+from cacp_ray.pruning.planner import make_plan
+from cacp_ray.pruning.resizable import ResizableNetwork
+from cacp_ray.pruning.verification import zero_channels
 from cacp_ray.searching.strategies.random import RandomStrategy
+from cacp_ray.workflows.setup import make_budget
 from tests.coverage_networks import HELD_OUT, TIMM, torchvision_networks
 
 RATES = (0.3, 0.5, 0.7)
 SIDE = 128  # pixels
-SECONDS = 600  # that a network may take
+SECONDS = 600  # time limit for a network
 FULL_SIZE = ("bat_resnext26ts", "halonet26t")  # attention over blocks of 8 positions
-TOLERANCE = 1e-4  # of masked against sliced, relative to the largest output
+TOLERANCE = 1e-4  # difference of masked and cut networks, relative to the largest output
 
 
 @dataclass
 class Row:
-    """What was found for one network.
+    """Result for one network.
 
     Attributes:
-        name: As `cacp-ray inspect` takes it.
-        groups: Channel groups.
-        prunable: Share of the MACs that goes when every group keeps its fewest channels.
-        rates: Of RATES, those that are reachable at all.
-        error: Largest difference of masked and sliced, relative to the largest output.
+        name: Name for `cacp-ray inspect`.
+        groups: Number of channel groups.
+        prunable: Share of the MACs that is cut when every group keeps its fewest channels.
+        rates: Reachable ones of RATES.
+        error: Largest difference of masked and cut networks, relative to the largest output.
         is_exact: Whether nothing is normalised over pruned channels.
-        seconds: Of the analysis.
-        problem: Why it fails, None where all is well.
+        seconds: Duration of the analysis.
+        problem: Reason of a failure, None if there is none.
     """
 
     name: str
@@ -86,30 +88,30 @@ def check_network(name: str, make: Callable[[], tuple[nn.Module, Tensor]]) -> Ro
         asked = RandomStrategy(budget, row.rates, seed=0).ask(len(row.rates))
         candidates += [np.array(proposal.keep_counts) for proposal in asked]
     expected = flat(model(x)).shape
-    skeleton, masked = Skeleton(model), Skeleton(model)
+    resizable, masked = ResizableNetwork(model), ResizableNetwork(model)
     for counts in candidates:
-        small = cut(plan, model, skeleton, counts)
+        small = cut(plan, model, resizable, counts)
         with FlopCounterMode(display=False) as counter:
             output = flat(small(x))
         if output.shape != expected:
             raise AssertionError(f"output {tuple(output.shape)} instead of {tuple(expected)}")
         if not torch.isfinite(output).all():
             raise AssertionError("NaN or infinity in the output")
-        counted, told = counter.get_total_flops() // 2, int(plan.macs(counts))
-        if counted != told:
-            raise AssertionError(f"{counted} MACs, predicted {told}")
+        counted, predicted = counter.get_total_flops() // 2, int(plan.macs(counts))
+        if counted != predicted:
+            raise AssertionError(f"{counted} MACs, predicted {predicted}")
         if (counted := sum(p.numel() for p in small.parameters())) != int(plan.params(counts)):
             raise AssertionError(f"{counted} parameters, predicted {int(plan.params(counts))}")
         if plan.normalised:
             continue
         error = compare(output, flat(mask(plan, model, masked, counts)(x)))
-        if error > TOLERANCE:  # untrained networks can amplify rounding: float64 tells
+        if error > TOLERANCE:  # float64 shows whether an untrained network only amplified rounding
             wide, y = copy.deepcopy(model).double(), x.double()
-            output = flat(cut(plan, wide, Skeleton(wide), counts)(y))
-            error = compare(output, flat(mask(plan, wide, Skeleton(wide), counts)(y)))
+            output = flat(cut(plan, wide, ResizableNetwork(wide), counts)(y))
+            error = compare(output, flat(mask(plan, wide, ResizableNetwork(wide), counts)(y)))
         row.error = max(row.error, error)
     if row.error > TOLERANCE:
-        raise AssertionError(f"masked and sliced differ by {row.error:.1e}")
+        raise AssertionError(f"masked and cut networks differ by {row.error:.1e}")
     return row
 
 
@@ -118,25 +120,27 @@ def compare(output: Tensor, reference: Tensor) -> float:
     return float((output - reference).abs().max() / reference.abs().max().clamp_min(1e-30))
 
 
-def cut(plan: Plan, model: nn.Module, skeleton: Skeleton, counts: np.ndarray) -> nn.Module:
+def cut(plan: Plan, model: nn.Module, resizable: ResizableNetwork, counts: np.ndarray) -> nn.Module:
     """The small network that keeps the best channels of every group, in a random order."""
     tensors = reorder_weights(plan, all_tensors(model), orders_of(plan))
-    return skeleton.load(Slicer(plan)(tensors, counts.tolist()))
+    return resizable.load(Cutter(plan)(tensors, counts.tolist()))
 
 
 def orders_of(plan: Plan) -> list[np.ndarray]:
-    """A random importance order, the same at each call."""
+    """Random importance orders, the same at each call."""
     rng = np.random.default_rng(2)
     return [rng.permutation(group.num_channels) for group in plan.groups]
 
 
-def mask(plan: Plan, model: nn.Module, skeleton: Skeleton, counts: np.ndarray) -> nn.Module:
+def mask(
+    plan: Plan, model: nn.Module, resizable: ResizableNetwork, counts: np.ndarray
+) -> nn.Module:
     """The whole network with zeros where `cut` removes something."""
-    return skeleton.load(zero_channels(plan, all_tensors(model), counts, orders_of(plan)))
+    return resizable.load(zero_channels(plan, all_tensors(model), counts, orders_of(plan)))
 
 
 def randomise(model: nn.Module) -> None:
-    """Statistics, scales and gains as of a trained network, so that nothing vanishes."""
+    """Gives statistics, scales and gains the sizes of a trained network, so nothing vanishes."""
     torch.manual_seed(0)
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         value.requires_grad_(False)
@@ -157,12 +161,12 @@ def flat(output: object) -> Tensor:
 
 
 def make_torchvision(name: str) -> tuple[nn.Module, Tensor]:
-    """At a small size: what is checked does not depend on it."""
+    """The network and a small image: the checks do not depend on its size."""
     return build_model(f"torchvision:{name}", 10), torch.randn(1, 3, SIDE, SIDE)
 
 
 def make_timm(name: str) -> tuple[nn.Module, Tensor]:
-    """At a small size, or at the one size that the network takes."""
+    """The network and a small image, or one of the only size that the network takes."""
     model = build_model(f"timm:{name}", 10)
     config = model.pretrained_cfg
     is_fixed = config.get("fixed_input_size") or name in FULL_SIZE
@@ -171,7 +175,7 @@ def make_timm(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def run(names: Iterable[str], prefix: str, make: Callable) -> list[Row]:
-    """One row a network; a failure is a row too."""
+    """One row for each network, failures included."""
     rows = []
     for name in names:
         signal.signal(signal.SIGALRM, _timeout)
@@ -195,7 +199,7 @@ def _timeout(*_: object) -> None:
 
 MAKERS = {"torchvision": make_torchvision, "timm": make_timm}
 HEADER = (
-    "| network | groups | MACs prunable | rates run | masked = sliced | analysis (s) | |\n"
+    "| network | groups | MACs prunable | rates run | masked = cut | analysis (s) | |\n"
     "|---|---|---|---|---|---|---|"
 )
 
@@ -246,7 +250,7 @@ def format_table(title: str, rows: list[Row]) -> list[str]:
 
 
 def write_tables(out: Path | None, lines: list[str]) -> None:
-    """Writes the Markdown file, if one is asked for."""
+    """Writes the Markdown file if `out` is given."""
     if out:
         about = describe_environment(0)
         versions = ", ".join(f"{k} {v}" for k, v in about["packages"].items() if "torch" in k)

@@ -1,6 +1,6 @@
-"""The networks of the coverage table: all CNN classifiers of torchvision, 72 families of timm.
+"""The networks of the coverage table: all CNN classifiers of torchvision, 78 of timm.
 
-HELD_OUT were put aside before the tracer was extended to what the others need.
+HELD_OUT was put aside before the tracer learned what the other networks need.
 """
 
 TORCHVISION_LEFT_OUT = ("vit", "swin", "maxvit")  # transformers

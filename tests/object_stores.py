@@ -1,7 +1,7 @@
-"""Servers that speak the protocols of object stores, as processes on this machine.
+"""Local servers that speak the protocols of object stores.
 
-S3's is moto's. Google's is gcp-storage-emulator (`pip install gcp-storage-emulator setuptools<81`),
-which the tests do without where it is not installed.
+moto serves S3's protocol. gcp-storage-emulator (`pip install gcp-storage-emulator setuptools<81`)
+serves Google's; its tests are skipped where it is not installed.
 """
 
 import os
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.soak import free_port
+from tests.machines import free_port
 
 BUCKET = "bucket"
 SCHEMES = ("s3", "gs")
@@ -30,8 +30,8 @@ class Store:
 
     Attributes:
         root: URI of the bucket.
-        environment: What programs that use the store need.
-        process: Of the server.
+        environment: Variables of programs that use the store.
+        process: The server.
     """
 
     root: str
@@ -81,7 +81,7 @@ def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
         try:
             urllib.request.urlopen(url, timeout=5).close()
         except urllib.error.HTTPError:
-            return  # an answer, though of no page
+            return  # it answers, though without such a page
         except OSError:
             time.sleep(0.1)
         else:

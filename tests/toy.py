@@ -20,13 +20,12 @@ from cacp_ray.searching.allocation import uniform_prior
 from cacp_ray.searching.budget import Budget, minimum_counts
 from cacp_ray.searching.mdp import AllocationMDP
 from cacp_ray.searching.strategies.problem import Scores
-from cacp_ray.searching.strategy import Proposal
 
 NUM_CLASSES = 10
 
 
 def toy_cost_model(num_groups: int = 8, seed: int = 0) -> CostModel:
-    """A plain chain of 3x3 convolutions, each output a group, and a linear classifier.
+    """Cost model of a chain of 3x3 convolutions, whose outputs are the groups, and a classifier.
 
     Image side 32, halved after every third convolution; widths are random multiples of 4.
     """
@@ -57,7 +56,7 @@ def toy_cost_model(num_groups: int = 8, seed: int = 0) -> CostModel:
     weights[-1] = 1.0
     macs = weights * np.append(sides.astype(float) ** 2, 1.0)
     params = BilinearCost(weights, inputs, input_bias, outputs, output_bias)
-    # Two more parameters a channel (BN) and one a class (bias of the classifier).
+    # Two more parameters for each channel (BN) and one for each class (bias of the classifier).
     extra = np.vstack([outputs[:-1], np.zeros((1, num_groups))])
     extra_bias = np.append(np.zeros(num_groups), float(NUM_CLASSES))
     return CostModel(
@@ -74,7 +73,7 @@ def toy_cost_model(num_groups: int = 8, seed: int = 0) -> CostModel:
 
 
 def toy_layers(cost_model: CostModel) -> tuple[Layer, ...]:
-    """The layers of the chain: a shape each."""
+    """The layers of the chain, each with a shape of its own."""
     macs, one = cost_model.macs, (1, 1)
     return tuple(
         Layer(
@@ -89,7 +88,7 @@ def toy_layers(cost_model: CostModel) -> tuple[Layer, ...]:
 
 
 def with_toy_latency(cost_model: CostModel, seed: int = 0) -> CostModel:
-    """The same with a noisy table of its layers, whose steps are no steps of the keep counts."""
+    """The cost model with a noisy table of its layers, at widths unrelated to the keep counts."""
     rng = np.random.default_rng(seed)
     layers = toy_layers(cost_model)
     grids = {}
@@ -116,7 +115,7 @@ def toy_score(cost_model: CostModel, seed: int = 0) -> Callable[[tuple[int, ...]
 
 
 def toy_scores(cost_model: CostModel) -> Callable[[str], Scores]:
-    """Criterion -> falling scores of every group, a criterion's own; the groups differ in scale."""
+    """Gives falling scores of every group for a criterion; the groups differ in scale."""
 
     def scores(criterion: str) -> Scores:
         rng = np.random.default_rng(list(criterion.encode()))
@@ -131,7 +130,7 @@ def toy_scores(cost_model: CostModel) -> Callable[[str], Scores]:
 def toy_problem(
     seed: int, num_groups: int = 8
 ) -> tuple[AllocationMDP, Callable[[tuple[int, ...]], float]]:
-    """The MDP of a toy network, all groups alike in its prior, and its accuracy."""
+    """The MDP of a toy network with a uniform prior, and its accuracy."""
     cost_model = toy_cost_model(num_groups, seed)
     channels = cost_model.num_channels
     budget = Budget(cost_model.macs, channels, minimum_counts(channels, 0.1, 1))
@@ -143,33 +142,36 @@ def toy_problem(
 def five_group_problem(
     seed: int, rates: Sequence[float]
 ) -> tuple[AllocationMDP, Callable[[tuple[int, ...]], float], NDArray[np.float64]]:
-    """An MDP of at most nine legal counts a group, its accuracy, and by rate the best of all."""
+    """An MDP with at most nine legal counts a group, its accuracy, and the optimum of each rate."""
     cost_model = toy_cost_model(5, seed)
     score, channels = toy_score(cost_model, seed), cost_model.num_channels
     budget = Budget(cost_model.macs, channels, minimum_counts(channels, 0.1, 4), round_to=4)
-    tried = every_allocation(budget)
-    accuracies, costs = np.array([score(tuple(row)) for row in tried]), budget.cost(tried)
+    allocations = every_allocation(budget)
+    accuracies = np.array([score(tuple(counts)) for counts in allocations])
+    costs = budget.cost(allocations)
     optima = np.array([accuracies[costs <= limit].max() for limit in budget.limit(rates)])
     return AllocationMDP(cost_model, budget, uniform_prior(5), 0.8), score, optima
 
 
 def measure_by_formula(
-    proposals: Sequence[Proposal],
+    proposals: Sequence[Candidate],
     score: Callable[[tuple[int, ...]], float],
     first: int = 0,
     status: Literal["ok", "failed"] = "ok",
 ) -> list[tuple[Candidate, Measurement]]:
-    """What a strategy is told of its proposals, which are numbered from `first` on."""
+    """Results for a strategy's proposals, which are numbered from `first` on."""
     results: list[tuple[Candidate, Measurement]] = []
     for i, proposal in enumerate(proposals, start=first):
         top1 = score(proposal.keep_counts)
-        candidate = Candidate(i, proposal.rate, proposal.keep_counts, order=proposal.order)
+        candidate = Candidate(
+            proposal.rate, proposal.keep_counts, criterion=proposal.criterion, index=i
+        )
         results.append((candidate, Measurement(i, top1, 0.0, 1 - top1, 1000, 0.0, status=status)))
     return results
 
 
 def every_allocation(budget: Budget) -> NDArray[np.int64]:
-    """(N, G) all legal keep counts of a small network."""
+    """(N, G) all legal keep counts within the minimum and maximum of each group."""
     levels = [
         [
             count

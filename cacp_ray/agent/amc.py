@@ -1,8 +1,9 @@
-"""AMC (He et al., 2018): the paper's agent, one for each rate, which share nothing.
+"""AMC (He et al., 2018): one of the paper's agents for each rate; they share nothing.
 
-What conditional pruning is measured against: the same evaluations, split evenly over the rates.
+It is the baseline of conditional pruning: the same evaluations, split evenly over the rates.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -13,11 +14,10 @@ from cacp_ray.agent.ddpg.algorithm import DDPG, DDPGConfig
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.searching.mdp import AllocationMDP
 from cacp_ray.searching.settings import PaperSettings
-from cacp_ray.searching.strategy import Proposal
 
 
 class AMC:
-    """A strategy. It learns when told, not between the turns of a loop as one agent does."""
+    """One agent for each rate, as one strategy."""
 
     name = "amc"
 
@@ -29,15 +29,7 @@ class AMC:
         seed: int,
         evaluations: int,
     ) -> None:
-        """Builds the agents.
-
-        Args:
-            settings: Of every agent.
-            mdp: The arithmetic of an episode.
-            rates: One agent each.
-            seed: From which every agent gets its own.
-            evaluations: Distinct candidates over all rates; the first rates get the odd ones.
-        """
+        """Builds the agents, with seeds of their own; the first rates get the odd evaluations."""
         share, odd = divmod(evaluations, len(rates))
         self.agents: dict[float, DDPG] = {}
         for i, rate in enumerate(rates):
@@ -46,31 +38,31 @@ class AMC:
             agent.attach(mdp, (rate,), own_seed, share + (i < odd))
             self.agents[rate] = agent
 
-    def ask(self, count: int) -> list[Proposal]:
-        """`count` proposals, of those agents that were asked least."""
+    def ask(self, count: int) -> list[Candidate]:
+        """Asks the agents that were asked least for `count` candidates in all."""
         asked = {rate: agent.num_asked for rate, agent in self.agents.items()}
         wanted = dict.fromkeys(self.agents, 0)
         for _ in range(count):
             rate = min(asked, key=lambda rate: asked[rate])
             asked[rate] += 1
             wanted[rate] += 1
-        return [
-            proposal
-            for rate, number in wanted.items()
-            if number
-            for proposal in self.agents[rate].ask(number)
-        ]
+        asked_now = (self.agents[rate].ask(number) for rate, number in wanted.items() if number)
+        return list(itertools.chain.from_iterable(asked_now))
 
     def tell(self, results: Sequence[tuple[Candidate, Measurement]]) -> None:
-        """Every agent is told of its own rate alone, and learns at once."""
+        """Tells every agent of its own rate alone."""
         for rate, agent in self.agents.items():
             own = [result for result in results if result[0].rate == rate]
             if own:
                 agent.tell(own)
-                agent.learn(agent.pending_updates)
+
+    def learn(self) -> dict[str, float]:
+        """Every agent takes all gradient steps that its episodes have earned."""
+        figures = [agent.learn(agent.pending_updates) for agent in self.agents.values()]
+        return {"updates": sum(row["updates"] for row in figures)}
 
     def save(self, folder: Path) -> None:
-        """Writes the checkpoint of every agent, in a folder named after its rate."""
+        """Writes the checkpoint of every agent to a folder named after its rate."""
         for rate, agent in self.agents.items():
             agent.save(folder / str(rate))
 

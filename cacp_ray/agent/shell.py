@@ -1,54 +1,89 @@
-"""What every agent shares: an RLlib algorithm (new API stack) that is also a search strategy.
+"""The shell of every agent: an RLlib algorithm (new API stack) that is also a search strategy.
 
 Checkpoints, metrics and updates are RLlib's own. Its env runners are not used: episodes are
-arithmetic on the cost model and played here, whole and in batches; measuring the candidates is the
-search loop's work. `training_step` calls the loop's tick, which submits new work before it tells,
-and learns only then: evaluators are busy meanwhile, as each has a second candidate queued.
+arithmetic on the cost model, played here whole and in batches. The search loop has the candidates
+measured. It calls `learn` after it has submitted new work and told the results, so the evaluators
+stay busy while the agent learns: each has a second candidate queued.
 """
 
 import contextlib
+import math
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Self, TypeVar
 
+import gymnasium as gym
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core import COMPONENT_LEARNER_GROUP, DEFAULT_MODULE_ID
 from ray.rllib.core.learner.learner_group import LearnerGroup
-from ray.rllib.core.rl_module.rl_module import RLModule
+from ray.rllib.core.learner.torch.torch_learner import TorchLearner
+from ray.rllib.core.rl_module.rl_module import RLModule, RLModuleSpec
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils.checkpoints import Checkpointable
 
+from cacp_ray.agent.parts import EpisodeArrays, one_thread
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.searching.budget import Ints
 from cacp_ray.searching.mdp import AllocationMDP
-from cacp_ray.searching.strategy import Counts, Proposal, Tick
+from cacp_ray.searching.strategy import Counts
+
+Settings = TypeVar("Settings")
 
 AGENT_STATE = "agent"
 SAMPLE_NOISE = 0.05
-SAMPLE_NOISE_GROWTH = 1.4  # of every round that finds too few
+SAMPLE_NOISE_GROWTH = 1.4  # factor after a round that finds too few
 MAX_SAMPLE_ROUNDS = 20
 MAX_UPDATES_A_CALL = 64
-MAX_UPDATES_A_STEP = 256  # under a second, which the evaluators' second candidates bridge
+FIGURES = ("critic_loss", "policy_value")  # a learner's metrics that learning logs show
+MAX_UPDATES_A_STEP = 256  # under a second; the evaluators work on their second candidates
 
 
-class AgentConfig(AlgorithmConfig):
-    """RLlib configuration without env runners or learner processes."""
+class AgentConfig(AlgorithmConfig, Generic[Settings]):
+    """RLlib configuration without env runners or learner processes.
+
+    Attributes:
+        settings: Networks, learning and behaviour of the agent.
+        networks: Actor and critics.
+        update_rule: Class of the learner.
+    """
+
+    settings: Settings
+    networks: type[RLModule]
+    update_rule: type[TorchLearner]
 
     def __init__(self, algo_class: type[Algorithm]) -> None:
         super().__init__(algo_class=algo_class)
         self.env_runners(num_env_runners=0, create_local_env_runner=False)
         self.learners(num_learners=0)
-        # Otherwise the learner checks every gradient, and those of an idle actor are None.
+        # Otherwise the learner checks every gradient, and an idle actor's gradients are None.
         self.torch_skip_nan_gradients = True
+
+    def shape(
+        self, settings: Settings, num_features: int, num_actions: int, low: float, **model: Any
+    ) -> Self:
+        """Sets the settings and what the networks are made for: actions from `low` to 1."""
+        self.settings = settings
+        self.environment(
+            observation_space=gym.spaces.Box(0.0, 1.0, (num_features,), np.float32),
+            action_space=gym.spaces.Box(low, 1.0, (num_actions,), np.float32),
+        )
+        return self.rl_module(model_config=model)
+
+    def get_default_rl_module_spec(self) -> RLModuleSpec:
+        """The networks."""
+        return RLModuleSpec(module_class=self.networks)
+
+    def get_default_learner_class(self) -> type[TorchLearner]:
+        """The update rule."""
+        return self.update_rule
 
     @property
     def is_online(self) -> bool:
-        """False: RLlib samples no environment, so that it makes no env runners."""
+        """False: RLlib samples no environment, so it makes no env runners."""
         return False
 
 
@@ -58,32 +93,23 @@ class PruningAgent(Algorithm):
     name: str
     minibatch_size: int
     updates_per_episode: int
+    _replay: EpisodeArrays
     _mdp: AllocationMDP | None = None
-    _tick: Tick | None = None
     _state_to_attach: dict[str, Any] | None = None
 
     def attach(
-        self,
-        mdp: AllocationMDP,
-        rates: Sequence[float],
-        seed: int,
-        evaluations: int,
-        tick: Tick | None = None,
+        self, mdp: AllocationMDP, rates: Sequence[float], seed: int, evaluations: int
     ) -> None:
         """Gives the agent its problem, before or after a checkpoint is restored.
 
-        Args:
-            mdp: Budget, prior and the arithmetic of an episode.
-            rates: Rates to propose for; the policy answers others too.
-            seed: Of behaviour and of replay sampling.
-            evaluations: Distinct candidates that the search will measure, over all rates.
-            tick: What `training_step` calls with this strategy: one turn of the search loop.
+        It proposes for `rates`; the policy answers others too. `evaluations` are the distinct
+        candidates that the search will measure, over all rates.
         """
         self._mdp = mdp
-        self._tick = tick
         self._rng = np.random.default_rng([seed, 2])
-        self._told: set[tuple[float, tuple[int, ...]]] = set()
+        self._told: set[tuple[float, Counts]] = set()
         self.pending_updates = 0
+        self.num_updates = 0
         self._begin(rates, seed, evaluations)
         if self._state_to_attach is not None:
             self._set_agent_state(self._state_to_attach)
@@ -92,67 +118,56 @@ class PruningAgent(Algorithm):
 
     @abstractmethod
     def _begin(self, rates: Sequence[float], seed: int, evaluations: int) -> None:
-        """Fresh memory and behaviour for the attached problem."""
+        """Makes fresh memory and behaviour for the attached problem."""
 
     @abstractmethod
-    def _propose(self, count: int) -> list[Proposal]:
-        """`count` candidates."""
+    def ask(self, count: int) -> list[Candidate]:
+        """Returns `count` candidates."""
 
     @abstractmethod
     def _store(self, results: Sequence[tuple[Candidate, Measurement]]) -> None:
-        """Remembers measurements that were not told before."""
+        """Remembers measurements, each told for the first time."""
 
     @abstractmethod
     def _sample(self, num_minibatches: int) -> SampleBatch:
-        """Rows for so many minibatches of `minibatch_size`."""
+        """Rows for `num_minibatches` of `minibatch_size` each."""
 
     @abstractmethod
     def _memory(self) -> dict[str, Any]:
-        """State of memory and behaviour."""
+        """State of the behaviour."""
 
     @abstractmethod
     def _set_memory(self, state: dict[str, Any]) -> None:
         """Takes what `_memory` gave."""
-
-    @property
-    @abstractmethod
-    def num_episodes(self) -> int:
-        """Episodes remembered."""
 
     @abstractmethod
     def noise(self, rate: float) -> float:
         """Present standard deviation of the action noise at a rate."""
 
     @abstractmethod
-    def _policy(self, rates: ArrayLike) -> Ints:
-        """(B, G) greedy keep counts."""
+    def policy(self, rates: ArrayLike) -> Ints:
+        """(B, G) greedy keep counts, for any reachable rates."""
 
     @abstractmethod
-    def _near_policy(
-        self, rate: float, noise: float, count: int, rng: np.random.Generator
-    ) -> list[Counts]:
-        """About `count` candidates of the policy with noise."""
-
-    @abstractmethod
-    def _near_beam(
+    def _near(
         self,
         rate: float,
-        beam: Sequence[Counts],
         noise: float,
         count: int,
         rng: np.random.Generator,
+        beam: Sequence[Counts] = (),
     ) -> list[Counts]:
-        """About `count` candidates near those of a beam, which is not empty."""
+        """About `count` candidates near those of a beam, or without one near the policy."""
 
     # The strategy.
 
-    def ask(self, count: int) -> list[Proposal]:
-        """`count` proposals."""
-        with _one_thread():
-            return self._propose(count)
+    @property
+    def num_episodes(self) -> int:
+        """Episodes remembered."""
+        return len(self._replay)
 
     def tell(self, results: Sequence[tuple[Candidate, Measurement]]) -> None:
-        """Stores episodes, this agent's or others'; learning from them is left to `learn`."""
+        """Stores episodes, this agent's or others'; `learn` uses them."""
         fresh: list[tuple[Candidate, Measurement]] = []
         for candidate, measurement in results:
             key = (candidate.rate, candidate.keep_counts)
@@ -163,48 +178,45 @@ class PruningAgent(Algorithm):
             self._store(fresh)
             self.pending_updates += self.updates_per_episode * len(fresh)
 
-    def save(self, folder: str | Path | None = None) -> Any:
+    def save(self, folder: str | Path | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Writes an RLlib checkpoint: weights, optimizers, replay, clocks, random states."""
         return super().save(None if folder is None else str(Path(folder).absolute()))
 
-    def restore(self, folder: Any) -> None:
+    def restore(self, folder: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Restores what `save` wrote; the same calls then give the same answers."""
         super().restore(str(folder.absolute()) if isinstance(folder, Path) else folder)
 
     # Learning.
 
-    def training_step(self) -> None:
-        """One turn of the search loop, then the gradient steps that its results have earned.
+    def learn(self, most: int = MAX_UPDATES_A_STEP) -> dict[str, float]:
+        """Takes the gradient steps that new episodes have earned; those above `most` are dropped.
 
-        Where many results come at once, learning thins out, so that no evaluator waits for it.
+        Where many episodes come at once, learning thins out, so that no evaluator waits for it. The
+        result has `updates`, the gradient steps so far, and those of the learner's FIGURES that the
+        steps of this call have.
         """
-        if self._tick is not None:
-            self._tick(self)
-        self.pending_updates = min(self.pending_updates, MAX_UPDATES_A_STEP)
-        self.learn(self.pending_updates)
+        self.pending_updates = min(self.pending_updates, most)
+        figures = {"updates": float(self.num_updates + self.update(self.pending_updates))}
+        learned = self.metrics.compile().get("learners", {}).get(DEFAULT_MODULE_ID, {})
+        for name in FIGURES:
+            value = float(learned.get(name, math.nan))
+            if math.isfinite(value):
+                figures[name] = value
+        return figures
 
-    def learn(self, max_updates: int) -> int:
+    def update(self, max_updates: int) -> int:
         """Takes up to `max_updates` of the pending gradient steps; returns how many."""
         updates = min(max_updates, self.pending_updates) if self.num_episodes else 0
         for first in range(0, updates, MAX_UPDATES_A_CALL):
             num = min(MAX_UPDATES_A_CALL, updates - first)
-            batch = MultiAgentBatch(
-                {DEFAULT_MODULE_ID: self._sample(num)}, num * self.minibatch_size
-            )
-            with _one_thread():
+            rows = {DEFAULT_MODULE_ID: self._sample(num)}
+            batch = MultiAgentBatch(rows, num * self.minibatch_size)
+            with one_thread():
                 results = self._learners.update(batch=batch, minibatch_size=self.minibatch_size)
             self.metrics.aggregate(results, key="learners")
         self.pending_updates -= updates
-        self.metrics.log_value("episodes", self.num_episodes, window=1)
-        self.metrics.log_value("updates", updates, reduce="lifetime_sum")
+        self.num_updates += updates
         return updates
-
-    # The policy.
-
-    @property
-    def is_attached(self) -> bool:
-        """Whether it has a problem."""
-        return self._mdp is not None
 
     @property
     def mdp(self) -> AllocationMDP:
@@ -212,11 +224,7 @@ class PruningAgent(Algorithm):
         assert self._mdp is not None, "attach(...) comes first"
         return self._mdp
 
-    def policy(self, rates: ArrayLike) -> Ints:
-        """(B, G) greedy keep counts, for any reachable rates."""
-        with _one_thread():
-            return self._policy(rates)
-
+    @one_thread()
     def policy_samples(
         self,
         rate: float,
@@ -228,31 +236,22 @@ class PruningAgent(Algorithm):
     ) -> list[Counts]:
         """Distinct candidates, at most `count`: the greedy one first, then others around it.
 
-        After the paper's inference: small noise on the policy, and a beam around the best.
-
-        Args:
-            rate: Any reachable rate.
-            count: Candidates wanted; fewer where no more are found.
-            rng: Of the noise.
-            beam: The best measured at this rate so far: half of the candidates start from them.
-            known: Candidates not to be given again.
+        After the paper's inference: small noise on the policy at any reachable rate, and a `beam`
+        of the best measured so far, from which half of the candidates start. None is in `known`.
         """
         noise = SAMPLE_NOISE
-        with _one_thread():
-            found = dict.fromkeys(map(tuple, self._policy([rate]).tolist()))  # it keeps the order
-            found = {counts: None for counts in found if counts not in known}
-            for _ in range(MAX_SAMPLE_ROUNDS):
-                missing = count - len(found)
-                if missing <= 0:
-                    break
-                drawn: list[Counts] = []
-                if beam:
-                    drawn = self._near_beam(rate, beam, noise, (missing + 1) // 2, rng)
-                if missing > len(drawn):
-                    drawn += self._near_policy(rate, noise, missing - len(drawn), rng)
-                found |= {counts: None for counts in drawn if counts not in known}
-                noise *= SAMPLE_NOISE_GROWTH
-        return list(found)[:count]
+        greedy = map(tuple, self.policy([rate]).tolist())
+        samples = {counts: None for counts in greedy if counts not in known}  # an ordered set
+        for _ in range(MAX_SAMPLE_ROUNDS):
+            missing = count - len(samples)
+            if missing <= 0:
+                break
+            drawn = self._near(rate, noise, (missing + 1) // 2, rng, beam) if beam else []
+            if missing > len(drawn):
+                drawn += self._near(rate, noise, missing - len(drawn), rng)
+            samples |= {counts: None for counts in drawn if counts not in known}
+            noise *= SAMPLE_NOISE_GROWTH
+        return list(samples)[:count]
 
     def get_module(self, module_id: str = DEFAULT_MODULE_ID) -> RLModule | None:
         """The learner's own networks: there are no copies in env runners."""
@@ -267,14 +266,16 @@ class PruningAgent(Algorithm):
     # Checkpoints.
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """RLlib's state, and that of the search."""
+        """RLlib's state and the state of the search."""
         state = super().get_state(*args, **kwargs)
         if self._mdp is not None:
             state[AGENT_STATE] = {
+                "replay": self._replay.get_state(),
                 "memory": self._memory(),
                 "random": self._rng.bit_generator.state,
                 "told": set(self._told),
                 "pending_updates": self.pending_updates,
+                "num_updates": self.num_updates,
             }
         return state
 
@@ -282,7 +283,7 @@ class PruningAgent(Algorithm):
         """Takes what `get_state` gave."""
         state = dict(state)
         agent_state = state.pop(AGENT_STATE, None)
-        # RLlib's own would hand the weights on to env runners, which we do not have.
+        # RLlib's own `set_state` would hand the weights to env runners, which do not exist.
         learner_state = state.pop(COMPONENT_LEARNER_GROUP, None)
         super().set_state(state)
         if learner_state is not None:
@@ -293,29 +294,20 @@ class PruningAgent(Algorithm):
                 self._set_agent_state(agent_state)
 
     def restore_from_path(self, path: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As in RLlib, less the env runners."""
+        """Restores like RLlib, without env runners."""
         Checkpointable.restore_from_path(self, path, *args, **kwargs)
 
     def _set_agent_state(self, state: dict[str, Any]) -> None:
+        self._replay.set_state(state["replay"])
         self._set_memory(state["memory"])
         self._rng.bit_generator.state = state["random"]
         self._told = set(state["told"])
         self.pending_updates = state["pending_updates"]
+        self.num_updates = state["num_updates"]
         self._state_to_attach = None
 
     def cleanup(self) -> None:
-        """Also removes the empty folder that Tune makes for an algorithm it does not run."""
+        """Also removes the empty folder that RLlib makes for Tune."""
         super().cleanup()
         with contextlib.suppress(OSError):
             Path(str(self.logdir)).rmdir()
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Small matrices are fastest on one thread, and the other cores belong to the evaluators."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

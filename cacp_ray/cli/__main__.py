@@ -1,4 +1,4 @@
-"""What `python -m cacp_ray.cli` runs."""
+"""Runs the command line for `python -m cacp_ray.cli`."""
 
 from cacp_ray.cli import main
 

@@ -1,4 +1,4 @@
-"""The application, its settings, and how its errors end."""
+"""The application, its settings, and its exit codes."""
 
 import logging
 import sys
@@ -21,7 +21,7 @@ RESUMABLE = ("demo", "search", "train", "finetune", "tune-agent")
 
 
 class _PrintHandler(logging.Handler):
-    """Prints to whatever standard output is now, so that lines stay above a live table."""
+    """Prints to the current standard output, so that lines stay above a live table."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record))
@@ -29,10 +29,12 @@ class _PrintHandler(logging.Handler):
 
 @app.callback()
 def setup(
-    debug: Annotated[bool, typer.Option("--debug", help="Log all and show tracebacks.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Only the final result.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Log everything and show tracebacks.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only the final result.")] = False,
 ) -> None:
-    """Settings of all commands; they stand before the command."""
+    """Applies the options that stand before the command."""
     level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_PrintHandler()])
     logging.getLogger("cacp_ray").setLevel(level)
@@ -54,14 +56,14 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         code, text = _explain(error)
-        if code == 2:  # the line says all; where Ray's messages are is no help
+        if code == 2:  # the line says it all; Ray's messages are no help
             logging.getLogger("cacp_ray").setLevel(logging.ERROR)
         typer.echo(text, err=True)
         sys.exit(code)
 
 
 def _explain(error: Exception) -> tuple[int, str]:
-    """Exit code and what is printed."""
+    """The exit code of an error and the text to print."""
     if isinstance(error, CacpError):
         return error.exit_code, f"cacp-ray: {error}"
     if (usage := getattr(error, "format_message", None)) is not None:  # typer's: wrong usage

@@ -1,4 +1,4 @@
-"""Commands on image data: data convert, data inspect."""
+"""Commands for image data: data convert, data inspect."""
 
 from typing import Annotated
 
@@ -16,36 +16,42 @@ app.add_typer(data_app, name="data")
 def inspect_data(
     path: Annotated[
         str,
-        typer.Argument(help="Parquet file, folder or pattern of shards, folder of class folders."),
+        typer.Argument(
+            help="Parquet file, folder or pattern of shards, or folder of class folders."
+        ),
     ],
     every: Annotated[
-        bool, typer.Option("--all", help="Decode all images, not 1,000 evenly spaced ones.")
+        bool, typer.Option("--all", help="Decode all images instead of 1,000 evenly spaced ones.")
     ] = False,
 ) -> None:
-    """Print rows, classes, class balance, image sizes, and the first image that is broken."""
+    """Print rows, classes, class balance, image sizes, and the first broken image."""
     from cacp_ray.data.inspecting import describe, summarize
     from cacp_ray.data.sources import open_source
 
-    found = summarize(open_source(path), None if every else 1000)
-    typer.echo("\n".join(describe(path, found)))
-    if found.broken:
+    summary = summarize(open_source(path), None if every else 1000)
+    typer.echo("\n".join(describe(path, summary)))
+    if summary.broken:
         raise typer.Exit(2)
 
 
 @data_app.command("convert")
 def convert_data(
-    kind: Annotated[str, typer.Argument(help="imagefolder: a folder of images for each class.")],
-    source: Annotated[str, typer.Argument(metavar="SRC")],
-    out: Annotated[str, typer.Argument(metavar="DST", help="Folder, s3://... or gs://...")],
-    shards: Annotated[int, typer.Option(min=1, help="Files to write.")],
-    prefix: Annotated[str, typer.Option(help="Of their names.")] = "train",
+    kind: Annotated[
+        str, typer.Argument(help="imagefolder, a folder with a folder of images for each class.")
+    ],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder on every node.")],
+    out: Annotated[
+        str, typer.Argument(metavar="DST", help="Folder, s3://... or gs://... for the shards.")
+    ],
+    shards: Annotated[int, typer.Option(min=1, help="Number of files to write.")],
+    prefix: Annotated[str, typer.Option(help="First part of the file names.")] = "train",
     address: Address = None,
 ) -> None:
-    """Write Parquet shards of an image folder, in parallel on Ray; a killed one goes on."""
+    """Convert an image folder to Parquet shards on Ray; run again to continue after a stop."""
     from cacp_ray.distributed.cluster import check_address, connect
     from cacp_ray.distributed.converting import convert
     from cacp_ray.distributed.probe import probe_nodes
-    from cacp_ray.reporting.converting_progress import ConvertDisplay
+    from cacp_ray.reporting.displays import ConvertDisplay
 
     if kind != "imagefolder":
         raise ConfigError(f"data convert {kind}: only imagefolder can be converted")

@@ -1,4 +1,4 @@
-"""Commands on latency: latency measure."""
+"""Commands for latency: latency measure."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,13 +8,15 @@ import typer
 from cacp_ray.cli.app import app, state
 from cacp_ray.errors import ConfigError, EvaluationError
 
-latency_app = typer.Typer(no_args_is_help=True, help="Measure what layers take on this machine.")
+latency_app = typer.Typer(
+    no_args_is_help=True, help="Measure the latency of layers on this machine."
+)
 app.add_typer(latency_app, name="latency")
 
 
 @latency_app.callback()
 def setup() -> None:
-    """Measure what layers take on this machine."""  # a group, though it has one command
+    """Measure the latency of layers on this machine."""  # the callback makes a group of one
 
 
 @latency_app.command("measure")
@@ -22,40 +24,47 @@ def measure_layers(
     model: Annotated[
         str, typer.Argument(help="resnet20, torchvision:NAME, timm:NAME or package.module:factory")
     ],
-    out: Annotated[Path, typer.Option(help="The table, a Parquet file; replaced.")],
+    out: Annotated[
+        Path, typer.Option(help="Parquet file of the table; an existing one is replaced.")
+    ],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
-    batch: Annotated[int, typer.Option(min=1, help="Images a pass.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a forward pass.")] = 1,
     side: Annotated[int | None, typer.Option(min=1, help="Input height and width.")] = None,
     num_classes: Annotated[
         int | None, typer.Option(min=1, help="Default: 1000 for torchvision and timm, else 10.")
     ] = None,
-    points: Annotated[int, typer.Option(min=2, help="Widths a side of a layer, at most.")] = 17,
+    points: Annotated[
+        int, typer.Option(min=2, help="Most widths to time on each side of a layer.")
+    ] = 17,
     round_to: Annotated[
-        int, typer.Option(min=1, help="Widths are multiples of this, as pruning.round_to.")
+        int,
+        typer.Option(
+            min=1, help="Widths are multiples of this; use the search's pruning.round_to."
+        ),
     ] = 8,
-    seconds: Annotated[float, typer.Option(min=0, help="About how long, if it must.")] = 120.0,
+    seconds: Annotated[float, typer.Option(min=0, help="Approximate time limit.")] = 120.0,
 ) -> None:
-    """Time the layers of a network over a grid of widths, for searches with cost: latency."""
+    """Time the layers of a network at many widths, for searches with cost: latency."""
     from rich.progress import Progress
 
-    from cacp_ray.analysis import inspect_model
     from cacp_ray.evaluation.latency_table import Settings, save_table
     from cacp_ray.evaluation.layer_timing import measure_table
     from cacp_ray.reporting.tables import make_console
+    from cacp_ray.workflows.analyze import inspect_model
 
     if out.is_dir():
         raise ConfigError(f"--out {out} is a folder: name a file in it, such as table.parquet")
     settings = Settings(device, threads, batch)
     settings.check()
-    found = inspect_model(model, side=side, num_classes=num_classes)
+    inspected = inspect_model(model, side=side, num_classes=num_classes)
     try:
         with Progress(console=make_console(), disable=state["quiet"]) as progress:
             task = progress.add_task("layers", total=None)
             table = measure_table(
-                found.name,
-                found.analysis.model,
-                found.analysis.plan,
+                inspected.name,
+                inspected.analysis.model,
+                inspected.analysis.plan,
                 settings,
                 points=points,
                 round_to=round_to,

@@ -1,4 +1,4 @@
-"""Commands on networks: inspect, train, finetune, export."""
+"""Commands for networks: inspect, train, finetune, export."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,20 +27,20 @@ def inspect(
         bool, typer.Option("--members", help="List every group with all its layers.")
     ] = False,
 ) -> None:
-    """Print channel groups, what stays whole and why, and the reachable rates."""
-    from cacp_ray.analysis import inspect_model
+    """Print channel groups, layers that stay whole and why, and the reachable rates."""
     from cacp_ray.reporting.tables import groups_table, make_console
+    from cacp_ray.workflows.analyze import inspect_model
 
-    found = inspect_model(model, side=side, num_classes=num_classes)
-    plan, budget = found.analysis.plan, found.analysis.budget
+    inspected = inspect_model(model, side=side, num_classes=num_classes)
+    plan, budget = inspected.analysis.plan, inspected.analysis.budget
     make_console().print(
         groups_table(
-            found.name,
-            found.about,
+            inspected.name,
+            inspected.about,
             plan.cost_model,
             budget.min_counts,
             plan.fixed,
-            base_channels=found.base_channels,
+            base_channels=inspected.base_channels,
             with_members=members,
         )
     )
@@ -55,7 +55,7 @@ def train(
 ) -> None:
     """Train a base network."""
     from cacp_ray import api
-    from cacp_ray.config import TrainConfig, load_config
+    from cacp_ray.config.run import TrainConfig, load_config
 
     settings = load_config(TrainConfig, config, overrides or [])
     folder = run_dir or Path("runs") / settings.name
@@ -80,7 +80,7 @@ def train(
 
 @app.command()
 def finetune(
-    folder: Annotated[Path, typer.Argument(help="A run directory, or a subnet folder.")],
+    folder: Annotated[Path, typer.Argument(help="Run directory or subnet folder.")],
     config: Annotated[
         Path | None,
         typer.Option("--config", help="YAML file, such as tune_configs/finetune_variants.yaml"),
@@ -89,7 +89,7 @@ def finetune(
     address: Address = None,
     resume: Resume = False,
 ) -> None:
-    """Fine-tune the subnets of a search, all rates side by side on Ray Tune, or one subnet."""
+    """Fine-tune all subnets of a search in parallel on Ray Tune, or one subnet."""
     options = {"overrides": overrides or [], "address": address, "resume": resume}
     result = run_finetune(folder, config=config, **options)
     if "rates" in result:
@@ -105,18 +105,22 @@ def finetune(
 @app.command()
 def export(
     subnet: Annotated[
-        Path, typer.Argument(metavar="SUBNET", help="Such as runs/NAME/subnets/rate-0.50.")
+        Path,
+        typer.Argument(
+            metavar="SUBNET", help="Subnet folder, such as runs/NAME/subnets/rate-0.50."
+        ),
     ],
     format: Annotated[str, typer.Option(help="onnx, torch-export or state-dict.")],
     out: Annotated[
-        Path | None, typer.Option(help="The file; default: subnet.onnx or so in the folder.")
+        Path | None,
+        typer.Option(help="File to write; default: subnet.onnx (or similar) in the folder."),
     ] = None,
     weights: Annotated[
-        str, typer.Option(help="finetuned, search, or latest: fine-tuned where there are some.")
+        str, typer.Option(help="finetuned, search, or latest (fine-tuned if available).")
     ] = "latest",
 ) -> None:
-    """Write a subnet as one checked file for other programs; any batch size."""
-    from cacp_ray.exporting.subnet import export_subnet
+    """Write a subnet as one checked file for other programs, for any batch size."""
+    from cacp_ray.exporting.subnet import BATCH_SIZES, export_subnet
 
     chosen = {"latest": None, "finetuned": True, "search": False}
     if weights not in chosen:
@@ -126,14 +130,14 @@ def export(
     typer.echo(
         f"{done.path}: {'fine-tuned weights' if done.finetuned else 'weights after the search'}, "
         f"{done.size / 1e6:.2f} MB, {opset}largest difference {done.max_error:.1e} of the largest "
-        f"output, at batch sizes {' and '.join(map(str, done.batch_sizes))}"
+        f"output, at batch sizes {' and '.join(map(str, BATCH_SIZES))}"
     )
 
 
 def run_finetune(folder: Path, **options: Any) -> dict[str, Any]:
-    """Fine-tunes under a live table."""
+    """Fine-tunes while a display shows the epochs."""
     from cacp_ray import api
-    from cacp_ray.reporting.progress import FinetuneDisplay
+    from cacp_ray.reporting.displays import FinetuneDisplay
 
     with FinetuneDisplay(quiet=state["quiet"]) as display:
         return api.finetune(folder, on_epoch=display.update, **options)

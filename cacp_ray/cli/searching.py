@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 @app.command()
 def demo(run_dir: RunDir = None, resume: Resume = False) -> None:
     """Search, fine-tune and report on the embedded CIFAR-10 sample, in minutes on a laptop."""
-    from cacp_ray.config import RunConfig
+    from cacp_ray.config.run import RunConfig
 
     names = (Path("runs") / f"demo{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
     folder = run_dir or next(path for path in names if resume or not path.exists())
@@ -42,61 +42,61 @@ def search(
         str | None,
         typer.Option(
             metavar="NAME[,NAME...]",
-            help=f"{', '.join((*AGENTS, *STRATEGIES))}, or package.module:function; several: a run "
-            "directory each in --run-dir, and their comparison.",
+            help=f"{', '.join((*AGENTS, *STRATEGIES))}, or package.module:function; with several, "
+            "--run-dir gets one run for each, and their comparison.",
         ),
     ] = None,
     overrides: Overrides = None,
     address: Address = None,
     resume: Resume = False,
     cache: Annotated[
-        Path | None,
-        typer.Option("--cache", help="Folder that keeps measurements for other runs."),
+        Path | None, typer.Option("--cache", help="Folder of measurements that runs share.")
     ] = None,
     storage: Annotated[
         str | None,
         typer.Option(
             "--storage",
-            help="Folder, s3:// or gs:// URI that the run is copied to at every checkpoint; with "
-            "--resume, it goes on from there.",
+            help="Folder, s3:// or gs:// URI that gets a copy of the run at every checkpoint; "
+            "--resume can continue from it.",
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check all input and print what would be searched.")
+        bool, typer.Option("--dry-run", help="Check all input and print what the search would do.")
     ] = False,
     price: Annotated[
         float | None,
         typer.Option(
             min=0.0,
-            help="Of a core, or of a GPU where those score, for an hour; --dry-run then tells what "
-            "the search would cost.",
+            help="Price of one core (or GPU, if GPUs score) for an hour; --dry-run then prints "
+            "what the search would cost.",
         ),
     ] = None,
 ) -> None:
-    """Search a smaller network for every rate at once."""
-    from cacp_ray.config import RunConfig, load_config
+    """Search a smaller network for every rate, all in one search."""
+    from cacp_ray.config.run import RunConfig, load_config
 
     if price is not None and not dry_run:
-        raise ConfigError("--price is of --dry-run: give both")
-    if strategy and "," in strategy:
-        if storage:
-            raise ConfigError("--storage holds one run: search with one --strategy")
-        settings, names = load_config(RunConfig, config, overrides or []), strategy.split(",")
-        options = {"address": address, "cache": cache}
-        _search_each(settings, names, run_dir, resume=resume, dry_run=dry_run, **options)
-        return
-    changes = [*(overrides or []), *([f"strategy={strategy}"] if strategy else [])]
+        raise ConfigError("--price needs --dry-run: give both")
+    changes, names = list(overrides or []), strategy.split(",") if strategy else []
+    if len(names) > 1 and storage:
+        raise ConfigError("--storage holds one run: search with one --strategy")
+    if len(names) == 1:
+        changes.append(f"strategy={strategy}")
     settings = load_config(RunConfig, config, changes)
     folder = run_dir or Path("runs") / settings.name
-    if dry_run:
-        from cacp_ray.api import check_search
+    if len(names) > 1:
+        options = {"address": address, "cache": cache}
+        _search_each(settings, names, folder, resume=resume, dry_run=dry_run, **options)
+    elif dry_run:
+        from cacp_ray.workflows.dry_run import check_search
 
         typer.echo(check_search(settings, folder, resume=resume, address=address, price=price))
-        return
-    run = _search(settings, folder, resume=resume, address=address, cache=cache, storage=storage)
-    print_report(folder)
-    if run.storage is not None:
-        run.storage.finish(folder)  # the report too
+    else:
+        options = {"address": address, "cache": cache, "storage": storage}
+        run = _search(settings, folder, resume=resume, **options)
+        print_report(folder)
+        if run.mirror is not None:
+            run.mirror.finish(folder)  # the report too
 
 
 @app.command()
@@ -107,13 +107,13 @@ def tune_agent(
     address: Address = None,
     resume: Resume = False,
 ) -> None:
-    """Find the agent's settings that search best on a network, by Ray Tune."""
+    """Find the agent settings that search best on a network, with Ray Tune."""
     from cacp_ray import api
-    from cacp_ray.agent_space import AgentTuningConfig
-    from cacp_ray.config import load_config
+    from cacp_ray.config.agent_tuning import AgentTuningConfig
+    from cacp_ray.config.run import load_config
+    from cacp_ray.reporting.displays import TuningDisplay
     from cacp_ray.reporting.tables import make_console
     from cacp_ray.reporting.tuning import tuning_table
-    from cacp_ray.reporting.tuning_progress import TuningDisplay
 
     settings = load_config(AgentTuningConfig, config, overrides or [])
     folder = run_dir or Path("runs") / settings.name
@@ -130,13 +130,15 @@ def tune_agent(
 @app.command()
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN", help="Run directories, or folders of them.")
+        list[Path],
+        typer.Argument(metavar="RUN", help="Run directories, or folders of run directories."),
     ],
     out: Annotated[
-        Path, typer.Option(help="For comparison.png, .svg and .json; an earlier one is replaced.")
+        Path,
+        typer.Option(help="Folder for comparison.png, .svg and .json; an earlier one is replaced."),
     ] = Path("comparison"),
 ) -> None:
-    """Put runs on the same network and data side by side: accuracy, evaluations, time."""
+    """Compare runs on the same network and data: accuracy, evaluations, time."""
     from cacp_ray.reporting.comparison_figure import check_out
 
     check_out(out)
@@ -145,25 +147,18 @@ def compare(
 
 def _search(settings: Any, folder: Path, **options: Any) -> "Run":
     from cacp_ray import api
-    from cacp_ray.reporting.progress import SearchDisplay
+    from cacp_ray.reporting.displays import SearchDisplay
 
     with SearchDisplay(quiet=state["quiet"]) as display:
         return api.search(settings, folder, on_progress=display.update, **options)
 
 
 def _search_each(
-    settings: Any,
-    names: list[str],
-    run_dir: Path | None,
-    *,
-    resume: bool,
-    dry_run: bool,
-    **options: Any,
+    settings: Any, names: list[str], folder: Path, *, resume: bool, dry_run: bool, **options: Any
 ) -> None:
-    from cacp_ray.reporting.progress import SearchDisplay
-    from cacp_ray.series import check_series, plan_series
+    from cacp_ray.reporting.displays import SearchDisplay
+    from cacp_ray.workflows.series import check_series, plan_series
 
-    folder = run_dir or Path("runs") / settings.name
     series = plan_series(settings, names, folder, resume=resume)
     about = check_series(series)
     if dry_run:
@@ -181,7 +176,7 @@ def _compare(runs: list[Path], out: Path) -> None:
     from cacp_ray.reporting.comparison_figure import write_comparison
     from cacp_ray.reporting.comparison_table import comparison_table
     from cacp_ray.reporting.tables import make_console
-    from cacp_ray.series import compare
+    from cacp_ray.workflows.compare import compare
 
     comparison = compare(runs)
     console = make_console()

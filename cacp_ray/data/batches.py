@@ -1,8 +1,7 @@
-"""Augmented training batches, epoch by epoch: they depend on the seed and the epoch alone."""
+"""Augmented training batches of an epoch, which depend on the seed and the epoch alone."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,10 +15,10 @@ class Augmentation:
     """How an epoch's batches are drawn.
 
     Attributes:
-        batch_size: Images a batch, of all shards together.
-        padding: Pixels of the random crop.
-        erasing: Share of images that lose a rectangle.
-        seed: Of everything random.
+        batch_size: Images in a batch, all workers together.
+        padding: Pixels added on each side before the random crop.
+        erasing: Share of images that lose a rectangle, in [0, 1].
+        seed: Seed of all randomness.
     """
 
     batch_size: int
@@ -28,42 +27,24 @@ class Augmentation:
     seed: int
 
     def generator(self, epoch: int, rank: int = 0) -> torch.Generator:
-        """The only source of an epoch's order; and of the crops of each worker."""
+        """Source of an epoch's order (rank 0, shared by all workers) or of a worker's crops."""
         return torch.Generator().manual_seed(self.seed * 100_003 + epoch + rank * 1_000_003)
 
     def __call__(self, batch: ImageSet, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Cropped, flipped, perhaps erased images float32 (B, C, H, W), normalised, and labels."""
+        """Normalised, cropped, flipped, erased images float32 (B, C, H, W), and labels (B,)."""
         x = augment(batch.images, batch.mean, batch.std, generator, self.padding)
         x = erase(x, self.erasing, generator) if self.erasing else x
         return x, from_shared(batch.labels)
 
 
-class Batches(Protocol):
-    """Training images that are read again every epoch."""
-
-    @property
-    def shard(self) -> tuple[int, int]:
-        """Number of this worker and of all."""
-        ...
-
-    @property
-    def num_batches(self) -> int:
-        """Of an epoch."""
-        ...
-
-    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Augmented images float32 (B, C, H, W) and labels (B,)."""
-        ...
-
-
 @dataclass(frozen=True)
 class ImageBatches:
-    """Of images in memory; normalised batch by batch, so that they stay uint8 and shared.
+    """Batches of images in memory, which stay uint8 and shared: only a batch is normalised.
 
     Attributes:
-        images: All of them.
-        augmentation: Of the batches.
-        shard: Number of this worker and of all; each has its part of every batch.
+        images: Images of all workers.
+        augmentation: How batches are drawn.
+        shard: Index of this worker, and number of workers; each takes its part of every batch.
     """
 
     images: ImageSet
@@ -72,11 +53,11 @@ class ImageBatches:
 
     @property
     def num_batches(self) -> int:
-        """Of an epoch."""
+        """Batches in an epoch."""
         return -(-len(self.images) // self.augmentation.batch_size)
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every image once, in a random order."""
+        """Every image once, in a random order: float32 (B, C, H, W), and labels (B,)."""
         rank, size = self.shard
         generator = self.augmentation.generator(number)
         order = torch.randperm(len(self.images), generator=generator)

@@ -1,4 +1,4 @@
-"""Labelled images as files, in a folder for each class."""
+"""Labelled images as files, one folder for each class."""
 
 import os
 import posixpath
@@ -18,9 +18,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
 
 @dataclass(frozen=True)
 class FolderSource:
-    """A folder of images for each class; classes and images in the order of their names.
+    """A folder of images for each class, with classes and images in the order of their names.
 
-    A class folder without images is a class too, so that a part of a data set keeps its labels.
+    A class folder without images counts, so that a part of a data set keeps its labels.
     """
 
     name: str
@@ -28,10 +28,10 @@ class FolderSource:
     root: str
 
     @cached_property
-    def _found(self) -> list[fs.FileInfo]:
+    def _entries(self) -> list[fs.FileInfo]:
         try:
-            found = self.filesystem.get_file_info(fs.FileSelector(self.root, recursive=True))
-            return [each for each in found if not _is_hidden(self._inside(each.path))]
+            entries = self.filesystem.get_file_info(fs.FileSelector(self.root, recursive=True))
+            return [entry for entry in entries if not _is_hidden(self._inside(entry.path))]
         except (OSError, pa.ArrowException, UnicodeError) as error:
             raise ArtifactError(
                 f"data {self.name}: a file or folder cannot be listed ({first_line(error)}); "
@@ -40,19 +40,18 @@ class FolderSource:
 
     @cached_property
     def files(self) -> list[fs.FileInfo]:
-        """The images, by row."""
-        found = sorted(self._found, key=lambda each: each.path)
+        """Image files by row."""
         return [
-            each
-            for each in found
-            if each.type == fs.FileType.File
-            and each.path.lower().endswith(IMAGE_SUFFIXES)
-            and posixpath.dirname(self._inside(each.path))
+            entry
+            for entry in sorted(self._entries, key=lambda entry: entry.path)
+            if entry.type == fs.FileType.File
+            and entry.path.lower().endswith(IMAGE_SUFFIXES)
+            and posixpath.dirname(self._inside(entry.path))
         ]
 
     @property
     def resolved(self) -> tuple[str, ...]:
-        """See `Source`; the root alone is resolved, or a million images would take a minute."""
+        """See `ParquetSource`. Only the root is resolved: a million images would take a minute."""
         if isinstance(self.filesystem, fs.LocalFileSystem):
             root = os.path.realpath(self.root)
         else:
@@ -61,54 +60,45 @@ class FolderSource:
 
     @property
     def starts(self) -> NDArray[np.int64]:
-        """See `Source`."""
+        """See `ParquetSource`."""
         return np.arange(len(self.files) + 1)
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """See `Source`."""
-        return self._classes
-
     @cached_property
-    def _classes(self) -> tuple[str, ...]:
+    def classes(self) -> tuple[str, ...]:
+        """Names of the folders."""
         folders = {
             name
-            for each in self._found
-            if each.type == fs.FileType.Directory and "/" not in (name := self._inside(each.path))
+            for entry in self._entries
+            if entry.type == fs.FileType.Directory and "/" not in (name := self._inside(entry.path))
         }
         return tuple(sorted(folders | {self._class(file.path) for file in self.files}))
 
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """See `Source`."""
-        return self._labels
-
     @cached_property
-    def _labels(self) -> NDArray[np.int64]:
+    def labels(self) -> NDArray[np.int64]:
+        """See `ParquetSource`."""
         numbers = {name: number for number, name in enumerate(self.classes)}
         return np.array([numbers[self._class(file.path)] for file in self.files], dtype=np.int64)
 
     @property
     def blocks(self) -> NDArray[np.int64]:
-        """See `Source`; every image is a file of its own."""
+        """See `ParquetSource`. Every image is a file of its own."""
         return np.arange(len(self.files))
 
     def read(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, bytes | None]]:
-        """See `Source`."""
+        """See `ParquetSource`."""
         for row in np.sort(rows).tolist():
-            yield row, self._read(self.files[row].path)
-
-    def _read(self, path: str) -> bytes:
-        try:
-            with self.filesystem.open_input_file(path) as file:
-                return file.read()
-        except (OSError, pa.ArrowException) as error:
-            raise ArtifactError(
-                f"data {path}: cannot be read ({first_line(error)}); mend or remove it"
-            ) from error
+            path = self.files[row].path
+            try:
+                with self.filesystem.open_input_file(path) as file:
+                    content = file.read()
+            except (OSError, pa.ArrowException) as error:
+                raise ArtifactError(
+                    f"data {path}: cannot be read ({first_line(error)}); mend or remove it"
+                ) from error
+            yield row, content
 
     def where(self, row: int) -> str:
-        """See `Source`."""
+        """See `ParquetSource`."""
         return self.files[row].path
 
     def _inside(self, file: str) -> str:
@@ -119,5 +109,5 @@ class FolderSource:
 
 
 def _is_hidden(inside: str) -> bool:
-    """Also what archives bring along, such as __MACOSX."""
+    """Whether a path is hidden, or left over from an archive, such as __MACOSX."""
     return inside.startswith("__") or any(part.startswith(".") for part in inside.split("/"))

@@ -1,8 +1,4 @@
-"""Labelled images in memory, decoded to uint8 arrays.
-
-In Parquet, the image column is a struct of `bytes` (and `path`) or plain binary, the label column
-an integer. Class names are read from the schema metadata `huggingface` or `class_names`.
-"""
+"""Labelled images in memory: which rows of a source are read, and how they are decoded."""
 
 import dataclasses
 import io
@@ -31,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 DECODED_TOGETHER = 512
 PROGRESS_SECONDS = 10.0
-MAX_UNNAMED_CLASSES = 100_000  # a label beyond is taken for a mistake
-# What Pillow raises at bytes that are no image, or too large a one.
+MAX_UNNAMED_CLASSES = 100_000  # a larger label is taken for a mistake
+# Pillow raises these at bytes that are no image or too large an image.
 DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, AttributeError, Image.DecompressionBombError,
 )  # fmt: skip
@@ -44,10 +40,10 @@ class ImageSet:
 
     Attributes:
         images: uint8 (N, H, W, 3).
-        labels: int64 (N,), each in [0, num_classes).
+        labels: int64 (N,), each in [0, number of classes).
         classes: Class names.
-        mean: Of the channels of images in [0, 1], taken off before the network sees them.
-        std: Of the channels, divided by.
+        mean: (3,) channel means of images in [0, 1], for normalisation.
+        std: (3,) channel standard deviations of images in [0, 1].
     """
 
     images: NDArray[np.uint8]
@@ -60,7 +56,7 @@ class ImageSet:
         return len(self.labels)
 
     def take(self, count: int | None) -> "ImageSet":
-        """The first `count` images; all of them when there are fewer, or for None."""
+        """The first `count` images; all of them where there are fewer, or for None."""
         return self.slice(0, count)
 
     def slice(self, start: int, stop: int | None) -> "ImageSet":
@@ -73,7 +69,7 @@ class ImageSet:
         return dataclasses.replace(self, images=self.images[rows], labels=self.labels[rows])
 
     def parts(self, size: int) -> Iterator["ImageSet"]:
-        """All images in their order, `size` at a time."""
+        """All images in order, `size` at a time."""
         return (self.slice(start, start + size) for start in range(0, len(self), size))
 
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -83,14 +79,14 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows of a source.
+    """Selection of a source's rows.
 
     Attributes:
         span: [start, stop); all rows by default.
-        per_class: Draw so many of each class, by `seed`; those with fewer give what they have.
-        without: Draw them as `per_class` says, and take all the others.
-        seed: Of the draw.
-        count: Only so many of these rows, evenly spaced.
+        per_class: Number of rows drawn of each class; a class with fewer gives all it has.
+        without: Whether to take all rows but the drawn ones.
+        seed: Seed of the draw.
+        count: Number of the selected rows to keep, evenly spaced; all by default.
     """
 
     span: tuple[int, int] | None = None
@@ -102,12 +98,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Shape:
-    """What becomes of images when they are decoded; by default nothing. As torchvision does it.
+    """Resizing and cropping of decoded images, as torchvision does them; by default neither.
 
     Attributes:
-        resize: Length of the shorter side, in pixels.
-        crop: Side of the square in the middle that is kept.
-        interpolation: Of the resizing.
+        resize: Length of the shorter side in pixels.
+        crop: Side of the central square that is kept, in pixels.
+        interpolation: How pixels are resampled.
     """
 
     resize: int | None = None
@@ -115,7 +111,7 @@ class Shape:
     interpolation: Interpolation = "bilinear"
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """The image as it is kept."""
+        """Resizes and crops an image."""
         if self.resize is not None:
             shorter = min(image.size)
             width, height = (int(self.resize * side / shorter) for side in image.size)
@@ -133,19 +129,15 @@ class Shape:
 def read_parquet(
     path: str, rows: tuple[int, int] | None = None, count: int | None = None
 ) -> ImageSet:
-    """Reads and decodes rows [start, stop), or `count` of them; see `read_images`."""
+    """Reads and decodes rows [start, stop), or `count` of them, as `read_images` does."""
     return read_images(open_source(path), Rows(span=rows, count=count))
 
 
 def read_images(source: Source, rows: Rows, shape: Shape | None = None) -> ImageSet:
     """Reads and decodes rows of a source.
 
-    Args:
-        source: See `cacp_ray.data.sources`.
-        rows: Which.
-        shape: Of the images.
-
     Raises:
+        ConfigError: No such rows, or none left.
         ArtifactError: The source is corrupt, has no image or label column, holds an image that
             cannot be decoded, images of several sizes, or a label outside the classes.
     """
@@ -157,9 +149,9 @@ def read_images(source: Source, rows: Rows, shape: Shape | None = None) -> Image
 def read_labels(
     source: Source, rows: Rows
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], tuple[str, ...]]:
-    """All but the images: the row numbers (N,), rising, the labels (N,) and the class names.
+    """Rising row numbers (N,), labels (N,) and class names of selected rows.
 
-    Args and errors are those of `read_images`.
+    Arguments and errors are those of `read_images`.
     """
     labels = source.labels
     start, stop = rows.span or (0, len(labels))
@@ -185,7 +177,7 @@ def read_labels(
 
 
 def _number_classes(source: Source) -> tuple[str, ...]:
-    """Names for the classes of all rows, chosen or not, so that every choice has the same."""
+    """Numbers as names for the classes of all rows, so that every selection has the same names."""
     largest = int(source.labels.max())
     if largest >= MAX_UNNAMED_CLASSES:
         where = source.where(int(source.labels.argmax()))
@@ -212,22 +204,15 @@ def _check_labels(source: Source, rows: NDArray[np.int64], num_classes: int) -> 
 def draw_per_class(
     labels: NDArray[np.int64], blocks: NDArray[np.int64], count: int, seed: int
 ) -> NDArray[np.int64]:
-    """Draws entries of every label from as few blocks as one of a label from each allows.
+    """Draws `count` entries of every label from few blocks.
 
-    Blocks are visited in random order. One gives each label one random entry, and a second only
-    when all have given one: of shuffled rows few blocks are read, and of sorted ones the entries
-    of a label still lie apart.
+    Blocks are visited in random order. A block gives each label one random entry, and a second only
+    when all blocks have given one. So few blocks of shuffled rows are read, and the entries of a
+    label still lie apart where rows are sorted. A label with fewer entries gives all it has.
 
-    Args:
-        labels: (N,) in [0, number of classes).
-        blocks: (N,) what each entry is read together with, from 0.
-        count: Of each label; all where there are fewer.
-        seed: Of all that is random.
-
-    Returns:
-        (M,) places, rising.
+    `labels` and `blocks` are (N,), a block being an index from 0. Returns rising indices (M,).
     """
-    # Numbers that stay the same when more rows or blocks are added behind.
+    # These numbers stay the same when rows or blocks are added at the end.
     visited = np.random.default_rng([seed, 0]).random(int(blocks.max()) + 1)
     chance = np.random.default_rng([seed, 1]).random(len(labels))
     places = np.lexsort((chance, blocks, labels))
@@ -237,7 +222,7 @@ def draw_per_class(
 
 
 def _count_within(*keys: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(N,) how many entries before it, in a row, have the same keys (N,)."""
+    """(N,) number of entries directly before each one that have the same keys (N,)."""
     begins = np.any([np.diff(key, prepend=key[:1] - 1) != 0 for key in keys], axis=0)
     firsts = np.flatnonzero(begins)
     lengths = np.diff(np.append(firsts, len(begins)))
@@ -245,15 +230,15 @@ def _count_within(*keys: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def describe_error(error: Exception) -> str:
-    """What Pillow raised, without the objects that it names."""
+    """Message of an error of Pillow's, without object addresses."""
     return "no image" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def decode(source: Source, rows: NDArray[np.int64], shape: Shape) -> NDArray[np.uint8]:
-    """Images uint8 (N, H, W, 3) at `rows` (N,), rising.
+    """Images uint8 (N, H, W, 3) at rising `rows` (N,).
 
     Raises:
-        ArtifactError: One cannot be decoded, or they differ in size.
+        ArtifactError: An image cannot be decoded, or images differ in size.
     """
 
     def decode_one(item: tuple[int, bytes | None]) -> NDArray[np.uint8]:
@@ -276,7 +261,7 @@ def decode(source: Source, rows: NDArray[np.int64], shape: Shape) -> NDArray[np.
             decoded = list(pool.map(decode_one, part))
             if images is None:
                 images = np.empty((len(rows), *decoded[0].shape), np.uint8)
-            if shapes := {each.shape for each in decoded} - {images.shape[1:]}:
+            if shapes := {image.shape for image in decoded} - {images.shape[1:]}:
                 raise ArtifactError(
                     f"data {source.name}: images of several sizes "
                     f"{sorted({*shapes, images.shape[1:]})}; resize first, or set data.resize and "

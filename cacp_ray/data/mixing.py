@@ -1,6 +1,6 @@
-"""Image sets of several domains in one Parquet file, so that a configuration can point at them.
+"""Image sets of several domains in one Parquet file that a configuration can name.
 
-Pseudo-labelled images are an image set like any other: `dataclasses.replace(images, labels=...)`.
+`dataclasses.replace(images, labels=...)` makes an image set of pseudo-labelled images.
 """
 
 import dataclasses
@@ -15,11 +15,11 @@ from PIL import Image
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.errors import ConfigError
-from cacp_ray.files import write_file
+from cacp_ray.io.files import write_file
 
 
 def mix(first: ImageSet, second: ImageSet, seed: int) -> ImageSet:
-    """All images of both in random order, so that any few of them, evenly spaced, are of both.
+    """Images of both sets in random order, so that evenly spaced images represent both.
 
     Raises:
         ConfigError: Their classes, image sizes or normalisations differ.
@@ -44,7 +44,7 @@ def mix(first: ImageSet, second: ImageSet, seed: int) -> ImageSet:
 def write_parquet(path: Path, images: ImageSet) -> None:
     """Writes PNG images, labels and class names in the Hugging Face layout.
 
-    Mean and standard deviation are not in the file: they belong into the configuration (`data`).
+    Mean and standard deviation are not in the file: they belong in the configuration (`data`).
     """
     features = {
         "image": {"_type": "Image"},

@@ -1,8 +1,13 @@
-"""Labelled images in Parquet files, in the Hugging Face layout."""
+"""Labelled images in Parquet files, in the Hugging Face layout.
+
+The image column is a struct of `bytes` (and `path`) or plain binary, the label column an integer.
+Class names are read from the schema metadata `huggingface` or `class_names`.
+"""
 
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,7 +27,7 @@ NO_LABEL = np.iinfo(np.int64).min
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """Parquet files one after another."""
+    """Parquet files whose rows follow one another."""
 
     name: str
     filesystem: fs.FileSystem
@@ -30,7 +35,7 @@ class ParquetSource:
 
     @property
     def resolved(self) -> tuple[str, ...]:
-        """See `Source`."""
+        """(F,) files that hold the rows, with links followed: equal names mean the same file."""
         if isinstance(self.filesystem, fs.LocalFileSystem):
             return tuple(os.path.realpath(file) for file in self.files)
         return tuple(f"{self.filesystem.type_name}:{file}" for file in self.files)
@@ -41,52 +46,44 @@ class ParquetSource:
 
     @cached_property
     def _columns(self) -> tuple[str, str]:
-        return (
-            self._find_column(IMAGE_COLUMNS),
-            self._find_column(LABEL_COLUMNS),
-        )
-
-    @property
-    def starts(self) -> NDArray[np.int64]:
-        """See `Source`."""
-        return self._starts
+        return self._find_column(IMAGE_COLUMNS), self._find_column(LABEL_COLUMNS)
 
     @cached_property
-    def _starts(self) -> NDArray[np.int64]:
+    def starts(self) -> NDArray[np.int64]:
+        """(F + 1,) number of rows before each of these files, and of all rows."""
         lengths = [self._footer(file).num_rows for file in self.files]
         return np.concatenate([[0], np.cumsum(lengths)])
 
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """See `Source`."""
-        return self._labels
-
     @cached_property
-    def _labels(self) -> NDArray[np.int64]:
+    def labels(self) -> NDArray[np.int64]:
+        """(N,) in [0, number of classes); NO_LABEL for a row without a label."""
         _, column = self._columns
-        found = []
+        parts = []
         for file in self.files:
-            with self._errors(file):
+            with _reading(file):
                 labels = self._open(file).read(columns=[column])[column]
             if not pa.types.is_integer(labels.type):
                 raise ArtifactError(
                     f"data {self.name}: labels are {labels.type}; they must be integers"
                 )
-            found.append(labels.cast(pa.int64()).fill_null(NO_LABEL).to_numpy())
-        return np.concatenate(found)
+            parts.append(labels.cast(pa.int64()).fill_null(NO_LABEL).to_numpy())
+        return np.concatenate(parts)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """See `Source`."""
-        return read_class_names(self._schema, self._columns[1])
-
-    @property
-    def blocks(self) -> NDArray[np.int64]:
-        """See `Source`; the row groups of all files."""
-        return self._blocks
+        """Class names; empty where the schema metadata has none."""
+        metadata, (_, column) = self._schema.metadata or {}, self._columns
+        try:
+            if b"class_names" in metadata:
+                return tuple(json.loads(metadata[b"class_names"]))
+            features = json.loads(metadata[b"huggingface"])["info"]["features"]
+            return tuple(features[column]["names"])
+        except (KeyError, ValueError, TypeError):
+            return ()
 
     @cached_property
-    def _blocks(self) -> NDArray[np.int64]:
+    def blocks(self) -> NDArray[np.int64]:
+        """(B,) first row of each block that is read as a whole, rising from 0: of row groups."""
         sizes = [
             group.num_rows
             for metadata in map(self._footer, self.files)
@@ -95,14 +92,17 @@ class ParquetSource:
         return np.cumsum([0, *sizes])[:-1]
 
     def read(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, bytes | None]]:
-        """See `Source`; only the row groups that hold one of the rows are read."""
+        """Rising rows with their encoded images; None for a row without an image.
+
+        Row groups without any of the rows are not read.
+        """
         column, _ = self._columns
         rows = np.sort(rows)
         for number, file in enumerate(self.files):
-            first, last = np.searchsorted(rows, self._starts[number : number + 2])
+            first, last = np.searchsorted(rows, self.starts[number : number + 2])
             if first == last:
                 continue
-            wanted = rows[first:last] - self._starts[number]
+            wanted = rows[first:last] - self.starts[number]
             opened = self._open(file)
             sizes = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
             starts = np.concatenate([[0], np.cumsum(sizes)])
@@ -110,7 +110,7 @@ class ParquetSource:
                 low, high = np.searchsorted(wanted, starts[group : group + 2])
                 if low == high:
                     continue
-                with self._errors(file):
+                with _reading(file):
                     images = opened.read_row_group(group, columns=[column])[column]
                 if pa.types.is_struct(images.type):
                     if images.type.get_field_index("bytes") < 0:
@@ -122,37 +122,34 @@ class ParquetSource:
                     images = pa.chunked_array(parts, parts[0].type)
                 chosen = images.take(wanted[low:high] - starts[group])
                 for row, value in zip(wanted[low:high].tolist(), chosen, strict=True):
-                    yield int(row + self._starts[number]), value.as_py()
+                    yield int(row + self.starts[number]), value.as_py()
 
     def where(self, row: int) -> str:
-        """See `Source`."""
-        number = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return f"{self.files[number]}, row {row - self._starts[number]}"
+        """Name of a row in messages."""
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return f"{self.files[number]}, row {row - self.starts[number]}"
 
     @cached_property
     def _footers(self) -> dict[str, pq.FileMetaData]:
-        """Of the files that were opened: an object store takes a while for each."""
+        """Footers of the opened files by name: an object store takes a while for each."""
         return {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the footers, which are many times larger than the labels."""
+        """Leaves out the footers, which are many times larger than the labels."""
         return {name: value for name, value in vars(self).items() if name != "_footers"}
 
     def _open(self, file: str) -> pq.ParquetFile:
-        with self._errors(file):
+        with _reading(file):
             opened = pq.ParquetFile(
                 self.filesystem.open_input_file(file),
                 metadata=self._footers.get(file),
-                page_checksum_verification=True,  # where pages have some, as converted ones do
+                page_checksum_verification=True,  # for pages with checksums, as `convert` writes
             )
         self._footers[file] = opened.metadata
         return opened
 
     def _footer(self, file: str) -> pq.FileMetaData:
         return self._footers.get(file) or self._open(file).metadata
-
-    def _errors(self, file: str) -> "_Readable":
-        return _Readable(file)
 
     def _find_column(self, names: Sequence[str]) -> str:
         known = self._schema.names
@@ -166,35 +163,18 @@ class ParquetSource:
         )
 
 
-class _Readable:
-    """Turns what pyarrow raises at a broken file into one line."""
-
-    def __init__(self, file: str) -> None:
-        self._file = file
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, KeyError):
-            raise ArtifactError(
-                f"data {self._file}: {error.args[0]}; all shards must have the columns of the "
-                "first, each once"
-            ) from error
-        if isinstance(error, pa.ArrowException | OSError):
-            raise ArtifactError(
-                f"data {self._file}: not a readable Parquet file ({first_line(error)}); fetch or "
-                "convert it again"
-            ) from error
-
-
-def read_class_names(schema: pa.Schema, label_column: str) -> tuple[str, ...]:
-    """Class names from the schema metadata, () where it has none."""
-    metadata = schema.metadata or {}
+@contextmanager
+def _reading(file: str) -> Iterator[None]:
+    """Turns pyarrow's errors at a broken file into one line."""
     try:
-        if b"class_names" in metadata:
-            return tuple(json.loads(metadata[b"class_names"]))
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
-        return tuple(features[label_column]["names"])
-    except (KeyError, ValueError, TypeError):
-        return ()
+        yield
+    except KeyError as error:
+        raise ArtifactError(
+            f"data {file}: {error.args[0]}; all shards must have the columns of the first, each "
+            "once"
+        ) from error
+    except (pa.ArrowException, OSError) as error:
+        raise ArtifactError(
+            f"data {file}: not a readable Parquet file ({first_line(error)}); fetch or convert it "
+            "again"
+        ) from error

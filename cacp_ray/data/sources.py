@@ -1,17 +1,15 @@
-"""Where labelled images lie: Parquet files in the Hugging Face layout, or a folder a class.
+"""Labelled images by path: Parquet files in the Hugging Face layout, or a folder for each class.
 
-A path is a Parquet file, a folder or a pattern of Parquet files (shards, in the order of their
-names), or a folder with a folder of images for each class, as torchvision's ImageFolder and its
-ImageNet have them; also s3://, gs:// and what else pyarrow.fs knows, with credentials from the
-environment. Labels are read at once, 8 bytes an image; images only where they are asked for.
+A path names a Parquet file, a folder or a pattern of Parquet files (shards in the order of their
+names), or a folder that holds a folder of images for each class, as torchvision's ImageFolder does.
+It may be a URI that pyarrow.fs knows, such as s3:// or gs://, with credentials from the
+environment. Labels are read at once, 8 bytes for each image; images are read when they are needed.
 """
 
 import fnmatch
 import posixpath
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -22,81 +20,38 @@ from cacp_ray.data.image_folder import FolderSource
 from cacp_ray.data.parquet import ParquetSource
 from cacp_ray.errors import ArtifactError, ConfigError, first_line, nearest_names
 
-
-class Source(Protocol):
-    """Labelled images by row."""
-
-    @property
-    def name(self) -> str:
-        """As errors call it."""
-        ...
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """(N,) each in [0, number of classes); of rows without a label the smallest int64."""
-        ...
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names; empty where the source has none."""
-        ...
-
-    @property
-    def resolved(self) -> tuple[str, ...]:
-        """(F,) files that hold the rows, links followed: equal names are the same file."""
-        ...
-
-    @property
-    def starts(self) -> NDArray[np.int64]:
-        """(F + 1,) rows before each of these files, and of all."""
-        ...
-
-    @property
-    def blocks(self) -> NDArray[np.int64]:
-        """(B,) first rows of what is read together, rising from 0."""
-        ...
-
-    def read(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, bytes | None]]:
-        """Rows, rising, with their encoded images; None where there is none."""
-        ...
-
-    def where(self, row: int) -> str:
-        """A row as errors call it."""
-        ...
+Source = ParquetSource | FolderSource  # `ParquetSource` documents what both have
 
 
 def open_source(path: str) -> Source:
-    """What lies at a path; see the module.
-
-    Args:
-        path: Or `embedded:train|search|test`, the package's CIFAR-10 sample.
+    """Opens a path, or `embedded:train|search|test` for the package's CIFAR-10 sample.
 
     Raises:
-        ConfigError: The path cannot be understood.
-        ArtifactError: There is nothing, or nothing with images.
+        ConfigError: The path cannot be opened.
+        ArtifactError: The path does not exist or holds no images.
     """
     if path.startswith("embedded:"):
         path = str(_find_embedded(path.removeprefix("embedded:")))
     try:
         folder, slash, last = path.rpartition("/")
         is_pattern = any(sign in last for sign in "*?[")
-        # The last part is no part of the URI: a question mark in it would begin a query.
+        # The last part is kept out of the URI, where a question mark would begin a query.
         filesystem, where = open_place((folder or slash or ".") if is_pattern else path)
         if is_pattern:
             folder, where = where, posixpath.join(where, last)
         kind = filesystem.get_file_info(where).type
         if kind == fs.FileType.File:
-            return ParquetSource(path, filesystem, (where,))
-        if is_pattern and kind == fs.FileType.NotFound:
+            files = (where,)
+        elif is_pattern and kind == fs.FileType.NotFound:
             files = _list_files(filesystem, folder, last)
             if not files:
                 raise ArtifactError(f"data {path}: no file fits; give the path of Parquet files")
-            return ParquetSource(path, filesystem, files)
-        if kind == fs.FileType.NotFound:
+        elif kind == fs.FileType.NotFound:
             raise ArtifactError(
                 f"data {path}: no such file; give Parquet files or a folder of images"
             )
-        files = _list_files(filesystem, where, "*.parquet")
+        else:
+            files = _list_files(filesystem, where, "*.parquet")
     except (OSError, pa.ArrowException) as error:
         raise ConfigError(f"data {path}: cannot be opened ({first_line(error)})") from error
     if files:
@@ -110,7 +65,7 @@ def open_source(path: str) -> Source:
 
 
 def open_place(path: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a path or URI, and the path there.
+    """File system of a path or URI, and the path in it.
 
     Raises:
         ConfigError: There is no such file system.
@@ -120,14 +75,17 @@ def open_place(path: str) -> tuple[fs.FileSystem, str]:
             return fs.FileSystem.from_uri(path)
     except (OSError, pa.ArrowException) as error:
         raise ConfigError(f"data {path}: cannot be opened ({first_line(error)})") from error
-    # Absolute, also for processes elsewhere.
+    # Absolute, because other processes have other working directories.
     return fs.LocalFileSystem(), str(Path(path).expanduser().absolute())
 
 
 def have_common_rows(
     first: Source, rows: NDArray[np.int64], second: Source, others: NDArray[np.int64]
 ) -> bool:
-    """Whether a row of one is a row of the other, however their paths are spelled."""
+    """Whether distinct `rows` of one source and `others` of the second are partly the same.
+
+    Paths may be spelled differently.
+    """
     if first.name == second.name:
         return len(np.intersect1d(rows, others, assume_unique=True)) > 0
     known = {file: number for number, file in enumerate(first.resolved)}
@@ -142,17 +100,15 @@ def have_common_rows(
 def _places(
     source: Source, rows: NDArray[np.int64], numbers: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """(N,) the number of each row's file and the row in it, as one; negative without number."""
+    """(N,) file number and row within the file as one integer; negative for an unknown file."""
     file = np.searchsorted(source.starts, rows, side="right") - 1
     return (numbers[file] << 40) + rows - source.starts[file]
 
 
 def _list_files(filesystem: fs.FileSystem, folder: str, pattern: str) -> tuple[str, ...]:
-    found = filesystem.get_file_info(fs.FileSelector(folder or ".", allow_not_found=True))
-    names = (each.path for each in found if each.type == fs.FileType.File)
-    return tuple(
-        sorted(name for name in names if fnmatch.fnmatch(posixpath.basename(name), pattern))
-    )
+    entries = filesystem.get_file_info(fs.FileSelector(folder or ".", allow_not_found=True))
+    names = (entry.path for entry in entries if entry.type == fs.FileType.File)
+    return tuple(sorted(n for n in names if fnmatch.fnmatch(posixpath.basename(n), pattern)))
 
 
 def _find_embedded(name: str) -> Path:

@@ -1,8 +1,8 @@
-"""Training images that are read again every epoch, for data sets that memory does not hold.
+"""Training images that are read anew every epoch, for data sets larger than memory.
 
-An epoch goes through the blocks of the source (row groups of Parquet) in a random order, each
-worker through its own part of that order. Decoded images wait in a buffer, from which batches are
-drawn at random. The next part is read and decoded while the network trains.
+An epoch visits the blocks of the source (row groups of Parquet) in random order, and each worker
+reads its own part of that order. Decoded images wait in a buffer, from which batches are drawn at
+random. The next part is read and decoded while the network trains.
 """
 
 import dataclasses
@@ -18,26 +18,26 @@ from torch import Tensor
 
 from cacp_ray.data import cifar10
 from cacp_ray.data.batches import Augmentation
-from cacp_ray.data.images import ImageSet, Rows, Shape, decode, read_labels
+from cacp_ray.data.images import ImageSet, Shape, decode
 from cacp_ray.data.sources import Source
 
-ROWS_A_PART = 512  # read and decoded together, more where a block is larger
+ROWS_A_PART = 512  # rows that are read and decoded together; more where a block is larger
 PARTS_AHEAD = 2
 BUFFER_BYTES = 2**28  # 1,780 images of 224 x 224
 
 
 @dataclass(frozen=True)
 class ImageStream:
-    """Images of one split that are decoded when they are asked for.
+    """Images of one split that are decoded when they are needed.
 
     Attributes:
-        source: Where they lie; readable on all nodes.
-        rows: (N,) of the source, rising.
-        labels: (N,), each in [0, num_classes).
+        source: Where the images lie; every node must be able to read it.
+        rows: (N,) rising rows of the source.
+        labels: (N,), each in [0, number of classes).
         classes: Class names.
-        shape: What becomes of an image.
-        mean: As of `ImageSet`.
-        std: As of `ImageSet`.
+        shape: How images are resized and cropped.
+        mean: (3,) channel means of images in [0, 1], for normalisation.
+        std: (3,) channel standard deviations of images in [0, 1].
     """
 
     source: Source
@@ -52,33 +52,23 @@ class ImageStream:
         return len(self.rows)
 
     def at(self, places: NDArray[np.int64]) -> ImageSet:
-        """Reads and decodes the images at `places` (M,), rising, of `rows`.
+        """Reads and decodes the images at `places` (M,), rising indices into `rows`.
 
         Raises:
-            ArtifactError: One cannot be decoded, or they differ in size.
+            ArtifactError: An image cannot be decoded, or images differ in size.
         """
         images = decode(self.source, self.rows[places], self.shape)
         return ImageSet(images, self.labels[places], self.classes, self.mean, self.std)
 
     def parts(self, size: int) -> Iterator[ImageSet]:
-        """All images in their order, `size` at a time; the next ones are decoded meanwhile."""
+        """All images in order, `size` at a time; the next ones are decoded ahead."""
         places = np.arange(len(self))
         return _read_ahead(self, (places[i : i + size] for i in range(0, len(places), size)))
 
     def blocks(self) -> list[NDArray[np.int64]]:
-        """Places of `rows`, by what the source reads together."""
+        """Indices into `rows`, grouped by the block that the source reads as a whole."""
         numbers = np.searchsorted(self.source.blocks, self.rows, side="right")
         return np.split(np.arange(len(self)), np.flatnonzero(np.diff(numbers)) + 1)
-
-
-def open_stream(source: Source, rows: Rows, shape: Shape) -> ImageStream:
-    """Reads the labels of a split and leaves the images where they lie.
-
-    Raises:
-        ArtifactError: As of `read_labels`.
-    """
-    chosen, labels, classes = read_labels(source, rows)
-    return ImageStream(source, chosen, labels, classes, shape)
 
 
 @dataclass(frozen=True)
@@ -86,11 +76,11 @@ class StreamBatches:
     """Batches of a stream; memory holds the buffer and the parts ahead, never all images.
 
     Attributes:
-        stream: All images.
-        augmentation: Of the batches.
-        shard: Number of this worker and of all; each reads its part of the images alone, and all
-            have equally many batches.
-        buffer_bytes: Decoded images among which a batch is drawn.
+        stream: Images of all workers.
+        augmentation: How batches are drawn.
+        shard: Index of this worker, and number of workers. Each reads its own part of the images,
+            and all have equally many batches.
+        buffer_bytes: Size of the decoded images that a batch is drawn from.
     """
 
     stream: ImageStream
@@ -100,11 +90,11 @@ class StreamBatches:
 
     @property
     def num_batches(self) -> int:
-        """Of an epoch."""
+        """Batches in an epoch."""
         return -(-len(self.stream) // self.augmentation.batch_size)
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every image once, in a random order that depends on the seed and the epoch alone."""
+        """Every image once, in a random order: float32 (B, C, H, W), and labels (B,)."""
         rank, size = self.shard
         generator = self.augmentation.generator(number)
         blocks = self.stream.blocks()
@@ -112,7 +102,7 @@ class StreamBatches:
         if rank:
             generator = self.augmentation.generator(number, rank)
         rng = np.random.default_rng([self.augmentation.seed, number, rank])
-        shares = [self._share_sizes(each) for each in range(size)]
+        shares = [self._share_sizes(worker) for worker in range(size)]
         start = sum(map(sum, shares[:rank]))
         mine = _cut([blocks[i] for i in order], start, start + sum(shares[rank]))
         buffer = _Buffer(self.buffer_bytes, rng)
@@ -123,10 +113,10 @@ class StreamBatches:
             yield self.augmentation(buffer.draw(share), generator)
 
     def _share_sizes(self, rank: int) -> list[int]:
-        """Images of each batch of a worker; a last batch that leaves one without is left out."""
+        """Sizes of a worker's shares; a last batch with too few images for all is left out."""
         count, batch_size, size = len(self.stream), self.augmentation.batch_size, self.shard[1]
         whole = [min(batch_size, count - start) for start in range(0, count, batch_size)]
-        return [len(range(rank, each, size)) for each in whole if each >= size]
+        return [len(range(rank, length, size)) for length in whole if length >= size]
 
 
 class _Buffer:
@@ -136,19 +126,19 @@ class _Buffer:
         self._num_bytes = num_bytes
         self._rng = rng
         self._count = 0
-        self._held: ImageSet | None = None  # the first `_count` rows; the others are room
+        self._held: ImageSet | None = None  # images in the first `_count` rows, then free rows
 
     def __len__(self) -> int:
         return self._count
 
     def is_full(self, share: int) -> bool:
-        """Whether a batch of `share` images can be drawn from enough others."""
+        """Whether the buffer is full and holds at least `share` images."""
         if self._held is None or self._count < share:
             return False
         return self._held.images[: self._count].nbytes >= self._num_bytes
 
     def add(self, part: ImageSet) -> None:
-        """Takes images in; only where there is no room left are those there copied."""
+        """Adds images; copies those it holds only where no free rows are left."""
         count = self._count + len(part)
         if self._held is None or count > len(self._held):
             rows = max(count, self._num_bytes // part.images[:1].nbytes + len(part))
@@ -163,7 +153,7 @@ class _Buffer:
         self._count = count
 
     def draw(self, share: int) -> ImageSet:
-        """Gives `share` of them; the last ones take their places."""
+        """Removes and returns `share` random images; the last ones fill the holes."""
         held = self._held
         assert held is not None
         chosen = self._rng.choice(self._count, share, replace=False)
@@ -189,7 +179,7 @@ def _read_ahead(stream: ImageStream, places: Iterable[NDArray[np.int64]]) -> Ite
 
 
 def _cut(blocks: list[NDArray[np.int64]], start: int, stop: int) -> list[NDArray[np.int64]]:
-    """What lies in [start, stop) of the blocks one after another."""
+    """The part [start, stop) of the concatenated blocks, still block by block."""
     ends = np.cumsum([len(block) for block in blocks])
     pieces = [
         block[max(0, start - (end - len(block))) : max(0, stop - (end - len(block)))]
@@ -199,7 +189,7 @@ def _cut(blocks: list[NDArray[np.int64]], start: int, stop: int) -> list[NDArray
 
 
 def _join(blocks: list[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
-    """Rising places of about ROWS_A_PART images; whole blocks, unless they are larger."""
+    """Rising indices of about ROWS_A_PART images; blocks stay whole unless they are larger."""
     part: list[NDArray[np.int64]] = []
     for block in blocks:
         for piece in np.array_split(block, -(-len(block) // ROWS_A_PART)):

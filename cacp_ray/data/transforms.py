@@ -1,4 +1,4 @@
-"""Batch transforms on tensors: normalisation, and the usual CIFAR augmentation."""
+"""Normalisation of images, and their random crops, flips and erased rectangles."""
 
 import warnings
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def from_shared(array: NDArray[Any]) -> Tensor:
-    """A tensor on the array's own memory, which may be read-only: nothing here writes to it."""
+    """A tensor on the memory of an array that may be read-only: callers must not write to it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")
         return torch.from_numpy(np.asarray(array))
@@ -19,13 +19,13 @@ def from_shared(array: NDArray[Any]) -> Tensor:
 def to_normalized(
     images: NDArray[np.uint8], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Tensor:
-    """uint8 (N, H, W, 3) -> float32 (N, 3, H, W), channels_last, normalised."""
+    """Images uint8 (N, H, W, 3) -> normalised float32 (N, 3, H, W), channels_last."""
     return normalize(from_shared(np.ascontiguousarray(images)), mean, std)
 
 
 def normalize(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """The same of a tensor (N, H, W, 3), on its device."""
-    x = pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255.0)  # NHWC memory stays
+    """Does what `to_normalized` does with a tensor (N, H, W, 3), on its device."""
+    x = pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255.0)  # keeps the NHWC memory
     centre, spread = (
         torch.tensor(values, device=x.device).view(1, -1, 1, 1) for values in (mean, std)
     )
@@ -39,27 +39,20 @@ def augment(
     generator: torch.Generator,
     padding: int = 4,
 ) -> Tensor:
-    """Normalised images, cropped at random out of a padded one, half of them flipped.
+    """Normalises images, crops each at random after padding it, and flips half of them.
 
-    Image by image, so that one stays in the processor's cache: at 224 pixels the passes over memory
-    are what an augmentation costs.
+    Images are handled one by one, so that each stays in the processor's cache: at 224 pixels,
+    passes over memory are most of the cost. The padding, in pixels on each side, has the mean
+    colour, which is 0 after normalisation.
 
-    Args:
-        images: (N, H, W, C).
-        mean: Of the channels; the padding has this colour, 0 when it is normalised.
-        std: Of the channels.
-        generator: The only source of randomness, one draw an image.
-        padding: Pixels on each side.
-
-    Returns:
-        float32 (N, C, H, W), channels_last.
+    uint8 (N, H, W, C) -> float32 (N, C, H, W), channels_last.
     """
     n, height, width, channels = images.shape
     span = 2 * padding + 1
     tops = (torch.randint(span, (n, 1), generator=generator) - padding).view(-1).tolist()
     lefts = (torch.randint(span, (n, 1), generator=generator) - padding).view(-1).tolist()
     flips = (torch.rand(n, 1, generator=generator) < 0.5).view(-1).tolist()
-    # Of a row of pixels: numpy is fast along long rows, and slow along three channels.
+    # Tiled to a row of pixels: numpy is fast along long rows, and slow along three channels.
     middle = np.tile(255 * np.array(mean, np.float32), width)
     scale = np.tile(1 / (255 * np.array(std, np.float32)), width)
     x = np.zeros((n, height, width * channels), np.float32)
@@ -80,18 +73,13 @@ def augment(
 def erase(x: Tensor, probability: float, generator: torch.Generator) -> Tensor:
     """Random erasing (Zhong et al., 2020): a rectangle of an image becomes the mean colour.
 
-    Its area is 2 to 33 % of the image, its sides are as 0.3 to 3.3, one draw an image; what would
-    stand out of the image is cut off.
-
-    Args:
-        x: (N, C, H, W), already normalised.
-        probability: Of each image.
-        generator: The only source of randomness.
+    Its area is 2 to 33 % of the image, its aspect ratio 0.3 to 3.3, both drawn once; a side longer
+    than the image is cut off. Images (N, C, H, W) are normalised.
     """
     n, _, height, width = x.shape
     chosen, area, aspect, top, left = torch.rand(5, n, generator=generator)
     area = (0.02 + 0.31 * area) * height * width
-    ratio = (0.3 * 11.0**aspect).sqrt()  # of the height to that of a square, 0.3 to 3.3 squared
+    ratio = (0.3 * 11.0**aspect).sqrt()  # height over that of a square of this area
     h, w = (area.sqrt() * ratio).clamp(max=height), (area.sqrt() / ratio).clamp(max=width)
     y = torch.arange(height) - (top * (height - h))[:, None]  # (N, H), from the rectangle's edge
     z = torch.arange(width) - (left * (width - w))[:, None]  # (N, W)

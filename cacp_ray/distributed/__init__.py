@@ -1,7 +1,8 @@
 """The Ray side of scoring: joining a cluster, and a pool of evaluator actors.
 
-Ray prints the messages of its node daemons in the driver's terminal, `log_to_driver=False` or not.
-The pool reports losses itself, so they are skipped. Ray reads this setting when it is imported.
+Ray prints the messages of its node daemons in the driver's terminal even with
+`log_to_driver=False`. The pool reports losses itself, so they are skipped. Ray reads this setting
+when it is imported.
 """
 
 import os

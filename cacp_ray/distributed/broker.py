@@ -1,13 +1,12 @@
 """One evaluator pool and one cache for many searches on a cluster.
 
 The broker is an actor that owns the pool. Every search talks to it through a `BrokeredEvaluator`,
-an Evaluator like any other. Searches take turns, so that each gets its share whatever the others
-ask, and a candidate that several of them want is scored once.
+an Evaluator like any other. Searches take turns, so each gets its share whatever the others ask. A
+candidate that several searches want is scored once.
 """
 
 import dataclasses
 import threading
-import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,52 +24,40 @@ from cacp_ray.evaluation.cache import Key, MeasurementCache
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
 
 PUMP_SECONDS = 0.05
-CALL_SECONDS = 5.0  # of one waiting call of a client
-MAX_CALLS = 256  # at once; each client has one
+CALL_SECONDS = 5.0  # the longest that one call of a client waits
+MAX_CALLS = 256  # at once; each client makes one at a time
 
 
 @dataclass(frozen=True)
 class BrokerStatus:
-    """How candidates were answered so far, and by whom they can be.
+    """How candidates were answered so far, and the state of the pool."""
 
-    Attributes:
-        scored: Answers of an evaluator.
-        cached: Answers of the cache.
-        joined: Answers that came with another search's score of the same candidate.
-        capacity: Candidates that keep every evaluator busy.
-        num_alive: Evaluators ready to score.
-    """
-
-    scored: int = 0
-    cached: int = 0
-    joined: int = 0
-    capacity: int = 1
-    num_alive: int = 0
+    scored: int = 0  # candidates that an evaluator answered
+    cached: int = 0  # candidates that the cache answered
+    joined: int = 0  # candidates answered by the score that another search was waiting for
+    capacity: int = 1  # candidates that keep every evaluator busy
+    num_alive: int = 0  # evaluators ready to score
 
 
 @dataclass(eq=False)
 class _Client:
-    """A search: what it has asked, and what it has not fetched yet.
+    """A search, with the candidates it waits for and the measurements it has not fetched."""
 
-    `counts` are its candidates that were answered or sent to the pool, and those that needed no
-    evaluator.
-    """
-
-    counts: list[int]
+    counts: list[int]  # candidates answered or sent to the pool; those that needed no evaluator
     queue: deque[Candidate] = field(default_factory=deque)
     inbox: list[Measurement] = field(default_factory=list)
 
 
 @dataclass(eq=False)
 class _Flight:
-    """A candidate at the pool, and which searches wait for it under which index."""
+    """A candidate at the pool, and the searches that wait for it, each with its own index."""
 
     candidate: Candidate
     waiting: list[tuple[_Client, int]]
 
 
 class Broker:
-    """Runs as an actor of many threads, one of which alone touches the pool."""
+    """The actor; of its many threads, only the pump touches the pool."""
 
     def __init__(
         self,
@@ -78,26 +65,17 @@ class Broker:
         payload: dict[str, Any],
         *,
         cache_folder: Path,
-        cache_key: str,
-        images: int,
+        cache_key: str,  # see `cacp_ray.evaluation.cache.key_of_scores`
+        images: int,  # scored where a candidate does not say how many
         **pool_options: Any,
     ) -> None:
-        """Starts the pool and returns.
-
-        Args:
-            make_score: As of `RayEvaluatorPool`.
-            payload: As of `RayEvaluatorPool`.
-            cache_folder: Of measurements, read and added to.
-            cache_key: See `cacp_ray.evaluation.cache.key_of_scores`.
-            images: That score a candidate which does not say how many.
-            pool_options: Of `RayEvaluatorPool`.
-        """
+        """Starts the pool and returns; `RayEvaluatorPool` explains the other arguments."""
         self._pool = RayEvaluatorPool(make_score, payload, **pool_options)
         self._cache = MeasurementCache(cache_folder, cache_key)
         self._images = images
         self._changed = threading.Condition()
-        self._clients: OrderedDict[str, _Client] = OrderedDict()  # whose turn it is comes first
-        self._counts: dict[str, list[int]] = {}  # of all searches there were
+        self._clients: OrderedDict[str, _Client] = OrderedDict()  # the next in turn comes first
+        self._counts: dict[str, list[int]] = {}  # by search, ended ones included
         self._flights: dict[int, _Flight] = {}
         self._in_flight: dict[Key, _Flight] = {}
         self._next_index = 0
@@ -107,12 +85,12 @@ class Broker:
         self._thread.start()
 
     def open(self, client: str) -> None:
-        """Begins a search, or begins it anew: what it had asked before is forgotten."""
+        """Begins a search; what an earlier one of that name had asked is forgotten."""
         with self._changed:
             self._clients[client] = _Client(self._counts.setdefault(client, [0, 0]))
 
     def submit(self, client: str, candidate: Candidate) -> None:
-        """Answers a candidate of an open search from what is known, or queues it."""
+        """Answers a candidate of an open search from known measurements, or queues it."""
         with self._changed:
             mine = self._clients.get(client)
             if mine is not None and not self._answer(mine, candidate):
@@ -120,38 +98,39 @@ class Broker:
                 self._changed.notify_all()
 
     def collect(self, client: str, timeout: float) -> list[Measurement]:
-        """What was measured for a search; waits up to `timeout` seconds for a first one.
+        """Returns what was measured for a search; waits up to `timeout` seconds for the first.
 
         Raises:
             EvaluationError: The pool cannot score.
         """
-        deadline = time.monotonic() + timeout
+
+        def has_answer() -> bool:
+            mine = self._clients.get(client)
+            return mine is None or bool(mine.inbox or self._error)
+
         with self._changed:
-            while client in self._clients:
-                mine = self._clients[client]
-                if mine.inbox:
-                    found, mine.inbox = mine.inbox, []
-                    return found
-                if self._error:
-                    raise EvaluationError(self._error)
-                if time.monotonic() >= deadline:
-                    break
-                self._changed.wait(deadline - time.monotonic())
-        return []
+            self._changed.wait_for(has_answer, timeout)
+            mine = self._clients.get(client)
+            if mine is None:
+                return []
+            if self._error and not mine.inbox:
+                raise EvaluationError(self._error)
+            measurements, mine.inbox = mine.inbox, []
+            return measurements
 
     def close(self, client: str) -> None:
-        """Ends a search: what it had queued is not scored."""
+        """Ends a search; its queued candidates are not scored."""
         with self._changed:
             self._clients.pop(client, None)
             self._changed.notify_all()
 
     def status(self) -> BrokerStatus:
-        """As of now."""
+        """How candidates were answered so far."""
         with self._changed:
             return self._status
 
     def counts(self) -> dict[str, tuple[int, int]]:
-        """By search: candidates asked for, and those that no evaluator had to score for it."""
+        """Candidates that each search asked for, and those that needed no evaluator."""
         with self._changed:
             return {client: (asked, known) for client, (asked, known) in self._counts.items()}
 
@@ -164,18 +143,18 @@ class Broker:
                         self._changed.wait(PUMP_SECONDS)
                 for candidate in chosen:
                     self._pool.submit(candidate)
-                found = self._pool.results(PUMP_SECONDS)
+                measurements = self._pool.results(PUMP_SECONDS)
                 with self._changed:
-                    for measurement in found:
+                    for measurement in measurements:
                         self._deliver(measurement)
                     self._note(capacity=self._pool.capacity, num_alive=self._pool.num_alive)
-        except Exception as error:  # nothing more will be scored: every search has to know
+        except Exception as error:  # nothing more will be scored, so every search must learn of it
             with self._changed:
                 self._error = str(error) or type(error).__name__
                 self._changed.notify_all()
 
     def _take_turns(self, room: int) -> list[Candidate]:
-        """At most `room` candidates for the pool, one of every search in turn."""
+        """Takes at most `room` candidates for the pool, one of every search in turn."""
         chosen: list[Candidate] = []
         num_idle = 0
         while len(chosen) < room and num_idle < len(self._clients):
@@ -191,16 +170,16 @@ class Broker:
         return chosen
 
     def _answer(self, client: _Client, candidate: Candidate) -> bool:
-        """Whether it is known already, or will be when another search's candidate is scored."""
+        """Answers from the cache, or joins a search that waits for it; False if neither can be."""
         images = candidate.images or self._images
         known = self._cache.get(candidate, images)
         if known is not None:
-            client.inbox.append(dataclasses.replace(known, seconds=0.0))
+            client.inbox.append(known)
             self._count(client, known=1)
             self._note(cached=self._status.cached + 1)
             self._changed.notify_all()
             return True
-        flight = self._in_flight.get((candidate.subnet, images))
+        flight = self._in_flight.get((candidate.key, images))
         if flight is None:
             return False
         flight.waiting.append((client, candidate.index))
@@ -209,23 +188,21 @@ class Broker:
         return True
 
     def _send(self, client: _Client, candidate: Candidate) -> Candidate:
-        """As the pool gets it."""
-        # To the end, whatever it races against: others may want it too.
-        sent = dataclasses.replace(candidate, index=self._next_index, best="")
+        """Notes a candidate as sent; returns it as the pool gets it."""
+        # It is scored to the end, without an opponent: other searches may want it too.
+        sent = dataclasses.replace(candidate, index=self._next_index, opponent="")
         self._next_index += 1
         self._count(client, known=0)
         flight = _Flight(sent, [(client, candidate.index)])
-        key = candidate.subnet, candidate.images or self._images
+        key = candidate.key, candidate.images or self._images
         self._flights[sent.index] = self._in_flight[key] = flight
         self._note(scored=self._status.scored + 1)
         return sent
 
     def _deliver(self, measurement: Measurement) -> None:
-        flight = self._flights.pop(measurement.index, None)
-        if flight is None:
-            return
+        flight = self._flights.pop(measurement.index)
         candidate = flight.candidate
-        self._in_flight.pop((candidate.subnet, candidate.images or self._images))
+        self._in_flight.pop((candidate.key, candidate.images or self._images))
         self._cache.add(candidate, measurement)
         for client, index in flight.waiting:
             client.inbox.append(dataclasses.replace(measurement, index=index))
@@ -240,13 +217,14 @@ class Broker:
 
 
 def start_broker(*arguments: Any, **options: Any) -> Any:
-    """A handle of a new broker on this node, where its cache folder is; arguments as its own.
+    """Starts a broker on this node, where its cache folder is; returns its handle.
 
-    It ends with this driver, or by `ray.kill`, and its evaluators with it.
+    The broker and its evaluators end with this driver, or by `stop_broker`. `Broker` explains the
+    arguments.
     """
     node = ray.get_runtime_context().get_node_id()
     actor_class = ray.remote(Broker).options(
-        name=f"cacp-ray-broker-{uuid4().hex[:8]}",  # for people: its users have the handle
+        name=f"cacp-ray-broker-{uuid4().hex[:8]}",  # for people; searches have the handle
         num_cpus=0,
         max_concurrency=MAX_CALLS,
         scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
@@ -254,27 +232,32 @@ def start_broker(*arguments: Any, **options: Any) -> Any:
     return actor_class.remote(*arguments, **options)
 
 
+def read_answers(broker: Any) -> tuple[BrokerStatus, dict[str, tuple[int, int]]]:
+    """A broker's `status` and `counts`."""
+    return cast(Any, ray.get([broker.status.remote(), broker.counts.remote()]))
+
+
+def stop_broker(broker: Any) -> None:
+    """Ends a broker and its evaluators."""
+    ray.kill(broker)
+
+
 class BrokeredEvaluator:
     """A search's share of the broker's evaluators; implements the Evaluator port."""
 
     def __init__(self, broker: Any, client: str) -> None:
-        """Begins a search under a name of its own.
-
-        Args:
-            broker: Handle of `start_broker`.
-            client: Name of the search; an earlier one of that name is forgotten.
-        """
+        """Begins the search `client`; an earlier search of that name is forgotten."""
         self._broker, self._client = broker, client
         ray.get(broker.open.remote(client))
 
     @property
     def capacity(self) -> int:
-        """That of the pool."""
+        """Candidates that keep every evaluator of the broker busy."""
         return self._status.capacity
 
     @property
     def num_alive(self) -> int:
-        """That of the pool."""
+        """Evaluators of the broker that are ready to score."""
         return self._status.num_alive
 
     @property
@@ -283,11 +266,11 @@ class BrokeredEvaluator:
 
     def submit(self, candidate: Candidate) -> None:
         """Queues a candidate."""
-        # Waited for: an actor of many threads does not keep the order of calls.
+        # Wait: an actor with many threads does not keep the order of calls.
         ray.get(self._broker.submit.remote(self._client, candidate))
 
     def results(self, timeout: float) -> list[Measurement]:
-        """What was measured; waits up to `timeout` seconds for a first one.
+        """Returns what was measured; waits up to `timeout` seconds for the first.
 
         Raises:
             EvaluationError: The pool cannot score, or the broker is gone.
@@ -301,5 +284,5 @@ class BrokeredEvaluator:
             raise EvaluationError("the broker of the evaluators has died") from error
 
     def close(self) -> None:
-        """Drops what is queued."""
+        """Ends the search and drops its queue."""
         ray.get(self._broker.close.remote(self._client))

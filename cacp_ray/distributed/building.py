@@ -1,25 +1,19 @@
-"""Final subnets are built where evaluators ran: the driver's machine may be the smallest of all.
-
-The driver counts what was tried: of a process that is killed for its memory, Ray itself would start
-the task again for ever.
-"""
+"""Builds final subnets where evaluators ran: the driver's machine may be the smallest of all."""
 
 import logging
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.distributed.nodes import read_nodes
-from cacp_ray.distributed.outcomes import describe
+from cacp_ray.distributed.tasks import describe, run_tasks
 from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.building import Builder, Built
-from cacp_ray.evaluation.measurement import Subnet
+from cacp_ray.evaluation.measurement import SubnetKey
 from cacp_ray.evaluation.preparation import Prepared
-from cacp_ray.versions import check_versions, installed_versions
+from cacp_ray.io.environment import with_same_versions
 
 logger = logging.getLogger(__name__)
 
@@ -28,75 +22,52 @@ MAX_ATTEMPTS = 10  # where processes die or nodes go
 
 
 def is_alone() -> bool:
-    """Whether this machine is all that could build: it has CPUs, and no other node is there."""
+    """Whether this machine has CPUs and is the only node, so that nothing else could build."""
     cpus, own = read_nodes().cpus, ray.get_runtime_context().get_node_id()
     return cpus.keys() == {own} and cpus[own] > 0
 
 
 def build_on_nodes(
-    subnets: Sequence[Subnet],
+    subnets: Sequence[SubnetKey],
     prepared: ray.ObjectRef,
-    split: ray.ObjectRef,
-    settings: dict[str, Any],
+    split: ray.ObjectRef,  # the search split
+    settings: dict[str, Any],  # keyword arguments of `Builder`
     *,
     cpus: int,
-    gpus: float,
+    gpus: float,  # share of a GPU; tasks get none while the cluster has no GPU
 ) -> Iterator[Built]:
-    """Builds all subnets at once, each as a task with the resources of an evaluator.
-
-    Args:
-        subnets: To build.
-        prepared: Of the base network, in Ray's store.
-        split: The search split, in Ray's store.
-        settings: Of `Builder`.
-        cpus: Of each task.
-        gpus: Share of a GPU of each; 0: none. Without any GPU in the cluster, they do without.
-
-    Returns:
-        What each became, in their order, as they come.
+    """Builds all subnets at once, as tasks with these CPUs and GPUs; yields them in their order.
 
     Raises:
-        EvaluationError: One cannot be built.
+        EvaluationError: A subnet cannot be built.
     """
-    on_cpu = ray.remote(num_cpus=cpus, max_retries=0)(_build)
-    # Its process ends with it: a share that is given by `options` alone would leave it alive, and
-    # the GPU's memory with it.
-    on_gpu = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0)(_build)
-    versions = installed_versions()
+    build = with_same_versions(_build)
+    on_cpu = ray.remote(num_cpus=cpus, max_retries=0)(build)
+    # The process ends with the task, or it would keep the GPU's memory. `options` cannot say so.
+    on_gpu = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0)(build)
+    shares: dict[SubnetKey, float] = {}
 
-    def begin(subnet: Subnet) -> tuple[Any, float]:
-        share = gpus if _has_gpus() else 0.0
-        task = on_gpu if share else on_cpu
-        return task.remote(subnet, prepared, split, settings, cpus, share, versions), share
+    def begin(subnet: SubnetKey) -> Any:
+        share = shares[subnet] = gpus if _has_gpus() else 0.0
+        task: Any = on_gpu if share else on_cpu
+        return task.remote(subnet, prepared, split, settings, cpus, share)
 
-    flights = [begin(subnet) for subnet in subnets]
-    attempts: Counter[int] = Counter()
-    for number, subnet in enumerate(subnets):
-        while True:
-            ref, share = flights[number]
-            if not ray.wait([ref], timeout=SAY_SECONDS)[0]:
-                logger.info(
-                    "%d networks are still being built, or wait for a node", len(subnets) - number
-                )
-                if share and not _has_gpus():  # they have left for good, perhaps
-                    ray.cancel(ref, force=True)
-                    flights[number] = begin(subnet)
-                continue
-            try:
-                built: Built = cast(Any, ray.get(ref))
-            except RayError as error:
-                attempts[number] += 1
-                if isinstance(error, RayTaskError) or attempts[number] == MAX_ATTEMPTS:
-                    raise EvaluationError(
-                        f"a final subnet cannot be built: {describe(error)}; mend that, or give "
-                        "nodes more memory, and run again with --resume"
-                    ) from error
-                logger.warning("a final subnet is built again: %s", describe(error))
-                flights[number] = begin(subnet)
-                continue
-            flights[number] = (None, 0.0)  # else Ray keeps the network
-            yield built
-            break
+    for _, outcome in run_tasks(
+        begin,
+        subnets,
+        name="a final subnet",
+        in_order=True,
+        max_attempts=MAX_ATTEMPTS,
+        is_stuck=lambda subnet: shares[subnet] > 0 and not _has_gpus(),  # GPUs may be gone for good
+        say=lambda left: logger.info("%d networks are being built, or wait for a node", left),
+        say_seconds=SAY_SECONDS,
+    ):
+        if isinstance(outcome, Exception):
+            raise EvaluationError(
+                f"a final subnet cannot be built: {describe(outcome)}; mend that, or give nodes "
+                "more memory, and run again with --resume"
+            ) from outcome
+        yield outcome
 
 
 def _has_gpus() -> bool:
@@ -105,19 +76,17 @@ def _has_gpus() -> bool:
 
 
 def _build(
-    subnet: Subnet,
+    subnet: SubnetKey,
     prepared: Prepared,
     split: ImageSet,
     settings: dict[str, Any],
     cpus: int,
     gpus: float,
-    versions: Mapping[str, str],
 ) -> Built:
     import torch
 
     from cacp_ray.evaluation.gpu import open_gpu
 
-    check_versions(versions)
     torch.set_num_threads(cpus)
     if gpus:
         open_gpu(gpus)

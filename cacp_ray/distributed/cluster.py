@@ -1,7 +1,7 @@
 """Joins a Ray cluster, or starts Ray on this machine, quickly and quietly.
 
-`ray.init` waits 80 s and more for an address where nothing answers, so a cluster's port is tried
-first. Its own start is mostly the start of Python processes: see `_fast_start`.
+`ray.init` waits 80 s and more for an address where nothing answers, so the port is tried first. A
+local Ray mostly waits for Python processes to start: see `_fast_start`.
 """
 
 import atexit
@@ -10,17 +10,15 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
 
 import ray
-from ray._private import worker
-from ray._private.authentication import authentication_token_setup
-from ray._private.utils import get_num_cpus
 
+from cacp_ray.distributed.internals import count_cpus, use_token
 from cacp_ray.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -39,7 +37,7 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> None:
     """Joins a cluster or starts a local Ray; returns at once where Ray is connected already.
 
     Args:
-        address: HOST:PORT, `auto` or `local`; None: RAY_ADDRESS, else `local`.
+        address: HOST:PORT, `auto` or `local`; None takes RAY_ADDRESS, else `local`.
         num_cpus: CPUs of a local Ray; None takes all of the machine.
 
     Raises:
@@ -47,34 +45,36 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> None:
     """
     if ray.is_initialized():
         return
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else ray.init warns
-    if address == "local":
-        with _fast_start():
-            _init(address, num_cpus=num_cpus, include_dashboard=False)
-        logger.debug("Ray's own messages: %s", _log_folder())
-        atexit.register(logger.info, "Ray's own messages: %s", _log_folder())
+    if is_local(address):
+        with environment(_fast_start()):
+            session = _init("local", num_cpus=num_cpus, include_dashboard=False)
+        logs = os.path.join(session, "logs")
+        logger.debug("Ray's own messages: %s", logs)
+        atexit.register(logger.info, "Ray's own messages: %s", logs)
         return
     target = check_address(address)
-    _use_token()
+    use_token()
     _init(target)
 
 
-def check_address(address: str | None) -> str:
-    """Tries the port of a cluster that is to be joined; takes seconds and starts nothing.
+def is_local(address: str | None) -> bool:
+    """Whether `connect` would start a local Ray for this address."""
+    return _resolve(address) == "local"
 
-    Args:
-        address: See `connect`.
+
+def check_address(address: str | None) -> str:
+    """Tries the port of the cluster that `connect` would join; starts nothing.
 
     Returns:
-        What Ray is to be given.
+        The address for `ray.init`.
 
     Raises:
-        ConfigError: Nothing answers there.
+        ConfigError: Nothing answers there; within seconds.
     """
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    address = _resolve(address)
     if ray.is_initialized():
         return address
     # As Ray resolves it; in a job, RAY_ADDRESS is the job's own cluster.
@@ -83,6 +83,19 @@ def check_address(address: str | None) -> str:
     if target not in ("auto", "local"):
         _require_answer(target)
     return target
+
+
+@contextlib.contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets environment variables, and puts back what was there before."""
+    before = {name: os.environ[name] for name in variables if name in os.environ}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in variables:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 def disconnect() -> None:
@@ -100,51 +113,42 @@ def check_room(
 ) -> None:
     """Refuses actors that this machine can never run at once; a cluster may still grow.
 
-    A local Ray need not be started for it.
-
-    Args:
-        cpus: Of an actor.
-        gpus: Of an actor; `auto` asks for none.
-        address: As of `connect`.
-        actors: That have to run at once.
-        asked_by: Settings that the message names.
+    A local Ray need not be started for it. `gpus` of `auto` asks for none; `asked_by` names the
+    settings in the message.
 
     Raises:
-        ConfigError: More CPUs or GPUs than this machine has.
+        ConfigError: More CPUs or GPUs are asked for than this machine has.
     """
-    if (address or os.environ.get("RAY_ADDRESS") or "local") != "local":
+    if not is_local(address):
         return
     if ray.is_initialized():
-        has = [node["Resources"] for node in ray.nodes()]
+        nodes = [node["Resources"] for node in ray.nodes()]
     else:
         import torch
 
-        has = [{"CPU": count_cpus(), "GPU": torch.cuda.device_count()}]
-    on_gpus = gpus if isinstance(gpus, float | int) else 0.0
-    for kind, asked in (("CPU", cpus * actors), ("GPU", on_gpus * actors)):
-        there = max((each.get(kind, 0) for each in has), default=0)
-        if asked > there:
+        nodes = [{"CPU": count_cpus(), "GPU": torch.cuda.device_count()}]
+    gpus = gpus if isinstance(gpus, float | int) else 0.0
+    for kind, asked in (("CPU", cpus * actors), ("GPU", gpus * actors)):
+        present = max((node.get(kind, 0) for node in nodes), default=0)
+        if asked > present:
             raise ConfigError(
-                f"{asked:g} {kind}s at once are asked for ({asked_by}), there are {there:g} on "
+                f"{asked:g} {kind}s at once are asked for ({asked_by}), there are {present:g} on "
                 "this machine: lower it, or join a cluster by --address"
             )
 
 
-def count_cpus() -> int:
-    """Of this machine, as a local Ray would count them: no more than a container may use."""
-    return max(1, int(get_num_cpus()))
+def _resolve(address: str | None) -> str:
+    return address or os.environ.get("RAY_ADDRESS") or "local"
 
 
-def _log_folder() -> str:
-    node = cast(Any, worker)._global_node
-    return node.get_logs_dir_path()
-
-
-def _init(address: str, **options: Any) -> None:
+def _init(address: str, **options: Any) -> str:
+    """Calls `ray.init` without its messages; returns the folder of the session."""
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        context = ray.init(
+            address=address, log_to_driver=False, logging_level=logging.ERROR, **options
+        )
     except Exception as error:  # Ray raises many kinds here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
         if address == "local":
             step = "free memory and disk under /dev/shm and /tmp/ray, then try again"
         elif address == "auto":
@@ -155,31 +159,18 @@ def _init(address: str, **options: Any) -> None:
                 "and the head's ~/.ray/auth_token"
             )
         raise ConfigError(f"Ray at address {address!r} does not work ({reason}): {step}") from error
-
-
-def _use_token() -> None:
-    """Shows the cluster this machine's token, if it has one and nothing says otherwise.
-
-    `ray start` asks for it wherever the file exists; `ray.init` with an address would not send it.
-    """
-    quiet = logging.getLogger(authentication_token_setup.__name__)
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
-    try:
-        authentication_token_setup.maybe_enable_token_auth_if_token_available(False)
-    finally:
-        quiet.setLevel(level)
+    return cast(Any, context).address_info["session_dir"]
 
 
 def _last_started() -> str | None:
-    """The address that `ray start` on this machine last noted, which may be stale."""
+    """Address that `ray start` last noted on this machine; it may be stale."""
     folder = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")
     note = folder / "ray" / "ray_current_cluster"
     return note.read_text().strip() or None if note.exists() else None
 
 
 def _require_answer(address: str) -> None:
-    """Tries the port and, without TLS, whether a gRPC server is behind it.
+    """Tries the port and, without TLS, whether a gRPC server listens there.
 
     Raises:
         ConfigError: The address cannot be read, or nothing like Ray answers.
@@ -219,24 +210,14 @@ def _require_answer(address: str) -> None:
     )
 
 
-@contextlib.contextmanager
-def _fast_start() -> Iterator[None]:
-    """Environment in which a local Ray starts soonest (measured on 2 loaded cores: 8.0 to 3.3 s).
+def _fast_start() -> dict[str, str]:
+    """Environment in which a local Ray starts soonest (on 2 loaded cores in 3.3 s, not 8.0).
 
-    - Ray's idle first workers are not started (0.7 s): evaluators have processes of their own.
-    - Where Python was told not to write bytecode and Ray has none, each of Ray's processes would
-      compile Ray, and each evaluator torch, anew (5 s): they get a bytecode folder.
+    - Ray does not start idle workers first (0.7 s): evaluators have processes of their own.
+    - Where Python writes no bytecode and Ray has none, each of Ray's processes would compile Ray,
+      and each evaluator torch, anew (5 s): they get a folder for bytecode.
     """
-    wanted = {"RAY_prestart_worker_first_driver": "0"}
+    variables = {"RAY_prestart_worker_first_driver": "0"}
     if sys.dont_write_bytecode and not Path(cache_from_source(ray.__file__)).exists():
-        wanted |= {"PYTHONPYCACHEPREFIX": str(BYTECODE_FOLDER), "PYTHONDONTWRITEBYTECODE": ""}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
+        variables |= {"PYTHONPYCACHEPREFIX": str(BYTECODE_FOLDER), "PYTHONDONTWRITEBYTECODE": ""}
+    return variables

@@ -1,9 +1,9 @@
-"""Folders of images into Parquet shards, in parallel on Ray.
+"""Converts a folder of images into Parquet shards, in parallel on Ray.
 
-Images keep their bytes. The folder is listed once; its images are shuffled over the shards by a
-fixed seed, so that any shard has images of all classes. A shard gets its name when it is whole, and
-one that is there already is left alone if it was made of the same files and reads without a fault:
-a conversion that was killed goes on.
+Images keep their bytes. The folder is listed once, and a fixed seed shuffles its images over the
+shards, so that any shard has images of all classes. A shard gets its name when it is whole. One
+that was made of the same files and reads without a fault is left alone, so a killed conversion goes
+on.
 """
 
 import hashlib
@@ -16,19 +16,21 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+from numpy.typing import NDArray
 from PIL import Image
 from pyarrow import fs
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from cacp_ray.data.image_folder import FolderSource
 from cacp_ray.data.sources import open_place, open_source
+from cacp_ray.distributed.tasks import run_tasks
 from cacp_ray.errors import ArtifactError, CacpError, ConfigError, EvaluationError, first_line
 
 logger = logging.getLogger(__name__)
@@ -38,12 +40,12 @@ SEED = 0
 ROWS_A_GROUP = 16  # a reader of few rows reads little more
 DIGEST = b"cacp_ray.rows"
 IN_FLIGHT = 2  # shards a CPU, so that none waits for the driver
-ABANDONED_SECONDS = 600.0  # nobody writes a temporary file that is as old
+ABANDONED_SECONDS = 600.0  # no conversion still writes to a temporary file this old
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 class _Item(NamedTuple):
-    """An image of a shard, as the listing had it."""
+    """An image of a shard, as it was listed."""
 
     file: str
     size: int
@@ -52,7 +54,7 @@ class _Item(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """What all shards share."""
+    """What the tasks of all shards share."""
 
     source: fs.FileSystem
     target: fs.FileSystem
@@ -63,21 +65,15 @@ class _Job(NamedTuple):
 def convert(
     path: str, out: str, num_shards: int, prefix: str, on_shard: Callable[[int, int, int], object]
 ) -> int:
-    """Writes `PREFIX-00000-of-NNNNN.parquet` ... with a column `image` and a column `label`.
+    """Writes `PREFIX-00000-of-NNNNN.parquet` ... of images and labels; returns how many images.
 
-    Args:
-        path: A folder with a folder of images for each class, readable on every node.
-        out: Folder or URI of the shards, writable on every node.
-        num_shards: Files.
-        prefix: Of their names.
-        on_shard: Called before the first shard and after each with how many are whole, of how many,
-            and how many images the last one was given; 0 for one that was there already.
-
-    Returns:
-        Rows in all.
+    Every node must be able to read `path`, which has a folder of images for each class, and to
+    write to `out`, a folder or URI. `on_shard` is called before the first shard and after each with
+    the number of whole shards, the number of all, and the images written to the last one; 0 if it
+    was there already.
 
     Raises:
-        ConfigError: More shards than images, no folder of images, or shards would lie in it.
+        ConfigError: More shards than images, no folder of images, or `out` lies in `path`.
         CacpError: Images cannot be read, or shards cannot be written.
     """
     target, folder = open_place(out)
@@ -93,40 +89,35 @@ def convert(
     parts = np.array_split(np.random.default_rng(SEED).permutation(count), num_shards)
     job = ray.put(_Job(source.filesystem, target, folder, source.classes))
     write: Any = ray.remote(num_cpus=1)(_write_shard)
-    waiting = list(zip(names, parts, strict=True))[::-1]
-    limit = max(2, IN_FLIGHT * int(ray.cluster_resources().get("CPU", 1)))
-    flights: list[ray.ObjectRef] = []
-    done = 0
-    on_shard(done, num_shards, 0)
-    try:
-        while waiting or flights:
-            while waiting and len(flights) < limit:
-                name, part = waiting.pop()
-                infos = [(source.files[row], int(source.labels[row])) for row in part]
-                items = [_Item(i.path, i.size, i.mtime_ns, label) for i, label in infos]
-                flights.append(write.remote(job, name, items))
-            (finished,), flights = _wait(flights)
-            written = _result(finished, out)
-            done += 1
-            on_shard(done, num_shards, written)
-    finally:
-        _cancel(flights)
+
+    def begin(shard: tuple[str, NDArray[np.int64]]) -> Any:
+        name, rows = shard
+        infos = [(source.files[row], int(source.labels[row])) for row in rows]
+        return write.remote(job, name, [_Item(i.path, i.size, i.mtime_ns, n) for i, n in infos])
+
+    outcomes = run_tasks(
+        begin,
+        list(zip(names, parts, strict=True)),
+        limit=max(2, IN_FLIGHT * int(ray.cluster_resources().get("CPU", 1))),
+        say=_say_waiting,
+        say_seconds=SAY_SECONDS,
+        kills=False,  # a task that is interrupted removes its temporary file
+    )
+    on_shard(0, num_shards, 0)
+    with closing(outcomes):
+        for done, (_, outcome) in enumerate(outcomes, start=1):
+            on_shard(done, num_shards, _images_written(outcome, out))
     _remove_abandoned(target, folder, names)
     return count
 
 
-def _wait(flights: list[ray.ObjectRef]) -> tuple[list[ray.ObjectRef], list[ray.ObjectRef]]:
-    """The first task that ends, and the others."""
-    while True:
-        done, others = ray.wait(flights, num_returns=1, timeout=SAY_SECONDS)
-        if done:
-            return done, others
-        free = ray.available_resources().get("CPU", 0)
-        logger.info(
-            "no shard for %.0f s: they are large, or wait for CPUs, of which %g are free",
-            SAY_SECONDS,
-            free,
-        )
+def _say_waiting(_: int) -> None:
+    free = ray.available_resources().get("CPU", 0)
+    logger.info(
+        "no shard for %.0f s: they are large, or wait for CPUs, of which %g are free",
+        SAY_SECONDS,
+        free,
+    )
 
 
 def _check_places(path: str, out: str) -> None:
@@ -142,12 +133,12 @@ def _check_others(out: str, prefix: str, names: Sequence[str]) -> None:
     """Refuses a folder with shards of the same prefix and another number of them."""
     shard = re.compile(re.escape(prefix) + r"-\d+-of-\d+\.parquet")
     try:
-        found = {posixpath.basename(each.path) for each in _list(*open_place(out))}
+        present = {posixpath.basename(info.path) for info in _list(*open_place(out))}
     except (OSError, pa.ArrowException) as error:
         raise ConfigError(
             f"data {out}: cannot be listed ({first_line(error)}); name another folder"
         ) from error
-    if others := sorted(name for name in found - set(names) if shard.fullmatch(name)):
+    if others := sorted(name for name in present - set(names) if shard.fullmatch(name)):
         raise ArtifactError(
             f"data {out}: holds {others[0]} of another conversion; remove those shards, or give "
             "their number with --shards, another folder, or another --prefix"
@@ -158,41 +149,35 @@ def _list(filesystem: fs.FileSystem, folder: str) -> list[fs.FileInfo]:
     return filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
 
 
-def _result(finished: ray.ObjectRef, out: str) -> int:
-    """Images that a task wrote."""
-    try:
-        return ray.get(finished)
-    except RayError as error:
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        if isinstance(cause, CacpError):
-            raise cause from error
-        raise EvaluationError(
-            f"{out}: a shard cannot be written ({first_line(cause)}): name a folder that every "
-            "node can write to, then run the command again"
-        ) from error
+def _images_written(outcome: Any, out: str) -> int:
+    """The result of a task, or its error in words.
 
-
-def _cancel(flights: Sequence[ray.ObjectRef]) -> None:
-    """Ends tasks and looks at what became of them: Ray prints errors that nobody has seen."""
-    for flight in flights:
-        ray.cancel(flight)
-    for flight in flights:
-        with suppress(RayError):
-            ray.get(flight)
+    Raises:
+        CacpError: The task failed.
+    """
+    if not isinstance(outcome, Exception):
+        return outcome
+    cause = outcome.cause if isinstance(outcome, RayTaskError) else outcome
+    if isinstance(cause, CacpError):
+        raise cause from outcome
+    raise EvaluationError(
+        f"{out}: a shard cannot be written ({first_line(cause)}): name a folder that every node "
+        "can write to, then run the command again"
+    ) from outcome
 
 
 def _remove_abandoned(filesystem: fs.FileSystem, folder: str, names: Sequence[str]) -> None:
     """Removes temporary files of conversions that were killed."""
     known, oldest = set(names), time.time() - ABANDONED_SECONDS
-    with suppress(OSError, pa.ArrowException):  # all shards are whole
-        for each in _list(filesystem, folder):
-            shard, *_, suffix = posixpath.basename(each.path).rsplit(".", 2)
-            if shard in known and suffix == "tmp" and each.mtime.timestamp() < oldest:
-                filesystem.delete_file(each.path)
+    with suppress(OSError, pa.ArrowException):  # the shards themselves are whole
+        for info in _list(filesystem, folder):
+            shard, *_, suffix = posixpath.basename(info.path).rsplit(".", 2)
+            if shard in known and suffix == "tmp" and info.mtime.timestamp() < oldest:
+                filesystem.delete_file(info.path)
 
 
 def _write_shard(job: _Job, name: str, items: Sequence[_Item]) -> int:
-    """Writes one shard, unless it is there, and reads it back; returns the images written."""
+    """Writes one shard and reads it back, unless it is whole; returns the images written."""
     file = posixpath.join(job.folder, name)
     features = {
         "label": {"names": list(job.classes), "_type": "ClassLabel"},
@@ -244,7 +229,7 @@ def _write_rows(job: _Job, file: str, schema: pa.Schema, items: Sequence[_Item])
 
 
 def _read_image(filesystem: fs.FileSystem, file: str) -> bytes:
-    """The bytes of an image, of which only the header is looked at."""
+    """The bytes of an image file; only the header is checked."""
     try:
         with filesystem.open_input_file(file) as opened:
             data = opened.read()
@@ -263,18 +248,18 @@ def _read_image(filesystem: fs.FileSystem, file: str) -> bytes:
 
 
 def _is_whole(filesystem: fs.FileSystem, file: str, schema: pa.Schema, num_rows: int) -> bool:
-    """Whether a shard is of these files and every page fits its checksum."""
+    """Whether a shard was made of these files and every page fits its checksum."""
     if filesystem.get_file_info(file).type == fs.FileType.NotFound:
         return False
     try:
         with (
             filesystem.open_input_file(file) as opened,
-            pq.ParquetFile(opened, page_checksum_verification=True) as found,
+            pq.ParquetFile(opened, page_checksum_verification=True) as shard,
         ):
-            if not found.schema_arrow.equals(schema, check_metadata=True):
+            if not shard.schema_arrow.equals(schema, check_metadata=True):
                 return False
-            for group in range(found.num_row_groups):
-                found.read_row_group(group)
-            return found.metadata.num_rows == num_rows
+            for group in range(shard.num_row_groups):
+                shard.read_row_group(group)
+            return shard.metadata.num_rows == num_rows
     except (pa.ArrowException, OSError):
         return False

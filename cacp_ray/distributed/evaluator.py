@@ -1,6 +1,6 @@
 """The actor that scores: one process, one score function.
 
-It imports no torch itself: what scoring needs, `make_score` imports.
+This module imports no torch: `make_score` imports what scoring needs.
 """
 
 import dataclasses
@@ -13,14 +13,14 @@ from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunctio
 
 
 class NotPreparedError(Exception):
-    """The process was restarted since it was last prepared."""
+    """The process has been restarted since it was last prepared."""
 
 
 class RayEvaluator:
     """Builds the score function once in its process, then scores one candidate after another.
 
-    The payload comes with `prepare`, not with the constructor: Ray can then restart the actor
-    whatever became of its objects, and the pool hands them over again.
+    The payload comes with `prepare`, not with the constructor, so that Ray can restart the actor
+    even when the stored objects are lost; the pool hands them over again.
     """
 
     def __init__(self, name: str) -> None:
@@ -29,19 +29,19 @@ class RayEvaluator:
         self._score: ScoreFunction | None = None
 
     def locate(self) -> str:
-        """Id of its node: the process runs."""
+        """The id of its node; an answer shows that the process runs."""
         return ray.get_runtime_context().get_node_id()
 
     def prepare(
         self, make_score: Callable[..., ScoreFunction], payload: dict[str, ray.ObjectRef]
     ) -> None:
-        """Builds the score function, unless this process has done so."""
+        """Builds the score function, unless this process has one."""
         if self._score is None:
             values = ray.get(list(payload.values()))  # arrays are views of the object store
             self._score = make_score(**dict(zip(payload, values, strict=True)))
 
     def score(self, candidate: Candidate, attempt: int) -> Measurement:
-        """Scores a candidate and notes where and when.
+        """Scores a candidate and adds where and when to the measurement.
 
         Raises:
             NotPreparedError: The candidate was not tried; prepare the actor first.

@@ -1,89 +1,92 @@
 """Evaluator actors on a Ray cluster whose nodes and processes may come and go.
 
-The pool, not Ray, resubmits a candidate whose evaluator was lost: Ray would retry one that crashes
-its process for ever, and on an actor that may never come back. Scoring is pure, so that is safe.
+The pool, not Ray, submits a candidate again whose evaluator was lost. Ray would retry a candidate
+that crashes its process for ever, and on an actor that may never come back. Scoring is pure, so
+retries are safe.
 """
 
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
+from ray.util.metrics import Counter, Gauge
 
 from cacp_ray.distributed.evaluator import NotPreparedError
-from cacp_ray.distributed.fleet import RETRY_DELAY_S, WATCH_S, Fleet
-from cacp_ray.distributed.metrics import PoolMetrics
-from cacp_ray.distributed.nodes import read_nodes
-from cacp_ray.distributed.outcomes import as_failed, describe, get_outcome
-from cacp_ray.distributed.slots import PLACES, Flight, Kind, Slot, Work
+from cacp_ray.distributed.fleet import PLACES, RETRY_DELAY_S, WATCH_S, Fleet, Slot
+from cacp_ray.distributed.nodes import Kind, read_nodes
+from cacp_ray.distributed.tasks import describe, get_outcome
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
 
 logger = logging.getLogger(__name__)
 
 HANG_S = 300.0
-FIRST_HANG_S = 3600.0  # while nothing is known of a kind of actor; doubles each time
+FIRST_HANG_S = 3600.0  # while no actor of its kind has answered; doubles each time
 HANG_FACTOR = 20.0  # of the slowest measurement so far, image by image
 LOSSES_AN_ATTEMPT = 3
 
 
-class RayEvaluatorPool:
-    """Scores on Ray actors; implements the Evaluator port.
+@dataclass(eq=False)
+class Work:
+    """A candidate that has no measurement yet.
 
-    Results come in any order, each candidate exactly once. Actors start in the background.
+    A candidate that failed before travels alone: if it crashes its process again, no other is lost.
     """
+
+    candidate: Candidate
+    attempt: int = 1  # number of the current try, from 1
+    node: str = ""  # id of the node that the current try was sent to
+    tried: set[str] = field(default_factory=set)  # names of the evaluators on which it failed
+    failed_on: list[str] = field(default_factory=list)  # node of each failure that counts
+
+    @property
+    def num_places(self) -> int:
+        """Places that it takes on an actor."""
+        return PLACES if self.tried else 1
+
+
+class RayEvaluatorPool:
+    """Scores on Ray actors, each candidate once, in any order; implements the Evaluator port."""
 
     def __init__(
         self,
         make_score: Callable[..., ScoreFunction],
         payload: dict[str, Any],
         *,
-        num_evaluators: int,
-        cpus_per_evaluator: float,
-        num_gpu_evaluators: int = 0,
-        gpus_per_evaluator: float = 0.0,
-        max_attempts: int = 3,
-        most: int | None = None,
+        num_evaluators: int,  # actors to ask for, whether there is room for them yet or not
+        cpus_per_evaluator: float,  # reserved by an actor; also its threads, at least 1
+        num_gpu_evaluators: int = 0,  # further actors: `make_score(**payload, gpu=share)`
+        gpus_per_evaluator: float = 0.0,  # share of a GPU for those, in (0, 1]; 0 without them
+        max_attempts: int = 3,  # tries of one candidate before it is given up as failed
+        most: int | None = None,  # actors at most, where the pool follows the cluster
     ) -> None:
         """Starts the actors and returns at once.
 
-        Args:
-            make_score: Called once in every actor's process as `make_score(**payload)`. It must be
-                importable there.
-            payload: What scoring needs. Each value is stored once, unless it is the reference of
-                one that is stored; an actor reads numpy arrays, also inside containers, without a
-                copy and read-only.
-            num_evaluators: Actors to ask for, whether there is room for them yet or not.
-            cpus_per_evaluator: CPUs an actor reserves; also its threads, at least 1.
-            num_gpu_evaluators: Actors with a share of a GPU to ask for beside them;
-                `make_score(**payload, gpu=share)` is called in those.
-            gpus_per_evaluator: That share.
-            max_attempts: Tries of one candidate before it is given up as failed. One that was lost
-                with its node does not count, up to three times as many, nor does one lost to an
-                announced preemption.
-            most: Ask for as many as there is room for instead, up to this number: these at first,
-                more when nodes join, and none that has found no room for a minute. Where actors
-                have shares of GPUs, those without are asked for nodes that have no GPU.
+        Every actor's process calls `make_score(**payload)` once and must be able to import it. Each
+        value of the payload is stored once, unless it is a reference in Ray's store. Actors read
+        numpy arrays, also inside containers, without a copy and read-only.
+
+        A try that was lost with its node does not count, up to three times `max_attempts`, nor does
+        one lost to an announced preemption. A pool that follows the cluster adds actors when nodes
+        join, and removes those that have found no room for a minute. Where some have shares of
+        GPUs, plain actors are added for nodes without a GPU only.
         """
-        self._fleet = Fleet(
-            make_score,
-            payload,
-            num_evaluators=num_evaluators,
-            cpus_per_evaluator=cpus_per_evaluator,
-            num_gpu_evaluators=num_gpu_evaluators,
-            gpus_per_evaluator=gpus_per_evaluator,
-            most=most,
-        )
+        counts = {Kind(cpus_per_evaluator): num_evaluators}
+        if gpus_per_evaluator:  # first, or the others would take their CPUs
+            counts = {Kind(cpus_per_evaluator, gpus_per_evaluator): num_gpu_evaluators, **counts}
+        self._fleet = Fleet(make_score, payload, counts, most)
         self._max_attempts = max_attempts
-        self._metrics = PoolMetrics()
+        self._metrics = _Metrics()
         self._show_at = time.monotonic()
         self._queue: deque[Work] = deque()
-        self._flights: dict[ray.ObjectRef, Flight] = {}
-        self._slowest: dict[Kind, float] = {}  # seconds of an image, in a measurement
+        self._flights: dict[ray.ObjectRef, tuple[Slot, Work]] = {}
+        self._slowest: dict[Kind, float] = {}  # seconds an image, of one measurement
         self._first_patience = FIRST_HANG_S
-        self._most_images = 0  # of a measurement
+        self._most_images = 0  # in one measurement
 
     @property
     def capacity(self) -> int:
@@ -92,16 +95,16 @@ class RayEvaluatorPool:
 
     @property
     def num_alive(self) -> int:
-        """Actors ready to score, as of the last `results`."""
+        """Actors that were ready to score at the last `results`."""
         return self._fleet.num_alive
 
     def submit(self, candidate: Candidate) -> None:
-        """Queues a candidate; it leaves at once where an actor has a free place."""
+        """Queues a candidate, and sends it at once if an actor has a free place."""
         self._queue.append(Work(candidate))
         self._dispatch()
 
     def results(self, timeout: float) -> list[Measurement]:
-        """All measurements that are there; waits up to `timeout` seconds for a first one.
+        """Returns all finished measurements; waits up to `timeout` seconds for the first.
 
         Returns at once when no candidate is outstanding.
 
@@ -111,8 +114,7 @@ class RayEvaluatorPool:
         deadline = time.monotonic() + timeout
         measurements = self._poll(0.0)
         while not measurements and (self._queue or self._flights):
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
+            if (remaining := deadline - time.monotonic()) <= 0:
                 break
             measurements = self._poll(remaining)
         return measurements
@@ -128,7 +130,7 @@ class RayEvaluatorPool:
         """Sends queued candidates to free places, the least loaded actor first.
 
         A candidate that failed somewhere waits for an actor that has not tried it, as long as
-        there is a ready one, and that actor gets nothing new meanwhile.
+        there is a ready one. Until then that actor gets nothing new.
         """
         ready = [slot for slot in self._fleet.slots if slot.is_ready and not slot.is_draining]
         reserved: list[Slot] = []
@@ -145,12 +147,12 @@ class RayEvaluatorPool:
             if slot.num_free == PLACES:
                 slot.answered_at = time.monotonic()
             slot.num_free -= work.num_places
-            ref = slot.actor.score.remote(work.candidate, work.attempt)
-            self._flights[ref] = Flight(slot, slot.node, work, work.num_places)
+            work.node = slot.node
+            self._flights[slot.actor.score.remote(work.candidate, work.attempt)] = slot, work
         self._queue.extendleft(reversed(waiting))
 
     def _poll(self, timeout: float) -> list[Measurement]:
-        """One wait of at most `timeout` seconds, then everything that is ready."""
+        """Waits once, at most `timeout` seconds, and takes everything that is ready."""
         self._show()
         self._fleet.watch_nodes()
         self._fleet.start_due()
@@ -162,16 +164,16 @@ class RayEvaluatorPool:
             if ref in self._fleet.starting:
                 self._fleet.take_answer(ref, outcome)
                 continue
-            flight = self._flights.pop(ref)
-            flight.slot.num_free += flight.num_places
-            flight.slot.answered_at = time.monotonic()
+            slot, work = self._flights.pop(ref)
+            slot.num_free += work.num_places
+            slot.answered_at = time.monotonic()
             if isinstance(outcome, Measurement):
-                self._note_speed(flight.slot.kind, outcome)
+                self._note_speed(slot.kind, outcome)
                 if outcome.error:
-                    logger.warning("%s: %s", flight.slot.name, outcome.error)
+                    logger.warning("%s: %s", slot.name, outcome.error)
                 measurements.append(outcome)
             else:
-                measurements += self._fail(flight, outcome)
+                measurements += self._fail(slot, work, outcome)
         self._metrics.count(measurements)
         self._replace_hung()
         self._fleet.check()
@@ -185,15 +187,13 @@ class RayEvaluatorPool:
         if not refs:
             time.sleep(min(timeout, RETRY_DELAY_S / 4))  # every actor waits to be tried again
             return []
-        finished, pending = ray.wait(refs, num_returns=len(refs), timeout=0)
-        if finished or timeout <= 0:
-            return finished
-        finished, _ = ray.wait(pending, num_returns=1, timeout=min(timeout, RETRY_DELAY_S))
+        finished, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+        if not finished and timeout > 0:
+            finished, _ = ray.wait(refs, timeout=min(timeout, RETRY_DELAY_S))
         return finished
 
-    def _fail(self, flight: Flight, error: Exception) -> list[Measurement]:
+    def _fail(self, slot: Slot, work: Work, error: Exception) -> list[Measurement]:
         """Queues the candidate for another actor, or gives it up."""
-        work, slot = flight.work, flight.slot
         is_counted = True
         if isinstance(error, RayTaskError) and not isinstance(error, NotPreparedError):
             reason = f"scoring raised {describe(error)}"
@@ -204,21 +204,21 @@ class RayEvaluatorPool:
             slot.lose()
         if is_counted:
             work.tried.add(slot.name)
-            work.failed_on.append(flight.node)
+            work.failed_on.append(work.node)
             if self._is_given_up(work):
                 logger.warning("candidate %d is given up: %s", work.candidate.index, reason)
-                return [as_failed(work.candidate.index, work.attempt, slot.name, reason)]
+                return [_failed_measurement(work, slot.name, reason)]
             work.attempt += 1
         logger.debug("candidate %d is tried again: %s", work.candidate.index, reason)
         self._queue.appendleft(work)
         return []
 
     def _is_given_up(self, work: Work) -> bool:
-        """Whether it failed too often, on nodes that are still there or on any."""
+        """Whether the candidate failed too often, on nodes that are still there or on any."""
         if len(work.failed_on) < self._max_attempts:
             return False
-        there = read_nodes().cpus  # a lost node may not be known as lost yet; others are
-        is_its_fault = sum(node in there for node in work.failed_on) >= self._max_attempts
+        present = read_nodes().cpus  # the node lost last may still be among them
+        is_its_fault = sum(node in present for node in work.failed_on) >= self._max_attempts
         return is_its_fault or len(work.failed_on) >= LOSSES_AN_ATTEMPT * self._max_attempts
 
     def _note_speed(self, kind: Kind, measurement: Measurement) -> None:
@@ -228,11 +228,11 @@ class RayEvaluatorPool:
             self._most_images = max(self._most_images, measurement.images)
 
     def _replace_hung(self) -> None:
-        """Ends actors that have not answered for very long; their candidates go to others."""
+        """Replaces actors that have not answered for very long; others get their candidates."""
         images: dict[Slot, int] = {}
-        for flight in self._flights.values():
-            most = max(self._most_images, flight.work.candidate.images or 0)
-            images[flight.slot] = max(most, images.get(flight.slot, 0))
+        for slot, work in self._flights.values():
+            most = max(self._most_images, work.candidate.images or 0)
+            images[slot] = max(most, images.get(slot, 0))
         first_patience = self._first_patience
         for slot, most in images.items():
             slowest = self._slowest.get(slot.kind)
@@ -244,7 +244,7 @@ class RayEvaluatorPool:
                     "%s has not answered for %.0f s: it is replaced", slot.name, patience
                 )
                 self._fleet.replace(slot)
-                if slowest is None:  # perhaps it only takes that long
+                if slowest is None:  # a measurement may simply take that long
                     self._first_patience = 2 * first_patience
 
     def _show(self) -> None:
@@ -253,3 +253,46 @@ class RayEvaluatorPool:
             self._show_at = now + WATCH_S
             waiting, scoring = len(self._queue), len(self._flights)
             self._metrics.show(waiting=waiting, scoring=scoring, alive=self.num_alive)
+
+
+class _Metrics:
+    """What the pool tells Ray, for its dashboard and for Prometheus.
+
+    Ray exports them as `ray_cacp_...` where the dashboard's packages (`ray[default]`) are
+    installed; elsewhere they go nowhere, at no cost. `rate(ray_cacp_measurements_total[1m])` is
+    evaluations per second.
+    """
+
+    def __init__(self) -> None:
+        self._measurements = Counter("cacp_measurements", "Candidates that were scored")
+        self._failed = Counter("cacp_failed_measurements", "Candidates that were given up")
+        self._waiting = Gauge("cacp_candidates_waiting", "Candidates that wait for an evaluator")
+        self._scoring = Gauge("cacp_candidates_scoring", "Candidates that evaluators hold")
+        self._alive = Gauge("cacp_evaluators_alive", "Evaluators that are ready to score")
+
+    def count(self, measurements: Sequence[Measurement]) -> None:
+        for measurement in measurements:
+            # A candidate that fell behind in a race was scored as well.
+            (self._failed if measurement.status == "failed" else self._measurements).inc()
+
+    def show(self, *, waiting: int, scoring: int, alive: int) -> None:
+        self._waiting.set(waiting)
+        self._scoring.set(scoring)
+        self._alive.set(alive)
+
+
+def _failed_measurement(work: Work, evaluator: str, reason: str) -> Measurement:
+    return Measurement(
+        index=work.candidate.index,
+        top1=0.0,
+        top5=0.0,
+        loss=0.0,
+        images=0,
+        seconds=0.0,
+        status="failed",
+        error=reason,
+        evaluator=evaluator,
+        node="",
+        attempt=work.attempt,
+        finished_at=time.time(),
+    )

@@ -1,36 +1,30 @@
-"""Keep counts -> the network to save: cut, repaired, measured in float32."""
+"""Builds the network to save from keep counts: cut, repaired and measured in float32."""
 
 import copy
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.transforms import from_shared
-from cacp_ray.evaluation.measurement import Subnet
-from cacp_ray.evaluation.preparation import Cutters, Prepared
+from cacp_ray.evaluation.measurement import SubnetKey
+from cacp_ray.evaluation.preparation import Prepared, cut_networks
+from cacp_ray.pruning.resizable import build_subnet
 from cacp_ray.pruning.sequential import recover_sequentially
-from cacp_ray.pruning.surgery import build_subnet
 from cacp_ray.training.metrics import Accuracy, measure_split
 
 
 @dataclass(frozen=True)
 class Built:
-    """A subnet as it would be saved.
+    """A subnet as it would be saved."""
 
-    Attributes:
-        net: On the CPU, in float32.
-        accuracy: On the whole search split.
-        is_sequential: Whether sequential recovery made it.
-    """
-
-    net: nn.Module
-    accuracy: Accuracy
-    is_sequential: bool
+    net: nn.Module  # independent network on the CPU, in float32
+    accuracy: Accuracy  # on the whole search split
+    is_sequential: bool  # whether sequential recovery made it
 
 
 class Builder:
-    """A subnet -> the network to save.
+    """Builds the subnets of one run, ready to be saved.
 
     Sequential recovery is tried where it is asked for, and kept where it is better.
     """
@@ -45,27 +39,17 @@ class Builder:
         seed: int,
         device: str = "cpu",
     ) -> None:
-        """Takes what all subnets share.
-
-        Args:
-            prepared: Of the base network.
-            split: The search split.
-            recovery: `none`, `bn` or `compensate`.
-            sequential: Whether to repair once more; after `compensate` only.
-            seed: Of the places that sequential recovery draws.
-            device: That measures.
-        """
-        self._prepared, self._split = prepared, split
+        """`sequential` repairs once more, layer by layer, after `compensate` alone."""
+        self._prepared, self._split, self._device = prepared, split, device
         self._is_sequential, self._seed = sequential and recovery == "compensate", seed
-        self._cutters = Cutters(prepared, recovery)
-        self._device = device
+        self._cut_network = cut_networks(prepared, recovery)
 
-    def __call__(self, subnet: Subnet) -> Built:
-        """Cuts, repairs and measures."""
+    def __call__(self, subnet: SubnetKey) -> Built:
+        """Cuts, repairs, measures and copies one subnet."""
         keep_counts, order = subnet
-        prepared, cutter = self._prepared.with_order(order), self._cutters[order]
-        tensors = cutter.cut(keep_counts)
-        accuracy = self._measure(cutter.skeleton.load(tensors))
+        prepared, cut_network = self._prepared.with_order(order), self._cut_network(order)
+        tensors = cut_network.cut(keep_counts)
+        accuracy = self._measure(cut_network.resizable.load(tensors))
         is_sequential = False
         if self._is_sequential:
             repaired = recover_sequentially(
@@ -77,16 +61,19 @@ class Builder:
                 prepared.calibration.tensors()[0],
                 seed=self._seed,
             )
-            found = self._measure(cutter.skeleton.load(repaired))
-            is_sequential = (found.top1, -found.loss) > (accuracy.top1, -accuracy.loss)
+            repaired_accuracy = self._measure(cut_network.resizable.load(repaired))
+            is_sequential = _rank(repaired_accuracy) > _rank(accuracy)
             if is_sequential:
-                tensors, accuracy = repaired, found
-        ordered: dict[str, Tensor] = {
-            name: from_shared(value) for name, value in prepared.tensors.items()
-        }
-        return Built(build_subnet(prepared.model, ordered | tensors), accuracy, is_sequential)
+                tensors, accuracy = repaired, repaired_accuracy
+        whole = {name: from_shared(value) for name, value in prepared.tensors.items()}
+        return Built(build_subnet(prepared.model, whole | tensors), accuracy, is_sequential)
 
     def _measure(self, net: nn.Module) -> Accuracy:
         if self._device == "cpu":
             return measure_split(net, self._split)
         return measure_split(copy.deepcopy(net).to(self._device), self._split)
+
+
+def _rank(accuracy: Accuracy) -> tuple[float, float]:
+    """Orders accuracies by top-1, then by loss; higher is better."""
+    return accuracy.top1, -accuracy.loss

@@ -1,7 +1,8 @@
 """Measurements kept across runs: what would be scored alike is scored once.
 
-A file for each content key holds a line a measurement. Everything that a score depends on is in the
-key, so that a cache folder can serve any runs, and several at once: lines are appended whole.
+A file for each content key holds a line a measurement. The key covers everything that a score
+depends on, so that a cache folder can serve any runs, and several at once: lines are appended
+whole.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -19,37 +21,38 @@ import numpy as np
 from cacp_ray.data.images import ImageSet
 from cacp_ray.errors import ArtifactError
 from cacp_ray.evaluation.computation import hash_computation
-from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement, Subnet
+from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement, SubnetKey
 from cacp_ray.evaluation.preparation import Prepared
-from cacp_ray.versions import installed_versions
+from cacp_ray.io.environment import installed_versions
+from cacp_ray.io.jsonl import append_line, read_lines
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # to be raised when the same candidate scores otherwise
+VERSION = 3  # raise it when the same candidate scores otherwise, or a line has other fields
 
-# What was scored, on how many images; of one that was stopped, against which hits instead.
-Key = tuple[Subnet, int | str]
+# The subnet, with the images that scored it, or the hash of the opponent that stopped it.
+Key = tuple[SubnetKey, int | str]
 
 
 def key_of_scores(prepared: Prepared, split: ImageSet, *, recovery: str, dtype: str) -> str:
-    """sha256 of all that a score depends on beside the candidate.
+    """sha256 of all that a score depends on, apart from the candidate.
 
     Args:
-        prepared: Of the network.
+        prepared: What candidates share.
         split: The search split.
-        recovery: Of candidates.
-        dtype: What they are computed in, and the device where it is no CPU.
+        recovery: How candidates are repaired.
+        dtype: Precision of their computation; with the device where it is no CPU.
     """
     digest = hashlib.sha256(f"{VERSION} {installed_versions()} {dtype} {recovery}\n".encode())
     digest.update(f"{prepared.model}\n{split.mean} {split.std}\n".encode())
     digest.update(hash_computation(prepared.model, split.take(1).tensors()[0]).encode())
     for (name, dimension), axis in sorted(prepared.plan.axes.items()):
         _update(digest, f"{name} {dimension}", axis.group)
-    for each in (prepared, *(prepared.others[name] for name in sorted(prepared.others))):
-        for name in sorted(each.tensors):
-            _update(digest, name, each.tensors[name])
-        for name in sorted(each.factors):
-            for field, value in vars(each.factors[name]).items():
+    for ordered in (prepared, *(prepared.others[name] for name in sorted(prepared.others))):
+        for name in sorted(ordered.tensors):
+            _update(digest, name, ordered.tensors[name])
+        for name in sorted(ordered.factors):
+            for field, value in vars(ordered.factors[name]).items():
                 _update(digest, f"{name} {field}", value)
     if recovery == "bn":
         _update(digest, "calibration", prepared.calibration.images)
@@ -89,85 +92,74 @@ class MeasurementCache:
         self._file = folder / f"{key}.jsonl"
         self._known: dict[Key, Measurement] = {}
         try:
-            text = self._file.read_text(errors="replace") if self._file.exists() else ""
+            rows, damaged = read_lines(self._file, _read_line)
         except OSError as error:
             raise ArtifactError(f"{self._file}: {error.strerror}; move it away") from error
-        self._is_cut = bool(text) and not text.endswith("\n")
-        for line in filter(None, text.splitlines()):
-            try:
-                where, measurement = _read_line(line)
-            except (ValueError, KeyError, TypeError):
-                logger.warning("%s: a damaged line is left out", self._file)
-                continue
-            self._known[where] = measurement
+        self._known.update(rows)
+        for number in damaged:
+            logger.warning("%s: line %d is damaged and left out", self._file, number)
 
     def __len__(self) -> int:
         return len(self._known)
 
     def get(self, candidate: Candidate, images: int) -> Measurement | None:
-        """A measurement of the candidate on the first `images` images, under its index.
+        """The measurement of the candidate on the first `images` images, marked as cached.
 
-        Of one that races, also how it was stopped by the same opponent.
+        For a candidate that races, being stopped by the same opponent counts as well.
         """
-        found = self._known.get((candidate.subnet, images))
-        if found is None and candidate.best:
-            found = self._known.get((candidate.subnet, _hash(candidate.best)))
-        return None if found is None else dataclasses.replace(found, index=candidate.index)
-
-    def on(self, images: int) -> dict[Subnet, Measurement]:
-        """All measurements on the first `images` images."""
-        return {subnet: each for (subnet, count), each in self._known.items() if count == images}
+        known = self._known.get((candidate.key, images))
+        if known is None and candidate.opponent:
+            known = self._known.get((candidate.key, _hash(candidate.opponent)))
+        if known is None:
+            return None
+        return dataclasses.replace(
+            known, index=candidate.index, cached=True, seconds=0.0, finished_at=time.time()
+        )
 
     def add(self, candidate: Candidate, measurement: Measurement) -> None:
         """Keeps a measurement that did not fail; the disk has it when this returns."""
         if measurement.status == "failed":
             return
-        against = _hash(candidate.best) if measurement.status == "stopped" else ""
-        key = candidate.subnet, against or measurement.images
+        against = _hash(candidate.opponent) if measurement.status == "stopped" else ""
+        key = candidate.key, against or measurement.images
         if key in self._known:
             return
         self._known[key] = measurement
         row = {
             "keep_counts": candidate.keep_counts,
-            "order": candidate.order,
+            "criterion": candidate.criterion,
             "against": against,
             "measurement": dataclasses.asdict(measurement),
         }
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        line = "\n" * self._is_cut + json.dumps(row) + "\n"
-        file = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(file, line.encode())  # whole: other runs may write there too
-        finally:
-            os.close(file)
-        self._is_cut = False
+        append_line(self._file, json.dumps(row))
 
 
 def _hash(hits: str) -> str:
     return hashlib.sha256(hits.encode()).hexdigest()[:16]
 
 
-def _read_line(line: str) -> tuple[Key, Measurement]:
-    """Of a file of the cache.
+def _read_line(line: bytes) -> tuple[Key, Measurement]:
+    """A line of a cache file.
 
     Raises:
-        ValueError, KeyError, TypeError: It is none.
+        ValueError, KeyError, TypeError: It holds no sound measurement.
     """
     row = json.loads(line)
-    found = Measurement(**row["measurement"])
-    counts, order, against = tuple(row["keep_counts"]), row["order"], row["against"]
+    measurement = Measurement(**row["measurement"])
+    counts, criterion, against = tuple(row["keep_counts"]), row["criterion"], row["against"]
     is_sound = (
         all(isinstance(count, int) for count in counts)
-        and isinstance(order, str)
-        and isinstance(found.images, int)
-        and found.images > 0
-        and all(0 <= share <= 1 for share in (found.top1, found.top5))
-        and math.isfinite(found.loss)
-        and found.status == ("stopped" if against else "ok")
+        and isinstance(criterion, str)
+        and isinstance(row["measurement"]["images"], int)
+        and measurement.images > 0
+        and all(0 <= share <= 1 for share in (measurement.top1, measurement.top5))
+        and math.isfinite(measurement.loss)
+        and measurement.status == ("stopped" if against else "ok")
     )
     if not is_sound:
         raise ValueError(line)
-    return ((counts, order), str(against) or found.images), found
+    return ((counts, criterion), str(against) or measurement.images), measurement
 
 
 class CachedEvaluator:
@@ -178,8 +170,8 @@ class CachedEvaluator:
 
         Args:
             evaluator: Scores what is not known.
-            cache: Of the same content.
-            images: That score a candidate which does not say how many.
+            cache: Measurements under the key of that evaluator's content.
+            images: Number of images that score a candidate which names none.
         """
         self._evaluator, self._cache, self._images = evaluator, cache, images
         self._answered: deque[Measurement] = deque()
@@ -187,19 +179,19 @@ class CachedEvaluator:
 
     @property
     def capacity(self) -> int:
-        """That of the evaluator."""
+        """See `Evaluator`."""
         return self._evaluator.capacity
 
     @property
     def num_alive(self) -> int:
-        """That of the evaluator."""
+        """See `Evaluator`."""
         return self._evaluator.num_alive
 
     def submit(self, candidate: Candidate) -> None:
         """Answers from the cache, or queues the candidate."""
-        found = self._cache.get(candidate, candidate.images or self._images)
-        if found is not None:
-            self._answered.append(found)
+        known = self._cache.get(candidate, candidate.images or self._images)
+        if known is not None:
+            self._answered.append(known)
             return
         self._submitted[candidate.index] = candidate
         self._evaluator.submit(candidate)
@@ -207,8 +199,8 @@ class CachedEvaluator:
     def results(self, timeout: float) -> list[Measurement]:
         """What the cache has answered, else what the evaluator has."""
         if self._answered:
-            found, self._answered = list(self._answered), deque()
-            return found
+            answered, self._answered = list(self._answered), deque()
+            return answered
         measurements = self._evaluator.results(timeout)
         for measurement in measurements:
             candidate = self._submitted.pop(measurement.index, None)

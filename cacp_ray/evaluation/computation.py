@@ -1,4 +1,4 @@
-"""What a network computes, written down: its operations, not its code.
+"""A fingerprint of what a network computes: its operations, not its code.
 
 Two networks of the same modules and weights may differ in their `forward`.
 """
@@ -15,12 +15,9 @@ from torch.utils._pytree import tree_leaves
 def hash_computation(model: nn.Module, images: Tensor) -> str:
     """sha256 of the operations of a forward pass in evaluation mode, in their order.
 
-    Covers what they are called with: shapes, numbers, and the values of tensors that are neither
-    weights, nor the input, nor results (constants of the code).
-
-    Args:
-        model: Any network.
-        images: Its input (N, C, H, W), normalised; one is enough.
+    The hash covers the arguments of each operation: shapes, numbers, and the values of tensors that
+    are constants of the code (neither weights, nor input, nor results). One normalised image
+    (1, C, H, W) is enough.
     """
     was_training = model.training
     model.eval()
@@ -34,20 +31,20 @@ def hash_computation(model: nn.Module, images: Tensor) -> str:
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, weights: set[int]) -> None:
-        super().__init__()
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.digest = hashlib.sha256()
         self._weights = weights
-        self._results: dict[int, Tensor] = {}  # by id; held, so that no id is given twice
+        self._results: dict[int, Tensor] = {}  # by id; held, as Python reuses free ids
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.digest.update(f"{func}\n".encode())
-        for each in tree_leaves((args, kwargs or {})):
-            if not isinstance(each, Tensor):
-                self.digest.update(f"{each}\n".encode())
+        for value in tree_leaves((args, kwargs or {})):
+            if not isinstance(value, Tensor):
+                self.digest.update(f"{value}\n".encode())
                 continue
-            self.digest.update(f"{each.dtype} {tuple(each.shape)}\n".encode())
-            if id(each) not in self._results and each.data_ptr() not in self._weights:
-                self.digest.update(each.contiguous().flatten().view(torch.uint8).numpy().data)
-        found = func(*args, **(kwargs or {}))
-        self._results |= {id(t): t for t in tree_leaves(found) if isinstance(t, Tensor)}
-        return found
+            self.digest.update(f"{value.dtype} {tuple(value.shape)}\n".encode())
+            if id(value) not in self._results and value.data_ptr() not in self._weights:
+                self.digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+        result = func(*args, **(kwargs or {}))
+        self._results |= {id(t): t for t in tree_leaves(result) if isinstance(t, Tensor)}
+        return result

@@ -1,11 +1,11 @@
-"""The network as candidates are scored: BN folded into convolutions, what follows fused with them.
+"""The network as candidates are scored: BN is folded into convolutions, what follows is fused.
 
-A convolution of a small network is cheap, and the passes over memory after it are not: BN, the sum
-with a shortcut, the activation. Here a convolution and what follows it are one call of oneDNN, as
-torch.compile makes them on CPUs, but nothing is compiled: the graph is made once from the whole
-network, and a candidate only exchanges weights. Networks that torch.fx cannot trace, or whose graph
-gives other logits, are scored as they are. On other devices BN is folded all the same, and the rest
-of a call is made of single ones.
+A convolution of a small network is cheap; the passes over memory after it (BN, the sum with a
+shortcut, the activation) are not. On CPUs, a convolution and what follows it become one call of
+oneDNN, as with torch.compile. Nothing is compiled: the graph is made once from the whole network,
+and a candidate only exchanges weights. On other devices BN is folded too, but sum and activation
+stay calls of their own. Networks that torch.fx cannot trace, or whose graph gives other logits, are
+scored as they are.
 """
 
 import copy
@@ -13,16 +13,17 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from cacp_ray.pruning.surgery import Skeleton
+from cacp_ray.pruning.resizable import ResizableNetwork
 from cacp_ray.training.metrics import find_device
 
-# Activation -> oneDNN's name for it and its numbers. Only ReLU can follow a sum.
+# oneDNN's name of an activation, and its numbers. Only ReLU can follow a sum.
 Activation = tuple[str, tuple[float, ...]]
 NONE: Activation = ("none", ())
 RELU: Activation = ("relu", ())
@@ -33,22 +34,22 @@ ACTIVATIONS: dict[Any, Activation] = {
     **dict.fromkeys((nn.Hardswish, functional.hardswish), ("hardswish", ())),
 }
 APPLY: dict[str, Callable[..., Tensor]] = {
-    "none": lambda x: x,
+    "none": lambda x: x,  # pyright: ignore[reportUnknownLambdaType]
     "relu": functional.relu_,
     "hardtanh": functional.hardtanh_,
-    "swish": lambda x: functional.silu(x, inplace=True),
-    "hardswish": lambda x: functional.hardswish(x, inplace=True),
+    "swish": partial(functional.silu, inplace=True),
+    "hardswish": partial(functional.hardswish, inplace=True),
 }
-SUMS = (operator.add, operator.iadd, torch.add)
+SUMS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)  # pyright: ignore
 
 
 class FusedConv2d(nn.Conv2d):
-    """A convolution, perhaps plus another tensor, then perhaps an activation: one call."""
+    """One call for a convolution, an optional sum with a tensor, and an optional activation."""
 
     activation: Activation = NONE
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """(N, C_in, H, W), and `other` of the result's shape -> (N, C_out, H', W')."""
+        """Convolves x (N, C_in, H, W); `other` has the result's shape (N, C_out, H', W')."""
         name, numbers = self.activation
         if x.device.type != "cpu":
             y = super().forward(x)
@@ -63,7 +64,7 @@ class FusedConv2d(nn.Conv2d):
 
 @dataclass(frozen=True)
 class Fold:
-    """A convolution by name and the BN that it takes in, with the latter's eps."""
+    """Names of a convolution and of the BN folded into it, and the BN's eps."""
 
     convolution: str
     norm: str
@@ -74,18 +75,18 @@ class FusedNetwork:
     """A fused copy of a network, whose weights are exchanged by the names of the original.
 
     Attributes:
-        dtype: Of its tensors from the next `load` on; networks take images of it.
+        dtype: Dtype of weights and images from the next `load` on.
     """
 
     def __init__(self, graph: fx.GraphModule, folds: Sequence[Fold]) -> None:
         self.dtype = torch.float32
-        self._skeleton = Skeleton(graph)
+        self._resizable = ResizableNetwork(graph)
         self._folds = folds
         self._known = {name for name, _ in [*graph.named_parameters(), *graph.named_buffers()]}
 
     def load(self, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """The network with all the original's tensors, of any sizes; valid until the next call."""
-        return self._skeleton.load(
+        """The network with the original's tensors, at any sizes; valid until the next call."""
+        return self._resizable.load(
             {
                 name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
                 for name, tensor in self._fold(tensors).items()
@@ -108,19 +109,15 @@ class FusedNetwork:
 
 
 def fuse(model: nn.Module) -> FusedNetwork | None:
-    """A fused copy of `model`, None where it cannot be traced. Checking its logits is the caller's.
-
-    Args:
-        model: Left as it is.
-    """
+    """A fused copy of `model`, or None where it cannot be traced; the caller checks its logits."""
     if find_device(model).type == "cpu" and not torch.backends.mkldnn.is_available():
         return None
     whole = copy.deepcopy(model).eval().requires_grad_(False)
     try:
         graph = fx.symbolic_trace(whole)
-    except Exception:  # whatever the network's own code raises at a tensor without values
+    except Exception:  # the network's own code may raise anything at a tensor without values
         return None
-    modules = dict(graph.named_modules())
+    modules: dict[str, Any] = dict(graph.named_modules())  # pyright: ignore[reportUnknownArgumentType]
     calls = Counter(node.target for node in graph.graph.nodes)
     folds: list[Fold] = []
     for node in list(graph.graph.nodes):
@@ -138,9 +135,9 @@ def fuse(model: nn.Module) -> FusedNetwork | None:
             last = user
         last, other = _with_sum(last)
         user = _only_user(last)
-        found = NONE if user is None else _activation(user, modules)
-        if user is not None and (found == RELU or (found != NONE and other is None)):
-            fused.activation, last = found, user
+        activation = NONE if user is None else _activation(user, modules)
+        if user is not None and (activation == RELU or (activation != NONE and other is None)):
+            fused.activation, last = activation, user
         graph.set_submodule(name, fused)
         with graph.graph.inserting_before(last):
             arguments = (node.args[0],) if other is None else (node.args[0], other)
@@ -168,11 +165,11 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _with_sum(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    """The sum that alone takes `node` and its other operand, else `node` itself."""
+    """The sum that is the only user of `node`, with its other operand; else `node` and None."""
     user = _only_user(node)
     if user is None or user.op != "call_function" or user.target not in SUMS or user.kwargs:
         return node, None
-    others = [each for each in user.args if each is not node]
+    others = [operand for operand in user.args if operand is not node]
     if len(others) != 1 or not isinstance(others[0], fx.Node):
         return node, None
     return user, others[0]

@@ -1,13 +1,14 @@
-"""Latency of networks side by side, measured in turn so that drift of the machine hits all alike.
+"""Latency of networks, measured in turn so that drift of the machine affects all alike.
 
-A round runs every model once. A speed-up is taken round by round and only then summarised: both
-sides of each ratio were measured within the same moment.
+A round runs every model once. A speed-up is the median of one ratio a round: both sides of a ratio
+are measured at nearly the same time.
 """
 
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,23 +20,18 @@ Clock = Callable[[], float]  # seconds
 
 @dataclass(frozen=True)
 class Latency:
-    """Forward passes of one model.
+    """Milliseconds of one pass a round; all models of one `measure_latency` share the rounds."""
 
-    Attributes:
-        rounds_ms: One pass a round, in the order measured; the rounds of all models of one
-            `measure_latency` belong together.
-    """
-
-    rounds_ms: tuple[float, ...]
+    rounds_ms: tuple[float, ...]  # in the order measured
 
     @property
     def median_ms(self) -> float:
-        """Half of the passes were faster."""
+        """Median of the passes."""
         return statistics.median(self.rounds_ms)
 
     @property
     def quartiles_ms(self) -> tuple[float, float]:
-        """A quarter of the passes was faster than the first, a quarter slower than the second."""
+        """First and third quartile of the passes."""
         if len(self.rounds_ms) == 1:
             return self.rounds_ms[0], self.rounds_ms[0]
         first, _, third = statistics.quantiles(self.rounds_ms, n=4, method="inclusive")
@@ -54,46 +50,46 @@ def measure_latency(
 ) -> dict[str, Latency]:
     """Times forward passes in float32, channels_last, evaluation and inference mode.
 
-    Copies of the models are measured. Before each timed pass the same model runs once untimed: the
-    model before it in the round has emptied the caches. Two equal ResNet-20, measured in a round
-    with a VGG-16, differ by 7 % without that pass and by 1 to 3 % with it.
+    Copies of the models are measured. Each timed pass follows an untimed one of the same model,
+    because the previous model of the round has emptied the caches. Two equal ResNet-20, measured in
+    a round with a VGG-16, differ by 7 % without the untimed pass and by 1 to 3 % with it.
 
     Args:
-        models: By name, on the device of `example_input`.
+        models: Models by name, on the device of `example_input`.
         example_input: (N, C, H, W); N is the batch size that is timed.
-        threads: Of torch while measuring; None leaves them as they are.
+        threads: Threads of torch while measuring; None leaves them as they are.
         repeats: Rounds to time.
-        warmup: Untimed rounds before, at most a quarter of the time.
+        warmup: Untimed rounds before; they take at most a quarter of the time.
         seconds: No round begins later than this; one warm-up round and one timed round always run.
-        clock: Of a pass, by default `time.perf_counter`. With one thread on the CPU,
-            `time.thread_time` leaves out what other processes take of a busy machine.
+        clock: Clock of a pass, by default `time.perf_counter`. With one thread on the CPU,
+            `time.thread_time` leaves out the time of other processes on a busy machine.
 
     Returns:
-        For each model as many passes as rounds were finished.
+        The latency of each model; all have one pass for each finished round.
     """
     started, clock = time.perf_counter(), clock or time.perf_counter
     x = example_input.float().contiguous(memory_format=torch.channels_last)
     copies = [_copy_for_timing(model) for model in models.values()]
-    threads_before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        with torch.inference_mode():
-            _run_rounds(copies, x, warmup, started + WARMUP_SHARE * seconds, clock)
-            rounds = _run_rounds(copies, x, repeats, started + seconds, clock)
-    finally:
-        torch.set_num_threads(threads_before)
+    with use_threads(threads), torch.inference_mode():
+        _run_rounds(copies, x, warmup, started + WARMUP_SHARE * seconds, clock)
+        rounds = _run_rounds(copies, x, repeats, started + seconds, clock)
     columns = zip(*rounds, strict=True)
     return {name: Latency(passes) for name, passes in zip(models, columns, strict=True)}
 
 
-def speedup(base: Latency, model: Latency) -> float:
-    """How many times faster `model` is than `base`: the median of the ratios of each round.
+@contextmanager
+def use_threads(number: int | None) -> Generator[None]:
+    """Sets torch's threads for a while; None leaves them as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
-    Args:
-        base: Of the whole network, from the same `measure_latency` as `model`.
-        model: Of the smaller one.
-    """
+
+def speedup(base: Latency, model: Latency) -> float:
+    """How many times faster `model` is than `base`; both come from one `measure_latency`."""
     pairs = zip(base.rounds_ms, model.rounds_ms, strict=True)
     return statistics.median(whole / small for whole, small in pairs)
 
@@ -106,7 +102,7 @@ def _copy_for_timing(model: nn.Module) -> nn.Module:
 def _run_rounds(
     models: list[nn.Module], x: Tensor, limit: int, deadline: float, clock: Clock
 ) -> list[tuple[float, ...]]:
-    """Up to `limit` rounds, at least one, none begun after `deadline`; ms of each model."""
+    """Milliseconds of each model in up to `limit` rounds; at least one, none begun too late."""
     rounds: list[tuple[float, ...]] = []
     while not rounds or (len(rounds) < limit and time.perf_counter() < deadline):
         rounds.append(tuple(time_pass(model, x, clock) for model in models))

@@ -1,9 +1,12 @@
 """A table of measured layers: a Parquet file, and the cost that it gives a network.
 
-One row is one layer at one width. How it was measured, and the calibration on whole networks, stand
-in the file's schema metadata. Summing measured layers follows NetAdapt (Yang et al., 2018); the
+One row is one layer at one width. The schema metadata hold the settings of the measurement and the
+calibration on whole networks. Summing measured layers follows NetAdapt (Yang et al., 2018); the
 monotone surface and the calibration are ours.
 """
+
+# pyarrow has no complete types:
+# pyright: basic
 
 import dataclasses
 import json
@@ -22,7 +25,8 @@ import torch
 
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.evaluation.latency import Clock
-from cacp_ray.files import read_processor, write_file
+from cacp_ray.io.environment import read_processor
+from cacp_ray.io.files import write_file
 from cacp_ray.pruning.cost import CostModel
 from cacp_ray.pruning.latency_cost import (
     Calibration,
@@ -38,23 +42,17 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Settings:
-    """How passes are timed: float32, channels_last, not fused, in inference mode.
+    """How passes are timed: float32, channels_last, not fused, in inference mode."""
 
-    Attributes:
-        device: `cpu` or `cuda`.
-        threads: Of torch.
-        batch: Images a pass.
-    """
-
-    device: str = "cpu"
-    threads: int = 1
-    batch: int = 1
+    device: str = "cpu"  # `cpu` or `cuda`
+    threads: int = 1  # threads of torch
+    batch: int = 1  # images a pass
 
     def check(self) -> None:
-        """Refuses a device that is not here.
+        """Refuses a device that this machine does not have.
 
         Raises:
-            ConfigError: It is neither `cpu` nor `cuda`, or there is no CUDA device.
+            ConfigError: The device is neither `cpu` nor `cuda`, or there is no CUDA device.
         """
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"device {self.device}: choose cpu or cuda")
@@ -63,67 +61,45 @@ class Settings:
 
     @property
     def clock(self) -> Clock:
-        """Time of the one thread that works, which other processes do not lengthen; else time."""
+        """CPU time where one thread works: other processes do not lengthen it; else wall time."""
         one_thread = self.device == "cpu" and self.threads == 1
         return time.thread_time if one_thread else time.perf_counter
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One layer at one width.
-
-    Attributes:
-        shape: The layer.
-        inputs: C_in, of one part where `shape.groups` > 1; 1 where it is 0.
-        outputs: C_out.
-        nanoseconds: Median of its passes.
-        iqr_nanoseconds: Between the first and the third quartile of its passes.
-        repeats: Timed passes.
-    """
+    """One layer at one width."""
 
     shape: LayerShape
-    inputs: int
-    outputs: int
-    nanoseconds: float
-    iqr_nanoseconds: float
-    repeats: int
+    inputs: int  # C_in, in one part where `shape.groups` > 1; 1 where `shape.groups` is 0
+    outputs: int  # C_out
+    nanoseconds: float  # median of the passes
+    iqr_nanoseconds: float  # interquartile range of the passes
+    repeats: int  # timed passes
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Measured layers of a network.
+    """Measured layers of a network."""
 
-    Attributes:
-        network: Its name.
-        input_shape: (C, H, W).
-        settings: How they were timed.
-        round_to: Widths are multiples of this, where a layer's are free.
-        processor: Of the machine; the GPU's name on `cuda`.
-        torch: Version.
-        calibration: From layers to whole networks.
-        error: Median relative error of the networks that the calibration was fitted to.
-        networks: How many these are.
-        cells: The layers.
-    """
-
-    network: str
-    input_shape: tuple[int, ...]
+    network: str  # name of the network
+    input_shape: tuple[int, ...]  # (C, H, W)
     settings: Settings
-    round_to: int
-    processor: str
-    torch: str
-    calibration: Calibration
-    error: float
-    networks: int
+    round_to: int  # widths of layers that are cut are multiples of this
+    processor: str  # name of the processor; of the GPU on `cuda`
+    torch: str  # version of torch
+    calibration: Calibration  # from the sum of layers to whole networks
+    error: float  # median relative error of the networks that the calibration was fitted to
+    networks: int  # number of these networks
     cells: tuple[Cell, ...]
 
     @cached_property
     def grids(self) -> dict[LayerShape, Grid]:
-        """The times of every layer shape."""
+        """Times of every layer shape."""
         return make_grids(self.cells)
 
     def cost(self, cost_model: CostModel) -> LatencyCost:
-        """Nanoseconds of keep counts of a network.
+        """The cost of a network's keep counts in nanoseconds.
 
         Raises:
             ConfigError: The table lacks a layer of the network, or its width.
@@ -143,32 +119,34 @@ class LatencyTable:
 
     def differences(self, network: str, round_to: int) -> list[str]:
         """How a network, its steps of widths and this machine differ from what was measured."""
-        found = []
+        differences: list[str] = []
         if round_to % self.round_to:
-            found.append(
+            differences.append(
                 f"it was measured at multiples of {self.round_to}, pruning.round_to is {round_to}: "
                 "what lies between is interpolated, and may be slower"
             )
         if network != self.network:
-            found.append(f"it was calibrated on {self.network}, this is {network}")
+            differences.append(f"it was calibrated on {self.network}, this is {network}")
         if self.settings.device == "cuda" and not torch.cuda.is_available():
-            found.append("it was measured on cuda, which is not here")
+            differences.append("it was measured on cuda, which is not here")
         elif (name := name_processor(self.settings.device)) != self.processor:
-            found.append(f"it was measured on {self.processor}, this is {name}")
+            differences.append(f"it was measured on {self.processor}, this is {name}")
         if self.settings.threads > (os.cpu_count() or 1):
-            found.append(f"it was measured with {self.settings.threads} threads")
+            differences.append(f"it was measured with {self.settings.threads} threads")
         if self.torch != torch.__version__:
-            found.append(f"it was measured with torch {self.torch}, this is {torch.__version__}")
-        return found
+            differences.append(
+                f"it was measured with torch {self.torch}, this is {torch.__version__}"
+            )
+        return differences
 
 
 def name_processor(device: str) -> str:
-    """What the layers run on."""
+    """Name of the processor that runs the layers."""
     return torch.cuda.get_device_name() if device == "cuda" else read_processor()
 
 
 def make_grids(cells: Iterable[Cell]) -> dict[LayerShape, Grid]:
-    """Cells by layer shape.
+    """Times of the cells by layer shape.
 
     Raises:
         ArtifactError: A width is missing.
@@ -190,12 +168,10 @@ def make_grids(cells: Iterable[Cell]) -> dict[LayerShape, Grid]:
 
 
 def save_table(table: LatencyTable, path: Path) -> None:
-    """Writes a table, whole or not at all."""
-    rows = [
-        dataclasses.asdict(cell.shape)
-        | {key: value for key, value in vars(cell).items() if key != "shape"}
-        for cell in table.cells
-    ]
+    """Writes a table, completely or not at all."""
+    rows = [vars(cell.shape) | vars(cell) for cell in table.cells]
+    for row in rows:
+        del row["shape"]
     about = {key: value for key, value in vars(table).items() if key not in ("cells", "grids")}
     about |= {
         "version": VERSION,
@@ -204,42 +180,38 @@ def save_table(table: LatencyTable, path: Path) -> None:
         "dtype": "float32",
         "memory_format": "channels_last",
     }
-    found = pa.Table.from_pylist(rows).replace_schema_metadata({KEY: json.dumps(about).encode()})
-    write_file(path, lambda temporary: pq.write_table(found, temporary))
+    parquet = pa.Table.from_pylist(rows).replace_schema_metadata({KEY: json.dumps(about).encode()})
+    write_file(path, lambda temporary: pq.write_table(parquet, temporary))
 
 
 def load_table(path: str | Path) -> LatencyTable:
     """Reads a table.
 
     Raises:
-        ArtifactError: No such file, or no such table in it.
+        ArtifactError: There is no such file, or it holds no latency table.
     """
     try:
-        found = pq.read_table(path)
+        parquet = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         reason = "not a Parquet file" if Path(path).exists() else "no such file"
         raise ArtifactError(
             f"latency table {path}: {reason}; make one with `cacp-ray latency measure`"
         ) from error
     try:
-        about: dict[str, Any] = json.loads((found.schema.metadata or {})[KEY])
+        about: dict[str, Any] = json.loads((parquet.schema.metadata or {})[KEY])
         if about["version"] != VERSION:
             raise ArtifactError(
                 f"latency table {path} has version {about['version']}, this reads {VERSION}: "
                 "measure it again"
             )
-        table = LatencyTable(
-            network=about["network"],
-            input_shape=tuple(about["input_shape"]),
-            settings=Settings(**about["settings"]),
-            round_to=about["round_to"],
-            processor=about["processor"],
-            torch=about["torch"],
-            calibration=Calibration(**about["calibration"]),
-            error=about["error"],
-            networks=about["networks"],
-            cells=tuple(_read_cell(row) for row in found.to_pylist()),
-        )
+        about |= {
+            "input_shape": tuple(about["input_shape"]),
+            "settings": Settings(**about["settings"]),
+            "calibration": Calibration(**about["calibration"]),
+            "cells": tuple(_read_cell(row) for row in parquet.to_pylist()),
+        }
+        names = [field.name for field in dataclasses.fields(LatencyTable)]
+        table = LatencyTable(**{name: about[name] for name in names})
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"{path} is no latency table: make one with `cacp-ray latency measure`"

@@ -1,22 +1,22 @@
-"""The layers of a network timed alone over a grid of widths, and some whole networks beside them.
+"""Times the layers of a network over a grid of widths, and some whole networks.
 
-A layer is a convolution or linear layer with the batch norm after it, timed as `latency` times
-networks. A round runs all widths of a layer once, so drift of the machine hits all alike; layers
-and whole networks are visited in several sweeps, so it hits no one of them. The whole networks, cut
-at random, tell what a network adds to its layers.
+A layer is a convolution or linear layer with the batch norm after it; a pass is timed as in
+`cacp_ray.evaluation.latency`. A round runs all widths of a layer once, and layers and whole
+networks are visited in several sweeps, so that drift of the machine affects all alike. The whole
+networks, cut at random, show what a network adds to the sum of its layers.
 """
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cacp_ray.evaluation.latency import Clock, measure_latency, time_pass
+from cacp_ray.evaluation.latency import measure_latency, time_pass, use_threads
 from cacp_ray.evaluation.latency_table import (
     Cell,
     LatencyTable,
@@ -24,12 +24,13 @@ from cacp_ray.evaluation.latency_table import (
     make_grids,
     name_processor,
 )
+from cacp_ray.pruning.cutter import Cutter, all_tensors
 from cacp_ray.pruning.latency_cost import Calibration, Layer, LayerShape, make_latency_cost
 from cacp_ray.pruning.plan import Plan
-from cacp_ray.pruning.surgery import Slicer, all_tensors, build_subnet
+from cacp_ray.pruning.resizable import build_subnet
 
 SWEEPS = 3
-NETWORKS = 24  # that the calibration is fitted to
+NETWORKS = 24  # the calibration is fitted to these
 SEED = 0
 
 Widths = tuple[tuple[int, ...], tuple[int, ...]]  # C_in, C_out
@@ -51,48 +52,41 @@ def measure_table(
 ) -> LatencyTable:
     """Times every layer of a network at a grid of widths.
 
-    Args:
-        name: Of the network.
-        model: The network.
-        plan: Its slicing plan.
-        settings: Device, threads and batch.
-        points: Widths a side of a layer that is cut, at most.
-        round_to: Widths are multiples of this; give that of the search (`pruning.round_to`).
-        repeats: Timed passes of each width and network, at most.
-        seconds: All in all; six passes of each always run.
-        networks: Whole networks that the calibration is fitted to.
-        on_progress: Called with what was visited, the visits done, and all visits.
+    A side of a layer that is cut gets up to `points` widths, multiples of `round_to`, which is that
+    of the search (`pruning.round_to`). Each width and network is timed up to `repeats` times while
+    `seconds` last; six passes of each always run. `on_progress` is told what was visited, the
+    finished visits, and all visits.
     """
     device = settings.device
     grid = choose_widths(plan.cost_model.layers, plan.cost_model.num_channels, points, round_to)
     counts = draw_counts(plan, networks, round_to, np.random.default_rng(SEED))
-    tensors, cut = all_tensors(model), Slicer(plan)
+    tensors, cut = all_tensors(model), Cutter(plan)
     nets = {
         str(index): build_subnet(model, tensors | cut(tensors, row)).to(device)
         for index, row in enumerate(counts.tolist())
     }
     images = torch.randn(settings.batch, *plan.input_shape, device=device)
     rounds, total = -(-repeats // SWEEPS), SWEEPS * (len(grid) + 1)
-    each = seconds / (2 * SWEEPS)  # one half for the layers, one for whole networks
+    half = seconds / (2 * SWEEPS)  # of a sweep: for its layers, and for whole networks
     passes: dict[tuple[LayerShape, int, int], list[float]] = {}
     whole: dict[str, list[float]] = {key: [] for key in nets}
     done = 0
-    with _threads(settings.threads), torch.random.fork_rng(devices=[]):
+    with use_threads(settings.threads), torch.random.fork_rng([]):  # pyright: ignore[reportUnknownMemberType]
         for _ in range(SWEEPS):
             for shape, widths in grid.items():
-                found = _time_widths(shape, widths, settings, rounds, each / len(grid))
-                for pair, own in found.items():
-                    passes.setdefault((shape, *pair), []).extend(own)
+                times = _time_widths(shape, widths, settings, rounds, half / len(grid))
+                for pair, milliseconds in times.items():
+                    passes.setdefault((shape, *pair), []).extend(milliseconds)
                 done += 1
                 on_progress(str(shape), done, total)
             latencies = measure_latency(
-                nets, images, repeats=rounds, warmup=1, seconds=each, clock=settings.clock
+                nets, images, repeats=rounds, warmup=1, seconds=half, clock=settings.clock
             )
             for key, latency in latencies.items():
                 whole[key] += latency.rounds_ms
             done += 1
             on_progress("whole networks", done, total)
-    cells = tuple(_summarise(*key, own) for key, own in passes.items())
+    cells = tuple(_summarise(*key, milliseconds) for key, milliseconds in passes.items())
     layers = make_latency_cost(plan.cost_model.layers, make_grids(cells), Calibration())
     measured = np.array([1e6 * statistics.median(whole[key]) for key in nets])
     calibration = fit_calibration(layers.sum_layers(counts), measured)
@@ -114,14 +108,10 @@ def measure_table(
 def choose_widths(
     layers: Iterable[Layer], num_channels: Ints, points: int, round_to: int = 1
 ) -> dict[LayerShape, Widths]:
-    """The grid of every layer shape: even steps up to the widest, and widths that no cut changes.
+    """The grid of every layer shape: even steps up to the widest layer, and uncut widths.
 
-    Args:
-        layers: Of the network.
-        num_channels: (G,) channels of the whole network.
-        points: Widths a side that is cut, at most; as many again for layers of the same shape that
-            are at most half as wide.
-        round_to: Widths are multiples of this.
+    A side that is cut has up to `points` widths, multiples of `round_to`, and as many again for
+    layers of the same shape that are at most half as wide.
     """
     sides: dict[LayerShape, tuple[list[tuple[int, bool]], list[tuple[int, bool]]]] = {}
     for layer in layers:
@@ -129,23 +119,19 @@ def choose_widths(
         pairs = ((layer.inputs, layer.input_bias), (layer.outputs, layer.output_bias))
         for side, (slope, bias) in zip(both, pairs, strict=True):
             side.append((round(float(num_channels @ slope + bias)), bool(slope.any())))
-    return {
-        shape: (
-            _spread(inputs, points, round_to),
-            _spread(
-                outputs, points, int(np.lcm.reduce([shape.groups or 1, shape.part[1], round_to]))
-            ),
-        )
-        for shape, (inputs, outputs) in sides.items()
-    }
+    grid: dict[LayerShape, Widths] = {}
+    for shape, (inputs, outputs) in sides.items():
+        step = math.lcm(shape.groups or 1, shape.part[1], round_to)
+        grid[shape] = _spread(inputs, points, round_to), _spread(outputs, points, step)
+    return grid
 
 
 def _spread(widths: list[tuple[int, bool]], points: int, step: int) -> tuple[int, ...]:
-    """Of each layer `widths` says how wide it is and whether that is cut."""
+    """Widths of one side to measure, from each layer's width and whether it is cut."""
     nodes = {width for width, _ in widths}
     previous = float("inf")
     for width in sorted({width for width, is_cut in widths if is_cut}, reverse=True):
-        if 2 * width <= previous:  # the steps of a wider layer are too large for it
+        if 2 * width <= previous:  # the steps of wider layers are too large
             levels = np.linspace(1, max(1, width // step), points)
             nodes |= {min(step * round(level), width) for level in levels.tolist()}
             previous = width
@@ -153,7 +139,7 @@ def _spread(widths: list[tuple[int, bool]], points: int, step: int) -> tuple[int
 
 
 def draw_counts(plan: Plan, number: int, round_to: int, rng: np.random.Generator) -> Ints:
-    """(number, G) keep counts of networks of all sizes, the whole network first."""
+    """Keep counts (number, G) of networks of all sizes, the whole network first."""
     whole = plan.cost_model.num_channels
     levels = rng.uniform(0.15, 1, (number, 1)) * rng.lognormal(0, 0.3, (number, len(whole)))
     counts = round_to * np.rint(levels * whole / round_to).astype(np.int64)
@@ -163,10 +149,10 @@ def draw_counts(plan: Plan, number: int, round_to: int, rng: np.random.Generator
 
 
 def fit_calibration(layers: Ints, measured: NDArray[np.float64]) -> Calibration:
-    """Constant and scale of the smallest relative squares, neither of them negative.
+    """Constant and scale by least relative squares, neither of them negative.
 
-    The quarter of the networks that fits worst is left out in a second fit: one that the machine
-    was busy with something else must not bend the line.
+    A second fit leaves out the worst-fitting quarter of the networks: one that was measured while
+    the machine was busy must not bend the line.
 
     Args:
         layers: (N,) nanoseconds of the networks' layers.
@@ -208,7 +194,7 @@ def build_layer(shape: LayerShape, inputs: int, outputs: int) -> nn.Module:
 
 
 def make_input(shape: LayerShape, layer: nn.Module, batch: int) -> Tensor:
-    """What a layer takes of `batch` images."""
+    """Random input of a layer for `batch` images."""
     first = layer[0] if isinstance(layer, nn.Sequential) else layer
     if isinstance(first, nn.Linear):
         return torch.randn(batch * shape.height, first.in_features)
@@ -222,39 +208,19 @@ def _time_widths(
     """Milliseconds of passes at every pair of widths; at least two passes each."""
     started = time.perf_counter()
     pairs = [(inputs, outputs) for inputs in widths[0] for outputs in widths[1]]
-    layers, images = [], []
+    timed: list[tuple[nn.Module, Tensor]] = []
     for pair in pairs:
         layer = build_layer(shape, *pair)
-        images.append(_lay_out(make_input(shape, layer, settings.batch).to(settings.device)))
+        x = make_input(shape, layer, settings.batch).to(settings.device)
         layer.to(settings.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        layers.append(layer)
+        timed.append((layer, x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x))
+    times: list[list[float]] = []  # by round
     with torch.inference_mode():
-        found: list[list[float]] = []
-        while len(found) < 2 or (len(found) < rounds and time.perf_counter() < started + seconds):
-            found.append(_time_round(layers, images, settings.clock))
-    return {pair: list(own) for pair, own in zip(pairs, zip(*found, strict=True), strict=True)}
-
-
-def _time_round(layers: Sequence[nn.Module], images: Sequence[Tensor], clock: Clock) -> list[float]:
-    return [time_pass(layer, x, clock) for layer, x in zip(layers, images, strict=True)]
-
-
-def _lay_out(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        while len(times) < 2 or (len(times) < rounds and time.perf_counter() < started + seconds):
+            times.append([time_pass(layer, x, settings.clock) for layer, x in timed])
+    return dict(zip(pairs, map(list, zip(*times, strict=True)), strict=True))
 
 
 def _summarise(shape: LayerShape, inputs: int, outputs: int, passes: list[float]) -> Cell:
-    first, median, third = (
-        1e6 * each for each in statistics.quantiles(passes, n=4, method="inclusive")
-    )
-    return Cell(shape, inputs, outputs, median, third - first, len(passes))
+    first, median, third = statistics.quantiles(passes, n=4, method="inclusive")
+    return Cell(shape, inputs, outputs, 1e6 * median, 1e6 * third - 1e6 * first, len(passes))

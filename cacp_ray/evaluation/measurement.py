@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 Status = Literal["ok", "failed", "stopped"]
-Subnet = tuple[tuple[int, ...], str]  # keep counts and importance order
+SubnetKey = tuple[tuple[int, ...], str]  # keep counts and criterion: what tells candidates apart
 
 
 @dataclass(frozen=True)
@@ -13,25 +13,26 @@ class Candidate:
     """Keep counts to score.
 
     Attributes:
-        index: Unique in a run, in the order asked.
-        rate: The compression rate it was proposed for, in (0, 1].
+        rate: Compression rate whose budget it meets, in (0, 1]; 1 for a probe of a strategy.
         keep_counts: Channels kept, one entry a group.
+        criterion: Its importance order says which channels are kept; empty for the run's.
+        index: Unique in a run, in the order asked; the search loop numbers what strategies propose.
         images: Length of the search-split prefix to score; None for the whole split.
-        order: Criterion whose importance order says which channels are kept; empty for the run's.
-        best: Hits of the network to beat (`cacp_ray.evaluation.racing`); empty: score to the end.
+        opponent: Hits of the network to beat (`cacp_ray.evaluation.racing`); empty where the
+            candidate is scored to the end.
     """
 
-    index: int
     rate: float
     keep_counts: tuple[int, ...]
+    criterion: str = ""
+    index: int = -1
     images: int | None = None
-    order: str = ""
-    best: str = ""
+    opponent: str = ""
 
     @property
-    def subnet(self) -> "Subnet":
+    def key(self) -> SubnetKey:
         """What tells candidates apart."""
-        return self.keep_counts, self.order
+        return self.keep_counts, self.criterion
 
 
 @dataclass(frozen=True)
@@ -39,20 +40,20 @@ class Measurement:
     """What scoring a candidate returned.
 
     Attributes:
-        index: Of the candidate.
-        top1: Share of images in [0, 1]; 0 where the evaluation failed; an estimate where it was
-            stopped.
+        index: Index of the candidate.
+        top1: Share of images in [0, 1]; 0 where scoring failed, an estimate where it was stopped.
         top5: Share of images in [0, 1].
         loss: Mean cross-entropy in nats.
         images: Images scored.
         seconds: Spent scoring, on the evaluator.
         status: `ok`, `failed`, or `stopped` because it fell behind (`cacp_ray.evaluation.racing`).
-        error: Reason of a failure, one line; or what was out of the ordinary in a success.
+        error: Reason of a failure, one line; or a remark about an unusual success.
         evaluator: Name of the actor.
         node: Address of its machine.
         attempt: 1 for the first try.
         finished_at: Unix time.
-        hits: Which images were right, encoded, where all that score a candidate were.
+        hits: Encoded set of the images that were right; empty where not all images were scored.
+        cached: Whether it was answered from memory or from a cache instead of scored.
     """
 
     index: int
@@ -68,6 +69,7 @@ class Measurement:
     attempt: int = 1
     finished_at: float = 0.0
     hits: str = ""
+    cached: bool = False
 
 
 class Evaluator(Protocol):

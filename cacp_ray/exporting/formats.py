@@ -1,7 +1,7 @@
-"""File formats of an exported network: how each is written and how it is read back.
+"""File formats of an exported network, with their writers and readers.
 
-Every format takes any batch size, and carries the same note about the subnet: JSON text under the
-key `cacp_ray` (ONNX: metadata properties, safetensors: header, torch.export: extra file).
+Every file takes any batch size and carries a note about the subnet: JSON text under the key
+`cacp_ray` (ONNX: metadata properties, safetensors: header, torch.export: extra file).
 """
 
 import copy
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from cacp_ray.errors import ConfigError, UnsupportedModelError, nearest_names
+from cacp_ray.errors import UnsupportedModelError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +29,10 @@ class Format:
     """One file format.
 
     Attributes:
-        suffix: Of its files.
-        packages: What it needs beyond the package's own dependencies.
-        write: (network, example input (2, C, H, W), note, path) -> ONNX opset, None elsewhere.
-        read: (path, network of the same shape, not changed) -> what the file computes.
+        suffix: Suffix of its files.
+        packages: Packages that it needs besides this package's own dependencies.
+        write: (network, example input (2, C, H, W), note, path) -> ONNX opset, or None.
+        read: (path, network of the same shape, left unchanged) -> the function of the file.
     """
 
     suffix: str
@@ -41,19 +41,8 @@ class Format:
     read: Callable[[Path, nn.Module], Network]
 
 
-def get_format(name: str) -> Format:
-    """Looks a format up.
-
-    Raises:
-        ConfigError: The name is unknown.
-    """
-    if name not in FORMATS:
-        raise ConfigError(f"unknown export format {name!r}: {nearest_names(name, FORMATS)}")
-    return FORMATS[name]
-
-
 def write_onnx(model: nn.Module, example: Tensor, note: str, path: Path) -> int:
-    """One ONNX file, weights inside; input `image`, output `logits`, first dimension `batch`.
+    """Writes graph and weights as one ONNX file, with input `image` and output `logits`.
 
     Raises:
         UnsupportedModelError: torch.onnx cannot convert the network.
@@ -70,10 +59,10 @@ def write_onnx(model: nn.Module, example: Tensor, note: str, path: Path) -> int:
             output_names=["logits"],
             verbose=logger.isEnabledFor(logging.DEBUG),
         )
-    assert program is not None  # only the old exporter returns none
+    assert program is not None  # only the old exporter returns None
     proto = program.model_proto
     graph = proto.graph
-    # Source paths of this machine and stack traces: a fifth of a small file.
+    # Local source paths and stack traces would be a fifth of a small file.
     for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         part.ClearField("metadata_props")
     onnx.helper.set_model_props(proto, {NOTE: note})
@@ -83,12 +72,12 @@ def write_onnx(model: nn.Module, example: Tensor, note: str, path: Path) -> int:
 
 
 def read_onnx(path: Path, model: nn.Module) -> Network:
-    """The file in onnxruntime, on the CPU."""
+    """Reads an ONNX file into onnxruntime, on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors
-    # Its own choice pins threads to cores, which containers refuse with a line each.
+    options.log_severity_level = 3  # errors only
+    # By default threads are pinned to cores, and containers print a refusal for each.
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(
         path.read_bytes(), options, providers=["CPUExecutionProvider"]
@@ -102,7 +91,7 @@ def read_onnx(path: Path, model: nn.Module) -> Network:
 
 
 def write_program(model: nn.Module, example: Tensor, note: str, path: Path) -> None:
-    """A `torch.export` program with its weights: `torch.export.load(path).module()` runs it.
+    """Writes a `torch.export` program with its weights; `torch.export.load(path).module()` runs it.
 
     Raises:
         UnsupportedModelError: torch.export cannot follow the network.
@@ -112,29 +101,30 @@ def write_program(model: nn.Module, example: Tensor, note: str, path: Path) -> N
             model, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
         )
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # source paths of this machine
-    with path.open("wb") as file:  # a path would have to end in .pt2
+        node.meta.pop("stack_trace", None)  # local source paths
+    with path.open("wb") as file:  # torch accepts only paths that end in .pt2
         torch.export.save(program, file, extra_files={f"{NOTE}.json": note})
 
 
 def read_program(path: Path, model: nn.Module) -> Network:
-    """The program as torch reads it back."""
+    """Reads a `torch.export` program."""
     with path.open("rb") as file:
         return torch.export.load(file).module()
 
 
 def write_state_dict(model: nn.Module, example: Tensor, note: str, path: Path) -> None:
-    """A plain safetensors file of the state dict; a tied weight stands under each of its names."""
-    # Copies, because safetensors refuses tensors that share memory.
+    """Writes the state dict as safetensors; a tied weight is stored under each of its names."""
+    # Copies, because safetensors refuses tensors that share memory; its save_file would let only
+    # the owner read the file.
     tensors = {
         name: value.detach().clone(memory_format=torch.contiguous_format)
         for name, value in model.state_dict().items()
     }
-    path.write_bytes(save(tensors, metadata={NOTE: note}))  # save_file makes it private
+    path.write_bytes(save(tensors, metadata={NOTE: note}))
 
 
 def read_state_dict(path: Path, model: nn.Module) -> Network:
-    """The network with the file's tensors instead of its own."""
+    """A copy of the network with the tensors of the file."""
     network = copy.deepcopy(model)
     network.load_state_dict(load_file(path), strict=True)
     return network
@@ -149,7 +139,7 @@ FORMATS = {
 
 @contextmanager
 def _exporting(tool: str) -> Iterator[None]:
-    """Silences an exporter (not under --debug) and says in one line what it could not do."""
+    """Silences an exporter, except under --debug, and turns its errors into one line."""
     is_quiet = not logger.isEnabledFor(logging.DEBUG)
     before = logging.root.manager.disable
     try:
@@ -159,10 +149,9 @@ def _exporting(tool: str) -> Iterator[None]:
                 warnings.simplefilter("ignore")
             yield
     except Exception as error:  # compilers fail in many ways, all of them about the network
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise UnsupportedModelError(
             f"{tool} cannot follow the network for any batch size ({type(error).__name__}: "
-            f"{reason}): try another --format, cacp-ray --debug shows where"
+            f"{first_line(error)}): try another --format, cacp-ray --debug shows where"
         ) from error
     finally:
         logging.disable(before)

@@ -1,7 +1,7 @@
-"""`cacp-ray export`: a subnet folder as one file that other programs read.
+"""Export of a subnet folder as one file that other programs read.
 
-The file is read back and compared with the network in PyTorch before it gets its name, so a file
-that exists is a file that was checked.
+The file is read back and compared with the network in PyTorch before it gets its name, so every
+exported file has been checked.
 """
 
 import importlib.util
@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError
-from cacp_ray.exporting.formats import Network, get_format
-from cacp_ray.files import write_file
+from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError, nearest_names
+from cacp_ray.exporting.formats import FORMATS, Network
+from cacp_ray.io.files import write_file
 from cacp_ray.pruning.subnet import load_subnet, read_description
 
-TOLERANCE = 1e-4  # of the largest output; float32 in another order of sums gives about 1e-6
-EXAMPLE_BATCH = 2  # what the exporters trace: neither of the sizes that are checked
+TOLERANCE = 1e-4  # share of the largest output; another order of float32 sums gives about 1e-6
+EXAMPLE_BATCH = 2  # size that exporters trace, other than the sizes that are checked
 BATCH_SIZES = (1, 3)
 NOTED = (
     "model", "num_classes", "classes", "input_shape", "mean", "std", "rate", "cost", "macs",
@@ -31,12 +31,11 @@ class Exported:
     """A file that computes what the subnet computes.
 
     Attributes:
-        path: Of the file.
+        path: Path of the file.
         finetuned: Whether it holds the fine-tuned weights.
-        size: Bytes.
-        opset: Of ONNX, None for the other formats.
-        max_error: Largest difference of an output, as a share of the largest output.
-        batch_sizes: Sizes it was compared at.
+        size: Size in bytes.
+        opset: ONNX opset; None for the other formats.
+        max_error: Largest difference of an output at BATCH_SIZES, as a share of the largest.
     """
 
     path: Path
@@ -44,32 +43,29 @@ class Exported:
     size: int
     opset: int | None
     max_error: float
-    batch_sizes: tuple[int, ...]
 
 
 def export_subnet(
-    folder: str | Path,
-    format: str,
-    *,
-    out: str | Path | None = None,
-    finetuned: bool | None = None,
+    folder: str | Path, format: str, *, out: str | Path | None = None, finetuned: bool | None = None
 ) -> Exported:
-    """Writes a subnet as one file with any batch size, and checks it.
+    """Writes a subnet as one file for any batch size, and checks the file.
 
     Args:
-        folder: Such as `runs/NAME/subnets/rate-0.50`.
+        folder: Subnet folder, such as `runs/NAME/subnets/rate-0.50`.
         format: `onnx`, `torch-export` or `state-dict`.
-        out: The file; by default `subnet` with the format's suffix in the folder.
-        finetuned: Whether to take the fine-tuned weights; by default where there are some.
+        out: Path of the file; by default `subnet` with the format's suffix in the folder.
+        finetuned: Whether to export the fine-tuned weights; by default where they exist.
 
     Raises:
         ConfigError: The format is unknown or needs a package that is not installed.
-        ArtifactError: The folder is not whole, or the file exists or cannot be written.
+        ArtifactError: The folder is incomplete, or the file exists or cannot be written.
         UnsupportedModelError: The network cannot be exported.
-        EvaluationError: The file computes something else; it is deleted.
+        EvaluationError: The file computes something else and was deleted.
     """
     folder = Path(folder)
-    kind = get_format(format)
+    if format not in FORMATS:
+        raise ConfigError(f"unknown export format {format!r}: {nearest_names(format, FORMATS)}")
+    kind = FORMATS[format]
     missing = [name for name in kind.packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
@@ -85,12 +81,12 @@ def export_subnet(
     shape = tuple(description["input_shape"])
     note = {key: description[key] for key in NOTED if key in description}
     note["weights"] = "finetuned" if finetuned else "search"
-    found: list[tuple[int | None, float]] = []
+    results: list[tuple[int | None, float]] = []
 
     def write(temporary: Path) -> None:
         example = torch.randn(EXAMPLE_BATCH, *shape, generator=torch.Generator().manual_seed(0))
         opset = kind.write(model, example, json.dumps(note), temporary)
-        found.append((opset, compare(model, kind.read(temporary, model), shape)))
+        results.append((opset, compare(model, kind.read(temporary, model), shape)))
 
     try:
         write_file(path, write)
@@ -98,20 +94,15 @@ def export_subnet(
         raise ArtifactError(
             f"{path} cannot be written ({error.strerror or error}): choose another name with --out"
         ) from error
-    opset, max_error = found[0]
-    return Exported(path, finetuned, path.stat().st_size, opset, max_error, BATCH_SIZES)
+    opset, max_error = results[0]
+    return Exported(path, finetuned, path.stat().st_size, opset, max_error)
 
 
 def compare(model: nn.Module, exported: Network, shape: tuple[int, ...]) -> float:
     """Largest difference on random images at every batch size, as a share of the largest output.
 
-    Args:
-        model: In evaluation mode.
-        exported: What the file computes.
-        shape: (C, H, W).
-
     Raises:
-        EvaluationError: Another shape, or a difference above `TOLERANCE`.
+        EvaluationError: Outputs differ in shape, or by more than `TOLERANCE`.
     """
     generator = torch.Generator().manual_seed(1)
     largest = 0.0

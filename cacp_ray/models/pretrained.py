@@ -1,70 +1,74 @@
-"""Published weights by name: IMAGENET1K_V2 of `torchvision:resnet50`, `pretrained` of `timm:NAME`.
+"""Weights of networks: published ones by name, or files.
 
-torchvision's come with the transforms and the accuracy of their own evaluation. Weights are read
-from the cache of torch.hub (TORCH_HOME) or of the Hugging Face hub (HF_HOME), and fetched where
-they are not there.
+Names are those of torchvision (IMAGENET1K_V2 of `torchvision:resnet50`), which publishes transforms
+and accuracy too, and `pretrained` of `timm:NAME`. Published weights are read from the cache of
+torch.hub (TORCH_HOME) or of the Hugging Face hub (HF_HOME), and fetched where they are missing.
 """
 
 import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from cacp_ray.errors import ArtifactError, ConfigError, nearest_names
+from cacp_ray.errors import ArtifactError, ConfigError, nearest_names, one_line
+from cacp_ray.models.factory import build_model, check_torchvision
 
 logger = logging.getLogger(__name__)
 
-PRETRAINED = "pretrained"  # of timm: a network's own published weights
-HUB_SECONDS = 5.0  # that the Hugging Face hub has to answer at all
-HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # of timm's weights, the first that is there
+PRETRAINED = "pretrained"  # name of a timm network's published weights
+HUB_SECONDS = 5.0  # limit for a first answer of the Hugging Face hub
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # names of timm's weights, best first
 
 
 @dataclass(frozen=True)
 class Published:
-    """What is published about weights.
+    """Published facts about weights.
 
     Attributes:
-        num_classes: Of the network.
+        num_classes: Number of classes of the network.
         transforms: `mean`, `std`, `resize`, `crop` and `interpolation`, as in `data` of a
             configuration.
         top1: Accuracy in [0, 1]; None where it is not published.
-        data: That the accuracy is of.
+        data: Name of the data set on which the accuracy was measured.
     """
 
     num_classes: int
     transforms: dict[str, Any]
-    top1: float | None
-    data: str
+    top1: float | None = None
+    data: str = ""
 
 
 def is_published(model: str, weights: str | None) -> bool:
-    """Whether `weights` is a name of published ones, no file."""
+    """Whether `weights` names published weights rather than a file."""
     if weights is None or Path(weights).suffix:
         return False
     return model.startswith(("torchvision:", "timm:")) and not weights.startswith("embedded:")
 
 
 def describe_weights(model: str, weights: str) -> Published:
-    """What is published about the weights of a network, without fetching them.
+    """Published facts about the weights of a network, without fetching them.
 
     Raises:
-        ConfigError: There are none of that name, or they have no classifier.
+        ConfigError: No weights of that name exist, or they have no classifier.
     """
     source, _, name = model.partition(":")
     if source == "timm":
         return _describe_timm(name, weights)
-    found = _find_torchvision(name, weights)
-    preset = found.transforms()
-    metrics = found.meta.get("_metrics", {})
+    entry = _find_torchvision(name, weights)
+    preset = entry.transforms()
+    metrics = entry.meta.get("_metrics", {})
     data = next(iter(metrics), "")
     top1 = metrics.get(data, {}).get("acc@1")
     return Published(
-        len(found.meta["categories"]),
+        len(entry.meta["categories"]),
         {
             "mean": tuple(preset.mean),
             "std": tuple(preset.std),
@@ -78,110 +82,105 @@ def describe_weights(model: str, weights: str) -> Published:
 
 
 def read_weights(model: str, weights: str) -> Mapping[str, Tensor]:
-    """The tensors of published weights, from the cache or fetched.
+    """Tensors of published weights by name, from the cache or fetched.
 
     Raises:
-        ConfigError: As of `describe_weights`.
-        ArtifactError: They are not in the cache and cannot be fetched, or the file is broken.
+        ConfigError: No weights of that name exist, or they have no classifier.
+        ArtifactError: The weights cannot be fetched, or the file is broken.
     """
     source, _, name = model.partition(":")
     if source == "timm":
         return _read_timm(name, weights)
-    found = _find_torchvision(name, weights)
-    file = Path(torch.hub.get_dir()) / "checkpoints" / found.url.rsplit("/", 1)[-1]
-    prefix = file.stem.rpartition("-")[-1]  # of the sha256, in all of torchvision's names
+    url = _find_torchvision(name, weights).url
+    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    prefix = file.stem.rpartition("-")[-1]  # torchvision's names end with part of the sha256
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(found.url, str(file), prefix, progress=False)
-        except (OSError, RuntimeError) as error:  # urllib's, and that of another hash
+            torch.hub.download_url_to_file(url, str(file), prefix, progress=False)
+        except (OSError, RuntimeError) as error:  # no connection, or another hash
             raise ArtifactError(
                 f"weights {weights} of {model} are not at {file} and cannot be fetched ({error}): "
-                f"fetch {found.url} where there is a network, and put it there"
+                f"fetch {url} where there is a network, and put it there"
             ) from error
     _check_hash(file, prefix)
     return read_pickle(file)
 
 
 def _check_hash(file: Path, prefix: str) -> None:
-    """Refuses a file that is not what its name says, as of a download that was cut short."""
+    """Refuses a file whose content does not match the hash in its name, such as half a download."""
     try:
         with file.open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise ArtifactError(
             f"weights {file}: {error.strerror}; mend the file or set another TORCH_HOME"
         ) from error
-    if not found.startswith(prefix):
+    if not digest.startswith(prefix):
         raise ArtifactError(
-            f"weights {file} were cut short or changed (their sha256 begins {found[:8]}, not "
+            f"weights {file} were cut short or changed (their sha256 begins {digest[:8]}, not "
             f"{prefix}): delete the file to have it fetched again, or put a whole one there"
         )
 
 
 def read_pickle(file: Path) -> Mapping[str, Tensor]:
-    """A state dict that torch.save wrote; nothing but tensors is unpickled.
+    """A state dict that torch.save wrote; only tensors are unpickled.
 
     Raises:
         ArtifactError: The file holds something else, or cannot be read.
     """
     try:
-        found = torch.load(file, weights_only=True, map_location="cpu")
+        content = torch.load(file, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises many kinds for a broken file
-        reason = " ".join(str(error).split())[:200]
-        raise ArtifactError(f"weights {file}: not a readable state dict ({reason})") from error
-    found = found.get("state_dict", found) if isinstance(found, dict) else found
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+        raise ArtifactError(
+            f"weights {file}: not a readable state dict ({one_line(error)[:200]})"
+        ) from error
+    tensors = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
         raise ArtifactError(f"weights {file}: holds no state dict; save model.state_dict()")
-    return found
+    return tensors
 
 
 def _find_torchvision(name: str, weights: str) -> Any:
     from torchvision import models
 
-    known = models.list_models(module=models)
-    if name not in known:
-        raise ConfigError(f"torchvision has no model {name!r}: {nearest_names(name, known)}")
-    kinds = models.get_model_weights(name)
-    names = [*(each.name for each in kinds), "DEFAULT"]
+    check_torchvision(name)
+    entries = models.get_model_weights(name)
+    names = [*(entry.name for entry in entries), "DEFAULT"]
     if weights not in names:
         raise ConfigError(
             f"torchvision:{name} has no weights {weights!r}: {nearest_names(weights, names)}; or "
             "give a .safetensors or .pth file"
         )
-    if kinds[weights].meta["categories"] is None:
-        whole = [each.name for each in kinds if each.meta["categories"] is not None]
+    if entries[weights].meta["categories"] is None:
+        whole = [entry.name for entry in entries if entry.meta["categories"] is not None]
         raise ConfigError(
             f"weights {weights} of torchvision:{name} hold no classifier: give {' or '.join(whole)}"
         )
-    return kinds[weights]
+    return entries[weights]
 
 
 def _describe_timm(name: str, weights: str) -> Published:
-    from cacp_ray.models.factory import build_model
-
     if weights != PRETRAINED:
         raise ConfigError(
             f"timm:{name} has no weights {weights!r}: write {PRETRAINED}, or give a file"
         )
-    described: Any = build_model(f"timm:{name}", 1000).pretrained_cfg
-    if not described["num_classes"]:
+    settings: Any = build_model(f"timm:{name}", 1000).pretrained_cfg
+    if not settings["num_classes"]:
         raise ConfigError(
             f"weights of timm:{name} are published without a classifier: give another network, or "
             "a file of weights that you trained"
         )
-    crop = int(described["input_size"][-1])
+    crop = int(settings["input_size"][-1])
     return Published(
-        int(described["num_classes"]),
+        int(settings["num_classes"]),
         {
-            "mean": tuple(described["mean"]),
-            "std": tuple(described["std"]),
-            "resize": int(crop / described.get("crop_pct", 0.875)),
+            "mean": tuple(settings["mean"]),
+            "std": tuple(settings["std"]),
+            "resize": int(crop / settings.get("crop_pct", 0.875)),
             "crop": crop,
-            "interpolation": described["interpolation"],
+            "interpolation": settings["interpolation"],
         },
-        None,
-        "",
     )
 
 
@@ -189,8 +188,8 @@ def _read_timm(name: str, weights: str) -> Mapping[str, Tensor]:
     published = _describe_timm(name, weights)
     import timm  # type: ignore[import-untyped]
 
-    described = timm.get_pretrained_cfg(name)
-    mode = getattr(described, "crop_mode", None)
+    settings = timm.get_pretrained_cfg(name)
+    mode = getattr(settings, "crop_mode", None)
     if mode not in (None, "center"):
         logger.warning(
             "timm:%s was published for images prepared otherwise (crop mode %s); here they are "
@@ -198,7 +197,7 @@ def _read_timm(name: str, weights: str) -> Mapping[str, Tensor]:
             name,
             mode,
         )
-    hub_id = getattr(described, "hf_hub_id", None)
+    hub_id = getattr(settings, "hf_hub_id", None)
     try:
         file = _find_in_hub(hub_id) if hub_id else None
         model: Any = timm.create_model(
@@ -207,8 +206,8 @@ def _read_timm(name: str, weights: str) -> Mapping[str, Tensor]:
             num_classes=published.num_classes,
             pretrained_cfg_overlay=None if file is None else {"file": file, "custom_load": False},
         )
-    except Exception as error:  # of the hub's client: many kinds
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # the hub's client raises many kinds
+        reason = one_line(error)[:200]
         raise ArtifactError(
             f"weights of timm:{name} ({hub_id}) are not in the Hugging Face cache and cannot be "
             f"fetched ({reason}): fetch them where there is a network, or give a .safetensors file"
@@ -217,20 +216,83 @@ def _read_timm(name: str, weights: str) -> Mapping[str, Tensor]:
 
 
 def _find_in_hub(hub_id: str) -> str | None:
-    """The file in the cache, which timm would not take without a network; None: to be fetched.
+    """File in the cache, which timm would not use without a network; None where it must be fetched.
 
     Raises:
-        Exception: The hub does not answer; asked once, as timm tries for a minute and prints it.
+        Exception: The hub does not answer this one request; timm would retry for a minute.
     """
     import huggingface_hub
     from huggingface_hub import constants
 
     repo, _, revision = hub_id.partition("@")
     for name in HUB_FILES:
-        found = huggingface_hub.try_to_load_from_cache(
+        path = huggingface_hub.try_to_load_from_cache(
             repo, name, cache_dir=constants.HF_HUB_CACHE, revision=revision or None
         )
-        if isinstance(found, str):
-            return found
+        if isinstance(path, str):
+            return path
     huggingface_hub.get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
     return None
+
+
+def resolve_weights(path: str) -> Path:
+    """Path of a weights file; `embedded:NAME` names a file that the package ships."""
+    if path.startswith("embedded:"):
+        folder = Path(str(resources.files("cacp_ray.models"))) / "weights"
+        known = {file.stem: file for file in folder.glob("*.safetensors")}
+        name = path.removeprefix("embedded:")
+        if name not in known:
+            raise ConfigError(f"no embedded weights {name!r}: {nearest_names(name, known)}")
+        return known[name]
+    return Path(path)
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Copies a file of weights into `model`, as `copy_weights` does.
+
+    Heads that the network was built without are skipped, such as `AuxLogits` of torchvision's
+    inception_v3, which only training needs. Their attribute of the model is None.
+
+    Raises:
+        ArtifactError: The file is missing or unreadable, or keys, shapes or values do not fit.
+    """
+    file = resolve_weights(path)
+    if not file.is_file():
+        raise ArtifactError(
+            f"weights {file}: no such file; give the path of a .safetensors or .pth file"
+        )
+    try:
+        tensors = read_pickle(file) if file.suffix in (".pth", ".pt") else load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"weights {file}: not a readable safetensors file ({error})") from error
+    copy_weights(model, tensors, str(file))
+
+
+def copy_weights(model: nn.Module, tensors: Mapping[str, Tensor], file: str) -> None:
+    """Copies the tensors of `file` into `model`; every key and shape must fit.
+
+    Raises:
+        ArtifactError: Keys, shapes or values do not fit.
+    """
+    absent = {key for key in tensors if getattr(model, key.partition(".")[0], model) is None}
+    tensors = {key: value for key, value in tensors.items() if key not in absent}
+    own = model.state_dict()
+    missing = sorted(own.keys() - tensors.keys())
+    # Published files often leave out the BN batch counter, which affects nothing here.
+    problems = [f"missing {key}" for key in missing if not key.endswith("num_batches_tracked")]
+    problems += [f"unexpected {key}" for key in sorted(tensors.keys() - own.keys())]
+    problems += [
+        f"{key} has shape {tuple(tensors[key].shape)}, the model {tuple(own[key].shape)}"
+        for key in sorted(own.keys() & tensors.keys())
+        if own[key].shape != tensors[key].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ArtifactError(
+            f"weights {file} do not fit the model: {'; '.join(problems[:4])}{more}; "
+            "check the model name and the number of classes"
+        )
+    broken = [key for key, value in tensors.items() if not torch.isfinite(value.float()).all()]
+    if broken:
+        raise ArtifactError(f"weights {file}: {broken[0]} holds NaN or infinity; train it again")
+    model.load_state_dict(tensors, strict=False)

@@ -9,15 +9,15 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Axis:
-    """One dimension of a parameter or buffer that follows channel groups.
+    """One dimension of a parameter or buffer that follows channel groups."""
 
-    Attributes:
-        group: (size,) group of each position, -1 for positions that always stay.
-        channel: (size,) channel of the group at each position, 0 where it always stays.
-    """
+    group: NDArray[np.int64]  # (size,) group of each position, -1 for positions that always stay
+    channel: NDArray[np.int64]  # (size,) channel of its group, 0 where the position always stays
 
-    group: NDArray[np.int64]
-    channel: NDArray[np.int64]
+    @property
+    def groups(self) -> list[int]:
+        """Groups that some position follows, in rising order."""
+        return sorted(set(self.group.tolist()) - {-1})
 
     def positions(self, keep_counts: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """Positions that remain when every group keeps its first K channels."""
@@ -30,11 +30,12 @@ class Axis:
         Channel i of the reordered group g is channel orders[g][i] of the original.
         """
         result = np.arange(len(self.group))
-        for group in set(self.group.tolist()) - {-1}:
+        for group in self.groups:
+            order = orders[group]
             positions = np.flatnonzero(self.group == group)
             by_channel = positions[np.argsort(self.channel[positions], kind="stable")]
-            table = by_channel.reshape(len(orders[group]), -1)  # (C, positions a channel)
-            result[table] = table[orders[group]]
+            table = by_channel.reshape(len(order), -1)  # (C, positions of a channel)
+            result[table] = table[order]
         return result
 
     @property
@@ -47,5 +48,14 @@ class Axis:
 
     @property
     def multiplicity(self) -> int:
-        """Positions a channel, for an axis of a single group."""
+        """Positions of each channel, for an axis of a single group."""
         return len(self.group) // (int(self.channel[-1]) + 1)
+
+
+def drops_groups(num_channels: int, groups: int) -> bool:
+    """Whether a grouped layer of `num_channels` inputs loses whole parts rather than lanes.
+
+    Many narrow parts (depthwise, ResNeXt's 32 x 4) stay or go whole, and the layer gets fewer of
+    them; few wide parts all stay, and each keeps the same lanes.
+    """
+    return groups >= num_channels // groups

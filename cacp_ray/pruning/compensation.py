@@ -1,22 +1,22 @@
-"""Least-squares compensation of cut inputs, for any keep counts from one factorisation a layer.
+"""Least-squares compensation of cut inputs: one factorisation of a layer serves any keep counts.
 
-With x the unfolded input (mean mu, covariance Sigma), W the original weight (N, D) and S the kept
-inputs:
-    A = Sigma_SS,  B = Sigma_S: W^T,  W' = (A^-1 B)^T,  bias + (W mu - W' mu_S),
-then, where a BN layer follows, each row of W' is scaled so that the output keeps its variance, as
+Let x be the unfolded input (mean mu, covariance Sigma), W the original weight (N, D) and S the kept
+inputs. The new weight W' and bias are
+    A = Sigma_SS,  B = Sigma_S: W^T,  W' = (A^-1 B)^T,  bias + (W mu - W' mu_S).
+Where a BN layer follows, each row of W' is then scaled so that the output keeps its variance, as
 the BN statistics expect. Because orders are nested, the kept inputs of one group are a prefix of
-the permuted ones: with Sigma = L L^T and Z = L^-1 Sigma W^T = L^T W^T made once,
-    W'^T = (L_SS)^-T Z_S = ((L^-1)_SS)^T Z_S,
-one matrix product, and the explained output variance is the column sums of Z_S^2.
+the permuted ones. With Sigma = L L^T and Z = L^-1 Sigma W^T = L^T W^T made once,
+    W'^T = (L_SS)^-T Z_S = ((L^-1)_SS)^T Z_S
+is one matrix product, and the explained output variance is the column sums of Z_S^2.
 Inputs concatenated from several groups are no prefix: their A is factored anew.
 
-Large convolutions have Sigma = S x T, between channels times between taps: the taps cancel in
-A^-1 B = (S_SS^-1 S_S:) x 1, so all of the above holds with S for Sigma and W as (C, T * N); only
-variances need T.
+Large convolutions have Sigma = S x T: covariance between channels times covariance between taps.
+The taps cancel in A^-1 B = (S_SS^-1 S_S:) x 1, so all of the above holds with S for Sigma and W as
+(C, T * N); only variances need T.
 
-Source: CaP (arXiv 2108.13728; formulas from its authors' code). Ours: the factor of the whole
-serves every prefix; the separable form; the ridge (`regularized`) acts as noise on each input, so
-that nothing cut means nothing changed; the intercept moves the running mean of a lone BN instead of
+Source: CaP (arXiv 2108.13728; formulas from its authors' code). Ours: one factor serves every
+prefix; the separable form; the ridge (`regularized`) acts as noise on each input, so that a layer
+without cut inputs does not change; the intercept moves the running mean of a lone BN instead of
 adding a bias. A layer with neither BN nor bias goes without an intercept.
 """
 
@@ -31,75 +31,59 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cacp_ray.data.transforms import from_shared
+from cacp_ray.pruning.cutter import Cutter, Orders
 from cacp_ray.pruning.plan import Consumer, Plan
 from cacp_ray.pruning.statistics import InputMoments, regularized
-from cacp_ray.pruning.surgery import Orders, Slicer
+from cacp_ray.pruning.torch_types import cholesky, solve_triangular
 
 CACHE_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """What compensation of one layer needs, inputs in importance order, as arrays.
+    """What the compensation of one layer needs, as arrays with inputs in importance order.
 
-    R rows are D inputs, or C channels of a separable covariance with T taps (else T = 1). What
-    depends on an order that is a prefix is made in float64 and kept in float32, enough for the
-    products that remain.
-
-    Attributes:
-        matrix: (R, R). Where kept inputs are a prefix L^-1, float32; else the covariance, float64.
-        right: (R, T, N). Where they are a prefix Z = L^T W^T, float32; else Sigma W^T, float64.
-        explained: (R, N) variance of the outputs that the first r + 1 rows explain; float32. Empty
-            where kept inputs are no prefix.
-        taps: (T, T) float64.
-        mean: (D,) of the inputs; float32.
-        output_mean: (N,) W mu, without bias; float32.
-        variance: (N,) of the outputs; float32.
+    The R rows are D inputs (T = 1), or C channels of a separable covariance with T taps. Where kept
+    inputs are a prefix, factors are computed in float64 and stored in float32, which is enough for
+    the products that remain.
     """
 
-    matrix: NDArray[Any]
-    right: NDArray[Any]
-    explained: NDArray[np.float32]
-    taps: NDArray[np.float64]
-    mean: NDArray[np.float32]
-    output_mean: NDArray[np.float32]
-    variance: NDArray[np.float32]
+    matrix: NDArray[Any]  # (R, R) float32 L^-1 for a prefix, else the float64 covariance
+    right: NDArray[Any]  # (R, T, N) float32 Z = L^T W^T for a prefix, else float64 Sigma W^T
+    explained: NDArray[np.float32]  # (R, N) variance that the first r + 1 rows explain, or empty
+    taps: NDArray[np.float64]  # (T, T) covariance between taps
+    mean: NDArray[np.float32]  # (D,) mean of the inputs
+    output_mean: NDArray[np.float32]  # (N,) W mu, without bias
+    variance: NDArray[np.float32]  # (N,) variance of the outputs
 
 
 def make_factors(
-    plan: Plan,
-    tensors: Mapping[str, Tensor],
-    moments: Mapping[str, InputMoments],
-    orders: Orders,
+    plan: Plan, tensors: Mapping[str, Tensor], moments: Mapping[str, InputMoments], orders: Orders
 ) -> dict[str, LayerFactors]:
-    """Factors by weight name, of every consumer that has moments.
+    """Factors of every consumer that has moments, by weight name.
 
-    Args:
-        plan: Of the network.
-        tensors: State dict in importance order (`reorder_weights`).
-        moments: Of the original network, in its own order.
-        orders: The importance order.
+    `tensors` are in importance order (`reorder_weights`), `moments` in that of the base network.
     """
-    factors = {}
+    factors: dict[str, LayerFactors] = {}
     for consumer in plan.consumers:
         if consumer.weight not in moments:
             continue
         moment = moments[consumer.weight]
         weight = tensors[consumer.weight]
-        taps = torch.ones(1, 1).double() if moment.taps is None else torch.from_numpy(moment.taps)
+        taps = torch.ones(1, 1).double() if moment.taps is None else torch.as_tensor(moment.taps)
         axis = plan.axes[consumer.weight, 1]
         size = weight[0, 0].numel()  # k * k
         inputs = (axis.reordered(orders)[:, None] * size + np.arange(size)).ravel()  # (D,)
-        rows = torch.from_numpy(inputs[:: len(taps)] // len(taps))  # (R,)
-        covariance = regularized(torch.from_numpy(moment.covariance)[rows][:, rows])
-        mean = torch.from_numpy(moment.mean[inputs])
+        rows = torch.as_tensor(inputs[:: len(taps)] // len(taps))  # (R,)
+        covariance = regularized(torch.as_tensor(moment.covariance)[rows][:, rows])
+        mean = torch.as_tensor(moment.mean[inputs])
         flat = weight.flatten(1).double()
         columns = flat.T.reshape(len(rows), -1)  # (R, T * N)
         shape = (len(rows), len(taps), len(flat))
         if axis.single_group is not None:
-            lower = torch.linalg.cholesky(covariance)
+            lower = cholesky(covariance)
             identity = torch.eye(len(rows), dtype=torch.float64)
-            matrix = torch.linalg.solve_triangular(lower, identity, upper=False).float()
+            matrix = solve_triangular(lower, identity, upper=False).float()
             right = (lower.T @ columns).reshape(shape)
             explained = _energy(right, taps).cumsum(0)
             variance = explained[-1]
@@ -122,12 +106,12 @@ def make_factors(
 
 
 def _energy(rows: Tensor, taps: Tensor) -> Tensor:
-    """(R, T, N) -> (R, N): what each row adds to the variance of the outputs."""
+    """(R, N) variance that each row (R, T, N) adds to the outputs."""
     return (rows * torch.matmul(taps, rows)).sum(1)
 
 
 class Compensator:
-    """Compensated tensors for keep counts; solved layers are kept in a byte-bounded LRU cache."""
+    """Cuts and compensates tensors; an LRU cache of CACHE_BYTES keeps solved layers."""
 
     def __init__(
         self, plan: Plan, tensors: Mapping[str, Tensor], factors: Mapping[str, LayerFactors]
@@ -142,33 +126,26 @@ class Compensator:
             }
             for name, layer in factors.items()
         }
-        self._slicer = Slicer(plan)
+        self._cutter = Cutter(plan)
         self._cache: OrderedDict[tuple[str, tuple[int, ...]], tuple[Tensor, Tensor]] = OrderedDict()
         self._bytes = 0
         self._input_groups = {
-            consumer.weight: sorted(set(plan.axes[consumer.weight, 1].group.tolist()) - {-1})
-            for consumer in self._consumers
+            consumer.weight: plan.axes[consumer.weight, 1].groups for consumer in self._consumers
         }
 
     def __call__(self, keep_counts: Sequence[int]) -> dict[str, Tensor]:
         """All tensors that follow groups, cut, with every consumer's inputs compensated."""
-        small = self._slicer(self._tensors, keep_counts)
+        small = self._cutter(self._tensors, keep_counts)
         for consumer in self._consumers:
             weight, shift = self._solve(consumer, keep_counts)
-            weight = self._slicer.cut(consumer.weight, 0, weight, keep_counts)
-            shift = self._slicer.cut(consumer.weight, 0, shift, keep_counts)
-            small[consumer.weight] = weight
-            self._shift(small, consumer, shift)
+            small[consumer.weight] = self._cutter.cut(consumer.weight, 0, weight, keep_counts)
+            shift = self._cutter.cut(consumer.weight, 0, shift, keep_counts)
+            bias, mean = f"{consumer.module}.bias", f"{consumer.batch_norm}.running_mean"
+            if bias in self._tensors:
+                small[bias] = small.get(bias, self._tensors[bias]) + shift
+            elif consumer.batch_norm is not None:
+                small[mean] = small.get(mean, self._tensors[mean]) - shift
         return small
-
-    def _shift(self, small: dict[str, Tensor], consumer: Consumer, shift: Tensor) -> None:
-        """Adds the intercept to the bias, or takes it off the running mean of the lone BN."""
-        bias = f"{consumer.module}.bias"
-        if bias in self._tensors:
-            small[bias] = small.get(bias, self._tensors[bias]) + shift
-        elif consumer.batch_norm is not None:
-            mean = f"{consumer.batch_norm}.running_mean"
-            small[mean] = small.get(mean, self._tensors[mean]) - shift
 
     def _solve(self, consumer: Consumer, keep_counts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Weight (N, kept inputs, ...) and intercept (N,), before outputs are cut."""
@@ -181,18 +158,18 @@ class Compensator:
         factors = self._factors[consumer.weight]
         num_taps = len(factors["taps"])
         size = original[0, 0].numel()
-        kept = self._slicer.size(consumer.weight, 1, keep_counts)
+        kept = self._cutter.size(consumer.weight, 1, keep_counts)
         if kept is not None:
             solved, explained = _solve_prefix(factors, kept * size // num_taps)
             mean = factors["mean"][: kept * size]
         else:
-            positions = torch.from_numpy(self._plan.axes[consumer.weight, 1].positions(keep_counts))
+            positions = torch.as_tensor(self._plan.axes[consumer.weight, 1].positions(keep_counts))
             inputs = (positions[:, None] * size + torch.arange(size)).flatten().to(original.device)
             solved, explained = _solve_any(factors, inputs[::num_taps] // num_taps)
             mean = factors["mean"][inputs]
         weight = solved.reshape(len(mean), -1)  # (|S|, N)
         if consumer.batch_norm is not None:
-            # Where the kept inputs explain nothing of an output, its mean alone is kept.
+            # An output of which the kept inputs explain nothing keeps its mean alone.
             is_explained = explained > 1e-9 * factors["variance"]
             scale = torch.where(is_explained, (factors["variance"] / explained).sqrt(), 0.0)
             weight = weight * scale
@@ -200,28 +177,25 @@ class Compensator:
         shaped = weight.T.reshape(weight.shape[1], -1, *original.shape[2:])
         layout = torch.channels_last if original.ndim == 4 else torch.contiguous_format
         shaped = shaped.contiguous(memory_format=layout)
-        self._remember(key, (shaped, shift))
-        return shaped, shift
-
-    def _remember(self, key: tuple[str, tuple[int, ...]], value: tuple[Tensor, Tensor]) -> None:
-        self._cache[key] = value
-        self._bytes += value[0].nbytes + value[1].nbytes
+        self._cache[key] = shaped, shift
+        self._bytes += shaped.nbytes + shift.nbytes
         while self._bytes > CACHE_BYTES and len(self._cache) > 1:
-            _, (weight, shift) = self._cache.popitem(last=False)
-            self._bytes -= weight.nbytes + shift.nbytes
+            _, oldest = self._cache.popitem(last=False)
+            self._bytes -= sum(tensor.nbytes for tensor in oldest)
+        return shaped, shift
 
 
 def _solve_prefix(factors: Mapping[str, Tensor], rows: int) -> tuple[Tensor, Tensor]:
-    """A^-1 B (rows, T * N) and explained variance (N,) of the first rows."""
+    """A^-1 B (rows, T * N) and explained variance (N,) for the first `rows` rows."""
     right = factors["right"][:rows].flatten(1)
     return factors["matrix"][:rows, :rows].T @ right, factors["explained"][rows - 1]
 
 
 def _solve_any(factors: Mapping[str, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
-    """A^-1 B (rows, T * N) and explained variance (N,) of any rows."""
-    lower = torch.linalg.cholesky(factors["matrix"][rows][:, rows])
+    """A^-1 B (rows, T * N) and explained variance (N,) for any rows."""
+    lower = cholesky(factors["matrix"][rows][:, rows])
     right = factors["right"][rows]
-    half = torch.linalg.solve_triangular(lower, right.flatten(1), upper=False)
-    solved = torch.linalg.solve_triangular(lower.T, half, upper=True)
+    half = solve_triangular(lower, right.flatten(1), upper=False)
+    solved = solve_triangular(lower.T, half, upper=True)
     explained = _energy(half.reshape(right.shape), factors["taps"])
     return solved.float(), explained.sum(0).float()

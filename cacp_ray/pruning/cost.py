@@ -1,6 +1,6 @@
 """The cost of keep counts in closed form: a sum of products of affine functions.
 
-A convolution of C_out filters over C_in channels costs c * C_out * C_in, and after slicing both are
+A convolution of C_out filters over C_in channels costs c * C_out * C_in, and after a cut both are
 affine in the keep counts K of the channel groups: cost(K) = sum_t c_t (L_t K + l_t) (R_t K + r_t).
 """
 
@@ -12,28 +12,20 @@ from numpy.typing import ArrayLike, NDArray
 
 from cacp_ray.pruning.latency_cost import LatencyCost, Layer
 
-Limited = str | Mapping[str, float]  # what a rate limits: one cost, or several with their weights
+Limited = str | Mapping[str, float]  # what a rate limits: one cost, or several with weights
 COSTS = ("macs", "params", "latency")
-UNIT = 10**9  # of a combined cost: the whole network
+UNIT = 10**9  # combined cost of the whole network
 
 
 @dataclass(frozen=True)
 class BilinearCost:
-    """Exact for integers below 2^53.
+    """A sum of products, exact for integers below 2^53."""
 
-    Attributes:
-        coefficient: (T,) c_t.
-        left: (T, G) L_t.
-        left_bias: (T,) l_t.
-        right: (T, G) R_t.
-        right_bias: (T,) r_t.
-    """
-
-    coefficient: NDArray[np.float64]
-    left: NDArray[np.float64]
-    left_bias: NDArray[np.float64]
-    right: NDArray[np.float64]
-    right_bias: NDArray[np.float64]
+    coefficient: NDArray[np.float64]  # (T,) c_t
+    left: NDArray[np.float64]  # (T, G) L_t
+    left_bias: NDArray[np.float64]  # (T,) l_t
+    right: NDArray[np.float64]  # (T, G) R_t
+    right_bias: NDArray[np.float64]  # (T,) r_t
 
     def __call__(self, keep_counts: ArrayLike) -> NDArray[np.int64]:
         """Int (..., G) -> int64 (...)."""
@@ -45,42 +37,29 @@ class BilinearCost:
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels of several layers that must be kept or dropped together.
+    """Channels of several layers that must be kept or dropped together."""
 
-    Attributes:
-        name: Module of its first producer, such as `layer1.0.conv1`.
-        producers: Modules whose outputs are its channels, such as `layer1.0.conv1`.
-        members: Every sliced dimension, such as `layer1.0.conv1.weight:0`.
-        num_channels: Channels of the whole network.
-        is_residual: Whether a sum of several layers' outputs couples them (a residual stream).
-        in_channels: Input channels of the first producer.
-        kernel: Kernel height of the first producer, 1 for a linear layer.
-        stride: Stride of the first producer.
-        height: Rows of the first producer's output, 1 for a linear layer.
-        width: Columns of the first producer's output.
-    """
-
-    name: str
-    producers: tuple[str, ...]
-    members: tuple[str, ...]
-    num_channels: int
-    is_residual: bool
-    in_channels: int
-    kernel: int
-    stride: int
-    height: int
-    width: int
+    name: str  # module of its first producer, such as `layer1.0.conv1`
+    producers: tuple[str, ...]  # modules whose outputs are its channels
+    members: tuple[str, ...]  # dimensions that follow it, such as `layer1.0.conv1.weight:0`
+    num_channels: int  # channels in the whole network
+    is_residual: bool  # whether a sum of several layers' outputs couples them (a residual stream)
+    in_channels: int  # input channels of the first producer
+    kernel: int  # kernel height of the first producer, 1 for a linear layer
+    stride: int  # stride of the first producer
+    height: int  # rows of the first producer's output, 1 for a linear layer
+    width: int  # columns of the first producer's output
 
 
 @dataclass(frozen=True)
 class CombinedCost:
-    """Several costs limited at once: at rate r, cost i is at most r times its weight of its whole.
+    """Several costs limited at once: at rate r, cost i is at most r * weight_i * whole_i.
 
-    It is the largest of cost_i / whole_i / weight_i in billionths, rounded up, so that a budget of
-    it is never above the budget of any of them.
+    Its value is the largest of cost_i / whole_i / weight_i in billionths, rounded up, so that its
+    budget is never above the budget of any part.
 
     Attributes:
-        parts: Each cost, what the whole network costs, and its weight; the smallest weight is 1.
+        parts: (cost, cost of the whole network, weight) of each part; the smallest weight is 1.
     """
 
     parts: tuple[tuple[Callable[[ArrayLike], NDArray[np.int64]], int, float], ...]
@@ -93,47 +72,31 @@ class CombinedCost:
 
 @dataclass(frozen=True)
 class CostModel:
-    """What keep counts cost.
+    """What keep counts cost."""
 
-    Attributes:
-        groups: Channel groups in the order of the forward pass.
-        macs: For one input.
-        params: Parameters.
-        layers: Convolutions and linear layers in the order of the forward pass.
-        latency: In nanoseconds, None without a table of measured layers.
-    """
-
-    groups: tuple[ChannelGroup, ...]
-    macs: BilinearCost
+    groups: tuple[ChannelGroup, ...]  # in the order of the forward pass
+    macs: BilinearCost  # MACs for one input
     params: BilinearCost
-    layers: tuple[Layer, ...] = ()
-    latency: LatencyCost | None = None
+    layers: tuple[Layer, ...] = ()  # convolutions and linear layers, in the same order
+    latency: LatencyCost | None = None  # nanoseconds, None without a table of measured layers
 
     @property
     def num_channels(self) -> NDArray[np.int64]:
-        """(G,) channels of the whole network."""
+        """(G,) channels in the whole network."""
         return np.array([group.num_channels for group in self.groups], dtype=np.int64)
 
     def kind(self, cost: Limited) -> Callable[[ArrayLike], NDArray[np.int64]]:
-        """The cost that a rate limits.
-
-        Args:
-            cost: `macs`, `params` or `latency`; or several of them, each with its weight: at rate r
-                a cost of weight w is at most w r of the whole network's. The smallest weight is 1.
-        """
+        """The cost that a rate limits; `CombinedCost` for several with weights."""
         if not isinstance(cost, str):
-            whole = self.num_channels
-            kinds = {name: self.kind(name) for name in cost}
-            return CombinedCost(
-                tuple((kinds[name], int(kinds[name](whole)), cost[name]) for name in cost)
-            )
-        found = {"macs": self.macs, "params": self.params, "latency": self.latency}[cost]
-        assert found is not None, "latency is a cost only with a table"
-        return found
+            whole, parts = self.num_channels, [(self.kind(name), w) for name, w in cost.items()]
+            return CombinedCost(tuple((part, int(part(whole)), weight) for part, weight in parts))
+        chosen = {"macs": self.macs, "params": self.params, "latency": self.latency}[cost]
+        assert chosen is not None, "latency is a cost only with a table"
+        return chosen
 
 
 def describe_cost(cost: Limited) -> str:
-    """What a rate limits, in a few words: `macs`, `macs and latency / 1.2`."""
+    """What a rate limits, such as `macs` or `macs and latency / 1.2`."""
     if isinstance(cost, str):
         return cost
     return " and ".join(name if w == 1 else f"{name} / {w:g}" for name, w in cost.items())
@@ -149,6 +112,6 @@ def describe_total(cost: Limited, total: int) -> str:
 def freed_by_one_channel(
     cost: Callable[[NDArray[np.int64]], NDArray[np.int64]], num_channels: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """(G,) cost that the whole network loses with one channel of each group, at least 1."""
+    """(G,) cost, at least 1, that the whole network loses with one channel of a group."""
     without = num_channels - np.eye(len(num_channels), dtype=np.int64)  # (G, G)
     return np.maximum(cost(num_channels) - cost(without), 1)

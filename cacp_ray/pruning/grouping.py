@@ -1,4 +1,4 @@
-"""From the labels of one forward pass to channel groups and their cost in closed form."""
+"""Turns the labels of one forward pass into channel groups and their cost in closed form."""
 
 import dataclasses
 from collections import defaultdict
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cacp_ray.errors import UnsupportedModelError
@@ -15,48 +16,42 @@ from cacp_ray.pruning.labels import FROZEN
 from cacp_ray.pruning.latency_cost import Layer
 from cacp_ray.pruning.tracer import LayerCall, Trace
 
-Key = tuple[str, int]  # a dimension of a parameter or buffer
+Key = tuple[str, int]  # name of a parameter or buffer, dimension
+Term = tuple[int, Axis | None, int, Axis | None, int]  # factor, outputs, inputs: axis, whole size
 
 
 @dataclass(frozen=True)
 class Grouping:
-    """Which labels form which group.
+    """Which labels form which group."""
 
-    Attributes:
-        roots: Per group its labels, channel by channel.
-        members: Per group the dimensions that follow it.
-        group_of: Label -> group.
-        channel_of: Label -> channel of its group.
-    """
+    roots: list[list[int]]  # labels of each group, channel by channel
+    members: list[tuple[Key, ...]]  # dimensions that follow each group
+    group_of: dict[int, int]  # label -> group
+    channel_of: dict[int, int]  # label -> channel of its group
 
-    roots: list[list[int]]
-    members: list[tuple[Key, ...]]
-    group_of: dict[int, int]
-    channel_of: dict[int, int]
-
-    def axis(self, found: Trace, labels: Tensor) -> Axis | None:
-        """How positions with these labels are cut; None where they all stay."""
-        roots = found.sets.find(labels.numpy()).tolist()
+    def axis(self, trace: Trace, labels: Tensor) -> Axis | None:
+        """How a dimension with these labels is cut; None where all of it stays."""
+        roots = trace.sets.find(labels.numpy()).tolist()
         group = np.array([self.group_of.get(root, -1) for root in roots])
         if (group < 0).all():
             return None
         return Axis(group, np.array([self.channel_of.get(root, 0) for root in roots]))
 
 
-def find_groups(found: Trace) -> Grouping:
-    """Labels that appear in the same dimensions, equally often, form a group."""
+def find_groups(trace: Trace) -> Grouping:
+    """Forms groups of the labels that appear in the same dimensions, equally often."""
     signature: dict[int, list[tuple[Key, int]]] = defaultdict(list)
     products = {
         (f"#{number}", 0): call.outputs
-        for number, call in enumerate(found.calls)
+        for number, call in enumerate(trace.calls)
         if call.weight is None
     }
-    for key, labels in (found.dims | products).items():
-        roots, times = np.unique(found.sets.find(labels.numpy()), return_counts=True)
+    for key, labels in (trace.dims | products).items():
+        roots, times = np.unique(trace.sets.find(labels.numpy()), return_counts=True)
         for root, count in zip(roots.tolist(), times.tolist(), strict=True):
             if root > FROZEN:
                 signature[root].append((key, count))
-    made = {root for call in found.calls for root in found.sets.find(call.outputs.numpy()).tolist()}
+    made = {root for call in trace.calls for root in trace.sets.find(call.outputs.numpy()).tolist()}
     by_signature: dict[tuple[tuple[Key, int], ...], list[int]] = defaultdict(list)
     for root in sorted(signature):
         if root in made:
@@ -73,23 +68,21 @@ def find_groups(found: Trace) -> Grouping:
     )
 
 
-def describe_groups(found: Trace, grouping: Grouping) -> tuple[ChannelGroup, ...]:
-    """The groups as their first producers show them."""
-    first: dict[int, LayerCall] = {}
-    producers: dict[int, dict[str, None]] = defaultdict(dict)  # in the order of the pass
-    for call in found.calls:
-        for root in set(found.sets.find(call.outputs.numpy()).tolist()):
+def describe_groups(trace: Trace, grouping: Grouping) -> tuple[ChannelGroup, ...]:
+    """Describes each group by its first producer."""
+    producers: dict[int, dict[str, LayerCall]] = defaultdict(dict)  # in the order of the pass
+    for call in trace.calls:
+        for root in set(trace.sets.find(call.outputs.numpy()).tolist()):
             if root in grouping.group_of and call.weight is not None:
-                first.setdefault(grouping.group_of[root], call)
-                producers[grouping.group_of[root]][call.weight.rpartition(".")[0]] = None
-    summed = {grouping.group_of.get(root) for root in found.sets.summed_roots()}
-    groups = []
+                module = call.weight.rpartition(".")[0]
+                producers[grouping.group_of[root]].setdefault(module, call)
+    summed = {grouping.group_of.get(root) for root in trace.sets.roots(trace.sets.summed)}
+    groups: list[ChannelGroup] = []
     for g, members in enumerate(grouping.members):
-        call = first[g]
-        assert call.weight is not None
+        name, call = next(iter(producers[g].items()))
         groups.append(
             ChannelGroup(
-                name=call.weight.rpartition(".")[0],
+                name=name,
                 producers=tuple(producers[g]),
                 members=tuple(f"{name}:{dim}" for name, dim in members),
                 num_channels=len(grouping.roots[g]),
@@ -105,17 +98,17 @@ def describe_groups(found: Trace, grouping: Grouping) -> tuple[ChannelGroup, ...
 
 
 def make_cost_model(
-    model: nn.Module, found: Trace, grouping: Grouping, axes: dict[Key, Axis]
+    model: nn.Module, trace: Trace, grouping: Grouping, axes: dict[Key, Axis]
 ) -> CostModel:
     """Exact MACs and parameters as functions of keep counts."""
     num_groups = len(grouping.roots)
-    macs = []
-    for call in found.calls:
-        inputs = None if call.inputs is None else grouping.axis(found, call.inputs)
+    macs: list[Term] = []
+    for call in trace.calls:
+        inputs = None if call.inputs is None else grouping.axis(trace, call.inputs)
         num_inputs = 1 if call.inputs is None else len(call.inputs)
-        outputs = grouping.axis(found, call.outputs)
+        outputs = grouping.axis(trace, call.outputs)
         macs.append((call.factor, outputs, len(call.outputs), inputs, num_inputs))
-    params = []
+    params: list[Term] = []
     for name, parameter in model.named_parameters():
         cut = [dim for dim in range(parameter.ndim) if (name, dim) in axes]
         if len(cut) > 2:
@@ -123,34 +116,30 @@ def make_cost_model(
                 f"parameter {name} follows channel groups in {len(cut)} dims"
             )
         rest = parameter.numel() // int(np.prod([parameter.shape[dim] for dim in cut]))
-        pairs: list[tuple[Axis | None, int]] = [
-            (axes[name, dim], parameter.shape[dim]) for dim in cut
-        ]
-        pairs += [(None, 1)] * (2 - len(pairs))
-        params.append((rest, *pairs[0], *pairs[1]))
+        sides: list[tuple[Axis | None, int]] = [(axes[name, d], parameter.shape[d]) for d in cut]
+        sides += [(None, 1)] * (2 - len(sides))
+        params.append((rest, *sides[0], *sides[1]))
     cost = _bilinear(macs, num_groups)
     return CostModel(
-        groups=describe_groups(found, grouping),
+        groups=describe_groups(trace, grouping),
         macs=cost,
         params=_bilinear(params, num_groups),
-        layers=_describe_layers(found, cost),
+        layers=_describe_layers(trace, cost),
     )
 
 
-def _describe_layers(found: Trace, macs: BilinearCost) -> tuple[Layer, ...]:
-    """Convolutions and linear layers; row t of `macs` is call t."""
-    layers = []
-    for t, call in enumerate(found.calls):
+def _describe_layers(trace: Trace, macs: BilinearCost) -> tuple[Layer, ...]:
+    """Convolutions and linear layers with their widths, which row t of `macs` has for call t."""
+    layers: list[Layer] = []
+    for t, call in enumerate(trace.calls):
         if call.shape is not None:
-            shape = dataclasses.replace(call.shape, batch_norm=call.weight in found.batch_norms)
+            shape = dataclasses.replace(call.shape, batch_norm=call.weight in trace.batch_norms)
             outputs, inputs = (macs.left[t], macs.left_bias[t]), (macs.right[t], macs.right_bias[t])
             layers.append(Layer(shape, *inputs, *outputs))
     return tuple(layers)
 
 
-def _bilinear(
-    terms: Sequence[tuple[int, Axis | None, int, Axis | None, int]], num_groups: int
-) -> BilinearCost:
+def _bilinear(terms: Sequence[Term], num_groups: int) -> BilinearCost:
     left = [_affine(axis, size, num_groups) for _, axis, size, _, _ in terms]
     right = [_affine(axis, size, num_groups) for _, _, _, axis, size in terms]
     return BilinearCost(
@@ -162,12 +151,12 @@ def _bilinear(
     )
 
 
-def _affine(axis: Axis | None, size: int, num_groups: int) -> tuple[np.ndarray, float]:
+def _affine(axis: Axis | None, size: int, num_groups: int) -> tuple[NDArray[np.float64], float]:
     """Length of a dimension as slope (G,) and intercept over keep counts."""
     if axis is None:
         return np.zeros(num_groups), float(size)
     slope = np.zeros(num_groups)
-    for group in set(axis.group.tolist()) - {-1}:
+    for group in axis.groups:
         positions = axis.group == group
         slope[group] = positions.sum() / (axis.channel[positions].max() + 1)
     return slope, float((axis.group == -1).sum())

@@ -7,7 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-NEUTRAL = 0  # constants and padding: unite with anything
+from cacp_ray.pruning.torch_types import broadcast
+
+NEUTRAL = 0  # constants and padding, which unite with anything
 FROZEN = 1  # channels that stay whole
 
 
@@ -16,9 +18,9 @@ class LabelSets:
 
     def __init__(self) -> None:
         self._parent = np.arange(2, dtype=np.int64)
-        self._reasons: dict[int, str] = {}
-        self._summed: set[int] = set()
-        self._normalised: set[int] = set()
+        self.reasons: dict[int, str] = {}  # why channels stay whole
+        self.summed: set[int] = set()  # labels that a sum of several layers' outputs united
+        self.normalised: set[int] = set()  # labels of `mark_normalised`
 
     def new(self, count: int) -> Tensor:
         """(count,) fresh labels."""
@@ -40,7 +42,7 @@ class LabelSets:
 
     def unite(self, first: Tensor, second: Tensor, *, is_sum: bool = False) -> Tensor:
         """Unites labels element by element (broadcast); returns the labels of the result."""
-        first, second = torch.broadcast_tensors(first, second)
+        first, second = broadcast(first, second)
         a, b = _drop_repeats(first, second)
         merged = torch.where(a == NEUTRAL, b, a).expand(first.shape)
         pairs = np.stack([a.numpy().ravel(), b.numpy().ravel()])
@@ -51,7 +53,7 @@ class LabelSets:
             if len(low) == 0:
                 return merged
             if is_sum:
-                self._summed.update(low[low != FROZEN].tolist())
+                self.summed.update(low[low != FROZEN].tolist())
             if len(frozen := high[low == FROZEN]):
                 self._freeze(frozen, "meets channels that stay whole")
             else:
@@ -65,31 +67,15 @@ class LabelSets:
         return first
 
     def mark_normalised(self, labels: Tensor) -> None:
-        """Says that what is computed from these channels depends on how many there are."""
-        self._normalised.update(np.unique(compact(labels).numpy()).tolist())
+        """Records that what is computed from these channels depends on how many there are."""
+        self.normalised.update(np.unique(compact(labels).numpy()).tolist())
 
-    def summed_roots(self) -> set[int]:
-        """Sets that a sum of several layers' outputs united."""
-        return self._roots(self._summed)
-
-    def normalised_roots(self) -> set[int]:
-        """Sets with a channel that was marked as normalised."""
-        return self._roots(self._normalised)
-
-    def _roots(self, labels: Iterable[int]) -> set[int]:
+    def roots(self, labels: Iterable[int]) -> set[int]:
+        """The labels that stand for the sets of some labels."""
         return set(self.find(np.array(sorted(labels), dtype=np.int64)).tolist())
 
-    @property
-    def all_reasons(self) -> set[str]:
-        """Every reason why something stays whole."""
-        return set(self._reasons.values())
-
-    def reason(self, label: int) -> str:
-        """Why a channel stays whole."""
-        return self._reasons.get(label, "too few channels that are alike")
-
     def freeze(self, labels: Tensor, reason: str) -> None:
-        """Marks channels, and all that they belong together with, as staying whole."""
+        """Marks channels, and all channels of their sets, as staying whole."""
         self._freeze(self.find(compact(labels).numpy().ravel()), reason)
 
     def _freeze(self, roots: NDArray[np.int64], reason: str) -> None:
@@ -97,10 +83,9 @@ class LabelSets:
         is_meant[roots] = True
         is_meant[: FROZEN + 1] = False
         if is_meant.any():
-            everything = self.find(np.arange(len(self._parent)))
-            self._reasons.update(
-                dict.fromkeys(np.flatnonzero(is_meant[everything]).tolist(), reason)
-            )
+            root_of = self.find(np.arange(len(self._parent)))
+            meant: list[int] = np.flatnonzero(is_meant[root_of]).tolist()
+            self.reasons.update(dict.fromkeys(meant, reason))
             self._parent[is_meant] = FROZEN
 
 
@@ -115,13 +100,19 @@ def compact(labels: Tensor) -> Tensor:
 def varying_dims(labels: Tensor) -> list[int]:
     """Dimensions along which the label changes, padding and constants aside."""
     labels = compact(labels)
-    found = []
+    varying: list[int] = []
     for dim in range(labels.ndim):
         if labels.shape[dim] > 1:
-            known = labels.amax(dim, keepdim=True)
-            if bool(((labels != known) & (labels != NEUTRAL)).any()):
-                found.append(dim)
-    return found
+            largest = labels.amax(dim, keepdim=True)
+            if bool(((labels != largest) & (labels != NEUTRAL)).any()):
+                varying.append(dim)
+    return varying
+
+
+def split_dim(labels: Tensor, dim: int, parts: int) -> Tensor:
+    """A view of (..., size, ...) as (..., parts, size / parts, ...)."""
+    size = labels.shape[dim] // parts
+    return labels.view(*labels.shape[:dim], parts, size, *labels.shape[dim + 1 :])
 
 
 def _drop_repeats(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

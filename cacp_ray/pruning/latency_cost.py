@@ -1,9 +1,9 @@
-"""Latency as a cost: measured layers summed, monotone in every keep count.
+"""Latency as a cost: the sum of measured layers, monotone in every keep count.
 
 Each layer of the network was timed alone at a grid of widths (`cacp_ray.evaluation.latency_table`).
 Between the widths of a grid its time is interpolated bilinearly, in whole numbers, so that it never
-falls when a width grows. What a network adds to its layers (sums, activations, pools, calls) is a
-calibration of three numbers: latency = constant + scale * layers + per_activation * activations.
+falls when a width grows. A calibration adds what a network spends outside its layers (sums,
+activations, pools, calls): latency = constant + scale * layers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,34 +19,19 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class LayerShape:
-    """All that the time of a layer depends on beside its numbers of channels.
+    """All that the time of a layer depends on, apart from its numbers of channels."""
 
-    Attributes:
-        kind: `conv` or `linear`.
-        kernel: Height and width, 1 for linear; so are the next three.
-        stride: Rows, columns.
-        padding: Rows, columns.
-        dilation: Rows, columns.
-        groups: Parts of a convolution, each of which keeps the same places; 0 where parts stay or
-            go whole, as in depthwise convolutions.
-        part: Inputs and outputs of a part where `groups` is 0, else (1, 1).
-        bias: Whether it adds one.
-        batch_norm: Whether a batch norm alone takes its output; it is timed with the layer.
-        height: Rows of the input; rows of the matrix for linear.
-        width: Columns of the input, 1 for linear.
-    """
-
-    kind: str
-    kernel: Pair
-    stride: Pair
-    padding: Pair
-    dilation: Pair
-    groups: int
-    part: Pair
-    bias: bool
-    batch_norm: bool
-    height: int
-    width: int
+    kind: str  # `conv` or `linear`
+    kernel: Pair  # (height, width), (1, 1) for linear
+    stride: Pair  # (rows, columns), (1, 1) for linear
+    padding: Pair  # (rows, columns), (0, 0) for linear
+    dilation: Pair  # (rows, columns), (1, 1) for linear
+    groups: int  # parts that all keep the same lanes; 0 where parts stay or go whole (depthwise)
+    part: Pair  # inputs and outputs of a part where `groups` is 0, else (1, 1)
+    bias: bool  # whether the layer adds a bias
+    batch_norm: bool  # whether a batch norm alone takes its output; it is timed with the layer
+    height: int  # rows of the input; rows of the matrix for linear
+    width: int  # columns of the input, 1 for linear
 
     def __str__(self) -> str:
         if self.kind == "linear":
@@ -58,56 +43,37 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Layer:
-    """One use of a layer in a network; its widths are affine in the keep counts K.
+    """One use of a layer in a network; its widths are affine in the keep counts K."""
 
-    Attributes:
-        shape: What it does.
-        inputs: (G,) slope of C_in, of one part where `shape.groups` > 1; unused where it is 0.
-        input_bias: Intercept of C_in.
-        outputs: (G,) slope of C_out.
-        output_bias: Intercept of C_out.
-    """
-
-    shape: LayerShape
-    inputs: Floats
-    input_bias: float
-    outputs: Floats
-    output_bias: float
+    shape: LayerShape  # what its time depends on, apart from the widths
+    inputs: Floats  # (G,) slope of C_in, of one part where shape.groups > 1; unused where it is 0
+    input_bias: float  # intercept of C_in
+    outputs: Floats  # (G,) slope of C_out
+    output_bias: float  # intercept of C_out
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Times of one layer shape.
+    """Times of one layer shape."""
 
-    Attributes:
-        inputs: (P,) widths, rising.
-        outputs: (Q,) widths, rising.
-        nanoseconds: (Q, P) as measured.
-    """
-
-    inputs: Ints
-    outputs: Ints
-    nanoseconds: Floats
+    inputs: Ints  # (P,) widths, rising
+    outputs: Ints  # (Q,) widths, rising
+    nanoseconds: Floats  # (Q, P) measured times
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What makes the sum of the layers the latency of a network; nothing here is negative.
+    """What turns the sum of the layers into the latency of a network; neither is negative."""
 
-    Attributes:
-        constant: Nanoseconds of every network.
-        scale: Factor of the sum of the layers.
-    """
-
-    constant: float = 0.0
-    scale: float = 1.0
+    constant: float = 0.0  # nanoseconds that every network takes
+    scale: float = 1.0  # factor on the sum of the layers
 
 
 def monotone(times: ArrayLike) -> Ints:
-    """The whole numbers nearest to `times` (Q, P), in their largest error, that rise both ways.
+    """Whole numbers that rise both ways, with the smallest largest distance to `times` (Q, P).
 
     A measured table is a noisy staircase: widths that the kernels like are faster than smaller
-    ones. The surface lies in the middle of the running maximum from the smallest widths and the
+    ones. The surface lies halfway between the running maximum from the smallest widths and the
     running minimum from the largest.
     """
     above = np.asarray(times, dtype=np.float64)
@@ -120,38 +86,24 @@ def monotone(times: ArrayLike) -> Ints:
 
 @dataclass(frozen=True)
 class LatencyCost:
-    """Nanoseconds of keep counts; never falls when a count grows.
+    """Nanoseconds of keep counts, which never fall when a count grows."""
 
-    Attributes:
-        inputs: (T, G) slopes of C_in of T layers.
-        input_bias: (T,) their intercepts.
-        outputs: (T, G) slopes of C_out.
-        output_bias: (T,) their intercepts.
-        grid_of: (T,) index of each layer's grid.
-        input_nodes: (S, P) widths of S grids, rising.
-        output_nodes: (S, Q) widths, rising.
-        below_input: (S, W) width -> index of the last node up to it.
-        below_output: (S, W) the same.
-        nanoseconds: (S, Q, P) at the nodes, rising both ways.
-        calibration: Of whole networks.
-    """
-
-    inputs: Floats
-    input_bias: Floats
-    outputs: Floats
-    output_bias: Floats
-    grid_of: Ints
-    input_nodes: Ints
-    output_nodes: Ints
-    below_input: Ints
-    below_output: Ints
-    nanoseconds: Ints
+    inputs: Floats  # (T, G) slopes of C_in of T layers
+    input_bias: Floats  # (T,) intercepts of C_in
+    outputs: Floats  # (T, G) slopes of C_out
+    output_bias: Floats  # (T,) intercepts of C_out
+    grid_of: Ints  # (T,) index of each layer's grid
+    input_nodes: Ints  # (S, P) input widths of S grids, rising
+    output_nodes: Ints  # (S, Q) output widths, rising
+    below_input: Ints  # (S, W) input width -> index of the last node up to it
+    below_output: Ints  # (S, W) output width -> index of the last node up to it
+    nanoseconds: Ints  # (S, Q, P) times at the nodes, rising both ways
     calibration: Calibration
 
     def __call__(self, keep_counts: ArrayLike) -> Ints:
         """Int (..., G) -> int64 (...)."""
-        found = self.calibration
-        total = found.constant + found.scale * self.sum_layers(keep_counts)
+        layers = self.sum_layers(keep_counts)
+        total = self.calibration.constant + self.calibration.scale * layers
         return np.rint(total).astype(np.int64)
 
     def sum_layers(self, keep_counts: ArrayLike) -> Ints:
@@ -169,7 +121,7 @@ class LatencyCost:
 
 
 def _locate(widths: Floats, grid_of: Ints, nodes: Ints, below: Ints) -> tuple[Ints, Ints, Ints]:
-    """(..., T) node below, distance to it, and from it to the next."""
+    """(..., T) index of the node below, distance to it, and distance from it to the next."""
     whole = np.rint(widths).astype(np.int64)
     whole = np.clip(whole, nodes[grid_of, 0], below.shape[1] - 1)
     index = below[grid_of, whole]
@@ -183,14 +135,10 @@ def make_latency_cost(
     calibration: Calibration,
     surface: Callable[[Floats], Ints] = monotone,
 ) -> LatencyCost:
-    """The cost of a network.
+    """The latency of a network as a cost; every shape in `layers` has a grid.
 
-    Args:
-        layers: Of the network.
-        grids: At least of these layers.
-        calibration: Of whole networks.
-        surface: Makes whole numbers of the times (Q, P) of a grid. Only where it makes them rise
-            both ways can a search rest on the cost.
+    `surface` makes whole numbers of the times (Q, P) of a grid. A search can rest on the cost only
+    where they rise both ways.
     """
     shapes = list(dict.fromkeys(layer.shape for layer in layers))
     chosen = [grids[shape] for shape in shapes]
@@ -198,10 +146,9 @@ def make_latency_cost(
     output_nodes, below_output = _pad([grid.outputs for grid in chosen])
     times = np.zeros((len(chosen), output_nodes.shape[1], input_nodes.shape[1]), dtype=np.int64)
     for number, grid in enumerate(chosen):
-        found = surface(grid.nanoseconds)
-        right, down = (len(nodes) for nodes in (grid.inputs, grid.outputs))
-        missing = ((0, times.shape[1] - down), (0, times.shape[2] - right))
-        times[number] = np.pad(found, missing, mode="edge")
+        rising = surface(grid.nanoseconds)
+        missing = [(0, most - own) for most, own in zip(times[0].shape, rising.shape, strict=True)]
+        times[number] = np.pad(rising, missing, mode="edge")
     return LatencyCost(
         inputs=np.stack([layer.inputs for layer in layers]),
         input_bias=np.array([layer.input_bias for layer in layers]),
@@ -218,7 +165,7 @@ def make_latency_cost(
 
 
 def _pad(axes: Sequence[Ints]) -> tuple[Ints, Ints]:
-    """(S, P) nodes, each axis with one more at its end and as many as the longest; lookup (S, W).
+    """Nodes (S, P), one more than the longest axis has, and the lookup (S, W) of widths in them.
 
     Widths beyond the last node of an axis cost as much as the last.
     """

@@ -1,5 +1,6 @@
-"""What layers, norms and matrix products do to labels, and what they cost."""
+"""What layers, norms and matrix products do to labels, and the MACs they cost."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,9 +10,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 
+from cacp_ray.pruning.axis import drops_groups
 from cacp_ray.pruning.labels import NEUTRAL, compact, varying_dims
 from cacp_ray.pruning.latency_cost import LayerShape
-from cacp_ray.pruning.surgery import drops_groups
 from cacp_ray.pruning.tracer import LayerCall, Tracer
 
 aten = torch.ops.aten
@@ -19,7 +20,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Op:
-    """One operation of the forward pass, done."""
+    """One operation of the forward pass, after it ran."""
 
     func: Any
     out: Any
@@ -31,23 +32,18 @@ class Op:
         """The operation without its overload."""
         return self.func.overloadpacket
 
-    @property
-    def name(self) -> str:
-        """Such as `sort`."""
-        return str(self.packet).removeprefix("aten.")
-
     @cached_property
     def tensors(self) -> list[Tensor]:
-        """All tensors that go in."""
+        """All input tensors."""
         return [t for t in tree_flatten((self.args, self.kwargs))[0] if isinstance(t, Tensor)]
 
     @cached_property
     def outputs(self) -> list[Tensor]:
-        """All tensors that come out."""
+        """All output tensors."""
         return [t for t in tree_flatten(self.out)[0] if isinstance(t, Tensor)]
 
     def add_fixed_cost(self, tracer: Tracer) -> None:
-        """Records MACs that no cut changes, as PyTorch's counter sees them."""
+        """Records MACs that no cut changes, as PyTorch counts them."""
         if self.packet in flop_registry:
             flops = flop_registry[self.packet](*self.args, **self.kwargs, out_val=self.out)
             one = torch.tensor([NEUTRAL])
@@ -55,7 +51,7 @@ class Op:
 
 
 def use_weight(tracer: Tracer, op: Op) -> bool:
-    """Arithmetic on a layer's weight, such as weight standardisation: still that weight."""
+    """Follows arithmetic on a layer's weight, such as weight standardisation."""
     weights = [t for t in op.tensors if tracer.weight_of(t)]
     others = [t for t in op.tensors if not tracer.weight_of(t)]
     if len({tracer.weight_of(t) for t in weights}) > 1 or len(op.outputs) == 0:
@@ -66,16 +62,16 @@ def use_weight(tracer: Tracer, op: Op) -> bool:
     if op.packet in (aten.t, aten.detach, aten.alias):
         tracer.derive(op.outputs[0], source, transpose=op.packet is aten.t, is_same=True)
         return True
-    num_outputs = tracer.shape_of(name)[0]
+    num_outputs = tracer.shapes[name][0]
     for tensor in others:
         labels = tracer.get(tensor)
         if not bool((compact(labels) != NEUTRAL).any()):
             continue
         if labels.numel() != num_outputs:
             return False
-        tracer.follow_outputs(name, labels.reshape(-1))
+        tracer.gains[name].append(labels.reshape(-1))
     if op.packet in BATCH_NORMS or op.packet in (aten.mean, aten.var_mean, aten.std, aten.var):
-        tracer.normalise_inputs(name)
+        tracer.standardised.add(name)
     for tensor in op.outputs:
         tracer.derive(tensor, source)
     return True
@@ -85,7 +81,7 @@ def _convolution(tracer: Tracer, op: Op) -> bool:
     x, weight, bias, stride, _, _, transposed, _, groups = op.args
     out = op.outputs[0]
     name = tracer.weight_of(weight)
-    if name is None or weight.shape != tracer.shape_of(name):
+    if name is None or weight.shape != tracer.shapes[name]:
         return _constant_filter(tracer, op)
     if x.shape[1] == weight.shape[0] == 1 and varying_dims(tracer.get(x)):
         tracer.sets.freeze(tracer.get(x), "a filter slides over the channels: their order counts")
@@ -103,7 +99,7 @@ def _convolution(tracer: Tracer, op: Op) -> bool:
         outputs = parts.repeat_interleave(width_out)
         tracer.bind(name, 0, parts.repeat_interleave(width_in) if transposed else outputs)
         mixed, factor = None, factor * width_in
-    else:  # all parts keep the same places
+    else:  # all parts keep the same lanes
         lanes = sets.unite_along(inputs.view(groups, -1), 0)
         new = sets.new(width_out)
         outputs, mixed = new.repeat(groups), lanes
@@ -143,7 +139,7 @@ def _conv_shape(op: Op, width_in: int, width_out: int) -> LayerShape | None:
 
 
 def _constant_filter(tracer: Tracer, op: Op) -> bool:
-    """A fixed filter on each channel, such as a blur."""
+    """Labels the output of a fixed filter on each channel, such as a blur."""
     x, weight, bias, _, _, _, transposed, _, groups = op.args
     out = op.outputs[0]
     labels = tracer.get(weight) if tracer.is_labelled(weight) else torch.tensor(NEUTRAL)
@@ -191,12 +187,12 @@ def _bias(tracer: Tracer, bias: Tensor | None, outputs: Tensor) -> None:
 
 
 def _product(tracer: Tracer, op: Op) -> bool:
-    """A product of activations (..., I, K) x (..., K, J): channels on K must match, others pass."""
+    """Labels a product of activations (..., I, K) x (..., K, J): channels on K must match."""
     first, second = (tracer.get(tensor) for tensor in op.args[:2])
     out, last = op.outputs[0], first.ndim - 1
     rows, columns = varying_dims(first), varying_dims(second)
     batch = set(range(last - 1))
-    if last in rows or last - 1 in columns:  # summed over channels: the same ones on both sides
+    if last in rows or last - 1 in columns:  # a sum over channels: both sides have the same
         is_matched = set(rows) - batch == {last} and set(columns) - batch == {last - 1}
         if not is_matched:
             return False
@@ -234,8 +230,9 @@ BATCH_NORMS = {
 }  # fmt: skip
 
 
-def _norm_parameters(tracer: Tracer, tensors: Any, labels: Tensor) -> list[str]:
-    names = []
+def _norm_parameters(tracer: Tracer, tensors: Iterable[Any], labels: Tensor) -> list[str]:
+    """Labels the parameters and buffers of a norm; returns the names they have."""
+    names: list[str] = []
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             continue
@@ -271,7 +268,7 @@ def _layer_norm(tracer: Tracer, op: Op) -> bool:
 
 
 def _group_norm(tracer: Tracer, op: Op) -> bool:
-    """Parts that are normalised together stay or go whole, or all keep the same places."""
+    """Makes parts that are normalised together stay or go whole, or all keep the same lanes."""
     x, weight, bias, _, _, _, groups, _ = op.args
     labels = tracer.channels(x)
     if groups > 1 and drops_groups(x.shape[1], groups):

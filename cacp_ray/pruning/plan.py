@@ -1,7 +1,8 @@
-"""The slicing plan of a network: channel groups, exact cost, and what follows which group.
+"""The plan of a network: channel groups, exact cost, and the tensor dimensions of each group.
 
-Made once by `make_plan`; afterwards no tracing is needed: keep counts K and an importance order say
-which positions of every parameter and buffer remain, and the cost is a closed form of K.
+`make_plan` (`cacp_ray.pruning.planner`) makes it once. No tracing is needed afterwards: keep counts
+and an importance order say which positions of every parameter and buffer remain, and the cost is a
+closed form of the keep counts.
 """
 
 import fnmatch
@@ -9,32 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor, nn
 
-from cacp_ray.errors import ConfigError, UnsupportedModelError
+from cacp_ray.errors import ConfigError
 from cacp_ray.pruning.axis import Axis
 from cacp_ray.pruning.cost import ChannelGroup, CostModel
-from cacp_ray.pruning.grouping import Grouping, find_groups, make_cost_model
-from cacp_ray.pruning.trace import trace
-from cacp_ray.pruning.tracer import Trace
-from cacp_ray.pruning.verify import find_failures
 
 
 @dataclass(frozen=True)
 class Consumer:
-    """A convolution (groups = 1) or linear layer that mixes prunable input channels.
+    """A convolution (groups = 1) or linear layer that mixes prunable input channels."""
 
-    Attributes:
-        module: Its name.
-        weight: Its weight's name: (C_out, C_in, ...).
-        batch_norm: Prefix of the BN that alone takes its output, None where there is none.
-    """
-
-    module: str
-    weight: str
-    batch_norm: str | None
+    module: str  # name of the layer
+    weight: str  # name of its weight (C_out, C_in, ...)
+    batch_norm: str | None  # prefix of the BN that alone takes its output, None where there is none
 
 
 @dataclass(frozen=True)
@@ -85,88 +74,20 @@ class Plan:
         """
         prunable = np.ones(len(self.groups), dtype=bool)
         for pattern in keep_patterns:
-            hits = [
+            is_hit = [
                 any(fnmatch.fnmatch(producer, pattern) for producer in group.producers)
                 for group in self.groups
             ]
-            is_whole = any(fnmatch.fnmatch(name, pattern) for name in self.fixed)
-            if not any(hits) and not is_whole:
-                inside = any(
+            is_fixed = any(fnmatch.fnmatch(name, pattern) for name in self.fixed)
+            if not any(is_hit) and not is_fixed:
+                has_layers_inside = any(
                     producer.startswith(f"{pattern}.")
                     for group in self.groups
                     for producer in group.producers
                 )
                 raise ConfigError(
                     f"keep pattern {pattern!r} matches no layer: "
-                    + (f"write {pattern}.*" if inside else "see `cacp-ray inspect`")
+                    + (f"write {pattern}.*" if has_layers_inside else "see `cacp-ray inspect`")
                 )
-            prunable &= ~np.array(hits, dtype=bool)
+            prunable &= ~np.array(is_hit, dtype=bool)
         return prunable
-
-
-def make_plan(model: nn.Module, example_input: Tensor) -> Plan:
-    """Traces the network once, describes how it may be cut, and tries it out.
-
-    Args:
-        model: Not changed.
-        example_input: (1, C, H, W).
-
-    Raises:
-        UnsupportedModelError: The network does not run, or has no prunable channels.
-    """
-    found = trace(model, example_input)
-    while True:
-        grouping = find_groups(found)
-        if not grouping.roots:
-            reasons = sorted(found.sets.all_reasons)
-            raise UnsupportedModelError(
-                f"no prunable channels in {type(model).__name__}: "
-                f"{'; '.join(reasons[:3]) or 'it has no convolutions'}"
-            )
-        plan = _assemble(model, found, grouping, tuple(example_input.shape[1:]))
-        failures = find_failures(model, plan, example_input)
-        if not failures:
-            return plan
-        for group, reason in failures.items():
-            found.sets.freeze(torch.tensor(grouping.roots[group]), reason)
-
-
-def _assemble(
-    model: nn.Module, found: Trace, grouping: Grouping, input_shape: tuple[int, ...]
-) -> Plan:
-    axes = {
-        key: axis
-        for key, labels in found.dims.items()
-        if (axis := grouping.axis(found, labels)) is not None
-    }
-    consumers = {
-        call.weight: Consumer(
-            call.weight.rpartition(".")[0], call.weight, found.batch_norms.get(call.weight)
-        )
-        for call in found.calls
-        if call.weight is not None and call.is_mixing and (call.weight, 1) in axes
-    }
-    fixed = {}
-    for call in found.calls:
-        if call.weight is not None and grouping.axis(found, call.outputs) is None:
-            root = int(call.outputs[0])
-            fixed[call.weight.rpartition(".")[0]] = found.sets.reason(root)
-    normalised = {grouping.group_of.get(root, -1) for root in found.sets.normalised_roots()} - {-1}
-    return Plan(
-        cost_model=make_cost_model(model, found, grouping, axes),
-        axes=axes,
-        consumers=tuple(consumers.values()),
-        normalised=tuple(sorted(normalised)),
-        fixed=fixed,
-        input_shape=input_shape,
-    )
-
-
-def count_macs(model: nn.Module, example_input: Tensor) -> int:
-    """MACs for one input as PyTorch's own counter sees them."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(example_input)
-    return counter.get_total_flops() // 2

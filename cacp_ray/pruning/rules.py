@@ -1,19 +1,20 @@
-"""What each operation does to labels: data movement, element-wise operations, reductions.
+"""What data movement, element-wise operations and reductions do to labels.
 
-Layers, norms and matrix products are in `layer_rules`. An operation without a rule freezes what
-passes through it.
+`layer_rules` has layers, norms and matrix products. An operation without a rule freezes what passes
+through it.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from cacp_ray.pruning.labels import FROZEN, NEUTRAL, compact, varying_dims
+from cacp_ray.pruning.labels import FROZEN, NEUTRAL, compact, split_dim, varying_dims
 from cacp_ray.pruning.layer_rules import LAYER_RULES, TAKES_WEIGHTS, Op, use_weight
+from cacp_ray.pruning.torch_types import broadcast
 from cacp_ray.pruning.tracer import Tracer
 
 aten = torch.ops.aten
@@ -33,7 +34,7 @@ POINTWISE = {
     aten.hardsigmoid, aten.threshold_, aten.rrelu_with_noise, aten.rrelu_with_noise_,
 }  # fmt: skip
 SUMS = {aten.add, aten.add_, aten.sub, aten.sub_}
-PER_CHANNEL = {  # output channel i is made of input channel i alone
+PER_CHANNEL = {  # each output channel is made of the same input channel alone
     aten.max_pool2d_with_indices, aten.avg_pool2d, aten._adaptive_avg_pool2d, aten.max_pool2d,
     aten.adaptive_max_pool2d, aten.upsample_nearest2d, aten.upsample_bilinear2d,
     aten.upsample_bicubic2d, aten._upsample_nearest_exact2d, aten.reflection_pad2d,
@@ -52,7 +53,7 @@ MAKERS = {
 def apply_rule(
     tracer: Tracer, func: Any, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Labels what an operation made."""
+    """Labels the outputs of an operation."""
     op = Op(func, out, args, kwargs)
     tracer.use(op.tensors)
     for tensor in op.outputs:
@@ -70,24 +71,22 @@ def apply_rule(
 
 
 def _label(tracer: Tracer, op: Op) -> None:
-    """Labels the outputs by rule; where no rule can, all channels freeze."""
+    """Labels the outputs by rule, or freezes all channels where no rule can."""
     try:
-        is_known = _rule_of(tracer, op)(tracer, op)
-    except Exception as error:  # a form of the operation that its rule does not foresee
+        rule = _rule_of(tracer, op)
+        is_known = rule is not None and rule(tracer, op)
+    except Exception as error:  # the rule does not foresee this form of the operation
         logger.debug("%s: %s", op.func, error)
         is_known = False
     if not is_known:
         _freeze(tracer, op)
 
 
-def _rule_of(tracer: Tracer, op: Op) -> Rule:
+def _rule_of(tracer: Tracer, op: Op) -> Rule | None:
     if op.packet not in TAKES_WEIGHTS and any(tracer.weight_of(t) for t in op.tensors):
         return use_weight
-    if op.packet in LAYER_RULES:
-        return LAYER_RULES[op.packet]
-    if op.packet in RULES:
-        return RULES[op.packet]
-    return _pointwise if torch.Tag.pointwise in op.func.tags else _unknown
+    other = _pointwise if torch.Tag.pointwise in op.func.tags else None
+    return LAYER_RULES.get(op.packet) or RULES.get(op.packet, other)
 
 
 def _shares_memory(one: Tensor, other: Tensor) -> bool:
@@ -95,14 +94,10 @@ def _shares_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def _freeze(tracer: Tracer, op: Op) -> None:
-    tracer.freeze_all(op.tensors, f"passes through {op.name}")
+    tracer.freeze_all(op.tensors, f"passes through {str(op.packet).removeprefix('aten.')}")
     for tensor in op.outputs:
         tracer.put(tensor, torch.tensor(FROZEN if op.tensors else NEUTRAL).expand(tensor.shape))
     op.add_fixed_cost(tracer)
-
-
-def _unknown(tracer: Tracer, op: Op) -> bool:
-    return False
 
 
 def _make(tracer: Tracer, op: Op) -> bool:
@@ -132,37 +127,37 @@ def _move(tracer: Tracer, op: Op) -> bool:
 
 
 def _tie_parts(tracer: Tracer, before: Tensor, after: Tensor) -> None:
-    """Channels viewed as parts x lanes: all parts keep the same lanes, so that the view fits."""
+    """Unites the parts of channels viewed as parts x lanes: the view fits if all keep one set."""
     varying = varying_dims(after)
     for dim in varying[: len(varying) - len(varying_dims(before))]:
         tracer.sets.unite_along(after, dim)
 
 
 def _split(tracer: Tracer, op: Op) -> bool:
-    """Equal pieces are cut alike, so that the same split finds them again."""
+    """Unites equal pieces, so that the same split finds them again after a cut."""
     x = op.args[0]
     dim = (op.args[2] if len(op.args) > 2 else op.kwargs.get("dim", 0)) % x.ndim
     labels = tracer.get(x)
     if dim in varying_dims(labels):
-        sizes = [tensor.shape[dim] for tensor in op.outputs]
+        sizes: list[int] = [tensor.shape[dim] for tensor in op.outputs]
         if len(set(sizes)) > 1:
             tracer.sets.freeze(labels, "split at fixed places")
         else:
-            tracer.sets.unite_along(labels.unflatten(dim, (len(sizes), sizes[0])), dim)
+            tracer.sets.unite_along(split_dim(labels, dim, len(sizes)), dim)
     return _move(tracer, op)
 
 
 def _glu(tracer: Tracer, op: Op) -> bool:
-    """One half of the channels gates the other."""
+    """Unites both halves of the channels, as one gates the other."""
     x = op.args[0]
     dim = (op.args[1] if len(op.args) > 1 else -1) % x.ndim
-    halves = tracer.get(x).unflatten(dim, (2, x.shape[dim] // 2))
+    halves = split_dim(tracer.get(x), dim, 2)
     tracer.put(op.outputs[0], tracer.sets.unite_along(halves, dim))
     return True
 
 
 def _roll(tracer: Tracer, op: Op) -> bool:
-    """Channels that move on by a number of places end elsewhere when some are gone."""
+    """Moves labels along other dimensions; channels that roll would end elsewhere after a cut."""
     x: Tensor = op.args[0]
     dims: list[int] = next(iter(op.args[2:]), None) or op.kwargs.get("dims") or []
     if not dims or {dim % x.ndim for dim in dims} & set(varying_dims(tracer.get(x))):
@@ -171,7 +166,7 @@ def _roll(tracer: Tracer, op: Op) -> bool:
 
 
 def _slice(tracer: Tracer, op: Op) -> bool:
-    """A part of the channels is picked by number: those numbers would not move along."""
+    """Freezes channels of which a part is picked by number: a cut would move the numbers."""
     x = op.args[0]
     dim = (op.args[1] if len(op.args) > 1 else op.kwargs.get("dim", 0)) % x.ndim
     labels = tracer.get(x)
@@ -184,7 +179,7 @@ def _slice(tracer: Tracer, op: Op) -> bool:
 
 
 def _pad(tracer: Tracer, op: Op) -> bool:
-    """Borders are of the channel they surround; channels that padding adds stay."""
+    """Gives borders the label of the channel they surround; channels that padding adds stay."""
     labels, pads = tracer.get(op.args[0]), list(op.args[1])
     varying = varying_dims(labels)
     for number in range(len(pads) // 2):
@@ -207,14 +202,14 @@ def _pad(tracer: Tracer, op: Op) -> bool:
 
 def _shuffle(tracer: Tracer, op: Op) -> bool:
     labels = tracer.get(op.args[0])
-    parts = labels.unflatten(1, (op.args[1], labels.shape[1] // op.args[1]))
+    parts = split_dim(labels, 1, op.args[1])
     _tie_parts(tracer, labels, parts)
     tracer.put(op.outputs[0], parts.transpose(1, 2).flatten(1, 2))
     return True
 
 
 def _as_strided(tracer: Tracer, op: Op) -> bool:
-    """A channels_last mean rewrites the strides of single pixels: nothing moves."""
+    """Accepts new strides of single pixels, as of a channels_last mean: nothing moves."""
     out = op.outputs[0]
     return out.shape[:2].numel() == out.numel() and tracer.get(op.args[0]).shape == out.shape
 
@@ -235,7 +230,7 @@ def _per_channel(tracer: Tracer, op: Op) -> bool:
 
 
 def _reduce(tracer: Tracer, op: Op) -> bool:
-    """A sum over branches ties them; over the channels themselves it leaves none."""
+    """Unites branches that are summed; a reduction over the channels themselves leaves none."""
     x = op.args[0]
     place = REDUCTIONS[op.packet]
     dims = op.args[place] if len(op.args) > place else op.kwargs.get("dim")
@@ -277,7 +272,7 @@ def _softmax(tracer: Tracer, op: Op) -> bool:
 def _pointwise(tracer: Tracer, op: Op) -> bool:
     """Unites the labels of all operands, element by element."""
     merged = torch.tensor(NEUTRAL)
-    parameters = []
+    parameters: list[Tensor] = []
     for tensor in op.tensors:
         if not tracer.is_labelled(tensor) and tracer.name_of(tensor):
             parameters.append(tensor)
@@ -297,14 +292,14 @@ def _join(tracer: Tracer, first: Tensor, second: Tensor, *, is_sum: bool) -> Ten
     for one, other in ((first, second), (second, first)):
         lead = one.ndim - other.ndim
         spread = [d for d in varying_dims(one) if d < lead or other.shape[d - lead] == 1]
-        if spread:  # a gate of one channel acts on many: it follows none of them
+        if spread:  # a gate of one channel that acts on many follows none of them
             tracer.sets.freeze(other, "one channel acts on many")
-            return torch.broadcast_tensors(one, other)[0]
+            return broadcast(one, other)[0]
     return tracer.sets.unite(first, second, is_sum=is_sum)
 
 
 def _reduced(labels: Tensor, shape: Sequence[int]) -> Tensor:
-    """Labels as a parameter of this shape has them; neutral where it is the same for channels."""
+    """Labels for a parameter of this shape; neutral where one value serves several channels."""
     varying = varying_dims(labels)
     lead = labels.ndim - len(shape)
     for dim in range(labels.ndim):
@@ -315,23 +310,19 @@ def _reduced(labels: Tensor, shape: Sequence[int]) -> Tensor:
     return labels.reshape(labels.shape[max(lead, 0) :]).expand(shape)
 
 
-def _table(*entries: tuple[Iterable[Any], Rule]) -> dict[Any, Rule]:
-    return {packet: rule for packets, rule in entries for packet in packets}
-
-
-RULES: dict[Any, Rule] = _table(
-    (MOVES | VIEWS, _move),
-    (POINTWISE, _pointwise),
-    (PER_CHANNEL, _per_channel),
-    (REDUCTIONS, _reduce),
-    (MAKERS, _make),
-    ((aten.split, aten.split_with_sizes), _split),
-    ((aten.slice, aten.select), _slice),
-    ((aten._softmax, aten._log_softmax), _softmax),
-    ((aten.constant_pad_nd,), _pad),
-    ((aten.glu,), _glu),
-    ((aten.roll,), _roll),
-    ((aten.native_channel_shuffle, aten.channel_shuffle), _shuffle),
-    ((aten.as_strided_,), _as_strided),
-    ((aten.copy_,), _copy),
-)
+RULES: dict[Any, Rule] = {
+    **dict.fromkeys(MOVES | VIEWS, _move),
+    **dict.fromkeys(POINTWISE, _pointwise),
+    **dict.fromkeys(PER_CHANNEL, _per_channel),
+    **dict.fromkeys(REDUCTIONS, _reduce),
+    **dict.fromkeys(MAKERS, _make),
+    **dict.fromkeys((aten.split, aten.split_with_sizes), _split),
+    **dict.fromkeys((aten.slice, aten.select), _slice),
+    **dict.fromkeys((aten._softmax, aten._log_softmax), _softmax),
+    **dict.fromkeys((aten.native_channel_shuffle, aten.channel_shuffle), _shuffle),
+    aten.constant_pad_nd: _pad,
+    aten.glu: _glu,
+    aten.roll: _roll,
+    aten.as_strided_: _as_strided,
+    aten.copy_: _copy,
+}

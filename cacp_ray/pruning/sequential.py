@@ -1,20 +1,21 @@
-"""Sequential recovery: every layer is fitted to the inputs that the cut network really gives it.
+"""Sequential recovery: every layer is fitted to the inputs that it gets in the cut network.
 
 Compensation (`cacp_ray.pruning.compensation`) takes statistics of the whole network, so each layer
 is repaired as if all others were whole, and errors add up along the network. Here layers are
 visited in forward order: the inputs x' come from the cut network, whose earlier layers are repaired
-already, and the targets y are what the original layer gave for the same images at the same places.
-Least squares with intercept, the ridge pulling towards the compensated weight; where a BN layer
-follows, each row is scaled so that the outputs keep their variance. It costs one pass of the
-original network and one of the cut network: too much for a candidate, little for a final subnet.
+already, and the targets y are the outputs of the original layer for the same images at the same
+places. The fit is least squares with intercept, and the ridge pulls towards the compensated weight;
+where a BN layer follows, each row is scaled so that the outputs keep their variance. It costs one
+pass of the original network and one of the cut network: too much for a candidate, little for a
+final subnet.
 
 Source: the order of repair is that of ThiNet (Luo et al., 2017) and of channel pruning (He et al.,
 2017, section 3.2: "whole model pruning" takes the targets of the original network). Ours: one pass,
 in which each layer solves as soon as its inputs arrive. Left out: a target that also makes up for
 the drift of a shortcut (CACP, supplement), for which the plan would have to know what is added.
 
-Memory: the targets take up to TARGET_BYTES; the cut network sees all images in one batch, of up to
-BATCH_PIXELS pixels in all; of its inputs only the products are kept.
+Memory: the targets take up to TARGET_BYTES; the cut network sees all images in one batch of up to
+BATCH_PIXELS pixels; only products of its inputs are stored.
 """
 
 from collections import Counter
@@ -24,11 +25,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from cacp_ray.pruning.patches import PLAIN, choose_places, take_inputs, take_outputs
+from cacp_ray.pruning.cutter import Orders
+from cacp_ray.pruning.patches import PLAIN_FORWARDS, choose_places, take_inputs, take_outputs
 from cacp_ray.pruning.plan import Consumer, Plan
+from cacp_ray.pruning.resizable import ResizableNetwork
 from cacp_ray.pruning.statistics import POSITIONS, SEPARABLE_ABOVE, regularized
-from cacp_ray.pruning.surgery import Orders, Skeleton
+from cacp_ray.pruning.torch_types import cholesky
 
 TARGET_BYTES = 2**29
 BATCH_PIXELS = 2**23  # 8,192 images of 32x32, 167 of 224x224
@@ -37,10 +41,10 @@ ROWS_PER_INPUT = 4  # a layer with fewer keeps its compensated weight: it would 
 
 @dataclass
 class _Target:
-    """What a layer of the original network gave, batch by batch."""
+    """Outputs of a layer of the original network at sampled places, batch by batch."""
 
-    places: list[Tensor] = field(default_factory=list)
-    rows: list[Tensor] = field(default_factory=list)  # (N * P, kept outputs) each
+    places: list[Tensor] = field(default_factory=list[Tensor])
+    rows: list[Tensor] = field(default_factory=list[Tensor])  # each (N * P, kept outputs)
 
 
 def recover_sequentially(
@@ -57,61 +61,46 @@ def recover_sequentially(
 ) -> dict[str, Tensor]:
     """Repairs one cut network, layer by layer.
 
-    Layers keep what `tensors` holds where they are called more than once, have a forward of their
-    own, batch entries that do not belong to one image each, more than SEPARABLE_ABOVE kept inputs,
-    or fewer than ROWS_PER_INPUT rows an input.
+    A layer keeps its `tensors` if it is called more than once, overrides forward, mixes images in
+    its batch entries, keeps more than SEPARABLE_ABOVE inputs, or has fewer than ROWS_PER_INPUT rows
+    for each input.
 
-    Args:
-        model: The base network.
-        plan: Of `model`.
-        tensors: Of the cut network, compensated (`Compensator`).
-        orders: The importance order.
-        keep_counts: Channels kept, one entry a group.
-        images: Normalised calibration images (N, C, H, W), from training rows only.
-        seed: Of the sampled places.
-        positions: Rows of each image and layer, at most.
-        batch_size: Images a pass of the original network.
-
-    Returns:
-        `tensors` with repaired weights, biases and running means.
+    `tensors` are those of the cut network, compensated (`Compensator`); the result has repaired
+    weights, biases and running means. `images` are normalised training images (N, C, H, W).
     """
     images = images[: max(1, BATCH_PIXELS // images.shape[2:].numel())]
     original = model.state_dict()
     outputs = {
-        consumer.weight: _kept_outputs(
-            plan, consumer, len(original[consumer.weight]), orders, keep_counts
-        )
-        for consumer in plan.consumers
+        c.weight: _kept_outputs(plan, c, len(original[c.weight]), orders, keep_counts)
+        for c in plan.consumers
     }
     width = sum(len(tensors[consumer.weight]) for consumer in plan.consumers)
     positions = max(1, min(positions, TARGET_BYTES // (4 * len(images) * max(1, width))))
-    batches = images.split(batch_size)
+    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
     targets = _collect_targets(model, plan, outputs, batches, positions, seed)
-    skeleton = Skeleton(model)
-    small = skeleton.load(tensors)
+    resizable = ResizableNetwork(model)
+    small = resizable.load(tensors)
     state = small.state_dict()
-    for consumer in plan.consumers:  # intercepts are taken off the original running means
+    for consumer in plan.consumers:  # intercepts are subtracted from the original running means
         name = f"{consumer.batch_norm}.running_mean"
         if name in state:
             state[name] = original[name][outputs[consumer.weight]]
-    modules = dict(small.named_modules())
     result = dict(tensors)
-    hooks = []
     for consumer in plan.consumers:
         if consumer.weight not in targets:
             continue
 
         def repair(module: nn.Module, args: tuple[Any, ...], consumer: Consumer = consumer) -> None:
             target = targets.pop(consumer.weight)
-            # Windows or places of an image may have become batch entries, side by side.
+            # Windows or places of one image may have become neighbouring batch entries.
             entries = max(1, len(args[0]) // len(images))
             inputs = args[0].split(entries * batch_size)
             if _belong_together(inputs, target):
                 new = _fit(module, consumer, inputs, target, state)
                 result.update(new)
-                skeleton.load(new)
+                resizable.load(new)
 
-        hooks.append(modules[consumer.module].register_forward_pre_hook(repair))
+        small.get_submodule(consumer.module).register_forward_pre_hook(repair)
     with torch.no_grad():
         small(images)
     return result
@@ -120,11 +109,11 @@ def recover_sequentially(
 def _kept_outputs(
     plan: Plan, consumer: Consumer, width: int, orders: Orders, keep_counts: Sequence[int]
 ) -> Tensor:
-    """Original indices, of `width`, of the outputs that the cut layer has, in its order."""
+    """Original indices of the outputs that the cut layer keeps, in its order."""
     axis = plan.axes.get((consumer.weight, 0))
     if axis is None:
         return torch.arange(width)
-    return torch.from_numpy(axis.reordered(orders)[axis.positions(keep_counts)])
+    return torch.as_tensor(axis.reordered(orders)[axis.positions(keep_counts)])
 
 
 def _collect_targets(
@@ -135,12 +124,11 @@ def _collect_targets(
     positions: int,
     seed: int,
 ) -> dict[str, _Target]:
-    """By weight name, of the layers that are called once a pass."""
-    modules = dict(model.named_modules())
+    """Targets of the layers that are called once in a pass, by weight name."""
     generator = torch.Generator().manual_seed(seed)
     targets: dict[str, _Target] = {}
     calls: Counter[str] = Counter()
-    hooks = []
+    hooks: list[RemovableHandle] = []
     for consumer in plan.consumers:
 
         def record(
@@ -152,8 +140,8 @@ def _collect_targets(
             target.places.append(places)
             target.rows.append(take_outputs(module, y, places)[:, outputs[name]])
 
-        module = modules[consumer.module]
-        if type(module).forward in PLAIN:
+        module = model.get_submodule(consumer.module)
+        if type(module).forward in PLAIN_FORWARDS:
             hooks.append(module.register_forward_hook(record))
     try:
         model.eval()
@@ -185,7 +173,7 @@ def _fit(
     size, num_rows = start.shape[1], sum(len(y) for y in target.rows)
     if size > SEPARABLE_ABOVE or num_rows < ROWS_PER_INPUT * size:
         return {}
-    # Products in float32 about means, sums in float64.
+    # Products are taken in float32 about means and summed in float64.
     y_mean = torch.stack([y.double().sum(0) for y in target.rows]).sum(0) / num_rows
     y_square = torch.zeros_like(y_mean)
     x_guess = take_inputs(module, inputs[0], target.places[0]).mean(0)
@@ -203,7 +191,7 @@ def _fit(
     covariance = square / num_rows - torch.outer(x_mean, x_mean)
     ridged = regularized(covariance)
     right = cross / num_rows + (ridged - covariance) @ start.T
-    solved = torch.cholesky_solve(right, torch.linalg.cholesky(ridged))  # (D, N)
+    solved = torch.cholesky_solve(right, cholesky(ridged))  # (D, N)
     if consumer.batch_norm is not None:
         fitted = (solved * (covariance @ solved)).sum(0)
         wanted = y_square / num_rows

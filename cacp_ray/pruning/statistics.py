@@ -1,9 +1,9 @@
-"""What calibration images tell of a network, from one pass: input moments, gate gradients.
+"""What calibration images tell of a network, from one pass: input moments and gate gradients.
 
-Input moments belong to every layer that mixes prunable channels: mean and covariance of its
-unfolded input (`cacp_ray.pruning.patches`). Gate gradients belong to every channel group: how the
-loss would change if a channel were closed at all its readers. Both are given in float32 precision,
-so that saving them (`cacp_ray.pruning.statistics_file`) loses nothing.
+Every layer that mixes prunable channels has input moments: mean and covariance of its unfolded
+input (`cacp_ray.pruning.patches`). Every channel group has gate gradients: how the loss would
+change if a channel were closed at all its readers. Both have float32 precision, so that saving them
+(`cacp_ray.pruning.statistics_file`) loses nothing.
 """
 
 from collections.abc import Iterable
@@ -18,51 +18,44 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from cacp_ray.errors import EvaluationError
-from cacp_ray.memory import give_back_memory
+from cacp_ray.io.environment import give_back_memory
+from cacp_ray.pruning.axis import Axis
 from cacp_ray.pruning.patches import choose_places, is_product, take_inputs
-from cacp_ray.pruning.plan import Axis, Consumer, Plan
+from cacp_ray.pruning.plan import Consumer, Plan
+from cacp_ray.pruning.torch_types import Convolution
 
 RIDGE = 1e-4  # noise on each input, as a share of the mean variance
-POSITIONS = 64  # rows of an image and layer
-SEPARABLE_ABOVE = 4096  # inputs D; a dense float64 covariance of so many takes 128 MiB
+POSITIONS = 64  # rows from each image and layer
+SEPARABLE_ABOVE = 4096  # inputs D; a dense float64 covariance of 4096 inputs takes 128 MiB
 SOLVABLE = (nn.Conv2d, nn.Linear)  # layers whose input rows are collected
-GATED = (nn.modules.conv._ConvNd, nn.Linear)  # layers whose input channels get gates
-BATCH_PIXELS = 2**19  # of images passed at once: 512 of 32x32, 10 of 224x224
+GATED = (Convolution, nn.Linear)  # layers whose input channels get gates
+BATCH_PIXELS = 2**19  # pixels passed at once: 512 images of 32x32, 10 of 224x224
 
 
 @dataclass(frozen=True)
 class InputMoments:
-    """Of a layer's unfolded input, D = C * T values, channel by channel.
+    """Mean and covariance of a layer's unfolded input, D = C * T values, channel by channel.
 
-    T is k * k for a convolution. A linear layer has T = 1, or, where it reads a flattened map of
-    one group, the places of that map.
-
-    Attributes:
-        mean: (D,) float64.
-        covariance: (D, D) float32; of a separable form (C, C), between channels.
-        taps: None, or (T, T) float64 of trace T: then the covariance is that between channels
-            times that between taps, cov[(c, t), (c', t')] = covariance[c, c'] * taps[t, t'].
+    T is k * k for a convolution. For a linear layer T is 1, or the number of places where it reads
+    a flattened map of one group. In separable form `taps` is not None and
+    cov[(c, t), (c', t')] = covariance[c, c'] * taps[t, t'].
     """
 
-    mean: NDArray[np.float64]
-    covariance: NDArray[np.float32]
-    taps: NDArray[np.float64] | None = None
+    mean: NDArray[np.float64]  # (D,)
+    covariance: NDArray[np.float32]  # (D, D); in separable form (C, C), between channels
+    taps: NDArray[np.float64] | None = None  # (T, T) with trace T, between taps
 
 
 @dataclass(frozen=True)
 class GateGradients:
-    """Of one group: derivatives of the loss by a gate on each channel, over images n.
+    """Derivatives of the loss by a gate m on each channel of a group, over images n.
 
-    The gate of a channel multiplies it at the input of every layer that mixes it, so that closing
-    the gate is cutting the channel: dL_n/dm = sum over layers and places of A * dL_n/dA.
-
-    Attributes:
-        absolute: (C,) mean of |dL_n/dm|.
-        square: (C,) mean of (dL_n/dm)^2.
+    The gate multiplies its channel at the input of every layer that mixes it, so that closing the
+    gate is cutting the channel: dL_n/dm = sum over layers and places of A * dL_n/dA.
     """
 
-    absolute: NDArray[np.float64]
-    square: NDArray[np.float64]
+    absolute: NDArray[np.float64]  # (C,) mean of |dL_n/dm|
+    square: NDArray[np.float64]  # (C,) mean of (dL_n/dm)^2
 
 
 @dataclass(frozen=True)
@@ -70,14 +63,14 @@ class Statistics:
     """What calibration images tell of a network.
 
     Attributes:
-        inputs: By the weight name of a consumer; empty where not collected. A consumer that is
-            neither a 2-d convolution nor a linear layer, whose module is never called itself
-            (the projection inside `nn.MultiheadAttention`), or that does not give its weight
-            times its input (it pads inside its forward, say), has no entry.
-        gates: One a group; empty where not collected.
+        inputs: Moments by the weight name of a consumer; empty where not collected. A consumer has
+            no entry if it is neither a 2-d convolution nor a linear layer, if its module is never
+            called itself (the projection inside `nn.MultiheadAttention`), or if its output is not
+            its weight times its input (it pads inside its forward, say).
+        gates: Gradients of each group; empty where not collected.
     """
 
-    inputs: dict[str, InputMoments] = field(default_factory=dict)
+    inputs: dict[str, InputMoments] = field(default_factory=dict[str, InputMoments])
     gates: tuple[GateGradients, ...] = ()
 
 
@@ -92,17 +85,10 @@ def collect_statistics(
     positions: int = POSITIONS,
     batch_size: int = 125,
 ) -> Statistics:
-    """One pass of the whole network, and a backward pass where gates are asked for.
+    """Passes images through the whole network, and backward where `kinds` has `gates`.
 
-    Args:
-        model: The base network; left in evaluation mode.
-        plan: Of `model`.
-        images: Normalised calibration images (N, C, H, W), from training rows only.
-        labels: (N,) classes; only `gates` reads them.
-        seed: Of the sampled places.
-        kinds: Of `inputs` and `gates`; nothing else is collected.
-        positions: Rows of each image and layer, at most.
-        batch_size: Images a pass, at most; fewer of large ones.
+    `images` are normalised (N, C, H, W), from training rows only; `labels` (N,) serve `gates`
+    alone. The network is left in evaluation mode.
 
     Raises:
         EvaluationError: Activations or gradients overflow or are NaN.
@@ -110,16 +96,14 @@ def collect_statistics(
     kinds = frozenset(kinds)
     assert kinds <= {"inputs", "gates"}, kinds
     assert labels is not None or "gates" not in kinds
-    modules = dict(model.named_modules())
     moments = _Moments(plan, positions, torch.Generator().manual_seed(seed))
     gates = _Gates(plan)
     hooks: list[RemovableHandle] = []
+    layers = [(model.get_submodule(consumer.module), consumer) for consumer in plan.consumers]
     if "inputs" in kinds:
-        known = [c for c in plan.consumers if isinstance(modules[c.module], SOLVABLE)]
-        hooks += [moments.attach(modules[c.module], c) for c in known]
+        hooks += [moments.attach(layer, c) for layer, c in layers if isinstance(layer, SOLVABLE)]
     if "gates" in kinds:
-        known = [c for c in plan.consumers if isinstance(modules[c.module], GATED)]
-        hooks += [gates.attach(modules[c.module], c) for c in known]
+        hooks += [gates.attach(layer, c) for layer, c in layers if isinstance(layer, GATED)]
     at_once = max(1, min(batch_size, BATCH_PIXELS // images.shape[2:].numel()))
     model.eval()
     try:
@@ -147,14 +131,14 @@ class _Moments:
         self._positions = positions
         self._generator = generator
         self._sums: dict[str, _MomentSums] = {}
-        self._refused: set[str] = set()  # weights of layers that are no product of their input
+        self._refused: set[str] = set()  # weights of layers that do not multiply their input
 
     def attach(self, module: nn.Module, consumer: Consumer) -> RemovableHandle:
-        """Records every input of a layer; its calls in one pass pool their rows."""
+        """Records every input of a layer; all its calls pool their rows."""
         axis = self._plan.axes[consumer.weight, 1]
 
         def record(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
-            x = args[0].detach()  # gates, if any, are one
+            x = args[0].detach()  # any gates are open, and change nothing
             if x.numel() == 0:
                 return
             if not is_product(module, x, y.detach()):
@@ -171,8 +155,8 @@ class _Moments:
         return module.register_forward_hook(record)
 
     def finish(self) -> dict[str, InputMoments]:
-        """By weight name, in the order of the plan."""
-        result = {}
+        """Moments by weight name, in the order of the plan."""
+        result: dict[str, InputMoments] = {}
         for consumer in self._plan.consumers:
             if consumer.weight in self._sums and consumer.weight not in self._refused:
                 moments = self._sums.pop(consumer.weight).finish()  # large: one at a time
@@ -187,16 +171,17 @@ def separable_taps(module: nn.Module, axis: Axis) -> int | None:
         taps = module.weight[0, 0].numel()
     else:
         taps = axis.multiplicity if axis.single_group is not None else 1
-    is_large = module.weight[0].numel() > SEPARABLE_ABOVE  # type: ignore[operator,index]
-    return taps if is_large and taps > 1 else None
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return taps if weight[0].numel() > SEPARABLE_ABOVE and taps > 1 else None
 
 
 class _MomentSums:
-    """Sums of one layer over rows (R, D).
+    """Sums over the input rows (R, D) of one layer.
 
-    Products are made in float32 about a first guess of the mean, sums in float64: fast, and the
-    covariance stays positive. The separable form takes both partial traces of the covariance,
-    which determine it if it is a Kronecker product.
+    Products are taken in float32 about a first guess of the mean and summed in float64, which is
+    fast and keeps the covariance positive. The separable form takes both partial traces of the
+    covariance, which determine it if it is a Kronecker product.
     """
 
     def __init__(self, rows: Tensor, taps: int | None) -> None:
@@ -222,7 +207,7 @@ class _MomentSums:
 
     def finish(self) -> InputMoments:
         """Mean and covariance, divided by the number of rows."""
-        mean = self._total / self._count  # of the shifted rows
+        mean = self._total / self._count  # mean of the shifted rows
         taps = self._taps or 1
         by_channel = mean.reshape(-1, taps)  # (C, T)
         covariance = (self._between_channels / self._count - by_channel @ by_channel.T) / taps
@@ -236,7 +221,7 @@ class _MomentSums:
 
 
 class _Gates:
-    """Gradients by one gate an image and channel, of all groups side by side.
+    """Gradients by one gate for each image and channel, for all groups at once.
 
     Source: Group Fisher pruning (Liu et al., ICML 2021, section 3): gradients of coupled layers
     add up before they are squared. The mean of |dL_n/dm| is the first-order Taylor criterion on
@@ -255,14 +240,14 @@ class _Gates:
     def attach(self, module: nn.Module, consumer: Consumer) -> RemovableHandle:
         """Multiplies the channels of a layer's input by their gates."""
         axis = self._plan.axes[consumer.weight, 1]
-        # Channels of no group read the last gate, whose gradient nobody uses.
+        # Channels of no group read the last gate, whose gradient is not used.
         columns = np.where(axis.group < 0, self._size, self._offsets[axis.group] + axis.channel)
-        index = torch.from_numpy(columns)
+        index = torch.as_tensor(columns)
 
         def gate(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x = args[0]
             gates = self._gates[:, index]  # (N, C_in)
-            # Windows of an image that became batch entries stand side by side.
+            # Windows of one image may have become neighbouring batch entries.
             gates = gates.repeat_interleave(len(x) // len(gates), 0)
             ones = [1] * (x.ndim - 2)
             is_linear = isinstance(module, nn.Linear)
@@ -272,11 +257,11 @@ class _Gates:
         return module.register_forward_pre_hook(gate)
 
     def differentiate(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
-        """Adds the gradients of one batch."""
+        """Adds the gradients on one batch."""
         self._gates = torch.ones(len(images), self._size + 1, requires_grad=True)
         with torch.enable_grad():
             loss = functional.cross_entropy(model(images), labels, reduction="sum")
-            # Without any reader the loss would not depend on the gates.
+            # If nothing reads the gates, the loss still has to depend on them.
             loss = loss + 0 * self._gates.sum()
             gradient = torch.autograd.grad(loss, self._gates)[0][:, : self._size].double()
         self._absolute += gradient.abs().sum(0)
@@ -284,15 +269,12 @@ class _Gates:
         self._count += len(images)
 
     def finish(self) -> tuple[GateGradients, ...]:
-        """One a group; zeros for a group that nothing reads."""
-        sizes = [group.num_channels for group in self._plan.groups]
-        absolute = (self._absolute / self._count).split(sizes)
-        square = (self._square / self._count).split(sizes)
+        """Gradients of each group; zeros for a group that nothing reads."""
+        absolute = np.split(_rounded(self._absolute / self._count), self._offsets[1:-1])
+        square = np.split(_rounded(self._square / self._count), self._offsets[1:-1])
         for group, a, s in zip(self._plan.groups, absolute, square, strict=True):
-            _check_finite(group.name, "gradients", _rounded(a), _rounded(s))
-        return tuple(
-            GateGradients(_rounded(a), _rounded(s)) for a, s in zip(absolute, square, strict=True)
-        )
+            _check_finite(group.name, "gradients", a, s)
+        return tuple(GateGradients(a, s) for a, s in zip(absolute, square, strict=True))
 
 
 def _check_finite(layer: str, what: str, *arrays: NDArray[np.floating[Any]]) -> None:
@@ -312,14 +294,14 @@ def _rounded(values: Tensor) -> NDArray[np.float64]:
 
 
 def regularized(covariance: Tensor) -> Tensor:
-    """A covariance (D, D) plus a ridge, so that it can be factored: RIDGE of the mean variance.
+    """A covariance (D, D) in float64 plus RIDGE of its mean variance, so that it can be factored.
 
-    In float64, whatever is given. Noise on every input, whatever the number of calibration images:
-    as right-hand sides have it too, it draws a compensated weight towards the cut original one.
-    Ours; CaP has no ridge. A share of 1e-6 to 1e-2 gave the same accuracy within 0.5 points at 100
-    to 5,000 images (ResNet-20 and -56, CIFAR-10, all groups at rates 0.3 and 0.5); shrinkage by OAS
-    (Chen et al., 2010, eq. 23) was no better with n the number of rows, and worse with n the number
-    of images.
+    The ridge acts as noise on every input, and does not depend on the number of calibration images.
+    As right-hand sides have it too, it draws a compensated weight towards the cut original one.
+    The ridge is ours; CaP has none. A share of 1e-6 to 1e-2 gave the same accuracy within 0.5
+    points at 100 to 5,000 images (ResNet-20 and -56, CIFAR-10, all groups at rates 0.3 and 0.5).
+    Shrinkage by OAS (Chen et al., 2010, eq. 23) was no better with n the number of rows, and worse
+    with n the number of images.
     """
     covariance = covariance.double()
     noise = RIDGE * covariance.diagonal().mean() + 1e-12

@@ -1,9 +1,12 @@
 """Statistics on disk, so that a later command reads what a search has collected.
 
-One safetensors file. Of every symmetric matrix the lower triangle is kept, in float32: statistics
-have that precision from the start, so nothing is lost, and what is rounded is far below the ridge
-that compensation adds. The file names what it was made of; a file of anything else is not used.
+The safetensors file holds the lower triangle of every symmetric matrix, in float32: statistics have
+that precision from the start, so nothing is lost. Its key says what it was made of, and a file with
+another key is not used.
 """
+
+# pyright: basic
+# Basic: safetensors has no types.
 
 import hashlib
 import json
@@ -18,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from cacp_ray.data.images import ImageSet
-from cacp_ray.files import write_file
+from cacp_ray.io.files import write_file
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.statistics import POSITIONS, GateGradients, InputMoments, Statistics
 
@@ -36,20 +39,8 @@ def statistics_key(
     kinds: Iterable[str],
     positions: int = POSITIONS,
 ) -> str:
-    """sha256 of all that `collect_statistics` depends on.
-
-    Args:
-        weights_sha256: Of the base network.
-        plan: Of the network: which layers read which groups.
-        calibration: The images, their labels and normalisation.
-        seed: Of the sampled places.
-        kinds: What was collected.
-        positions: Rows of each image and layer.
-    """
-    readers = [
-        (consumer.weight, plan.axes[consumer.weight, 1].group.tolist())
-        for consumer in plan.consumers
-    ]
+    """sha256 of all that `collect_statistics` depends on."""
+    readers = [(c.weight, plan.axes[c.weight, 1].group.tolist()) for c in plan.consumers]
     sizes = [group.num_channels for group in plan.groups]
     settings = [FORMAT, weights_sha256, seed, sorted(kinds), positions, readers, sizes]
     images = calibration.images
@@ -61,13 +52,7 @@ def statistics_key(
 
 
 def save_statistics(path: Path, statistics: Statistics, key: str) -> None:
-    """Writes a safetensors file, whole or not at all.
-
-    Args:
-        path: Of the file.
-        statistics: Of `collect_statistics`.
-        key: Of `statistics_key`.
-    """
+    """Writes a safetensors file with the key of `statistics_key`, whole or not at all."""
     arrays: dict[str, NDArray[np.float32]] = {}
     for name, moments in statistics.inputs.items():
         arrays[f"inputs/{name}/mean"] = moments.mean.astype(np.float32)
@@ -83,10 +68,9 @@ def save_statistics(path: Path, statistics: Statistics, key: str) -> None:
 
 
 def load_statistics(path: Path, key: str) -> Statistics | None:
-    """What `save_statistics` wrote, or None where it must be collected anew.
+    """What `save_statistics` wrote; None if the file is missing, damaged or has another key.
 
-    That is where the file is missing, was made of something else than `key` says, or is damaged;
-    damage is logged.
+    Damage is logged.
     """
     if not path.exists():
         return None
@@ -100,11 +84,10 @@ def load_statistics(path: Path, key: str) -> Statistics | None:
             name: InputMoments(
                 arrays[f"inputs/{name}/mean"].astype(np.float64),
                 _unpack(arrays[f"inputs/{name}/covariance"]),
-                None
-                if (taps := arrays.get(f"inputs/{name}/taps")) is None
-                else _unpack(taps).astype(np.float64),
+                None if taps is None else _unpack(taps).astype(np.float64),
             )
             for name in json.loads(metadata["inputs"])
+            for taps in [arrays.get(f"inputs/{name}/taps")]
         }
         gates = tuple(
             GateGradients(

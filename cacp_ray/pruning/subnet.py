@@ -1,22 +1,23 @@
 """Subnet folders: JSON and safetensors, no pickle.
 
-`subnet.json` names the base model and says which channels were kept; `model.safetensors` holds the
-small tensors. `load_subnet` builds the base network by its factory, resizes it and loads strictly.
+`subnet.json` names the base model and the channels that were kept; `model.safetensors` holds the
+small tensors. `load_subnet` builds the base network by its factory and puts the tensors in place.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]: untyped
 from torch import nn
 
 from cacp_ray.errors import ArtifactError
-from cacp_ray.files import check_object, read_json, write_file, write_json, write_tensors
+from cacp_ray.io.files import check_object, read_json, write_file, write_json, write_tensors
 from cacp_ray.models.factory import build_model
+from cacp_ray.pruning.cutter import Orders, all_tensors
 from cacp_ray.pruning.plan import Plan
-from cacp_ray.pruning.surgery import Orders, Skeleton, all_tensors
+from cacp_ray.pruning.resizable import ResizableNetwork
 
 SCHEMA_VERSION = 1
 README = """# Subnet at rate {rate:.2f} ({cost_kept:.2%} of the {cost} of {model} kept)
@@ -34,7 +35,7 @@ is {shape}, scaled to [0, 1] and normalised as in training.
 
 
 def describe_kept(plan: Plan, orders: Orders, keep_counts: Sequence[int]) -> list[dict[str, Any]]:
-    """Per group its members and the kept channels' original indices, in the subnet's order."""
+    """Members and kept channels of every group: original indices in the subnet's order."""
     return [
         {
             "name": group.name,
@@ -47,23 +48,16 @@ def describe_kept(plan: Plan, orders: Orders, keep_counts: Sequence[int]) -> lis
 
 
 def save_subnet(folder: Path, model: nn.Module, description: Mapping[str, Any]) -> None:
-    """Writes model.safetensors, README.md, and last subnet.json, which makes the folder whole.
+    """Writes model.safetensors and README.md, then subnet.json, which makes the folder complete.
 
     Args:
-        folder: Made when missing.
+        folder: Subnet folder; it is made when missing.
         model: The small network.
         description: Content of subnet.json without the version: model, num_classes, input_shape,
             base_sha256, cost, rate, cost_kept, keep_counts, groups, macs, params and accuracies.
     """
     write_tensors(folder / "model.safetensors", all_tensors(model))
-    text = README.format(
-        rate=description["rate"],
-        cost_kept=description["cost_kept"],
-        cost=description["cost"],
-        model=description["model"],
-        folder=folder,
-        shape=tuple(description["input_shape"]),
-    )
+    text = README.format(**description, folder=folder, shape=tuple(description["input_shape"]))
     write_file(folder / "README.md", lambda path: path.write_text(text))
     write_json(folder / "subnet.json", {"schema_version": SCHEMA_VERSION} | dict(description))
 
@@ -72,11 +66,12 @@ def read_description(folder: Path) -> dict[str, Any]:
     """The content of subnet.json.
 
     Raises:
-        ArtifactError: Missing, not JSON, or of a newer version.
+        ArtifactError: The file is missing, is not JSON, or has another version.
     """
     file = folder / "subnet.json"
-    description = read_json(file)
-    version = description.get("schema_version") if isinstance(description, dict) else None
+    content = read_json(file)
+    description = cast("dict[str, Any]", content) if isinstance(content, dict) else {}
+    version = description.get("schema_version")
     if version != SCHEMA_VERSION:
         raise ArtifactError(
             f"{file}: schema version {version}, this cacp_ray reads "
@@ -89,11 +84,11 @@ def load_subnet(folder: str | Path, *, finetuned: bool | None = None) -> nn.Modu
     """A plain network in evaluation mode.
 
     Args:
-        folder: Such as `runs/NAME/subnets/rate-0.50`.
-        finetuned: Whether to read the fine-tuned weights; by default where there are some.
+        folder: Subnet folder, such as `runs/NAME/subnets/rate-0.50`.
+        finetuned: Whether to read the fine-tuned weights; None reads them where there are some.
 
     Raises:
-        ArtifactError: The folder is not whole, or its files do not fit each other.
+        ArtifactError: The folder is incomplete, or its files do not fit each other.
         ConfigError: The model's factory cannot be imported.
     """
     folder = Path(folder)
@@ -111,8 +106,8 @@ def load_subnet(folder: str | Path, *, finetuned: bool | None = None) -> nn.Modu
         raise ArtifactError(
             f"{file}: does not fit {description['model']} ({wrong[0]}); has its code changed?"
         )
-    small = Skeleton(model).load(tensors)
-    # Weights of any widths load; the count tells those of another subnet.
+    small = ResizableNetwork(model).load(tensors)
+    # Weights of any widths load, so their number must show whether they are another subnet's.
     params = sum(parameter.numel() for parameter in small.parameters())
     if params != description.get("params", params):
         raise ArtifactError(

@@ -1,4 +1,4 @@
-"""What a comparison of several runs says: the numbers behind its table, figure and JSON file."""
+"""The numbers of a comparison of runs, behind its table, figure and JSON file."""
 
 import dataclasses
 import math
@@ -13,83 +13,58 @@ ByRate = dict[float, float | None]
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """What a comparison says of one run; accuracies are shares on the search split, as scored.
+    """One run of a comparison; accuracies are shares of the search split, as scored."""
 
-    Attributes:
-        label: Strategy; with the folder where runs share one.
-        path: Of the run.
-        strategy: Its name.
-        is_finished: Whether the search has ended; if not, all figures are those so far.
-        searched: Whether one search served all rates, or each rate had its own.
-        evaluations: Distinct candidates so far.
-        asked: Distinct candidates that the configuration grants.
-        known: Of `evaluations`, those that a measurement of another run answered.
-        seconds: Of the search phase; None where it has not ended.
-        search_top1: By rate, the best candidate within the budget, before fine-tuning.
-        policy_top1: By rate, what the trained policy itself answers; empty where there is none.
-        winners: By rate, where `search_top1` lies.
-        policy_points: By rate, where `policy_top1` lies.
-        frontier: The best measured at each cost or below; both coordinates rise.
-    """
-
-    label: str
+    label: str  # strategy, with the folder where several runs have the same one
     path: str
     strategy: str
-    is_finished: bool
-    searched: Literal["together", "separately"]
-    evaluations: int
-    asked: int
-    known: int
-    seconds: float | None
-    search_top1: ByRate
-    policy_top1: ByRate
-    winners: dict[float, Point]
-    policy_points: dict[float, Point]
-    frontier: tuple[Point, ...]
+    is_finished: bool  # if not, all numbers are those so far
+    searched: Literal["together", "separately"]  # one search for all rates, or one for each
+    evaluations: int  # distinct candidates so far
+    asked: int  # distinct candidates that the configuration grants
+    known: int  # how many of `evaluations` a measurement of another run answered
+    seconds: float | None  # duration of the search phase; None where it has not ended
+    search_top1: ByRate  # best candidate within the budget of each rate, before fine-tuning
+    policy_top1: ByRate  # the trained policy's own answers; empty where there are none
+    winners: dict[float, Point]  # of `search_top1`
+    policy_points: dict[float, Point]  # of `policy_top1`
+    frontier: tuple[Point, ...]  # best measured at each cost or below; both coordinates rise
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs on the same network, data, cost, order, recovery and evaluation settings.
+    """Runs on the same network, data, cost, order, recovery and evaluation settings."""
 
-    Attributes:
-        cost: What a rate limits.
-        base_top1: Of the whole network on the whole search split.
-        base_images: Of the whole search split.
-        images: That scored each candidate.
-        runs: In the order given.
-    """
-
-    cost: str
-    base_top1: float
-    base_images: int
-    images: int
-    runs: tuple[ComparedRun, ...]
+    cost: str  # what a rate limits
+    base_top1: float  # of the whole network on the whole search split
+    base_images: int  # images of the whole search split
+    images: int  # images that scored each candidate
+    runs: tuple[ComparedRun, ...]  # in the order given
 
     @property
     def rates(self) -> tuple[float, ...]:
-        """Rates of any run, the smallest first."""
+        """Rates of all runs together, the smallest first."""
         return tuple(sorted({rate for run in self.runs for rate in run.search_top1}))
 
     @property
     def common_rates(self) -> tuple[float, ...]:
-        """Rates of every run: only over these can means be compared."""
+        """Rates that every run has; means can be compared only over these."""
         return tuple(r for r in self.rates if all(r in run.search_top1 for run in self.runs))
 
     def mean(self, top1: ByRate) -> float | None:
-        """Over the rates of every run; None where a figure is missing."""
+        """Mean over the common rates; None where a value is missing."""
         values = [top1.get(rate) for rate in self.common_rates]
         known = [value for value in values if value is not None]
         return sum(known) / len(known) if known and len(known) == len(values) else None
 
     @property
     def standard_errors(self) -> dict[float, float]:
-        """By rate, the binomial standard error of the difference of two runs.
+        """Binomial standard error of the difference of two runs at each rate.
 
-        As if each run had been scored on images of its own, both as accurate as the mean of the
-        runs. On the same images it is smaller, but a record does not say which images were right.
+        The error holds for two runs on different images, both as accurate as the mean of the runs.
+        On the same images it is smaller, but a record does not say which images were right.
         """
-        errors = {}
+        errors: dict[float, float] = {}
         for rate in self.rates if self.images else ():
             values = [run.search_top1.get(rate) for run in self.runs]
             known = [value for value in values if value is not None]
@@ -99,7 +74,7 @@ class Comparison:
         return errors
 
     def as_json(self) -> dict[str, Any]:
-        """All figures of the table and of the figure; rates are texts such as 0.30."""
+        """All numbers of table and figure for a JSON file; rates are texts such as 0.30."""
         runs = []
         for run in self.runs:
             values = dataclasses.asdict(run)

@@ -1,13 +1,12 @@
-"""What a run took: the time of its phases, and what its evaluators and trials did."""
+"""The effort of a run: time of its phases, and the work of its evaluators and trials."""
 
-import math
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from cacp_ray.reporting.subnets import Metrics
-from cacp_ray.reporting.summary import format_number, format_seconds
+from cacp_ray.reporting.figures import Metrics
+from cacp_ray.reporting.summary import format_percent, format_seconds
 
 PHASES = {
     "start": "cluster and statistics",
@@ -21,7 +20,7 @@ Fact = tuple[str, str]  # name, text
 
 
 def list_phases(seconds: dict[str, float | None]) -> list[dict[str, Any]]:
-    """Name, duration, and length of a bar in percent of the longest."""
+    """Name and duration of each phase, and the length of its bar in percent of the longest."""
     longest = max((s for s in seconds.values() if s is not None), default=0.0)
     return [
         {
@@ -34,55 +33,38 @@ def list_phases(seconds: dict[str, float | None]) -> list[dict[str, Any]]:
 
 
 def list_facts(result: dict[str, Any], episodes: pa.Table, metrics: Metrics) -> list[Fact]:
-    """What was used, and what for.
-
-    Args:
-        result: Content of result.json.
-        episodes: All measurements of the run.
-        metrics: Of the rates that are fine-tuned.
-    """
+    """Measurements, evaluators, scoring time and fine-tuning of a run."""
     if episodes.num_rows == 0:
         return [("measurements", "none is recorded")]
     columns = ("status", "cached", "evaluator", "node", "seconds", "images")
     status, cached, evaluators, nodes, seconds, images = (
         episodes[name].to_numpy() for name in columns
     )
-    is_own = ~cached.astype(bool)  # the others took no time
+    is_own = ~cached.astype(bool)  # cached ones took no time
     is_scored = is_own & (status == "ok")
     num_evaluators, num_nodes = len(set(evaluators[is_own])), len(set(nodes[is_own]))
     num_failed, num_stopped = (int((status == kind).sum()) for kind in ("failed", "stopped"))
+    recorded = f"{len(status):,} recorded, {cached.sum():,} answered from memory"
     stopped = f", {num_stopped:,} stopped early" if num_stopped else ""
+    processes = _plural(num_evaluators, "process", "processes")
     facts = [
-        (
-            "measurements",
-            f"{len(status):,} recorded, {cached.sum():,} answered from memory, "
-            f"{num_failed:,} failed{stopped}",
-        ),
-        (
-            "evaluators",
-            f"{_plural(num_evaluators, 'process', 'processes')} on "
-            f"{_plural(num_nodes, 'node', 'nodes')}",
-        ),
+        ("measurements", f"{recorded}, {num_failed:,} failed{stopped}"),
+        ("evaluators", f"{processes} on {_plural(num_nodes, 'node', 'nodes')}"),
     ]
     if is_scored.any():
-        each = format_seconds(float(np.median(seconds[is_scored])))
+        most = images[is_scored].max()
+        median = format_seconds(float(np.median(seconds[is_scored])))
         busy = float(seconds[is_own].sum())
         searched = result["seconds"].get("search")
-        share = 100 * busy / (searched * num_evaluators) if searched and busy else math.nan
+        share = format_percent(busy / (searched * num_evaluators) if searched and busy else None, 0)
+        spent = f"{format_seconds(busy)} of all evaluators, {share} % of the time of the search"
         facts += [
-            (
-                "a candidate",
-                f"{each} (median) to build, repair and score on {images[is_scored].max():,} images",
-            ),
-            (
-                "scoring",
-                f"{format_seconds(busy)} of all evaluators, {format_number(share, 0)} % of the "
-                "time of the search",
-            ),
+            ("a candidate", f"{median} (median) to build, repair and score on {most:,} images"),
+            ("scoring", spent),
         ]
     if metrics:
-        epochs = sum(found["epochs"] for found in metrics.values())
-        spent = format_seconds(sum(found["seconds"] for found in metrics.values()))
+        epochs = sum(content["epochs"] for content in metrics.values())
+        spent = format_seconds(sum(content["seconds"] for content in metrics.values()))
         networks = _plural(len(metrics), "network", "networks")
         facts.append(
             ("fine-tuning", f"{networks}, {_plural(epochs, 'epoch', 'epochs')}, {spent} in trials")

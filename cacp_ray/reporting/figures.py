@@ -1,5 +1,6 @@
 """Figures of a run as PNG and SVG, drawn without pyplot: no window, no global state."""
 
+import base64
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,25 +14,30 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from cacp_ray.files import write_file
-from cacp_ray.reporting.summary import search_images
+from cacp_ray.io.files import write_file
+from cacp_ray.reporting.summary import base_top1, cost_name, search_images
 
 # Narrow figures with large letters stay readable on a phone.
-WIDTH = 5.8
-DPI = 170
+WIDTH, DPI = 5.8, 170
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b7280"  # Okabe and Ito
 MAX_LEGEND_RATES = 6
 
 Plot = Callable[[Axes], str]  # draws, and returns the caption
+Metrics = dict[float, dict[str, Any]]  # by rate, the content of metrics.json
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure on disk, and what stands below it."""
+    """A PNG file with the title and the caption of the figure."""
 
     path: Path
     title: str
     caption: str
+
+    @property
+    def source(self) -> str:
+        """The image itself, as the source of an HTML image."""
+        return f"data:image/png;base64,{base64.b64encode(self.path.read_bytes()).decode()}"
 
 
 @dataclass(frozen=True)
@@ -46,28 +52,24 @@ class Episodes:
 def save_plots(
     plots: Sequence[tuple[str, str, Plot]], folder: Path, height: float = 4.0
 ) -> list[Drawing]:
-    """Writes a PNG and an SVG file a plot.
-
-    Args:
-        plots: File name without its ending, title, and what draws it.
-        folder: Where the files are written.
-        height: Of a figure, in inches.
-    """
-    drawings = []
+    """Writes the figures of plots, each given as file name, title and drawing function."""
+    drawings: list[Drawing] = []
     for name, title, plot in plots:
         figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
         caption = plot(figure.add_subplot())
-        # Without versions, dates and random names equal figures are equal files.
-        with mpl.rc_context({"svg.hashsalt": name}):
-            for ending, nothing in (("png", "Software"), ("svg", "Date")):
-                write_file(
-                    folder / f"{name}.{ending}",
-                    lambda file, kind=ending, nothing=nothing, figure=figure: figure.savefig(
-                        file, format=kind, dpi=DPI, metadata={nothing: None}
-                    ),
-                )
-        drawings.append(Drawing(folder / f"{name}.png", title, caption))
+        drawings.append(Drawing(save_figure(figure, folder, name)[0], title, caption))
     return drawings
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Writes a PNG and an SVG file; equal figures are equal files, without dates or versions."""
+    paths: list[Path] = []
+    with mpl.rc_context({"svg.hashsalt": name}):
+        for kind, left_out in (("png", ["Software"]), ("svg", ["Date", "Creator"])):
+            paths.append(folder / f"{name}.{kind}")
+            look = {"format": kind, "dpi": DPI, "metadata": dict.fromkeys(left_out)}
+            write_file(paths[-1], lambda file, look=look: figure.savefig(file, **look))
+    return paths
 
 
 def read_episodes(table: pa.Table) -> Episodes:
@@ -81,42 +83,40 @@ def read_episodes(table: pa.Table) -> Episodes:
 
 
 def plot_accuracy(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str:
-    """Top-1 on the search split against cost kept; returns the caption."""
+    """Plots top-1 on the search split against cost kept; returns the caption."""
     rates = sorted(result["rates"], key=lambda row: row["cost_kept"])
     frontier = sorted(result["frontier"], key=lambda row: row["cost_kept"])
-    search = result["base"].get("search") or {}
+    top1 = base_top1(result, "search")
     shown: list[float] = []
 
-    def draw(rows: list[dict[str, Any]], key: str, **style: Any) -> None:
-        points = [
-            (100 * row["cost_kept"], 100 * row[key]) for row in rows if row.get(key) is not None
-        ]
-        if points:
-            x, y = zip(*points, strict=True)
-            axes.plot(x, y, **style)
+    def draw(rows: list[dict[str, Any]], key: str, **look: Any) -> None:
+        known = [row for row in rows if row.get(key) is not None]
+        if known:
+            y = [100 * row[key] for row in known]
+            axes.plot([100 * row["cost_kept"] for row in known], y, **look)
             shown.extend(y)
 
     axes.scatter(
         100 * episodes.cost_kept, 100 * episodes.top1, s=9, c=GREY, alpha=0.25, linewidths=0,
-        rasterized=True,  # in the SVG too: thousands of dots
+        rasterized=True,  # also in the SVG: there are thousands of dots
     )  # fmt: skip
-    if search.get("top1") is not None:
-        shown.append(100 * search["top1"])
+    if top1 is not None:
+        shown.append(100 * top1)
         axes.axhline(shown[-1], color="black", linestyle=":", linewidth=1.3, label="base")
     draw(rates, "uniform_top1", color=GREY, marker="x", linestyle=":", label="uniform")
     draw(frontier, "top1", color=GREEN, linewidth=1.5, linestyle="--", label="policy alone")
     draw(rates, "top1", color=BLUE, marker="o", label="before fine-tuning")
     draw(rates, "finetuned_top1", color=ORANGE, marker="s", label="after fine-tuning")
     num_hidden = limit_y(axes, np.array(shown), 100 * episodes.top1)
-    style(axes, f"cost kept (% of {cost_name(result)})", "top-1, search split (%)")
+    style(axes, f"cost kept (% of {cost_name(result['cost'])})", "top-1, search split (%)")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=10, frameon=False, loc="lower right")
     below = f" {num_hidden:,} of them lie below the axis." if num_hidden else ""
-    return f"Dots: the {len(episodes.top1):,} episodes of the search.{below}{_part(result)}"
+    return f"Dots: the {len(episodes.top1):,} episodes of the search.{below}{_scored_on(result)}"
 
 
 def plot_latency(axes: Axes, result: dict[str, Any]) -> str:
-    """Best known top-1 on the search split against speed-up; returns the caption."""
+    """Plots the last top-1 on the search split against speed-up; returns the caption."""
     rates = sorted(result["rates"], key=lambda row: row["rate"])
     is_finetuned = all(row.get("finetuned_top1") is not None for row in rates)
     key = "finetuned_top1" if is_finetuned else "top1"
@@ -132,11 +132,9 @@ def plot_latency(axes: Axes, result: dict[str, Any]) -> str:
             y = [100 * row[key] for row in known]
             axes.plot(x, y, label=label, **look)
             for row, *place in zip(known if not prefix else [], x, y, strict=False):
-                name = f"{row['rate']:.2f}"
-                axes.annotate(
-                    name, (place[0], place[1]), (4, 4), textcoords="offset points", fontsize=9
-                )
-    top1 = (result["base"].get("search") or {}).get("top1")
+                name, point = f"{row['rate']:.2f}", (place[0], place[1])
+                axes.annotate(name, point, (4, 4), textcoords="offset points", fontsize=9)
+    top1 = base_top1(result, "search")
     if top1 is not None:
         axes.plot([1], [100 * top1], color="black", marker="*", linestyle="", label="base")
     style(axes, "speed-up against the base (times)", "top-1, search split (%)")
@@ -149,8 +147,8 @@ def plot_latency(axes: Axes, result: dict[str, Any]) -> str:
     )
 
 
-def plot_learning(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str:
-    """Best so far and running mean of every rate; returns the caption."""
+def plot_progress(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str:
+    """Plots the best so far and the running mean of every rate; returns the caption."""
     rates = sorted(row["rate"] for row in result["rates"])
     if len(episodes.top1) == 0:
         axes.set_axis_off()
@@ -178,17 +176,42 @@ def plot_learning(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str
     rate_legend(axes)
     return (
         "Solid: best so far within the budget of the rate. Dashed: mean of the last "
-        f"{window} candidates proposed for it.{_part(result)}"
+        f"{window} candidates proposed for it.{_scored_on(result)}"
     )
 
 
+def plot_finetuning(axes: Axes, result: dict[str, Any], metrics: Metrics) -> str:
+    """Plots top-1 on the search split after every epoch; returns the caption."""
+    shown: list[float] = []
+    epochs = 0
+    for (rate, content), colour in zip(metrics.items(), rate_colours(len(metrics)), strict=True):
+        values = [100 * content["search_top1_before"]]
+        values += [100 * epoch["search_top1"] for epoch in content["history"]]
+        axes.plot(range(len(values)), values, color=colour, label=f"{rate:.2f}")
+        best = content["best_epoch"]
+        axes.plot([best], [values[best]], color=colour, marker="o")
+        shown += values
+        epochs = max(epochs, len(values) - 1)
+    top1 = base_top1(result, "search")
+    if top1 is not None:
+        axes.axhline(100 * top1, color="black", linestyle=":", linewidth=1.3)
+        shown.append(100 * top1)
+    limit_y(axes, np.array(shown), np.empty(0))
+    axes.set_xlim(0, max(1, epochs) * 1.02)
+    style(axes, "epochs", "top-1, search split (%)")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+    rate_legend(axes)
+    whole = " Dotted: the base network." if top1 is not None else ""
+    return f"Epoch 0: the network of the search. Dot: the epoch whose weights are kept.{whole}"
+
+
 def rate_colours(count: int) -> NDArray[np.float64]:
-    """(N, 4) colours of rates, the smallest first."""
+    """Colours (N, 4) of rates, the smallest first."""
     return mpl.colormaps["viridis"](np.linspace(0.0, 0.85, count))
 
 
 def rate_legend(axes: Axes) -> None:
-    """Names the labelled lines, one a rate, above the axes."""
+    """Writes the key of the labelled lines, one for each rate, above the axes."""
     figure = axes.get_figure()
     assert figure is not None
     figure.legend(  # type: ignore[union-attr]
@@ -201,7 +224,7 @@ def rate_legend(axes: Axes) -> None:
 
 
 def style(axes: Axes, x_label: str, y_label: str) -> None:
-    """Labels, letters and a light grid, alike in all figures."""
+    """Sets labels, letter sizes and a light grid, the same in all figures."""
     axes.set_xlabel(x_label, fontsize=11)
     axes.set_ylabel(y_label, fontsize=11)
     axes.tick_params(labelsize=10)
@@ -210,7 +233,7 @@ def style(axes: Axes, x_label: str, y_label: str) -> None:
 
 
 def limit_y(axes: Axes, shown: NDArray[np.float64], dots: NDArray[np.float64]) -> int:
-    """Sets the y axis for `shown` and all but the worst tenth of `dots`; returns dots left out."""
+    """Fits the y axis to `shown` and the best 90 % of `dots`; returns the number of hidden dots."""
     shown = shown[~np.isnan(shown)]
     lows = [*shown, *np.quantile(dots, [0.1])] if len(dots) else [*shown]
     if not lows:
@@ -221,8 +244,8 @@ def limit_y(axes: Axes, shown: NDArray[np.float64], dots: NDArray[np.float64]) -
     return int((dots < low - margin).sum())
 
 
-def _part(result: dict[str, Any]) -> str:
-    """That candidates were scored on fewer images than the saved networks, where they were."""
+def _scored_on(result: dict[str, Any]) -> str:
+    """Says so where candidates were scored on fewer images than the saved networks."""
     images = search_images(result)
     return "" if images is None else f" Candidates are scored on {images:,} images of the split."
 
@@ -233,8 +256,3 @@ def _running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float6
     stop = np.arange(1, len(values) + 1)
     start = np.maximum(0, stop - window)
     return (sums[stop] - sums[start]) / (stop - start)
-
-
-def cost_name(result: dict[str, Any]) -> str:
-    """What a rate limits, as it is written."""
-    return "MACs" if result["cost"] == "macs" else result["cost"]

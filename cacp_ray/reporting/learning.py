@@ -1,6 +1,5 @@
-"""How the agent learned: the lines of `learning.jsonl`, and the small figures made of them."""
+"""How the agent learned: the lines of `learning.jsonl`, and the small figures made from them."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from cacp_ray.errors import ArtifactError
 from cacp_ray.reporting.figures import (
     BLUE,
     ORANGE,
@@ -24,40 +22,14 @@ from cacp_ray.reporting.figures import (
 )
 
 LEARNING_FILE = "learning.jsonl"
-REWARD_WINDOW = 10  # last candidates of a rate, whose mean is its reward
+REWARD_WINDOW = 10  # the reward of a rate is the mean of its last candidates
 HEIGHT = 3.3
 
 Line = dict[str, Any]
 
 
-def read_learning(path: Path) -> list[Line]:
-    """The lines of a `learning.jsonl`; none where there is no such file.
-
-    Raises:
-        ArtifactError: A line before the last is not JSON.
-    """
-    if not path.exists():
-        return []
-    texts = path.read_bytes().splitlines()
-    lines: list[Line] = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            lines.append(json.loads(text))
-        except ValueError as error:
-            if number == len(texts):
-                break  # cut short by a kill
-            raise ArtifactError(f"{path}: line {number} is not JSON; remove the line") from error
-    return lines
-
-
 def draw_learning(result: dict[str, Any], lines: Sequence[Line], folder: Path) -> list[Drawing]:
-    """Writes the PNG and SVG files of the agent's learning; none where it left no lines.
-
-    Args:
-        result: Content of result.json; its `learning` is read, where it has one.
-        lines: Of `learning.jsonl`.
-        folder: Where the files are written.
-    """
+    """Writes the PNG and SVG files of the agent's learning; none without lines."""
     if not lines:
         return []
     learning = result.get("learning") or {}
@@ -74,8 +46,8 @@ def draw_learning(result: dict[str, Any], lines: Sequence[Line], folder: Path) -
 
 
 def plot_reward(axes: Axes, lines: Sequence[Line], images: int | None) -> str:
-    """Running mean of the reward of every rate; returns the caption."""
-    shown = []
+    """Plots the running mean of the reward of every rate; returns the caption."""
+    shown: list[NDArray[np.float64]] = []
     for rate, colour in _colours(lines).items():
         if rate in lines[-1]["reward"]:
             steps, values = _series(lines, "reward", rate)
@@ -92,8 +64,8 @@ def plot_reward(axes: Axes, lines: Sequence[Line], images: int | None) -> str:
 
 
 def plot_policy(axes: Axes, lines: Sequence[Line], points: Sequence[dict[str, Any]]) -> str:
-    """What the policy's own answers score, as it learns; returns the caption."""
-    shown = []
+    """Plots the top-1 of the policy's own answers while it learns; returns the caption."""
+    shown: list[NDArray[np.float64]] = []
     for rate, colour in _colours(lines).items():
         own = [point for point in points if f"{point['rate']:.2f}" == rate]
         if own:
@@ -108,26 +80,26 @@ def plot_policy(axes: Axes, lines: Sequence[Line], points: Sequence[dict[str, An
     images = max(point["images"] for point in points)
     unseen = " Dashed: rates that are not searched." if not all(p["seen"] for p in points) else ""
     return (
-        "Top-1 of what the policy answered at that moment, measured after the search on the first "
-        f"{images:,} images of the search split; nothing is chosen by it.{unseen}"
+        "Top-1 of the policy's answer at that moment, measured after the search on the first "
+        f"{images:,} images of the search split; no choice depends on it.{unseen}"
     )
 
 
 def plot_critic(axes: Axes, lines: Sequence[Line]) -> str:
-    """Loss of the critics; returns the caption."""
+    """Plots the loss of the critics; returns the caption."""
     steps, values = _series(lines, "critic_loss")
     axes.plot(steps, values, color=BLUE, **_marker(steps))
     if len(values):
         axes.set_ylim(0, 1.08 * values.max() or 1)
     _finish(axes, "squared error", lines)
     return (
-        "Squared error of the critics on episodes that they learn from, mean since the point "
-        "before; as the agent scales returns. No images are scored for it."
+        "Squared error of the critics on the episodes that they learn from: mean since the "
+        "previous point, in the agent's scale of returns. It needs no scored images."
     )
 
 
 def plot_noise(axes: Axes, lines: Sequence[Line]) -> str:
-    """Noise of all rates, and the share of proposals answered from memory; returns the caption."""
+    """Plots the noise of each rate and the share of known proposals; returns the caption."""
     for rate in sorted(lines[-1]["noise"]):
         steps, values = _series(lines, "noise", rate)
         axes.plot(steps, values, color=BLUE, linewidth=1.2, **_marker(steps))
@@ -142,29 +114,28 @@ def plot_noise(axes: Axes, lines: Sequence[Line]) -> str:
     right.tick_params(labelsize=10)
     right.spines["top"].set_visible(False)
     return (
-        "Solid: standard deviation of the noise on actions, a line a rate. Dash-dotted: share of "
-        "all proposals so far that were measured before, and so cost nothing."
+        "Solid: standard deviation of the noise on actions, one line for each rate. Dash-dotted: "
+        "share of all proposals so far that were measured before, and so cost nothing."
     )
 
 
 def _series(
     lines: Sequence[Line], name: str, rate: str | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Evaluations and values (N,) of the lines that have the value."""
+    """Evaluations (N,) and values (N,) of the lines that have the value."""
     values = [line[name] if rate is None else line[name][rate] for line in lines]
-    known = [
-        (line["evaluations"], v) for line, v in zip(lines, values, strict=True) if v is not None
-    ]
+    steps = [line["evaluations"] for line in lines]
+    known = [pair for pair in zip(steps, values, strict=True) if pair[1] is not None]
     return np.array([n for n, _ in known], np.int64), np.array([v for _, v in known], np.float64)
 
 
 def _marker(steps: NDArray[np.int64]) -> dict[str, Any]:
-    """A point that has no neighbour is no line."""
+    """A marker where there is only one point, which would make no line."""
     return {"marker": "o"} if len(steps) == 1 else {}
 
 
 def _colours(lines: Sequence[Line]) -> dict[str, NDArray[np.float64]]:
-    """A colour for each rate that is searched or asked for, alike in all of these figures."""
+    """The colour of each rate that is searched or asked for, the same in all of these figures."""
     rates = sorted({*lines[-1]["reward"], *lines[-1]["policy"]})
     return dict(zip(rates, rate_colours(len(rates)), strict=True))
 

@@ -1,4 +1,4 @@
-"""Curves of a search, for TensorBoard, Weights & Biases and MLflow."""
+"""Sends the curves of a search to TensorBoard, Weights & Biases and MLflow."""
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +15,10 @@ PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Refuses a logger whose package is missing.
+    """Checks that the packages of the loggers are installed.
 
     Raises:
-        ConfigError: One is not installed.
+        ConfigError: A package is missing.
     """
     for name in names:
         if importlib.util.find_spec(PACKAGES[name]) is None:
@@ -26,26 +26,21 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 class ScalarLog:
-    """Named numbers by the number of evaluations; opened with the first of them."""
+    """Logs named numbers by the number of evaluations; the first `write` opens the loggers.
+
+    The run folder gets TensorBoard's files, and the ids of the run at Weights & Biases and MLflow,
+    with which a resumed search continues.
+    """
 
     def __init__(
         self, names: Sequence[Logger], folder: Path, project: str, config: Mapping[str, Any]
     ) -> None:
-        """Opens nothing yet.
-
-        Args:
-            names: Of the loggers.
-            folder: Of the run. TensorBoard's files go there; the ids that Weights & Biases and
-                MLflow give the run are kept there, so that a resumed search goes on with them.
-            project: Name of the project or experiment.
-            config: Shown beside the run.
-        """
         self._names, self._folder = names, folder
         self._project, self._config = project, dict(config)
         self._sinks: list[tuple[Log, Close]] | None = None
 
     def write(self, scalars: Mapping[str, float | None], step: int) -> None:
-        """Logs what is known of `scalars`."""
+        """Logs the values that are not None."""
         known = {name: float(value) for name, value in scalars.items() if value is not None}
         if self._sinks is None:
             self._sinks = [OPEN[name](self) for name in self._names]
@@ -53,13 +48,13 @@ class ScalarLog:
             log(known, step)
 
     def close(self) -> None:
-        """Ends the run at every logger; what is written later opens them again."""
+        """Ends the run at every logger; a later `write` opens them again."""
         for _, close in self._sinks or []:
             close()
         self._sinks = None
 
     def _open_tensorboard(self) -> tuple[Log, Close]:
-        from tensorboardX import SummaryWriter  # comes with ray[rllib] and ray[tune]
+        from tensorboardX import SummaryWriter  # a dependency of ray[rllib] and ray[tune]
 
         writer = SummaryWriter(str(self._folder / "tensorboard"))
 

@@ -1,4 +1,4 @@
-"""The final tables on the terminal, and as plain text where there is none."""
+"""Tables for the terminal, and as plain text where there is none."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -26,11 +26,12 @@ from cacp_ray.reporting.summary import (
 )
 
 PLAIN_WIDTH = 110
+MAX_RUN_NAME = 34  # columns; a longer path is folded
 MANY_GROUPS = 24
 
 
 def make_console(file: TextIO | None = None) -> Console:
-    """A console on `file` (standard output); without a terminal 110 columns and no colour."""
+    """A console on `file` or standard output; 110 columns without colour if that is no terminal."""
     console = Console(file=file, highlight=False)
     if console.is_terminal:
         return console
@@ -38,42 +39,36 @@ def make_console(file: TextIO | None = None) -> Console:
 
 
 def final_table(result: dict[str, Any]) -> RenderableType:
-    """Size and accuracy of every rate, one table below the other: 100 and 80 columns at most."""
-    parts: list[RenderableType] = [size_table(result), accuracy_table(result)]
-    parts.append(Text(" ".join(f"{word.capitalize()}: {text}" for word, text in words(result))))
-    errors = standard_errors(result)
-    if errors:
+    """Size and accuracy of every rate, in two tables of at most 100 and 80 columns."""
+    subnet = Column("subnet", "folder", lambda row: row.get("path") or DASH)
+    title = f"What you got: {result['name']}"
+    parts: list[RenderableType] = [
+        make_table(title, [*size_columns(result), subnet], summary_rows(result)),
+        accuracy_table(result),
+        Text(" ".join(f"{word.capitalize()}: {text}" for word, text in words(result))),
+    ]
+    if errors := standard_errors(result):
         parts.append(Text(f"Standard error (binomial) on the {', on the '.join(errors)}."))
     return Group(*parts)
 
 
-def size_table(result: dict[str, Any]) -> Table:
-    """What you got: rate, cost, MACs, params, latency, speed-up and where it lies."""
-    subnet = Column("subnet", "folder", lambda row: row.get("path") or DASH)
-    title = f"What you got: {result['name']}"
-    return _table(title, [*size_columns(result), subnet], summary_rows(result))
-
-
 def accuracy_table(result: dict[str, Any]) -> Table:
-    """How good it is: cut, repaired, fine-tuned, test."""
+    """Accuracy of every subnet: cut, repaired, fine-tuned, and on the test split."""
+    title = "How good it is: top-1 accuracy in %, on the search split if not on test"
     columns = [size_columns(result)[0], *accuracy_columns(result)]
-    return _table(
-        "How good it is: top-1 accuracy in %, on the search split if not on test",
-        columns,
-        summary_rows(result),
-    )
+    return make_table(title, columns, summary_rows(result))
 
 
 def frontier_table(result: dict[str, Any]) -> Table:
-    """What the policy answers without a further search; no rows where it was not asked."""
+    """The policy's answers without a further search; no rows where it was not asked."""
     title = "The policy's answers, top-1 in %"
-    return _table(title, frontier_columns(result), result["frontier"])
+    return make_table(title, frontier_columns(result), result["frontier"])
 
 
 def answers_table(result: dict[str, Any], answers: Sequence[Row]) -> Table:
-    """What `cacp-ray subnet` found at its rates."""
+    """The answers of `cacp-ray subnet`."""
     title = "Subnets from the policy, top-1 in % on the search split"
-    return _table(title, answer_columns(result, answers), answers)
+    return make_table(title, answer_columns(result, answers), answers)
 
 
 def groups_table(
@@ -86,17 +81,17 @@ def groups_table(
     base_channels: Mapping[str, int],
     with_members: bool,
 ) -> RenderableType:
-    """What `inspect` prints: groups, what each can save, what stays whole, the reachable rates.
+    """Output of `inspect`: groups, savings of each, layers that stay whole, reachable rates.
 
-    More than `MANY_GROUPS` groups share rows where their names differ in numbers alone.
+    With more than `MANY_GROUPS` groups, those whose names differ only in numbers share a row.
 
     Args:
-        name: Of the network.
-        about: Its input and outputs.
+        name: Name of the network.
+        about: Text on its input and outputs.
         cost_model: Groups and cost.
         least: (G,) smallest counts that a search may choose.
         fixed: Layers whose outputs stay whole, with the reason.
-        base_channels: Of a cut network: channels before the cut, by group.
+        base_channels: Channels by group before the cut; empty for a network that was not cut.
         with_members: Whether to list each group with all its layers.
     """
     groups, whole = cost_model.groups, cost_model.num_channels
@@ -167,7 +162,7 @@ def _plain_table(first: str) -> Table:
 
 
 def _whole_lines(fixed: Mapping[str, str], *, with_members: bool) -> list[str]:
-    """One line a reason why layers stay whole; reasons that differ in a layer's name are one."""
+    """Layers that stay whole, a line for each reason; reasons may differ in layer names."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in fixed.items():
         words = ["..." if "." in word.strip(".,") else word for word in reason.split()]
@@ -183,14 +178,14 @@ def _whole_lines(fixed: Mapping[str, str], *, with_members: bool) -> list[str]:
 
 
 def shorten_names(names: Sequence[str]) -> dict[str, list[int]]:
-    """Names that differ in numbers as one, as a shell's braces do; each with its names' indices.
+    """Merges names that differ only in numbers, with a shell's braces; the values are indices.
 
-    `layer1.0.conv1`, `layer1.1.conv1`, `layer1.2.conv1` are `layer1.{0..2}.conv1`. A number that
-    ends the last part (`conv1`) says what a layer does: such names stay apart.
+    `layer1.0.conv1`, `layer1.1.conv1`, `layer1.2.conv1` become `layer1.{0..2}.conv1`. A number that
+    ends the last part (`conv1`) says what a layer does, so such names stay apart.
     """
     rows = [(re.split(r"(\d+)", name), [index]) for index, name in enumerate(names)]
     longest = max((len(parts) for parts, _ in rows), default=0)
-    for place in range(longest - 2, 0, -2):  # numbers stand at odd places; inner ones first
+    for place in range(longest - 2, 0, -2):  # numbers stand at odd places; last ones merge first
         merged: dict[tuple[str, ...], list[tuple[list[str], list[int]]]] = {}
         for parts, indices in rows:
             after = "".join(parts[place + 1 :])
@@ -201,7 +196,7 @@ def shorten_names(names: Sequence[str]) -> dict[str, list[int]]:
         for key, alike in merged.items():
             parts = list(key)
             if len(alike) > 1:
-                parts[place] = _braces([each[place] for each, _ in alike])
+                parts[place] = _braces([parts[place] for parts, _ in alike])
             else:
                 parts = alike[0][0]
             rows.append((parts, [i for _, indices in alike for i in indices]))
@@ -209,7 +204,7 @@ def shorten_names(names: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _braces(numbers: Sequence[str]) -> str:
-    """["0", "1", "2", "5"] -> `{0..2,5}`."""
+    """Numbers in a shell's braces: 0, 1, 2, 5 become `{0..2,5}`."""
     runs: list[list[str]] = []
     for number in sorted(numbers, key=int):
         if runs and int(number) == int(runs[-1][-1]) + 1:
@@ -220,20 +215,24 @@ def _braces(numbers: Sequence[str]) -> str:
     return f"{{{','.join(spans)}}}"
 
 
-def _table(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> Table:
+def make_table(
+    title: str, columns: Sequence[Column], rows: Sequence[Row], *, show_edge: bool = True
+) -> Table:
+    """A table of right-aligned numbers; `subnet`, `run` and `rates` head columns of text."""
     table = Table(
-        title=Text(title),
+        title=Text(title) if title else None,
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
+        show_edge=show_edge,
     )
     for column in columns:
-        is_text = column.head == "subnet"
         table.add_column(
             Text(f"{column.head}\n{column.unit}"),
-            justify="left" if is_text else "right",
-            no_wrap=not is_text,
+            justify="left" if column.head in ("subnet", "run", "rates") else "right",
+            no_wrap=column.head not in ("subnet", "run"),
+            max_width=MAX_RUN_NAME if column.head == "run" else None,
             overflow="fold",
         )
     for row in rows:

@@ -1,34 +1,33 @@
-"""What the tuning of an agent found: a table, a figure a setting, and a page with both."""
+"""The result of agent tuning: a table, a figure for each setting, and a page with both."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
 
 from cacp_ray.errors import ArtifactError
-from cacp_ray.files import read_object, read_text, write_file
+from cacp_ray.io.files import read_object, read_text
 from cacp_ray.reporting.figures import BLUE, GREY, ORANGE, Plot, limit_y, save_plots, style
-from cacp_ray.reporting.html import embed_figure, fill_page
-from cacp_ray.reporting.summary import format_percent, format_seconds
+from cacp_ray.reporting.html import write_page
+from cacp_ray.reporting.summary import format_percent, format_seconds, format_setting
 
 HEIGHT = 3.0
-LOG_FACTOR = 20.0  # between the ends of an axis, above which it is logarithmic
-SHOWN = 10  # trials on the terminal
-
-Rows = Sequence[dict[str, Any]]
+LOG_FACTOR = 20.0  # an axis whose ends differ by more is logarithmic
+SHOWN = 10  # number of trials on the terminal
 
 
 def write_tuning_report(folder: Path) -> Path:
     """Writes `report.html` and the figures of a finished tuning.
 
-    Args:
-        folder: With result.json, config.yaml, best.yaml and environment.json.
+    Raises:
+        ArtifactError: result.json, config.yaml, best.yaml or environment.json is missing or
+            unreadable, or there are no trials.
     """
     result = read_object(folder / "result.json", ("trials", "start", "answers", "seconds"))
     if not result["trials"]:
@@ -36,59 +35,44 @@ def write_tuning_report(folder: Path) -> Path:
     importance = rank_importance(result)
     first = ("importance", "Which settings matter", lambda axes: plot_importance(axes, importance))
     plots: list[tuple[str, str, Plot]] = [first] if importance.values else []
-    plots += [
-        (key, key, lambda axes, key=key: plot_setting(axes, result, key)) for key in result["start"]
-    ]
-    page = fill_page(
+    for key in result["start"]:
+        plots.append((key, key, lambda axes, key=key: plot_setting(axes, result, key)))
+    answers = result["answers"]
+    known = 1 - answers["scored"] / max(1, sum(answers.values()))  # no evaluator had to score them
+    return write_page(
+        folder / "report.html",
         "tuning.html.jinja",
         result=result,
         header=tuning_header(result),
         rows=tuning_rows(result),
         num_stopped=sum(not row["is_whole"] for row in result["trials"]),
-        share=format_percent(cached_share(result), 0),
+        share=format_percent(known, 0),
         seconds=format_seconds(sum(result["seconds"].values())),
         best=read_text(folder / "best.yaml"),
         best_path=(folder / "best.yaml").as_posix(),
         cache_path=(folder / "cache").as_posix(),
         config=read_text(folder / "config.yaml"),
         environment=read_object(folder / "environment.json", ()),
-        figures=[embed_figure(each) for each in save_plots(plots, folder / "figures", HEIGHT)],
+        figures=save_plots(plots, folder / "figures", HEIGHT),
     )
-    path = folder / "report.html"
-    write_file(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
-    return path
-
-
-def cached_share(result: dict[str, Any]) -> float:
-    """Share of the candidates that no evaluator had to score, in [0, 1]."""
-    answers = result["answers"]
-    return 1 - answers["scored"] / max(1, sum(answers.values()))
 
 
 def tuning_header(result: dict[str, Any]) -> list[str]:
     """Heads of the columns of `tuning_rows`."""
     settings = [key.partition(".")[2].replace("_", " ") for key in result["start"]]
-    since = ["settings since"] if has_changed(result) else []
-    return [
-        "trial",
-        "best top-1 (%)",
-        "mean over time (%)",
-        "evaluations",
-        "known (%)",
-        *since,
-        *settings,
-    ]
+    heads = ["trial", "best top-1 (%)", "mean over time (%)", "evaluations", "known (%)"]
+    return [*heads, *(["settings since"] if has_changed(result) else []), *settings]
 
 
 def tuning_rows(result: dict[str, Any]) -> list[list[str]]:
-    """A row of texts for every trial, the best first."""
+    """Cells of every trial, the best first."""
     return [
         [
             row["name"].removeprefix("trial-") + (" (as it was)" * is_start(row, result)),
             format_percent(row["top1"]),
             format_percent(row["area"]),
             f"{row['evaluations']:,}",
-            format_share(row.get("known")),
+            "-" if row.get("known") is None else format_percent(row["known"], 0),  # none asked for
             *([f"{row['since']:,}"] if has_changed(result) else []),
             *(format_setting(row["settings"][key]) for key in result["start"]),
         ]
@@ -96,28 +80,18 @@ def tuning_rows(result: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def format_share(value: float | None) -> str:
-    """Percent without decimals; a dash where nothing was asked."""
-    return "-" if value is None else format_percent(value, 0)
-
-
 def has_changed(result: dict[str, Any]) -> bool:
-    """Whether trials were given other settings while they searched."""
+    """Whether the settings of a trial changed during its search."""
     return any(row.get("since", 0) for row in result["trials"])
 
 
 def is_start(row: dict[str, Any], result: dict[str, Any]) -> bool:
-    """Whether a trial had the settings that the search came with."""
+    """Whether a trial had the settings of the search configuration."""
     return row["settings"] == result["start"]
 
 
-def format_setting(value: Any) -> str:
-    """Numbers with three digits, all else as it is."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
 def tuning_table(result: dict[str, Any]) -> Table:
-    """The best trials, for the terminal."""
+    """The best trials as a table for the terminal."""
     num = len(result["trials"])
     title = f"{result['name']}: {num} trials, accuracy is the mean over rates and seeds"
     table = Table(title=title, box=box.SIMPLE_HEAD)
@@ -132,43 +106,39 @@ def tuning_table(result: dict[str, Any]) -> Table:
 
 @dataclass(frozen=True)
 class Importance:
-    """How accuracy goes with the settings, over the trials that went to the end.
+    """Correlation of accuracy with the settings, over the trials that reached the end."""
 
-    Attributes:
-        values: Spearman's rank correlation with accuracy, by setting; of those that are numbers.
-        num_trials: Compared.
-    """
-
-    values: dict[str, float]
+    values: dict[str, float]  # Spearman's rank correlation with accuracy, by numeric setting
     num_trials: int
 
     @property
     def chance(self) -> float:
-        """What 95 % of settings that change nothing stay below, about."""
+        """Approximate bound that 95 % of settings without effect stay below."""
         return min(1.0, 1.96 / math.sqrt(self.num_trials - 1))
 
 
 def rank_importance(result: dict[str, Any]) -> Importance:
-    """Of a tuning; empty for a population, whose trials have had several settings."""
+    """Importance of the settings; empty for a population, whose trials change their settings."""
     rows = result["trials"]
     done = [row for row in rows if row["is_whole"]]
     y = np.array([row[result["objective"]] for row in done])
-    found: dict[str, float] = {}
+    correlations: dict[str, float] = {}
     for key in result["start"] if not has_changed(result) else ():
         values = [row["settings"][key] for row in done]
         if all(is_number(value) for value in values):
             correlation = rank_correlation(np.array(values, dtype=float), y)
-            found |= {} if correlation is None else {key: correlation}
-    return Importance(found, len(done))
+            if correlation is not None:
+                correlations[key] = correlation
+    return Importance(correlations, len(done))
 
 
 def is_number(value: Any) -> bool:
-    """Whether settings of that kind have an order."""
+    """Whether a setting is a number, and so has an order."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def plot_importance(axes: Axes, importance: Importance) -> str:
-    """Bars of rank correlations, the strongest first; returns the caption."""
+    """Plots rank correlations as bars, the strongest on top; returns the caption."""
     ranked = sorted(importance.values.items(), key=lambda item: abs(item[1]))
     axes.axvspan(-importance.chance, importance.chance, color=GREY, alpha=0.15, linewidth=0)
     axes.barh([key for key, _ in ranked], [value for _, value in ranked], color=BLUE, height=0.6)
@@ -181,7 +151,7 @@ def plot_importance(axes: Axes, importance: Importance) -> str:
 
 
 def plot_setting(axes: Axes, result: dict[str, Any], key: str) -> str:
-    """Accuracy of all trials against one setting; returns the caption."""
+    """Plots the accuracy of all trials against one setting; returns the caption."""
     rows = result["trials"]
     done = np.array([row["is_whole"] for row in rows])
     y = np.array([100 * row[result["objective"]] for row in rows])
@@ -204,13 +174,13 @@ def plot_setting(axes: Axes, result: dict[str, Any], key: str) -> str:
     return f"Dots: {done.sum()} trials to the end; ringed: as it was.{hollow}"
 
 
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Spearman's, ties by their mean rank; None where one of them does not vary."""
+def rank_correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> float | None:
+    """Spearman's rank correlation, ties by mean rank; None where a side does not vary."""
     if len(x) < 3 or len(np.unique(x)) < 2 or len(np.unique(y)) < 2:
         return None
     return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (counts.cumsum() - (counts - 1) / 2)[inverse]

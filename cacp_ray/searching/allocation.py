@@ -1,10 +1,10 @@
 """Keep counts as offsets from a sound allocation, for agents that choose all groups at once.
 
 The prior is an allocation for every rate: uniform, or from a map of what each group can lose. An
-offset of zero keeps a group at its prior; one of
-a asks for exp(s * a) times as many channels. All wishes are then scaled together until they fit the
-budget, and what is left is spent: any offsets name a candidate that uses its budget up, at every
-rate, and offsets found at one rate are sound at another. The form is ours.
+offset of zero keeps a group at its prior; an offset of a asks for exp(s * a) times as many
+channels. All wishes are then scaled together until they fit the budget, and the rest is spent. So
+any offsets name a candidate that uses its budget up, at every rate, and offsets found at one rate
+are sound at another. The form is ours.
 """
 
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ class Prior:
 
     Attributes:
         weights: (G,) whether a group shares the cut; the others stay whole where that is feasible.
-        damage: Per group (C,) what the network loses without channel c and all after it, never
-            rising with c; all groups then lose the same. None cuts all groups alike.
+        damage: Per group (C,) the loss of the network without channel c and all after it, never
+            rising with c; the prior then damages all groups alike. None cuts all groups alike.
     """
 
     weights: NDArray[np.bool_]
@@ -48,13 +48,7 @@ class AllocationSpace:
     """Offsets (B, P) of the P groups that may be cut <-> keep counts (B, G) of all groups."""
 
     def __init__(self, budget: Budget, prior: Prior, scale: float) -> None:
-        """Finds the groups that may be cut.
-
-        Args:
-            budget: The budget; its cost is what rates limit.
-            prior: Keep counts of zero offsets.
-            scale: s in keep count = prior * exp(s * offset).
-        """
+        """Finds the groups that may be cut; a keep count is prior * exp(scale * offset)."""
         self.budget = budget
         self.scale = scale
         self.weights = prior.weights
@@ -76,16 +70,11 @@ class AllocationSpace:
         return np.stack([self._priors[rate] for rate in wanted])
 
     def decode(self, rates: ArrayLike, offsets: NDArray[np.floating]) -> Ints:
-        """(B, G) keep counts within the budgets and spent.
-
-        Args:
-            rates: (B,) share of the cost kept, each reachable.
-            offsets: (B, P); 0 is the prior.
-        """
+        """(B, G) keep counts of offsets (B, P), within the budgets and spent."""
         return spend(self.budget, self.scaled(rates, offsets), rates)
 
     def scaled(self, rates: ArrayLike, offsets: NDArray[np.floating]) -> Floats:
-        """(B, G) the same before what rounding leaves of the budget is spent: much cheaper."""
+        """(B, G) the same before the rest that rounding leaves is spent: much cheaper."""
         budget = self.budget
         ratios: Floats = self.prior(rates) / budget.num_channels
         ratios[:, self.prunable] *= np.exp(self.scale * np.asarray(offsets, dtype=np.float64))
@@ -93,7 +82,7 @@ class AllocationSpace:
         return scale_to_budget(budget, ratios, rates)
 
     def encode(self, rates: ArrayLike, keep_counts: ArrayLike) -> Float32s:
-        """(B, P) offsets of keep counts (B, G): `decode` leads back to them, or near."""
+        """(B, P) offsets of keep counts (B, G); `decode` returns these keep counts or near ones."""
         ratios = np.asarray(keep_counts, dtype=np.float64) / self.prior(rates)
         return (np.log(ratios[:, self.prunable]) / self.scale).astype(np.float32)
 
@@ -103,7 +92,7 @@ class AllocationSpace:
         return np.log(ratios[:, self.prunable]).astype(np.float32)
 
     def cost_shares(self, keep_counts: ArrayLike) -> Float32s:
-        """(B, P) cost that a wider group adds, by log keep ratio, as a share of all groups'."""
+        """(B, P) rise of the cost with a group's log keep ratio, as a share of all groups' rise."""
         counts = np.asarray(keep_counts, dtype=np.int64)
         without = counts[:, None] - np.eye(counts.shape[1], dtype=np.int64)[self.prunable]
         gains = self.budget.cost(counts)[:, None] - self.budget.cost(without)  # (B, P)

@@ -3,7 +3,7 @@
 import bisect
 import math
 
-from cacp_ray.searching.records import EpisodeRecord
+from cacp_ray.rundir.records import EpisodeRecord
 
 Rank = tuple[float, float, int, int]
 
@@ -13,23 +13,18 @@ class Archive:
 
     Higher top1 is better, then lower loss, then lower cost, then the earlier index, so the content
     does not depend on the order in which measurements arrive. A measurement serves every rate
-    whose budget it fits, whichever rate it was proposed for. Failed ones never enter.
+    whose budget it fits, whatever rate it was proposed for. Failed measurements never enter.
     """
 
     def __init__(self, total: int) -> None:
-        """Starts empty.
-
-        Args:
-            total: Cost of the whole network, in the unit that the rates limit.
-        """
-        self._total = total
+        self._total = total  # cost of the whole network, in the unit that the rates limit
         # Three parallel lists; costs and ranks both rise strictly.
         self._costs: list[int] = []
         self._ranks: list[Rank] = []
         self._records: list[EpisodeRecord] = []
 
     def add(self, record: EpisodeRecord) -> None:
-        """Takes one measurement."""
+        """Adds one measurement."""
         if record.status != "ok":
             return
         cost = round(record.cost_kept * self._total)
@@ -48,3 +43,12 @@ class Archive:
         """The best measurement within the budget of `rate`, None where there is none yet."""
         fitting = bisect.bisect_right(self._costs, math.floor(rate * self._total))
         return self._records[fitting - 1] if fitting else None
+
+    @property
+    def frontier(self) -> tuple[EpisodeRecord, ...]:
+        """Measurements with a higher top1 than every cheaper one, by rising cost."""
+        frontier: list[EpisodeRecord] = []
+        for record in self._records:
+            if not frontier or record.top1 > frontier[-1].top1:
+                frontier.append(record)
+        return tuple(frontier)

@@ -2,8 +2,10 @@
 
 Everything here rests on one fact: cost never falls when a keep count grows. So the largest count
 that fits is found by bisection, a count that does not fit never fits again, and one code serves
-MACs, parameters and any other monotone cost. All functions work on B candidates at once.
+MACs, parameters and any other monotone cost.
 
+All functions work on B candidates of G groups at once: keep counts are (B, G), rates (B,) shares of
+the whole cost, each reachable, and limits (B,) the largest allowed costs.
 Legal keep counts of a group are the multiples of `round_to` and the whole group.
 The clamp of one group follows AMC (He et al., 2018, Alg. 1) with the exact cost of coupled groups;
 spending the rest is ours.
@@ -30,7 +32,7 @@ def minimum_counts(num_channels: Ints, floor: float, round_to: int) -> Ints:
 
 @dataclass(frozen=True)
 class Budget:
-    """What keep counts cost and which of them are allowed.
+    """The cost of keep counts, and the legal ones.
 
     Attributes:
         cost: int (..., G) -> int64 (...), never falling in any count.
@@ -96,10 +98,8 @@ class Budget:
 def largest(fits: Callable[[Floats], NDArray[np.bool_]], low: Floats, high: Floats) -> Floats:
     """(B,) largest levels that fit, to 1/65536 of the range.
 
-    Args:
-        fits: Levels (B, P) -> bool (B, P), falling from True to False along P.
-        low: (B,) levels that fit.
-        high: (B,) levels that don't, or need not be reached.
+    `fits` falls from True to False along P of levels (B, P); `low` (B,) fit, and `high` (B,) do not
+    or need not be reached.
     """
     rows = np.arange(len(low))
     for _ in range(4):
@@ -112,17 +112,11 @@ def largest(fits: Callable[[Floats], NDArray[np.bool_]], low: Floats, high: Floa
 def clamp(budget: Budget, counts: Ints, group: int, wanted: Floats, limit: Ints) -> Ints:
     """(B,) legal counts of one group: the largest up to `wanted` that the budget allows.
 
-    Rounding down, never up, keeps the last groups from paying for the rounding of all others.
-
-    Args:
-        budget: The budget.
-        counts: (B, G) decided groups first, all groups after `group` at their smallest counts.
-        group: Index of the group to decide.
-        wanted: (B,) desired counts.
-        limit: (B,) largest allowed costs.
+    Rounding down, never up, keeps the last groups from paying for the rounding of all others. All
+    groups after `group` stand at their smallest counts.
     """
     trial = counts.copy()
-    wanted = wanted + 1e-3  # a count that was computed back from its action must not lose one
+    wanted = wanted + 1e-3  # a count recomputed from its action must not lose a channel
     trial[:, group] = budget.floor_to_legal(wanted, group)
     is_within = budget.cost(trial) <= limit
     if is_within.all():
@@ -141,19 +135,11 @@ def clamp(budget: Budget, counts: Ints, group: int, wanted: Floats, limit: Ints)
 def share_out(
     budget: Budget, counts: Ints, first: int, base: Ints, weights: NDArray[np.bool_], limit: Ints
 ) -> Ints:
-    """(B, G) counts that share the unspent budget over the groups not decided yet.
+    """(B, G) counts that share the unspent budget over the groups from `first` on.
 
-    Groups with weight 1 keep the same multiple of `base`; groups with weight 0 keep `base`, and
-    shrink together only where the budget cannot be met with all others at their smallest counts.
-    Less than one step of some group stays unspent.
-
-    Args:
-        budget: The budget.
-        counts: (B, G) keep counts; those before `first` are decided.
-        first: First undecided group.
-        base: (B, G) or (G,) counts to share in proportion to.
-        weights: (G,) whether a group shares the cut.
-        limit: (B,) largest allowed costs.
+    Groups with weight 1 keep the same multiple of `base`, (B, G) or (G,); groups with weight 0 keep
+    `base`, and shrink together only where the budget cannot be met with all others at their
+    smallest counts. Less than one step of some group stays unspent.
     """
     undecided = slice(first, None)
     weights, base = weights[undecided], np.atleast_2d(base)[:, None, undecided]
@@ -167,7 +153,7 @@ def share_out(
         trials[..., undecided] = budget.nearest_legal(wanted, undecided)
         return trials
 
-    # Of a candidate alone, so that it does not matter which others share its batch.
+    # The range depends on the candidate alone, so the other candidates of a batch do not matter.
     ratio: Floats = np.max(budget.num_channels[undecided] / base, axis=(1, 2))
     high = np.broadcast_to(1.001 + ratio, len(counts))
     level = largest(lambda level: budget.cost(candidates(level)) <= limit[:, None], 0 * high, high)
@@ -175,20 +161,14 @@ def share_out(
 
 
 def grow(budget: Budget, counts: Ints, desired: Floats, limit: Ints) -> Ints:
-    """Spends what is left: grows legal counts until no group can take one more step.
+    """Spends the rest of the budget: grows legal counts until no group can take one more step.
 
-    The next step goes to the group with the smallest count / desired that can take it, the first
-    on a tie.
-
-    Args:
-        budget: The budget.
-        counts: (B, G) legal counts within the limit.
-        desired: (B, G) positive counts.
-        limit: (B,) largest allowed costs.
+    The next step goes to the group with the smallest count / desired (B, G) that can take it, the
+    first on a tie.
     """
 
-    # All groups rise together to the highest common count / desired that fits. No step on that
-    # way is refused, so it equals the single steps below, which take over where one is.
+    # All groups first rise together to the highest common count / desired that fits. None of these
+    # steps would be refused below, so the result equals that of single steps, which follow.
     def raised(level: Floats) -> Ints:
         steps = np.ceil(level[..., None] * desired[:, None] / budget.round_to).astype(np.int64)
         return np.maximum(counts[:, None], budget.count(steps))
@@ -210,13 +190,7 @@ def grow(budget: Budget, counts: Ints, desired: Floats, limit: Ints) -> Ints:
 
 
 def spend(budget: Budget, desired: Floats, rates: ArrayLike) -> Ints:
-    """(B, G) keep counts near the desired ones that use up the budgets, never more.
-
-    Args:
-        budget: The budget.
-        desired: (B, G) counts, clipped to what is allowed.
-        rates: (B,) share of the whole cost that may be kept, each reachable.
-    """
+    """(B, G) keep counts near the desired ones (B, G) that use up the budgets, never more."""
     limit = budget.limit(rates)
     desired = np.clip(desired, budget.min_counts, budget.num_channels)
     counts = np.tile(budget.min_counts, (len(desired), 1))
@@ -226,13 +200,7 @@ def spend(budget: Budget, desired: Floats, rates: ArrayLike) -> Ints:
 
 
 def scale_to_budget(budget: Budget, keep_ratios: Floats, rates: ArrayLike) -> Floats:
-    """(B, G) counts: the keep ratios times the largest common factor that fits the budget.
-
-    Args:
-        budget: The budget.
-        keep_ratios: (B, G) shares in (0, 1]; scaled ones are clipped to what is allowed.
-        rates: (B,) share of the whole cost that may be kept, each reachable.
-    """
+    """(B, G) counts: keep ratios in (0, 1] times the largest common factor that fits the budget."""
 
     def scaled(factor: Floats) -> Ints:
         # Rounded down, so that no group is cut later to pay for the rounding of another.
@@ -249,13 +217,7 @@ def scale_to_budget(budget: Budget, keep_ratios: Floats, rates: ArrayLike) -> Fl
 
 
 def uniform(budget: Budget, rates: ArrayLike, weights: ArrayLike) -> Ints:
-    """(B, G) the same keep ratio for all groups of weight 1, the others whole where feasible.
-
-    Args:
-        budget: The budget.
-        rates: (B,) share of the whole cost that may be kept, each reachable.
-        weights: (G,) 1 for groups that share the cut, 0 for those kept whole.
-    """
+    """(B, G) the same keep ratio for all groups of weight 1, the others whole where feasible."""
     limit, channels = budget.limit(rates), budget.num_channels
     counts = np.tile(budget.min_counts, (len(limit), 1))
     counts = share_out(budget, counts, 0, channels, np.asarray(weights, dtype=bool), limit)

@@ -29,21 +29,18 @@ class ChannelAllocationEnv(gym.Env[Float32s, NDArray[np.floating]]):
     """
 
     def __init__(
-        self,
-        mdp: AllocationMDP,
-        rates: Sequence[float],
-        score: Callable[[tuple[int, ...]], float],
+        self, mdp: AllocationMDP, rates: Sequence[float], score: Callable[[tuple[int, ...]], float]
     ) -> None:
         """Defines the spaces.
 
         Args:
-            mdp: The arithmetic of an episode.
+            mdp: Arithmetic of an episode.
             rates: Shares of the cost kept; `reset` draws one, or takes `options["rate"]`.
             score: Keep counts -> accuracy, the same for the same keep counts.
 
         Raises:
             ConfigError: There are no rates.
-            InfeasibleRateError: One of them cannot be reached.
+            InfeasibleRateError: A rate cannot be reached.
         """
         if not rates:
             raise ConfigError("the environment has no rates: give at least one in (0, 1]")
@@ -63,11 +60,11 @@ class ChannelAllocationEnv(gym.Env[Float32s, NDArray[np.floating]]):
         """Starts an episode.
 
         Args:
-            seed: Of the rates drawn from here on.
+            seed: Seed of the rates drawn from now on.
             options: `rate`: any reachable rate, in the set or not.
 
         Raises:
-            InfeasibleRateError: That rate cannot be reached.
+            InfeasibleRateError: The rate in `options` cannot be reached.
         """
         super().reset(seed=seed)
         rate = (options or {}).get("rate")
@@ -90,7 +87,7 @@ class ChannelAllocationEnv(gym.Env[Float32s, NDArray[np.floating]]):
 
         Raises:
             ResetNeeded: The episode has ended, or none has begun.
-            InvalidAction: It is not a finite number.
+            InvalidAction: The action is not a finite number.
         """
         mdp, step = self._mdp, self._step
         if step == mdp.num_steps:

@@ -1,16 +1,15 @@
 """Candidates that are being measured, each subnet once."""
 
-from cacp_ray.evaluation.measurement import Candidate, Subnet
+from cacp_ray.evaluation.measurement import Candidate, SubnetKey
 
 
 class InFlight:
-    """Candidates that the evaluators have, and those that repeat one of them meanwhile."""
+    """Candidates that the evaluators have, and repeats that wait for one of them."""
 
     def __init__(self) -> None:
-        """Starts empty."""
-        self._submitted: dict[int, Subnet] = {}
+        self._submitted: dict[int, SubnetKey] = {}
         # The submitted candidate first, then those that wait for the same answer.
-        self._waiting: dict[Subnet, list[Candidate]] = {}
+        self._waiting: dict[SubnetKey, list[Candidate]] = {}
 
     def __len__(self) -> int:
         """Candidates that the evaluators have."""
@@ -18,11 +17,11 @@ class InFlight:
 
     def add(self, candidate: Candidate) -> bool:
         """Takes a candidate; False where another one of its subnet has been submitted."""
-        if candidate.subnet in self._waiting:
-            self._waiting[candidate.subnet].append(candidate)
+        if candidate.key in self._waiting:
+            self._waiting[candidate.key].append(candidate)
             return False
-        self._waiting[candidate.subnet] = [candidate]
-        self._submitted[candidate.index] = candidate.subnet
+        self._waiting[candidate.key] = [candidate]
+        self._submitted[candidate.index] = candidate.key
         return True
 
     def finish(self, index: int) -> list[Candidate]:

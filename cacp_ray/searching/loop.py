@@ -1,41 +1,48 @@
-"""The one loop of every search: asks, submits, collects, records, checkpoints, tells.
+"""The one loop of every search: asks, submits, collects, records, checkpoints, tells, lets learn.
 
 In rounds, a strategy is asked for a batch, waits for all of it and is told in the order asked: the
 run repeats bit for bit, whatever order results come in and wherever it is killed and resumed. In
-async mode the evaluators never wait: freed places are filled before the strategy is told.
+async mode the evaluators never wait: freed places are filled before the strategy is told, and it
+learns while they work.
 
-Candidates are told apart by their keep counts and importance order. One that was asked before is
-answered from memory, recorded as cached, and does not count as an evaluation. One that another run
-has measured is answered from there, recorded as cached, and counts.
+Candidates are told apart by their keep counts and criterion. One that was asked before is answered
+from memory, recorded as cached, and does not count as an evaluation. One that the evaluator
+answers from a cache of other runs is recorded as cached too, and counts.
 """
 
+import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement, Subnet
-from cacp_ray.files import read_json, write_json
+from cacp_ray.evaluation.measurement import Candidate, Evaluator, SubnetKey
+from cacp_ray.io.files import read_json, write_json
 from cacp_ray.pruning.cost import CostModel, Limited
-from cacp_ray.searching.archive import Archive
+from cacp_ray.reporting.progress import SearchProgress
+from cacp_ray.rundir.directory import RunDirectory
+from cacp_ray.rundir.records import EpisodeRecord
 from cacp_ray.searching.episodes import Episodes
 from cacp_ray.searching.in_flight import InFlight
-from cacp_ray.searching.records import EpisodeRecord, as_result
-from cacp_ray.searching.run_directory import RunDirectory
-from cacp_ray.searching.search_progress import SearchProgress, Stopwatch
 from cacp_ray.searching.settings import Mode
-from cacp_ray.searching.strategy import Strategy
+from cacp_ray.searching.stopwatch import Stopwatch
+from cacp_ray.searching.strategy import Strategy, learn
 
 logger = logging.getLogger(__name__)
 
 WAIT_SECONDS = 2.0
 MAX_REPEATS = 200
 
-Result = tuple[Candidate, Measurement]
+Result = tuple[Candidate, EpisodeRecord]
 
 
 class SearchLoop:
-    """Drives one strategy over one run directory, and continues what the directory holds."""
+    """Drives one strategy over one run directory, and continues what the directory holds.
+
+    Attributes:
+        archive: The best of every rate.
+    """
 
     def __init__(
         self,
@@ -45,75 +52,76 @@ class SearchLoop:
         *,
         rates: Sequence[float],
         evaluations: int,
+        reserved: int = 0,
         cost: Limited = "macs",
         mode: Mode = "rounds",
         round_size: int = 6,
         checkpoint_seconds: float = 30.0,
         checkpoint_ticks: int | None = None,
-        known: Mapping[Subnet, Measurement] | None = None,
         races: bool = False,
         on_progress: Callable[[SearchProgress], object] | None = None,
         on_checkpoint: Callable[[], object] | None = None,
     ) -> None:
-        """Only stores its arguments: `restore` reads the directory.
+        """Reads nothing yet: `restore` does.
 
         Args:
             evaluator: Scores candidates, all on the same images.
-            cost_model: Of the whole network.
+            cost_model: Cost model of the whole network.
             run: Where measurements and checkpoints are kept.
             rates: The rates that are searched.
             evaluations: Distinct candidates to measure, over all rates.
+            reserved: How many of these the search leaves to `measure_last`.
             cost: What a rate limits, as `CostModel.kind` takes it.
             mode: `rounds` or `async`.
             round_size: Candidates asked together in a round.
             checkpoint_seconds: Time between checkpoints.
-            checkpoint_ticks: Calls of `tick` between checkpoints, if they should not wait for the
-                time.
-            known: Measurements of other runs, alike in all that a measurement depends on.
+            checkpoint_ticks: Calls of `tick` between checkpoints; None leaves it to the time.
             races: Candidates race against the best told so far of their rate.
             on_progress: Called after every tick, and while a round is waited for.
-            on_checkpoint: Called when one was saved; the journal is empty then.
+            on_checkpoint: Called after each checkpoint; the journal is empty then.
         """
         self._evaluator = evaluator
         self._episodes = Episodes(run, cost_model, cost)
+        self.archive = self._episodes.archive
         self._run = run
         self._rates = tuple(rates)
         self._evaluations = evaluations
+        self._reserved = reserved
         self._mode = mode
         self._round_size = round_size
         self._checkpoint_seconds = checkpoint_seconds
-        self._checkpoint_ticks = checkpoint_ticks
-        self._known = known or {}
+        self._checkpoint_ticks = math.inf if checkpoint_ticks is None else checkpoint_ticks
         self._races = races
         self._on_progress = on_progress
         self._on_checkpoint = on_checkpoint
 
-        # Of each rate: top1, less the index that decides ties, and which images were right.
+        # By rate: top1, the negative index that decides ties, and the hits.
         self._best: dict[float, tuple[float, int, str]] = {}
         self._is_restored = False
+        self._is_ending = False  # only `measure_last` measures from now on
         self._next_index = 0
         self._num_told = 0
-        self._asked: set[Subnet] = set()
+        self._asked: set[SubnetKey] = set()
         self._repeats = 0  # consecutive proposals that brought nothing new
         self._is_exhausted = False
         self._in_flight = InFlight()
         # Rounds: recorded but not told yet; replayed when the strategy asks for them again.
         self._ahead: dict[int, EpisodeRecord] = {}
         # Told without being asked in this session; asking for one is no sign of a stuck strategy.
-        self._adopted: set[Subnet] = set()
+        self._adopted: set[SubnetKey] = set()
 
         self._stopwatch = Stopwatch()
         self._last_checkpoint = time.monotonic()
         self._ticks = 0
 
     @property
-    def archive(self) -> Archive:
-        """The best of every rate."""
-        return self._episodes.archive
+    def records(self) -> Sequence[EpisodeRecord]:
+        """Every measurement of the run, in the order recorded."""
+        return self._episodes.rows
 
     @property
     def done(self) -> bool:
-        """Whether every evaluation was measured, or the strategy has nothing new to propose."""
+        """Whether the search has ended: nothing is left but what is reserved for the end."""
         return self._is_restored and self._room == 0 and not self._in_flight
 
     @property
@@ -154,7 +162,7 @@ class SearchLoop:
         self._episodes.strategy = strategy.name
         rows = self._episodes.read()
         seconds = 0.0
-        in_flight: list[Candidate] = []
+        in_flight: list[Candidate] = []  # at the checkpoint
         checkpoint = self._run.find_checkpoint()
         if checkpoint is not None:
             folder, num_told = checkpoint
@@ -162,32 +170,41 @@ class SearchLoop:
             state = read_json(folder / "loop.json")
             self._next_index = state["next_index"]
             self._repeats = state["repeats"]
+            self._is_ending = state.get("is_ending", False)
             seconds = state.get("seconds", 0.0)
             self._num_told = min(num_told, len(rows))
-            for index, rate, keep_counts, order in state["in_flight"]:
-                in_flight.append(Candidate(index, rate, tuple(keep_counts), order=order))
-        ahead = rows[self._num_told :]
-        self._asked.update(row.subnet for row in rows[: self._num_told])
-        self._note_best([as_result(row) for row in rows[: self._num_told]])
-        if self._mode == "rounds":
+            in_flight = [
+                Candidate(rate, tuple(keep_counts), criterion, index)
+                for index, rate, keep_counts, criterion in state["in_flight"]
+            ]
+        told, ahead = rows[: self._num_told], rows[self._num_told :]
+        for row in told if self._is_ending else rows:
+            self._episodes.archive.add(row)
+        self._asked.update(row.key for row in told)
+        self._note_best([(row.candidate, row) for row in told])
+        if self._is_ending:
+            self._next_index = max(self._next_index, *(row.index + 1 for row in rows))
+        elif self._mode == "rounds":
             self._ahead = {row.index: row for row in ahead}
         else:
             self._adopt(strategy, ahead)
         indices = {row.index for row in rows}
         lost = [candidate for candidate in in_flight if candidate.index not in indices]
-        self._asked.update(candidate.subnet for candidate in lost)
-        self._tell(strategy, [result for each in lost for result in self._place(each)])
-        self._stopwatch.start(seconds)
+        self._asked.update(candidate.key for candidate in lost)
+        self._tell(strategy, [result for candidate in lost for result in self._place(candidate)])
+        self._stopwatch = Stopwatch(seconds)
 
-    def tick(self, strategy: Strategy) -> None:
-        """One round, or in async mode one wait of at most a few seconds.
+    def tick(self, strategy: Strategy) -> Mapping[str, float]:
+        """One round, or in async mode one wait of at most a few seconds; then the strategy learns.
 
-        A checkpoint is made at the start: a strategy that learns after the tick has then done so.
+        A checkpoint is made at the start, so that it holds what the last tick has taught. The
+        result is that of `Learner.learn`.
         """
         self.restore(strategy)
         if self.done:
-            return
-        if self._is_checkpoint_due():
+            return {}
+        age = time.monotonic() - self._last_checkpoint
+        if age >= self._checkpoint_seconds or self._ticks >= self._checkpoint_ticks:
             self.checkpoint(strategy)
         self._ticks += 1
         if self._mode == "rounds":
@@ -195,6 +212,26 @@ class SearchLoop:
         else:
             self._tick_async(strategy)
         self._report()
+        return learn(strategy)
+
+    def measure_last(
+        self, strategy: Strategy, candidates: Sequence[Candidate]
+    ) -> list[EpisodeRecord]:
+        """Measures what a policy answers after the search, as the reserved evaluations.
+
+        The strategy is not told and the archive does not take them: they say what the policy is
+        worth. At most as many are measured as were reserved. A search that is killed here continues
+        here.
+        """
+        self._is_ending = True
+        self.checkpoint(strategy)
+        numbered = [dataclasses.replace(self._number(each), opponent="") for each in candidates]
+        results = [result for candidate in numbered for result in self._place(candidate)]
+        while self._in_flight:
+            results += self._collect(WAIT_SECONDS)
+            self._report()
+        rows = {candidate.index: row for candidate, row in results}
+        return [rows[candidate.index] for candidate in numbered]
 
     def checkpoint(self, strategy: Strategy) -> None:
         """Saves the strategy and the loop. Call it between ticks, and after the last one."""
@@ -202,8 +239,9 @@ class SearchLoop:
         state = {
             "next_index": self._next_index,
             "repeats": self._repeats,
+            "is_ending": self._is_ending,
             "seconds": self.seconds,
-            "in_flight": [(c.index, c.rate, c.keep_counts, c.order) for c in waiting],
+            "in_flight": [(c.index, c.rate, c.keep_counts, c.criterion) for c in waiting],
         }
 
         def write(folder: Path) -> None:
@@ -223,12 +261,7 @@ class SearchLoop:
         """Distinct candidates that may still be asked."""
         if self._is_exhausted or self._repeats >= MAX_REPEATS:
             return 0
-        return max(0, self._evaluations - len(self._asked))
-
-    def _is_checkpoint_due(self) -> bool:
-        if self._checkpoint_ticks is not None and self._ticks >= self._checkpoint_ticks:
-            return True
-        return time.monotonic() - self._last_checkpoint >= self._checkpoint_seconds
+        return max(0, self._evaluations - self._reserved - len(self._asked))
 
     def _tick_round(self, strategy: Strategy) -> None:
         results = self._ask(strategy, min(self._round_size, self._room))
@@ -266,43 +299,38 @@ class SearchLoop:
         results: list[Result] = []
         for proposal in strategy.ask(count):
             self._episodes.check_budget(proposal)
-            subnet = proposal.keep_counts, proposal.order
             row = self._ahead.get(self._next_index)
-            if row is not None and (row.rate, row.subnet) != (proposal.rate, subnet):
+            if row is not None and (row.rate, row.key) != (proposal.rate, proposal.key):
                 logger.warning(
                     "%s: the strategy does not repeat its earlier proposals (other hardware or "
                     "versions?); their measurements are kept, the search goes on differently",
                     self._run.path,
                 )
                 self._adopt(strategy, list(self._ahead.values()))
-            if subnet not in self._asked and self._room == 0:
+            if proposal.key not in self._asked and self._room == 0:
                 break
-            candidate = Candidate(
-                self._next_index,
-                proposal.rate,
-                proposal.keep_counts,
-                order=proposal.order,
-                best=self._best[proposal.rate][2] if proposal.rate in self._best else "",
-            )
-            self._next_index += 1
-            is_new = subnet not in self._asked or subnet in self._adopted
-            self._adopted.discard(subnet)
-            self._asked.add(subnet)
+            is_new = proposal.key not in self._asked or proposal.key in self._adopted
+            self._adopted.discard(proposal.key)
+            self._asked.add(proposal.key)
             self._repeats = 0 if is_new else self._repeats + 1
-            results += self._place(candidate)
+            results += self._place(self._number(proposal))
         if self._repeats >= MAX_REPEATS:
             logger.warning("the last %d proposals were known: the search ends", self._repeats)
         return results
 
+    def _number(self, proposal: Candidate) -> Candidate:
+        """The candidate under the next index, with its opponent where candidates race."""
+        opponent = self._best[proposal.rate][2] if proposal.rate in self._best else ""
+        index, self._next_index = self._next_index, self._next_index + 1
+        return dataclasses.replace(proposal, index=index, opponent=opponent)
+
     def _place(self, candidate: Candidate) -> list[Result]:
         """Answers a candidate from what is known, or has it measured."""
-        key = candidate.subnet
         row = self._ahead.pop(candidate.index, None)
         if row is not None:
-            return [as_result(row)]
-        found = self._episodes.find(key) or self._known.get(key)
-        if found is not None:
-            return [(candidate, self._episodes.record(candidate, found, is_cached=True))]
+            return [(row.candidate, row)]
+        if self._episodes.is_known(candidate):
+            return [(candidate, self._episodes.repeat(candidate, archived=not self._is_ending))]
         if self._in_flight.add(candidate):
             self._evaluator.submit(candidate)
         return []
@@ -311,21 +339,25 @@ class SearchLoop:
         """Records what the evaluators have finished."""
         results: list[Result] = []
         for measurement in self._evaluator.results(timeout):
-            for number, each in enumerate(self._in_flight.finish(measurement.index)):
-                own = self._episodes.record(each, measurement, is_cached=number > 0)
-                results.append((each, own))
-                if number == 0:
-                    self._stopwatch.note_finish()
+            candidates = self._in_flight.finish(measurement.index)
+            if not candidates:
+                continue
+            first, *repeats = candidates
+            archived = not self._is_ending
+            results.append((first, self._episodes.record(first, measurement, archived=archived)))
+            results += [(c, self._episodes.repeat(c, archived=archived)) for c in repeats]
+            if not measurement.cached:
+                self._stopwatch.note_finish()
         return results
 
     def _adopt(self, strategy: Strategy, rows: Sequence[EpisodeRecord]) -> None:
         """Tells recorded measurements that the strategy will not ask for under their index."""
         self._ahead = {}
-        keys = {row.subnet for row in rows}
+        keys = {row.key for row in rows}
         self._adopted |= keys - self._asked
         self._asked |= keys
         self._next_index = max([self._next_index, *(row.index + 1 for row in rows)])
-        self._tell(strategy, [as_result(row) for row in rows])
+        self._tell(strategy, [(row.candidate, row) for row in rows])
 
     def _tell(self, strategy: Strategy, results: Sequence[Result]) -> None:
         if results:
@@ -334,10 +366,10 @@ class SearchLoop:
             self._note_best(results)
 
     def _note_best(self, results: Sequence[Result]) -> None:
-        """What candidates race against from now on; probes, of no rate of the run, never do."""
-        for candidate, found in results if self._races else ():
-            rank = found.top1, -candidate.index, found.hits
-            if found.hits and candidate.rate in self._rates:
+        """Keeps what candidates race against; probes at other rates than the run's never do."""
+        for candidate, measurement in results if self._races else ():
+            rank = measurement.top1, -candidate.index, measurement.hits
+            if measurement.hits and candidate.rate in self._rates:
                 self._best[candidate.rate] = max(rank, self._best.get(candidate.rate, rank))
 
     def _report(self) -> None:

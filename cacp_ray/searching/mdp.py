@@ -1,12 +1,12 @@
 """Channel allocation as a Markov decision process: one group a step, many candidates at once.
 
-Groups that stay whole are no steps: T steps for G groups.
+Groups that stay whole have no step: T steps for G groups.
 
 The prior is an allocation for every rate (searching/allocation.py). At every step the budget not
-yet spent is shared over the groups still to come, in proportion to it, and a zero action keeps that
-share: zero actions give the prior itself, and one bold step starves no group after it. An action a
-in [-1, 1] keeps exp(s * a) times as many channels, the budget clamps it, and what is left after the
-last group is spent. So no episode ends above its budget and none below it needlessly.
+yet spent is shared over the groups still to come, in proportion to the prior. A zero action keeps
+this share: zero actions give the prior itself, and one bold step starves no group after it. An
+action a in [-1, 1] keeps exp(s * a) times as many channels, the budget clamps it, and the rest is
+spent after the last group. So no episode ends above its budget and none below it needlessly.
 `play`, `replay` and the Gymnasium environment (env.py) share the same steps.
 
 The first 12 state features are those of CACP (2021, Table D); the prior keep ratio, its re-solving
@@ -14,6 +14,7 @@ at every step and the final spending are ours.
 """
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,7 +23,7 @@ from cacp_ray.pruning.cost import CostModel
 from cacp_ray.searching.allocation import AllocationSpace, Float32s, Prior
 from cacp_ray.searching.budget import Budget, Floats, Ints, clamp, grow, share_out
 
-Act = Callable[[Float32s, int], NDArray[np.floating]]
+Act = Callable[[Float32s, int], NDArray[np.floating]]  # states (B, F) and step -> actions (B,)
 
 NUM_FEATURES = 13
 
@@ -35,14 +36,7 @@ class AllocationMDP:
     def __init__(
         self, cost_model: CostModel, budget: Budget, prior: Prior, action_scale: float
     ) -> None:
-        """Prepares the static features.
-
-        Args:
-            cost_model: Shapes of the groups.
-            budget: The budget; its cost is what rates limit.
-            prior: Keep counts of zero actions.
-            action_scale: s in keep count = prior * exp(s * a).
-        """
+        """Prepares the static features; a keep count is prior * exp(action_scale * a)."""
         self.budget = budget
         self.space = AllocationSpace(budget, prior, action_scale)
         self.groups = [int(group) for group in self.space.prunable]
@@ -51,7 +45,7 @@ class AllocationMDP:
         self._static = _static_features(cost_model, budget)[self.groups]  # (T, 8)
 
     def prior(self, rates: ArrayLike) -> Ints:
-        """(B, G) keep counts of the prior, which are those of zero actions."""
+        """(B, G) keep counts of zero actions."""
         return self.space.prior(rates)
 
     def start(self, rates: ArrayLike) -> Ints:
@@ -61,10 +55,7 @@ class AllocationMDP:
     def observe(self, rates: ArrayLike, counts: Ints, step: int) -> tuple[Float32s, Ints]:
         """States (B, F), about within [0, 1], and counts (B,) of the step's group at zero action.
 
-        Args:
-            rates: (B,) share of the cost kept.
-            counts: (B, G) with the groups of this and later steps at their smallest counts.
-            step: From 0 to `num_steps` - 1.
+        In `counts` (B, G), the groups of this and later steps stand at their smallest counts.
         """
         budget, total, group = self.budget, self.budget.total, self.groups[step]
         rates = np.asarray(rates, dtype=np.float64)
@@ -78,7 +69,7 @@ class AllocationMDP:
         states[:, :8] = self._static[step]
         states[:, 8] = rates
         states[:, 9] = 1 - most / total  # Reduced
-        states[:, 10] = (most - least) / total  # Rest: what can still go
+        states[:, 10] = (most - least) / total  # Rest: cost that can still be removed
         states[:, 11] = counts[:, before] / budget.num_channels[before] if step else 1.0
         states[:, 12] = prior / budget.num_channels[group]
         return states, prior
@@ -94,25 +85,14 @@ class AllocationMDP:
         return counts
 
     def finish(self, rates: ArrayLike, counts: Ints, desired: Floats) -> Ints:
-        """(B, G) counts with the rest of the budget spent.
-
-        Args:
-            rates: (B,) share of the cost kept.
-            counts: (B, G) after the last step.
-            desired: (B, T) what every step asked for; the rest is spent in proportion to it.
-        """
+        """(B, G) counts with the rest spent in proportion to the desired counts (B, T)."""
         budget, wanted = self.budget, counts.astype(np.float64)
         wanted[:, self.groups] = desired
         wanted = np.clip(wanted, budget.min_counts, budget.num_channels)
         return grow(budget, counts, wanted, budget.limit(rates))
 
     def play(self, rates: ArrayLike, act: Act) -> Ints:
-        """(B, G) keep counts of whole episodes.
-
-        Args:
-            rates: (B,) share of the cost kept, each reachable.
-            act: States (B, F) and step -> actions (B,) in [-1, 1].
-        """
+        """(B, G) keep counts of whole episodes with actions in [-1, 1]."""
         counts = self.start(rates)
         desired = np.empty((len(counts), self.num_steps))
         for step in range(self.num_steps):
@@ -143,18 +123,8 @@ def _static_features(cost_model: CostModel, budget: Budget) -> NDArray[np.float6
     """(G, 8) position, n, c, k, w, h, stride and cost share, each divided by its largest value."""
     whole = np.tile(budget.num_channels, (len(cost_model.groups), 1))
     np.fill_diagonal(whole, budget.min_counts)
-    columns = [
-        [
-            step,
-            group.num_channels,
-            group.in_channels,
-            group.kernel,
-            group.width,
-            group.height,
-            group.stride,
-        ]
-        for step, group in enumerate(cost_model.groups)
-    ]
+    read = attrgetter("num_channels", "in_channels", "kernel", "width", "height", "stride")
+    shapes = [[step, *read(group)] for step, group in enumerate(cost_model.groups)]
     removable = budget.total - budget.cost(whole)
-    static = np.column_stack([np.array(columns, dtype=np.float64), removable])
+    static = np.column_stack([np.array(shapes, dtype=np.float64), removable])
     return static / np.maximum(static.max(axis=0), 1e-9)

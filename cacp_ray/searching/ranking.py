@@ -9,12 +9,9 @@ from cacp_ray.searching.budget import Budget, Floats, Ints, spend
 
 
 def cut_at_threshold(budget: Budget, scores: Sequence[Floats], rates: ArrayLike) -> Ints:
-    """(B, G) keep counts: the channels above the lowest threshold that fits, the rest spent.
+    """(B, G) counts of the channels above the lowest threshold that fits, with the rest spent.
 
-    Args:
-        budget: The budget.
-        scores: Per group (C,), higher is more important, comparable across groups.
-        rates: (B,) share of the whole cost that may be kept, each reachable.
+    Scores are (C,) a group, higher is more important, comparable across groups.
     """
     thresholds: Floats = np.append(np.unique(np.concatenate(scores)), np.inf)
 
@@ -36,4 +33,4 @@ def cut_at_threshold(budget: Budget, scores: Sequence[Floats], rates: ArrayLike)
 
 def normalize(scores: Sequence[Floats]) -> list[NDArray[np.float64]]:
     """Scores of every group divided by their L2 norm (Molchanov et al., ICLR 2017, eq. 8)."""
-    return [np.asarray(s, np.float64) / max(float(np.linalg.norm(s)), 1e-300) for s in scores]
+    return [score / max(float(np.linalg.norm(score)), 1e-300) for score in scores]

@@ -1,4 +1,4 @@
-"""Settings of the agents; no heavy import here, so that reading a configuration stays fast."""
+"""Settings of the agents; this module imports little, so that reading a configuration is fast."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -13,16 +13,16 @@ class AgentSettings:
 
     Attributes:
         hidden: Widths of the hidden layers of actor and critics.
-        lr: Adam's step of both.
+        lr: Adam's step for actor and critics.
         batch_size: Episodes a gradient step, for each critic.
-        updates_per_episode: Critic steps for each told episode; 0 switches learning off, and with
-            it the choice among drafts.
+        updates_per_episode: Critic steps for each told episode; 0 switches learning and the choice
+            among drafts off.
         noise: Standard deviation of the action noise at a rate's first episode.
         noise_decay: Factor on the noise after every episode of the same rate.
         action_scale: s in keep count = prior * exp(s * a), a in [-1, 1].
         elite_share: Share of drafts that change a good earlier allocation instead of the policy.
-        drafts: For every proposal; the critics choose one.
-        warmup: Episodes a rate of noise around the prior before the networks are used.
+        drafts: Drafts for every candidate; the critics choose one.
+        warmup: Episodes of noise around the prior, at each rate, before the networks are used.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -54,14 +54,14 @@ class PaperSettings:
         batch_size: Transitions a gradient step (AMC's code).
         tau: Share of the trained networks that the target networks take on a step (AMC's code).
         noise: Standard deviation of the action noise after the warm-up (AMC's code).
-        noise_decay: Factor on it for every episode where 500 follow the warm-up, as in the paper;
-            stretched or squeezed for more or fewer (ours).
-        warmup_share: Of the evaluations, that are random: 300 of 800 in the paper.
+        noise_decay: Factor on the noise after every episode where 500 follow the warm-up, as in the
+            paper; stretched for other numbers (ours).
+        warmup_share: Share of the evaluations that are random: 300 of 800 in the paper.
         baseline: Subtracts the mean accuracy of the memory, of all rates alike, from the rewards
             (AMC's code, and CACP's).
         prior: Actions around the prior of `cacp`, and the budget spent: a control (ours).
-        targets: `bootstrap` from the next step, or `monte_carlo`: what the rest of the episode
-            really earned (ours).
+        targets: `bootstrap` from the next step, or `monte_carlo`: the real reward of the rest of
+            the episode (ours).
         twin: TD3 (Fujimoto et al., 2018): the smaller of two critics, smoothed target actions, and
             an actor that moves on every other step.
     """

@@ -1,28 +1,15 @@
 """What proposes candidates: ask/tell."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 
 Counts = tuple[int, ...]  # channels kept, one entry a group
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A subnet to measure.
-
-    Attributes:
-        rate: Whose budget it meets; 1 for a probe that serves no rate of its own.
-        keep_counts: Channels kept, one entry a group.
-        order: Criterion whose importance order says which channels are kept; empty for the run's.
-    """
-
-    rate: float
-    keep_counts: Counts
-    order: str = ""
 
 
 class Strategy(Protocol):
@@ -30,8 +17,8 @@ class Strategy(Protocol):
 
     name: str
 
-    def ask(self, count: int) -> list[Proposal]:
-        """Up to `count` proposals; fewer (even none) where it waits for results or is done."""
+    def ask(self, count: int) -> list[Candidate]:
+        """Up to `count` candidates; fewer (even none) where it waits for results or is done."""
         ...
 
     def tell(self, results: Sequence[tuple[Candidate, Measurement]]) -> None:
@@ -47,4 +34,23 @@ class Strategy(Protocol):
         ...
 
 
-Tick = Callable[[Strategy], object]  # one turn of the search loop, by an agent that trains
+@runtime_checkable
+class Learner(Protocol):
+    """A strategy that learns in steps of its own; the search loop gives it time for them."""
+
+    def learn(self) -> Mapping[str, float]:
+        """Learns in well under a second; the figures are empty where nothing was learned."""
+        ...
+
+
+def learn(strategy: Strategy) -> Mapping[str, float]:
+    """Lets a strategy learn, if it does."""
+    return strategy.learn() if isinstance(strategy, Learner) else {}
+
+
+def make_candidates(
+    rates: Iterable[float], keep_counts: ArrayLike, criterion: str = ""
+) -> list[Candidate]:
+    """One candidate a rate; keep counts int (B, G)."""
+    rows = np.asarray(keep_counts).tolist()
+    return [Candidate(rate, tuple(row), criterion) for rate, row in zip(rates, rows, strict=True)]

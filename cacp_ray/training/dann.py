@@ -1,21 +1,20 @@
-"""Domain-adversarial training: features by which two domains cannot be told apart.
+"""Domain-adversarial training: features that do not tell two domains apart.
 
-For a domain without labels: labelled source images teach the classes, unlabelled target images take
-part in a second task alone, telling the domains apart. A small head learns that task from the
-features, and its gradient is reversed on its way back to the network. Head and hook are gone after
-the training, so the weights load into the plain network.
+Labelled source images teach the classes. Unlabelled target images take part only in a second task,
+telling the domains apart. A small head learns that task from the features, and its gradient is
+reversed on its way back to the network. Head and hook are removed after the training, so the
+weights load into the plain network.
 
 Source: Ganin et al., "Domain-Adversarial Training of Neural Networks", JMLR 17 (2016), sections 4.2
 and 5.2: gradient reversal, schedule of its strength, batches half source and half target, a head of
-100 hidden units. Ours: where the head sits (the input of the last linear layer), one forward pass
-for both halves, so that BN statistics are of the mixture, and this package's SGD schedule.
+100 hidden units. Ours: the place of the head (the input of the last linear layer), one forward pass
+for both halves, which gives BN statistics of the mixture, and this package's SGD schedule.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,24 +30,10 @@ HIDDEN = 100  # units of the domain head
 Transform = Callable[[Tensor, torch.Generator], Tensor]
 
 
-class _Reverse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, strength: float) -> Tensor:
-        ctx.strength = strength
-        return features.view_as(features)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
-        return -ctx.strength * gradients[0], None
-
-
 def crop_and_flip(x: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
-    """What `cacp_ray.data.transforms.augment` does, on images that are normalised already.
+    """Crops at random and flips half of the images, as `cacp_ray.data.transforms.augment` does.
 
-    Args:
-        x: (N, C, H, W), already normalised, so the padding is the mean colour.
-        generator: The only source of randomness.
-        padding: Pixels added on each side before the crop.
+    Images (N, C, H, W) are normalised, so zero padding has the mean colour.
     """
     n, _, height, width = x.shape
     padded = functional.pad(x, (padding,) * 4)
@@ -67,9 +52,11 @@ def crop_and_flip(x: Tensor, generator: torch.Generator, padding: int = 4) -> Te
 
 
 def reverse_gradient(features: Tensor, strength: float) -> Tensor:
-    """The identity; its gradient is multiplied by `-strength`."""
-    found: Any = _Reverse.apply(features, strength)
-    return found
+    """The identity, whose gradient is multiplied by `-strength`."""
+    same = features.view_as(features)
+    if same.requires_grad:
+        same.register_hook(lambda gradient: -strength * gradient)
+    return same
 
 
 def reversal_strength(progress: float) -> float:
@@ -78,25 +65,21 @@ def reversal_strength(progress: float) -> float:
 
 
 def make_domain_head(num_features: int) -> nn.Sequential:
-    """Features (N, F) -> logit (N, 1) of being from the target."""
+    """A head from features (N, F) to logits (N, 1) of being a target image."""
     return nn.Sequential(nn.Linear(num_features, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1))
 
 
 def domain_loss(head: nn.Module, features: Tensor, is_target: Tensor, strength: float) -> Tensor:
-    """What the head minimises and, `strength` times as strongly, the network maximises.
+    """Cross-entropy that the head minimises and, times `strength`, the network maximises.
 
-    Args:
-        head: Of `make_domain_head`.
-        features: (N, F).
-        is_target: (N,) 1.0 for target images, 0.0 for source images.
-        strength: Of the reversed gradient, at least 0.
+    Features are (N, F); `is_target` (N,) is 1.0 for target images, 0.0 for source images.
     """
     logits = head(reverse_gradient(features, strength)).squeeze(1)
     return functional.binary_cross_entropy_with_logits(logits, is_target)
 
 
 def last_linear(model: nn.Module) -> nn.Linear:
-    """The classifier.
+    """The last linear layer, which is the classifier.
 
     Raises:
         UnsupportedModelError: There is no linear layer.
@@ -112,7 +95,7 @@ def last_linear(model: nn.Module) -> nn.Linear:
 
 @contextmanager
 def watch_features(model: nn.Module) -> Iterator[list[Tensor]]:
-    """A list that holds the classifier's input (N, F), float32, of the last forward pass."""
+    """Yields a list that holds the classifier's last input, float32 (N, F)."""
     features: list[Tensor] = []
 
     def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -135,19 +118,19 @@ def train_dann(
     transform: Transform | None = None,
     on_epoch: Callable[[int, float, float], object] | None = None,
 ) -> None:
-    """Trains `model` in place, through the whole schedule; the same seed gives the same weights.
+    """Trains `model` in place through the whole schedule; the same seed gives the same weights.
 
     Args:
-        model: With fresh weights, already seeded, or trained; moved to channels_last.
+        model: Network with fresh, seeded weights, or a trained one; moved to channels_last.
         source: Normalised images (N, C, H, W) and labels (N,).
-        target: Normalised images (M, C, H, W); an epoch goes once through the source and shows as
-            many target images. None leaves the target out: plain training in the same steps.
-        recipe: Schedule; `batch_size` counts both halves. Distillation has no part in it.
-        strength: The most that the gradient is multiplied by; at 0 target images take part in the
-            BN statistics alone.
+        target: Normalised images (M, C, H, W). An epoch goes once through the source and shows as
+            many target images. With None, training is plain and has the same steps.
+        recipe: Schedule, where `batch_size` counts both halves. Distillation is ignored.
+        strength: Largest factor of the reversed gradient, at least 0. At 0, target images only
+            affect BN statistics.
         transform: Augmentation of a batch; by default crops and flips, as in `train`.
-        on_epoch: Called with an epoch's index and its mean cross-entropies in nats: of the classes,
-            and of the domains, where log(2) = 0.693 is guessing.
+        on_epoch: Called with an epoch's index and its two mean cross-entropies in nats, of the
+            classes and of the domains; log(2) = 0.693 means that domains are guessed.
 
     Raises:
         UnsupportedModelError: The network has no linear layer.
@@ -196,7 +179,7 @@ def train_dann(
 def _draw_batches(
     num_source: int, num_target: int, half: int, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Indices of every source image and of as many target images; of none where there are none."""
+    """Indices of every source image once, and of as many target images where there are any."""
     order = torch.randperm(num_source, generator=generator)
     others = order[:0]
     while num_target and len(others) < num_source:
@@ -207,15 +190,6 @@ def _draw_batches(
 
 
 def pseudo_label(model: nn.Module, images: Tensor, batch_size: int = 500) -> tuple[Tensor, Tensor]:
-    """What the network takes unlabelled images for.
-
-    Args:
-        model: Trained.
-        images: Normalised (N, C, H, W).
-        batch_size: Images a forward pass.
-
-    Returns:
-        Labels int64 (N,), and the probability (N,) that the network gives each.
-    """
+    """Labels int64 (N,) that the network gives to normalised images, and probabilities (N,)."""
     confidence, labels = predict(model, images, batch_size, torch.float32).softmax(1).max(1)
     return labels, confidence

@@ -1,41 +1,40 @@
-"""One epoch loop for base training and fine-tuning, with distillation and exact resume.
+"""One epoch loop for base training and fine-tuning, with distillation and exact resumption.
 
-The order of images, their augmentation and the dropout of an epoch depend on (seed, epoch, worker)
-alone, so a run that is continued from an epoch's end repeats what the uninterrupted run would have
-done.
+An epoch's image order, augmentation and dropout depend on (seed, epoch, worker) alone, so a resumed
+run does exactly what the uninterrupted run would have done.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cacp_ray.data.batches import Augmentation, Batches, ImageBatches
-from cacp_ray.data.images import ImageSet
+from cacp_ray.data.batches import Augmentation, ImageBatches
 from cacp_ray.data.streams import ImageStream, StreamBatches
 from cacp_ray.training.metrics import Accuracy, Split, fast_dtype, find_device, measure_split
 from cacp_ray.training.optimizer import SGD
 from cacp_ray.training.recipe import Recipe
 
+Batches = ImageBatches | StreamBatches
+
 
 @dataclass(frozen=True)
 class EpochResult:
-    """One finished epoch; `search` is the accuracy on the search split."""
+    """One finished epoch, with its mean loss and the accuracy on the search split."""
 
     epoch: int
     train_loss: float
     search: Accuracy
 
 
-def make_batches(
-    images: ImageSet | ImageStream, recipe: Recipe, shard: tuple[int, int] = (0, 1)
-) -> Batches:
-    """Batches of images in memory or of a stream, as a recipe has them."""
+def make_batches(images: Split, recipe: Recipe, shard: tuple[int, int] = (0, 1)) -> Batches:
+    """Batches of images in memory or of a stream, augmented as a recipe says."""
     augmentation = Augmentation(recipe.batch_size, recipe.padding, recipe.erasing, recipe.seed)
     if isinstance(images, ImageStream):
         return StreamBatches(images, augmentation, shard)
@@ -43,7 +42,7 @@ def make_batches(
 
 
 def learning_rate(recipe: Recipe, step: int, num_steps: int) -> float:
-    """Rate of step `step` of `num_steps`."""
+    """Learning rate of step `step` of `num_steps`: a linear warm-up, then a cosine to zero."""
     warm = max(1, round(recipe.warmup * num_steps))
     if step < warm:
         return recipe.lr * (step + 1) / warm
@@ -73,23 +72,18 @@ def train_epoch(
     teacher: nn.Module | None = None,
     after_step: Callable[[], object] = lambda: None,
 ) -> float:
-    """Trains one epoch (counted from 0) and returns its mean loss.
+    """Trains epoch `epoch`, from 0, of the recipe's schedule in place; returns its mean loss.
 
-    Args:
-        model: Trained in place.
-        optimizer: Of `model`; its learning rate is set before every step.
-        batches: Of the recipe.
-        recipe: Settings of the whole schedule.
-        epoch: Index of this epoch in [0, recipe.epochs).
-        teacher: For distillation; needed where `recipe.distillation` > 0.
-        after_step: Called after every step.
+    The optimizer's learning rate is set before every step. Without a teacher there is no
+    distillation.
     """
     epoch_seed = recipe.seed * 100_003 + epoch
-    torch.manual_seed(epoch_seed + batches.shard[0] * 1_000_003)  # dropout, each worker its own
+    torch.manual_seed(epoch_seed + batches.shard[0] * 1_000_003)  # dropout differs by worker
     rng = np.random.default_rng(epoch_seed)
     device = find_device(model)
     dtype = fast_dtype(device.type)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    cross_entropy = partial(functional.cross_entropy, label_smoothing=recipe.label_smoothing)
     total, num_images = 0.0, 0
     model.train()
     for number, (images, labels) in enumerate(batches.epoch(epoch)):
@@ -97,16 +91,16 @@ def train_epoch(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step, steps)
         x, y = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        share, other = 1.0, None
+        if recipe.mixup > 0:
+            share, other = rng.beta(recipe.mixup, recipe.mixup), rng.permutation(len(y))
         with autocast:
-            if recipe.mixup > 0:
-                share, other = rng.beta(recipe.mixup, recipe.mixup), rng.permutation(len(y))
+            if other is not None:
                 x = share * x + (1 - share) * x[other]
             logits = model(x).float()
-        loss = functional.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing)
-        if recipe.mixup > 0:
-            mixed = functional.cross_entropy(
-                logits, y[other], label_smoothing=recipe.label_smoothing
-            )
+        loss = cross_entropy(logits, y)
+        if other is not None:
+            mixed = cross_entropy(logits, y[other])
             loss = share * loss + (1 - share) * mixed
         if teacher is not None and recipe.distillation > 0:
             with torch.no_grad(), autocast:
@@ -146,16 +140,10 @@ def train(
 ) -> None:
     """Trains `model` in place through the whole schedule, or from `state` to its end.
 
-    Args:
-        model: Moved to channels_last; where the recipe averages weights, it ends with those.
-        batches: To learn from, see `make_batches`.
-        search_split: That each epoch is measured on.
-        recipe: Schedule and loss.
-        teacher: For distillation.
-        state: What `on_epoch` was given after an earlier epoch, to continue from there.
-        on_epoch: Called after each epoch with its result and the state to continue from, whose
-            `measured_weights` the result is of.
-        wrap: Puts `model` into what is called in training, such as DistributedDataParallel.
+    The network is moved to channels_last, and ends with the averaged weights where the recipe
+    averages. `on_epoch` is called after each epoch with its result on the search split and the
+    state to continue from, whose `measured_weights` were measured. `wrap` wraps the network for
+    training, for example in DistributedDataParallel.
     """
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if teacher is not None:
@@ -166,10 +154,15 @@ def train(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["epoch"] + 1
-    average = _make_average(model, recipe)
+    average: Any = None
+    if recipe.ema > 0:
+        from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+        update = get_ema_multi_avg_fn(recipe.ema)
+        average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
     if average is not None and state is not None:
         average.load_state_dict(state["average"])
-    measured = model if average is None else cast(nn.Module, average.module)
+    measured = model if average is None else average.module
     trained = wrap(model)
     for epoch in range(first, recipe.epochs):
         loss = train_epoch(
@@ -192,21 +185,11 @@ def train(
 
 
 def measured_weights(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The state dict that an epoch's accuracy is of, copied."""
-    prefix = "module."
-    weights = state["model"]
-    if "average" in state:
-        weights = {
-            key.removeprefix(prefix): value
-            for key, value in state["average"].items()
-            if key.startswith(prefix)
-        }
-    return {key: value.detach().clone() for key, value in weights.items()}
-
-
-def _make_average(model: nn.Module, recipe: Recipe) -> Any:
-    if recipe.ema == 0:
-        return None
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
+    """A copy of the weights in a state whose accuracy was measured: the averaged ones, if any."""
+    prefix = "module." if "average" in state else ""
+    weights = state["average" if prefix else "model"]
+    return {
+        key.removeprefix(prefix): value.detach().clone()
+        for key, value in weights.items()
+        if key.startswith(prefix)
+    }

@@ -1,17 +1,17 @@
 """Accuracy and loss of a network on labelled images."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cacp_ray.data.images import ImageSet
-from cacp_ray.memory import give_back_memory
+from cacp_ray.data.streams import ImageStream
+from cacp_ray.io.environment import give_back_memory
 
-MOST_PIXELS = 50 * 224**2  # at once: ResNet-50's largest feature map then takes 160 MB
+Split = ImageSet | ImageStream  # labelled images in order
+MOST_PIXELS = 50 * 224**2  # in a batch: ResNet-50's largest feature map then takes 160 MB
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Accuracy:
 
     @property
     def standard_error(self) -> float:
-        """Of top1, binomial."""
+        """Binomial standard error of top1."""
         return (self.top1 * (1 - self.top1) / self.images) ** 0.5
 
 
@@ -38,14 +38,14 @@ def fast_dtype(device: str = "cpu") -> torch.dtype:
 
 
 def find_device(model: nn.Module) -> torch.device:
-    """Where a model's weights are; the CPU where it has none."""
+    """Device of a model's weights; the CPU where it has none."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def predict(model: nn.Module, images: Tensor, batch_size: int, dtype: torch.dtype) -> Tensor:
-    """Logits float32 (N, classes) in evaluation mode on the model's device, autocast to `dtype`.
+    """Logits float32 (N, classes) in evaluation mode, computed on the model's device in `dtype`.
 
-    In float32 a GPU computes without TF32.
+    With float32, a GPU computes without TF32.
     """
     was_training = model.training
     model.eval()
@@ -59,14 +59,14 @@ def predict(model: nn.Module, images: Tensor, batch_size: int, dtype: torch.dtyp
 
 
 def find_hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Which images are right, bool (N,), by logits (N, classes) and labels (N,)."""
+    """Whether each image is classified correctly, bool (N,), from logits (N, C) and labels (N,)."""
     return logits.argmax(1) == labels
 
 
 def score_logits(logits: Tensor, labels: Tensor) -> Accuracy:
     """Accuracy of logits (N, classes) against labels (N,)."""
     is_right = find_hits(logits, labels)
-    # Of equal logits, as bfloat16 has them, `topk` may take others than `argmax` does.
+    # Where logits are equal, as in bfloat16, `topk` may choose others than `argmax` does.
     is_near = (logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]).any(1)
     return Accuracy(
         top1=is_right.float().mean().item(),
@@ -76,20 +76,12 @@ def score_logits(logits: Tensor, labels: Tensor) -> Accuracy:
     )
 
 
-class Split(Protocol):
-    """Labelled images in their order; `ImageSet` and `ImageStream` fit."""
-
-    def parts(self, size: int) -> Iterator[ImageSet]:
-        """`size` at a time."""
-        ...
-
-
 def measure_split(
     model: nn.Module, split: Split, *, batch_size: int = 500, dtype: torch.dtype = torch.float32
 ) -> Accuracy:
-    """Accuracy of `model` on a split, of which one batch at a time is held in float32.
+    """Accuracy of `model` on a split; only one batch at a time is held in float32.
 
-    Batches of large images are smaller, as feature maps are larger still.
+    Batches of large images are smaller, because their feature maps are larger still.
     """
     logits, labels = [], []
     for part in split.parts(batch_size):
@@ -99,7 +91,7 @@ def measure_split(
             images, own = batch.tensors()
             logits.append(predict(model, images, at_once, dtype))
             labels.append(own)
-            if at_once < batch_size:  # large images leave much behind
+            if at_once < batch_size:  # large images leave much memory behind
                 give_back_memory()
     return score_logits(torch.cat(logits), torch.cat(labels))
 

@@ -1,8 +1,8 @@
 """SGD that starts at once.
 
-The first `torch.optim.Optimizer` of a process imports torch._dynamo: 4 s of CPU time, as much as a
-short fine-tuning, in each of its processes. This one calls torch's own functional SGD, so its steps
-and its saved state are those of `torch.optim.SGD`.
+The first `torch.optim.Optimizer` of a process imports torch._dynamo, which takes 4 s of CPU time in
+each process, as much as a short fine-tuning. This class calls torch's own functional SGD, so its
+steps and its saved state are those of `torch.optim.SGD`.
 """
 
 from typing import Any
@@ -13,12 +13,9 @@ from torch.optim.sgd import sgd
 
 
 class SGD:
-    """SGD with momentum, Nesterov's where there is any.
+    """SGD with Nesterov momentum in [0, 1], where 0 is plain SGD.
 
-    Args:
-        param_groups: Each with `params` and `weight_decay`.
-        lr: Start value of each group's `lr`, which the caller changes before a step.
-        momentum: In [0, 1].
+    Groups have `params` and `weight_decay`. They start with `lr`, which the caller changes.
     """
 
     def __init__(self, param_groups: list[dict[str, Any]], *, lr: float, momentum: float) -> None:
@@ -61,7 +58,7 @@ class SGD:
         return {"state": state}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Takes a `state_dict` of this class or of `torch.optim.SGD`, from any device."""
+        """Loads a `state_dict` of this class or of `torch.optim.SGD`, from any device."""
         parameters = self._parameters()
         self._buffers = {
             parameters[position]: entry["momentum_buffer"].to(parameters[position].device)

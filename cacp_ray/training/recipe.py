@@ -9,27 +9,27 @@ from pydantic import ConfigDict
 
 @dataclass(frozen=True)
 class Recipe:
-    """A learning rate that warms up linearly, then falls as a cosine to zero, with every batch.
+    """Training with a learning rate that warms up linearly, then falls as a cosine to zero.
 
     Attributes:
         epochs: Passes over the training images.
         optimizer: `sgd` with Nesterov momentum, or `adamw` (Loshchilov and Hutter, 2019).
-        batch_size: Images a step.
+        batch_size: Images in a step.
         lr: Peak learning rate.
         warmup: Share of all steps over which the rate rises linearly.
         momentum: Nesterov momentum of `sgd`.
-        weight_decay: On weights of two and more dimensions only.
-        label_smoothing: Of the cross-entropy.
+        weight_decay: Weight decay of tensors with two or more dimensions; others have none.
+        label_smoothing: Label smoothing of the cross-entropy, in [0, 1].
         distillation: Weight of the teacher's soft labels against the true ones, in [0, 1].
         teacher: `base` network, or the fine-tuned subnet of the next `larger` rate.
-        temperature: Of the distillation (Hinton et al., 2015).
-        clip_norm: Largest gradient norm, 0 for none.
-        ema: Share of the averaged weights that a step leaves; those are measured and kept. 0: none.
+        temperature: Temperature of the distillation (Hinton et al., 2015).
+        clip_norm: Largest gradient norm; 0 for no clipping.
+        ema: Decay of the weight average, which is measured and kept; 0 for no average.
         mixup: Both parameters of the Beta distribution by which images are mixed (Zhang et al.,
-            2018); 0 for none.
+            2018); 0 for no mixing.
         erasing: Share of images that lose a rectangle (Zhong et al., 2020).
-        padding: Pixels of the random crop.
-        seed: Of order and augmentation.
+        padding: Pixels added on each side before the random crop.
+        seed: Seed of image order and augmentation.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)

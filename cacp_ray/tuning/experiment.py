@@ -1,96 +1,123 @@
-"""What experiments of Ray Tune share: silence, loggers, and how a failed trial is told."""
+"""What experiments of Ray Tune share: silence, loggers, reports, and errors of failed trials."""
 
 import logging
-import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.experiment import Trial
 from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback, TBXLoggerCallback
 
+from cacp_ray.distributed.cluster import environment
 from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError
 
-# A trial may die this often and is restarted from its last epoch.
+# A trial is restarted this often from its last checkpoint.
 MAX_FAILURES = 2
 LOGGERS = {"tensorboard": TBXLoggerCallback, "csv": CSVLoggerCallback, "json": JsonLoggerCallback}
 
-# Read by Tune while `fit` runs, in this process and (the first) in the trials.
+# Tune reads these while `fit` runs; trials read the first too.
 TUNE_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in a trial
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C raises KeyboardInterrupt as anywhere else
-    # Saved often, the experiment stays in line with the checkpoints on disk; a save takes 9 ms.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C raises KeyboardInterrupt
+    # Frequent saves keep the experiment in line with its checkpoints; a save takes 9 ms.
     "TUNE_GLOBAL_CHECKPOINT_S": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
 
 def make_loggers(names: Sequence[str], project: str) -> list[tune.Callback]:
-    """Callbacks of Tune that log every epoch of every trial.
+    """Makes callbacks of Tune that log every epoch of every trial.
 
-    Args:
-        names: `tensorboard`, `csv`, `json` (beside each trial), `wandb`, `mlflow`.
-        project: What the last two file it under; MLflow takes its tracking server from
-            MLFLOW_TRACKING_URI.
+    `tensorboard`, `csv` and `json` write to the folder of each trial. `project` names the project
+    in W&B, or the experiment in MLflow, whose tracking server is MLFLOW_TRACKING_URI.
 
     Raises:
-        ConfigError: One is not installed.
+        ConfigError: A logger is not installed.
     """
-    found: list[tune.Callback] = []
+    loggers: list[tune.Callback] = []
     for name in names:
         try:
             if name == "wandb":
                 from ray.air.integrations.wandb import WandbLoggerCallback
 
                 import_module("wandb")
-                found.append(WandbLoggerCallback(project=project))
+                loggers.append(WandbLoggerCallback(project=project))
             elif name == "mlflow":
                 from ray.air.integrations.mlflow import MLflowLoggerCallback
 
                 import_module("mlflow")
-                found.append(MLflowLoggerCallback(experiment_name=project))
+                loggers.append(MLflowLoggerCallback(experiment_name=project))
             else:
-                found.append(LOGGERS[name]())
+                loggers.append(LOGGERS[name]())
         except (ImportError, RuntimeError) as error:
             raise ConfigError(f"logger {name} is not installed: pip install {name}") from error
-    return found
+    return loggers
+
+
+# Tune pickles callbacks with an experiment and restores those of the former driver. The listener
+# belongs to this driver, so it is kept outside of them.
+_listener: ContextVar[Callable[[Trial, dict[str, Any]], object]] = ContextVar("_listener")
+
+
+class ReportCallback(tune.Callback):
+    """Hands every report of a trial to the listener of `running_tune`."""
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Called by Tune in the driver."""
+        _listener.get()(trial, result)
 
 
 @contextmanager
-def quiet_tune() -> Iterator[None]:
-    """Tune neither prints nor changes folders; its errors reach the caller as exceptions."""
-    before = {key: os.environ.get(key) for key in TUNE_ENVIRONMENT}
+def running_tune(listener: Callable[[Trial, dict[str, Any]], object]) -> Iterator[None]:
+    """Has Tune neither print nor change folders; the listener takes each trial's metrics.
+
+    Errors reach the caller as exceptions.
+    """
+    token = _listener.set(listener)
     tune_logger = logging.getLogger("ray.tune")
     level = tune_logger.level
-    os.environ.update(TUNE_ENVIRONMENT)
     tune_logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with environment(TUNE_ENVIRONMENT), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"ray\.tune")  # advice on how to call it
             yield
     finally:
+        _listener.reset(token)
         tune_logger.setLevel(level)
-        for key, value in before.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
+
+
+def make_run_config(
+    folder: Path, callbacks: list[tune.Callback], num_checkpoints: int | None
+) -> tune.RunConfig:
+    """An experiment in this folder; trials that die go on from their last checkpoint."""
+    return tune.RunConfig(
+        name=folder.name,
+        storage_path=str(folder.parent),
+        verbose=0,
+        callbacks=callbacks,
+        failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+        checkpoint_config=tune.CheckpointConfig(num_to_keep=num_checkpoints),
+    )
 
 
 def can_restore(folder: Path) -> bool:
-    """Whether an experiment is there to go on with; one killed before its first save left none."""
+    """Whether the folder holds an experiment; one killed before its first save left none."""
     has_state = any(folder.glob("experiment_state-*.json"))
     return has_state and tune.Tuner.can_restore(str(folder))
 
 
 def restore(folder: Path, trainable: Any, space: dict[str, Any]) -> tune.Tuner:
-    """An experiment to go on with, its failed trials too.
+    """Restores an experiment; unfinished and failed trials go on.
 
     Raises:
         ArtifactError: Its files are damaged.
@@ -104,7 +131,7 @@ def restore(folder: Path, trainable: Any, space: dict[str, Any]) -> tune.Tuner:
             resume_errored=True,
         )
         tuner.get_results()
-    except Exception as error:  # whatever a damaged pickle makes it raise
+    except Exception as error:  # a damaged pickle raises anything
         raise ArtifactError(
             f"{folder} is damaged ({type(error).__name__}): remove it, and --resume begins these "
             "trials anew"
@@ -113,14 +140,10 @@ def restore(folder: Path, trainable: Any, space: dict[str, Any]) -> tune.Tuner:
 
 
 def check_trials(results: Any, what: str) -> None:
-    """Names the first of Tune's results whose trial failed for good.
-
-    Args:
-        results: Of `Tuner.fit`.
-        what: Stands before the trial's name.
+    """Checks the results of `Tuner.fit`; `what` stands before a trial's name in the message.
 
     Raises:
-        EvaluationError: With the trial's reason.
+        EvaluationError: A trial failed for good; the message gives the reason.
     """
     for result in results:
         if result.error is not None:

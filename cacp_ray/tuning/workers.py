@@ -1,20 +1,18 @@
 """One model trained by several workers: Ray Train inside a Tune trial.
 
-Each worker has its part of every batch, gradients are averaged by DistributedDataParallel (NCCL on
+Each worker has its part of every batch, DistributedDataParallel averages the gradients (NCCL on
 GPUs, gloo on CPUs), and BN statistics stay each worker's own. Every worker measures the search
-split, on equal weights; the first one's report counts.
+split, on equal weights; the report of the first counts.
 
-Where a range of workers is asked for, Ray begins with those that there is room for, goes on with
-fewer from the last epoch when nodes are lost, and looks once a minute for room for more. A batch is
-shared by those that there are, so that the schedule stays the same.
+For a range of workers, Ray begins with as many as there is room for. When nodes are lost it goes on
+with fewer from the last epoch, and once a minute it looks for room for more. The workers present
+share each batch, so the schedule stays the same.
 """
 
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
-from ray._private.state import state
-from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
 from ray.train import Checkpoint as TrainCheckpoint
 from ray.train import (
     CheckpointConfig,
@@ -28,37 +26,28 @@ from ray.train import (
 from ray.train.torch import TorchTrainer, get_device
 from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import TuneReportCallback
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.placement_group import remove_placement_group
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cacp_ray.distributed.internals import placement_groups_of_dead_creators
+
 if TYPE_CHECKING:
-    from cacp_ray.tuning.trial import TrialTask
+    from cacp_ray.tuning.train import TrialTask
 
 COORDINATOR_CPUS = 0.001  # of the trial itself, which only waits for its workers
 MAX_TRIALS = 8  # at once
-# Left free by a worker, so that one fits beside these trials on a node: Ray counts the workers that
-# a node has room for as if it were empty.
+# Spare CPU per worker for those trials: Ray counts workers per node as if the node were empty.
 SPARE_CPUS = 0.01
-STEPS_BETWEEN = 10  # of Tune's loop, a tenth of a second each while nothing happens
+STEPS_BETWEEN = 10  # steps of Tune's loop between checks; an idle step takes a tenth of a second
 
 
 def train_in_workers(config: dict[str, Any], task: "TrialTask", splits: list[Any]) -> None:
-    """Runs a trial's workers to the end; those that were killed start again at their last epoch.
-
-    Args:
-        config: Of the trial.
-        task: Of the experiment.
-        splits: References of the images to learn from and of the search split.
-    """
+    """Runs a trial's workers to the end; killed workers start again at their last epoch."""
     resources = task.resources
     trainer = TorchTrainer(
         _work,
-        train_loop_config={
-            "config": dict(config),
-            "task": task,
-            "splits": splits,
-        },
+        train_loop_config={"config": dict(config), "task": task, "splits": splits},
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus > 0,
@@ -68,7 +57,7 @@ def train_in_workers(config: dict[str, Any], task: "TrialTask", splits: list[Any
             },
         ),
         run_config=RunConfig(
-            name="workers",  # found again by a trial that is restarted
+            name="workers",  # a trial that is restarted finds its workers' state by this
             storage_path=tune.get_context().get_trial_dir(),
             callbacks=[TuneReportCallback()],
             checkpoint_config=CheckpointConfig(num_to_keep=2),
@@ -79,7 +68,7 @@ def train_in_workers(config: dict[str, Any], task: "TrialTask", splits: list[Any
 
 
 def _work(shared: dict[str, Any]) -> None:
-    from cacp_ray.tuning.trial import train_subnet
+    from cacp_ray.tuning.train import train_subnet
 
     context = get_context()
     rank = context.get_world_rank()
@@ -106,10 +95,10 @@ def _work(shared: dict[str, Any]) -> None:
 
 
 class FreeAbandoned(tune.Callback):
-    """Gives back what the workers of a trial that died had reserved.
+    """Frees what the workers of a dead trial had reserved.
 
-    Ray Train leaves that to an actor that asks the dashboard whether the trial's controller lives.
-    Where there is no dashboard, as on a laptop, the trial's next workers would wait for ever.
+    Ray Train leaves this to an actor that asks the dashboard whether the trial's controller lives.
+    Without a dashboard, as on a laptop, the trial's next workers would wait for ever.
     """
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
@@ -119,13 +108,6 @@ class FreeAbandoned(tune.Callback):
 
 
 def free_abandoned() -> None:
-    """Removes placement groups of this job whose creator is dead; Ray waits for the job's end."""
-    job = ray.get_runtime_context().get_job_id()
-    # Ray's public tables leave out who made a group.
-    for row in state._connect_and_get_accessor().get_placement_group_table():
-        group = PlacementGroupTableData.FromString(row)
-        # Of one that the driver itself made, Ray says so too.
-        is_orphan = group.creator_actor_dead and not ray.ActorID(group.creator_actor_id).is_nil()
-        is_held = group.state != group.REMOVED and not group.is_detached
-        if group.creator_job_id.hex() == job and is_orphan and is_held:
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+    """Removes placement groups of this job whose creator is dead."""
+    for group in placement_groups_of_dead_creators():
+        remove_placement_group(group)

@@ -23,10 +23,10 @@ SMALL = AgentSettings(hidden=(48, 48), batch_size=64)
 def build():
     agents = []
 
-    def make(mdp, settings=SMALL, seed=0, tick=None) -> CACP:
+    def make(mdp, settings=SMALL, seed=0) -> CACP:
         config = CACPConfig().agent(settings, seed=seed, num_actions=mdp.space.num_offsets)
         agent = config.build_algo()
-        agent.attach(mdp, RATES, seed, 300, tick)
+        agent.attach(mdp, RATES, seed, 300)
         agents.append(agent)
         return agent
 
@@ -36,19 +36,19 @@ def build():
 
 
 def drive(agent, score, episodes, batch=6) -> dict[float, float]:
-    """Asks and tells; the best of each rate."""
+    """Asks, tells and updates; returns the best top1 of each rate."""
     best = dict.fromkeys(RATES, 0.0)
     for first in range(0, episodes, batch):
         results = measure(agent.ask(min(batch, episodes - first)), score, first)
         for candidate, measurement in results:
             best[candidate.rate] = max(best[candidate.rate], measurement.top1)
         agent.tell(results)
-        agent.learn(agent.pending_updates)
+        agent.update(agent.pending_updates)
     return best
 
 
 def optimum(mdp, score, rate) -> float:
-    """The best of a long local search."""
+    """The best score of a long local search."""
     rng = np.random.default_rng(0)
     counts = mdp.prior([rate])[0]
     best = score(tuple(counts))
@@ -57,9 +57,9 @@ def optimum(mdp, score, rate) -> float:
             rng.random((32, len(counts))) < 0.3, rng.lognormal(0, 0.3, (32, len(counts))), 1.0
         )
         desired *= rng.uniform(0.93, 1, (32, 1))
-        for found in spend(mdp.budget, desired, np.full(32, rate)):
-            if score(tuple(found)) > best:
-                best, counts = score(tuple(found)), found
+        for row in spend(mdp.budget, desired, np.full(32, rate)):
+            if score(tuple(row)) > best:
+                best, counts = score(tuple(row)), row
     return best
 
 
@@ -68,24 +68,24 @@ def test_the_policy_reaches_99_percent_of_the_optimum_within_150_episodes(build,
     """Five groups of at most nine legal counts: the optimum is known from trying them all."""
     mdp, score, optima = five_group_problem(seed, RATES)
     agent = build(mdp, seed=seed)
-    found = np.array(list(drive(agent, score, 150).values()))
+    best = np.array(list(drive(agent, score, 150).values()))
     policy = np.array([score(tuple(row)) for row in agent.policy(RATES)])
     prior = np.array([score(tuple(row)) for row in mdp.prior(RATES)])
-    assert (found >= 0.999 * optima).all()
+    assert (best >= 0.999 * optima).all()
     assert (policy >= 0.99 * optima).all()
     assert (prior < 0.997 * optima).all()
-    assert prior.mean() < 0.97 * optima.mean()  # so that there was something to learn
+    assert prior.mean() < 0.97 * optima.mean()  # there is something to learn
 
 
 def test_learning_and_not_its_elites_alone_reaches_99_percent(build):
-    """The same agent without a gradient step: noise around the prior and around its best so far."""
+    """The control takes no gradient step: noise around the prior and around its best so far."""
     rows: dict[str, list[float]] = defaultdict(list)
     idle = dataclasses.replace(SMALL, updates_per_episode=0, drafts=1)
     for seed in range(2):
         mdp, score = toy_problem(seed)
         agent, control = build(mdp, seed=seed), build(mdp, idle, seed=seed)
-        rows["found"] += drive(agent, score, 120).values()
-        rows["found without"] += drive(control, score, 120).values()
+        rows["best"] += drive(agent, score, 120).values()
+        rows["best without"] += drive(control, score, 120).values()
         rows["optimum"] += [optimum(mdp, score, rate) for rate in RATES]
         actor = mdp.space.decode(RATES, agent._act(np.array(RATES)))
         for name, counts in {
@@ -97,10 +97,10 @@ def test_learning_and_not_its_elites_alone_reaches_99_percent(build):
             "policy, unseen": agent.policy(UNSEEN),
         }.items():
             rows[name] += [score(tuple(row)) for row in counts]
-    mean = {name: float(np.mean(each)) for name, each in rows.items()}
+    mean = {name: float(np.mean(scores)) for name, scores in rows.items()}
     missing = mean["optimum"] - mean["prior"]
     assert mean["policy"] > 0.99 * mean["optimum"] > mean["policy without"]
-    assert mean["found"] > mean["found without"] + 0.1 * missing
+    assert mean["best"] > mean["best without"] + 0.1 * missing
     assert mean["actor"] > mean["prior"] + 0.8 * missing
     assert mean["policy, unseen"] > mean["prior, unseen"] + 0.4 * missing
     by_rate = np.reshape(rows["policy"], (-1, 3)).mean(0) - np.reshape(rows["prior"], (-1, 3)).mean(
@@ -155,7 +155,7 @@ def test_a_restored_agent_continues_bit_for_bit(build, tmp_path):
     other.restore(tmp_path / "checkpoint")
     assert other.pending_updates == agent.pending_updates > 0
     for twin in (agent, other):
-        twin.learn(40)
+        twin.update(40)
         drive(twin, score, 18)
     assert agent.ask(12) == other.ask(12)
     rates = np.linspace(0.2, 0.9, 15)
@@ -177,32 +177,37 @@ def test_a_checkpoint_is_one_of_rllib(build, tmp_path):
     other.stop()
 
 
-def test_training_steps_tick_first_and_report(build):
+def test_learning_takes_the_earned_steps_and_reports_plain_figures_of_its_own(build, monkeypatch):
     mdp, score = toy_problem(0)
-    ticks = []
+    agent = build(mdp, AgentSettings(hidden=(32,), updates_per_episode=2))
+    logged, learner = defaultdict(list), agent._learners._learner
+    log_value = learner.metrics.log_value
 
-    def tick(strategy):
-        ticks.append(strategy.pending_updates)
-        strategy.tell(measure(strategy.ask(30), score))
+    def note(key, value, **options):
+        logged[key[-1]].append(value)
+        log_value(key, value, **options)
 
-    agent = build(mdp, AgentSettings(hidden=(32,), updates_per_episode=2), tick=tick)
-    agent.train()
-    result = agent.train()
-    assert ticks == [0, 0]
-    assert result["episodes"] == 60
-    assert result["learners"]["default_policy"]["critic_loss"] >= 0
+    monkeypatch.setattr(learner.metrics, "log_value", note)
+    assert agent.learn() == {"updates": 0}
+    for told in (0, 30):
+        agent.tell(measure(agent.ask(30), score, told))
+        logged.clear()
+        figures = agent.learn()
+        assert figures.keys() == {"updates", "critic_loss", "policy_value"}
+        assert all(type(value) is float for value in figures.values())
+        assert figures["updates"] == 2 * (told + 30)
+        assert len(logged["critic_loss"]) == 60
+        for name in ("critic_loss", "policy_value"):  # the values of the last step
+            assert figures[name] == pytest.approx(logged[name][-1])
+    assert agent.learn() == {"updates": 120}
     assert agent.pending_updates == 0
 
 
 def test_learning_thins_out_when_many_results_come_at_once(build):
     mdp, score = toy_problem(0)
-
-    def tick(strategy):
-        strategy.tell(measure(strategy.ask(40), score))
-
-    agent = build(mdp, AgentSettings(hidden=(8,), batch_size=8), tick=tick)
-    result = agent.train()
-    assert result["updates"] == MAX_UPDATES_A_STEP < 40 * 16
+    agent = build(mdp, AgentSettings(hidden=(8,), batch_size=8))
+    agent.tell(measure(agent.ask(40), score))
+    assert agent.learn()["updates"] == MAX_UPDATES_A_STEP < 40 * 16
     assert agent.pending_updates == 0
 
 
@@ -223,10 +228,10 @@ def test_good_allocations_are_interpolated_between_rates(build):
     for rate, offsets in zip(RATES, known, strict=True):
         best = [elite.offsets for elite in agent._behaviour.elites[rate][:5]]
         np.testing.assert_allclose(offsets, np.mean(best, axis=0), atol=1e-6)
-    found = agent._behaviour.between([0.2, 0.35, 0.9])
-    np.testing.assert_allclose(found[0], known[0])
-    np.testing.assert_allclose(found[1], 0.75 * known[0] + 0.25 * known[1], atol=1e-6)
-    np.testing.assert_allclose(found[2], known[2])
+    offsets = agent._behaviour.between([0.2, 0.35, 0.9])
+    np.testing.assert_allclose(offsets[0], known[0])
+    np.testing.assert_allclose(offsets[1], 0.75 * known[0] + 0.25 * known[1], atol=1e-6)
+    np.testing.assert_allclose(offsets[2], known[2])
 
 
 def test_failures_teach_but_are_no_elites(build):
@@ -238,7 +243,7 @@ def test_failures_teach_but_are_no_elites(build):
     agent.tell(failed)
     agent.tell(failed)  # told twice, stored once
     assert len(agent._replay) == 12
-    assert {rate: list(found) for rate, found in before.items()} == agent._behaviour.elites
+    assert {rate: list(elites) for rate, elites in before.items()} == agent._behaviour.elites
     assert agent._replay.values().min() == -4
     assert np.abs(agent._replay.values()[:6]).max() < 3
 
@@ -279,7 +284,7 @@ def test_the_actor_moves_every_few_critic_steps(build):
     for _ in range(8):
         actor, critic = weights("actor"), weights("critics")
         last = agent.get_module().actor[-2].bias.detach().clone()
-        agent.learn(1)
+        agent.update(1)
         assert not (critic == weights("critics")).all()
         moved = not (actor == weights("actor")).all()
         moves.append(moved or bool((last != agent.get_module().actor[-2].bias).any()))

@@ -46,16 +46,16 @@ def broker(tmp_path):
 
 
 def candidates(*widths, first=0):
-    return [Candidate(first + i, 0.5, (width,)) for i, width in enumerate(widths)]
+    return [Candidate(0.5, (width,), index=first + i) for i, width in enumerate(widths)]
 
 
-def submit(evaluator, found):
-    for candidate in found:
+def submit(evaluator, asked):
+    for candidate in asked:
         evaluator.submit(candidate)
 
 
 def collect(evaluator, count, seconds=60.0):
-    """Measurements until there are `count`."""
+    """Collects `count` measurements, or more."""
     results, deadline = [], time.monotonic() + seconds
     while len(results) < count:
         assert time.monotonic() < deadline
@@ -82,8 +82,8 @@ def test_what_two_want_is_scored_once_and_both_get_it_under_their_own_index(brok
     one, other = (BrokeredEvaluator(broker, name) for name in ("one", "other"))
     submit(one, candidates(1, 2, 3))
     submit(other, candidates(3, 2, 1, first=70))
-    found = {m.index: m.top1 for m in collect(one, 3)}
-    assert found == {0: 0.01, 1: 0.02, 2: 0.03}
+    accuracies = {m.index: m.top1 for m in collect(one, 3)}
+    assert accuracies == {0: 0.01, 1: 0.02, 2: 0.03}
     assert {m.index: m.top1 for m in collect(other, 3)} == {70: 0.03, 71: 0.02, 72: 0.01}
     assert counts(broker).scored == 3
     assert counts(broker).joined + counts(broker).cached == 3

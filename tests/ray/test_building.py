@@ -1,4 +1,4 @@
-"""Final subnets as tasks: what they become, processes that die, and what cannot be built."""
+"""Final subnets built by tasks: equal results, dying processes, subnets that cannot be built."""
 
 import dataclasses
 import os
@@ -9,21 +9,21 @@ import pytest
 import ray
 import torch
 
-from cacp_ray.config import RunConfig, load_config
+from cacp_ray.config.run import RunConfig, load_config
 from cacp_ray.distributed import building
 from cacp_ray.distributed.building import build_on_nodes, is_alone
-from cacp_ray.distributed.sharing import share
+from cacp_ray.distributed.tasks import share
 from cacp_ray.errors import EvaluationError
-from cacp_ray.loading import load_base, prepare_base
 from cacp_ray.searching.budget import uniform
-from cacp_ray.winners import build_here, builder_settings
+from cacp_ray.workflows.setup import Setup
+from cacp_ray.workflows.winners import build_here, builder_settings
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 
 @dataclasses.dataclass
 class Deadly:
-    """Kills the process that reads it from Ray's store, but for the first times."""
+    """Kills the first processes that read it from Ray's store, `deaths` in all."""
 
     folder: str
     value: object
@@ -43,18 +43,17 @@ def _read(folder, value, deaths):
 
 def test_tasks_build_what_this_process_builds_though_one_of_theirs_dies(tmp_path):
     config = load_config(RunConfig, {}, ["pruning.calibration_images=300"])
-    base = load_base(config)
-    base = dataclasses.replace(base, search=base.search.take(200))
-    prepared = prepare_base(base, config)
+    setup = Setup.create(config)
+    setup = dataclasses.replace(setup, search=setup.search.take(200)).prepare()
     rates = [0.3, 0.5]
-    rows = uniform(base.budget, rates, np.ones(len(base.plan.groups))).tolist()
+    rows = uniform(setup.budget, rates, np.ones(len(setup.plan.groups))).tolist()
     subnets = [(tuple(row), "") for row in rows]
-    split, images = share(base.search)
-    settings = builder_settings(config)
-    deadly = ray.put(Deadly(str(tmp_path), prepared, deaths=1))
+    split, images = share(setup.search)
+    deadly = ray.put(Deadly(str(tmp_path), setup.prepared, deaths=1))
+    settings = builder_settings(setup)
     built = list(build_on_nodes(subnets, deadly, split, settings, cpus=1, gpus=0.5))
     assert len(os.listdir(tmp_path)) == 1
-    expected = list(build_here(config, prepared, images)(subnets))
+    expected = list(build_here(dataclasses.replace(setup, search=images))(subnets))
     assert built[0].accuracy.top1 != built[1].accuracy.top1
     for one, other in zip(built, expected, strict=True):
         assert one.is_sequential == other.is_sequential
@@ -70,19 +69,19 @@ def test_tasks_build_what_this_process_builds_though_one_of_theirs_dies(tmp_path
 def test_processes_that_always_die_end_it(tmp_path, monkeypatch):
     monkeypatch.setattr(building, "MAX_ATTEMPTS", 2)
     deadly = ray.put(Deadly(str(tmp_path), None, deaths=99))
-    found = build_on_nodes([((1,), "")], deadly, ray.put(None), {}, cpus=1, gpus=0.0)
+    networks = build_on_nodes([((1,), "")], deadly, ray.put(None), {}, cpus=1, gpus=0.0)
     with pytest.raises(EvaluationError, match="give nodes more memory"):
-        next(found)
+        next(networks)
     assert len(os.listdir(tmp_path)) == 2
 
 
 def test_what_cannot_be_built_is_one_line():
     split, _ = share(np.zeros(3))
-    found = build_on_nodes([((1,), "")], ray.put(None), split, {}, cpus=1, gpus=0.0)
+    networks = build_on_nodes([((1,), "")], ray.put(None), split, {}, cpus=1, gpus=0.0)
     with pytest.raises(
         EvaluationError, match=r"^a final subnet cannot be built: TypeError: [^\n]+$"
     ):
-        next(found)
+        next(networks)
 
 
 def test_a_machine_without_others_is_alone():

@@ -25,7 +25,7 @@ cluster.disconnect()
 
 @pytest.fixture
 def unconnected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a process that has not joined Ray yet; other tests of this session may have."""
+    """Has the test see no Ray, though other tests of this session may have started one."""
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(cluster, "CONNECT_TIMEOUT_S", 1.0)
 

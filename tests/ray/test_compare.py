@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from cacp_ray.cli import main
-from cacp_ray.searching.run_directory import RunDirectory
+from cacp_ray.rundir.directory import RunDirectory
 
 pytestmark = pytest.mark.ray
 
@@ -68,11 +68,11 @@ def test_killed_between_two_strategies_and_resumed_it_compares_all_and_measures_
         assert f"{100 * row['search_top1']:.2f}" in out
 
     # `noise` starts from the uniform candidates, which `uniform` has measured.
-    measured = {row.subnet: row for row in RunDirectory(folder / "uniform").read_records()}
+    measured = {row.key: row for row in RunDirectory(folder / "uniform").read_records()}
     noise = RunDirectory(folder / "noise").read_records()
-    shared = [row for row in noise if row.subnet in measured]
-    assert found["runs"][2]["known"] == len({row.subnet for row in shared}) >= 1
+    shared = [row for row in noise if row.key in measured]
+    assert found["runs"][2]["known"] == len({row.key for row in shared}) >= 1
     assert found["runs"][2]["evaluations"] == 4
     for row in shared:
         assert row.cached
-        assert (row.top1, row.loss) == (measured[row.subnet].top1, measured[row.subnet].loss)
+        assert (row.top1, row.loss) == (measured[row.key].top1, measured[row.key].loss)

@@ -1,4 +1,4 @@
-"""Image folders become shards with the same images, whatever is killed in between."""
+"""Image folders become shards with the same images, even if the conversion is killed."""
 
 import logging
 import os
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Real images, a folder a class."""
+    """Real images, one folder for each class."""
     root = tmp_path_factory.mktemp("images")
     split = read_parquet("embedded:test", (0, 120))
     for number, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def copy(folder, tmp_path):
-    """The folder, to be changed."""
+    """A copy of the folder that a test may change."""
     return shutil.copytree(folder, tmp_path / "copy")
 
 
@@ -50,7 +50,7 @@ def content(path):
 
 
 def shard_sizes(path, out, shards):
-    """What `convert` writes into each shard; 0 for those that were whole."""
+    """The images that `convert` writes into each shard; 0 for shards that were whole."""
     seen = []
     convert(str(path), str(out), shards, "train", lambda *done: seen.append(done))
     return sorted(images for _, _, images in seen[1:])
@@ -140,7 +140,7 @@ def test_a_mended_image_and_one_of_another_class_are_written_again(copy, tmp_pat
     assert shard_sizes(copy, out, 4) == [0] * 4
 
 
-def test_an_image_that_is_added_meanwhile_shifts_no_labels(copy, tmp_path):
+def test_an_image_that_is_added_during_a_conversion_shifts_no_labels(copy, tmp_path):
     out = tmp_path / "shards"
     before = content(copy)
     first = min(copy.glob("*/*.png"))
@@ -166,9 +166,9 @@ def test_zeros_in_a_shard_are_found(folder, tmp_path):
 
 def test_row_groups_are_small(folder, tmp_path):
     convert(str(folder), str(tmp_path), 1, "train", lambda *done: None)
-    found = pq.ParquetFile(tmp_path / "train-00000-of-00001.parquet").metadata
-    assert found.num_row_groups == 8
-    assert all(found.row_group(i).num_rows <= 16 for i in range(8))
+    metadata = pq.ParquetFile(tmp_path / "train-00000-of-00001.parquet").metadata
+    assert metadata.num_row_groups == 8
+    assert all(metadata.row_group(i).num_rows <= 16 for i in range(8))
 
 
 def test_one_folder_holds_one_conversion_of_a_prefix(folder, tmp_path):

@@ -1,5 +1,5 @@
-"""A cluster of real `ray start` processes: joined by the command line, asked before a search
-begins, left without demand by a driver that dies, and a search under kills (slow)."""
+"""A cluster of real `ray start` processes: the command line joins it and asks its nodes first, a
+driver that dies leaves no demand, and a search survives kills (slow)."""
 
 import json
 import os
@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bench.soak import Machines, free_port, running
-from cacp_ray.searching.run_directory import RunDirectory
+from cacp_ray.rundir.directory import RunDirectory
+from tests.machines import Machines, free_port, running
 
 pytestmark = pytest.mark.ray
 
@@ -29,7 +29,7 @@ SMALL = {
     "cluster": {"max_evaluators": 2},
 }
 
-# How many actors are alive or wanted, and the demand that an autoscaler would see.
+# Counts the actors that are alive or wanted, and the demand that an autoscaler would see.
 COUNT = """
 import sys
 from cacp_ray.distributed import cluster
@@ -39,15 +39,15 @@ from ray.autoscaler.v2.sdk import get_cluster_status
 status = get_cluster_status(cluster.ray.get_runtime_context().gcs_address)
 demand = [
     bundle.count
-    for each in status.resource_demands.ray_task_actor_demand
-    for bundle in each.bundles_by_count
+    for demand in status.resource_demands.ray_task_actor_demand
+    for bundle in demand.bundles_by_count
 ]
 print(sum(actor["State"] != "DEAD" for actor in actors().values()), sum(demand))
 """
 
-# The command line on a machine that must build no subnet itself.
+# Runs the command line on a machine that must build no subnet itself.
 IDLE = """
-from cacp_ray import winners
+from cacp_ray.workflows import winners
 from cacp_ray.cli import main
 
 def refuse(*_, **__):
@@ -57,7 +57,7 @@ winners.Builder = refuse
 main()
 """
 
-# A driver with more evaluators than there is room for.
+# Asks for more evaluators than there is room for.
 GREEDY = """
 import sys, time
 from cacp_ray.distributed import cluster
@@ -70,10 +70,10 @@ time.sleep(600)
 
 @pytest.fixture(scope="module")
 def machines():
-    with running() as found:
-        found.add_nodes(1)
-        wait_until_joined(found, 1)  # nodes that start at once may choose the same ports
-        yield found
+    with running() as machines:
+        machines.add_nodes(1)
+        wait_until_joined(machines, 1)  # nodes that start at once may choose the same ports
+        yield machines
 
 
 def run(machines: Machines, *command: str | Path, seconds: float = 240):
@@ -94,7 +94,7 @@ def test_auto_joins_the_cluster_of_this_machine_whose_head_scores_nothing(machin
     search = ("-c", IDLE, "search", config, "--address", "auto", "--run-dir", folder)
     done = run(machines, *search)
     assert done.returncode == 0, done.stdout + done.stderr
-    # 0 where the head has not heard of the node's CPU yet.
+    # It is 0 until the head has heard of the node's CPU.
     assert re.search(r"room for [01] now", done.stdout), done.stdout
     rows = RunDirectory(folder).read_records()
     assert [row.status for row in rows] == 4 * ["ok"]
@@ -106,7 +106,7 @@ def test_a_driver_that_dies_asks_for_nothing_more(machines):
     )
     try:
         counts = wait_for(machines, lambda actors, demand: actors == 6 and demand > 0)
-        assert counts[1] >= 5  # beyond the one there is room for
+        assert counts[1] >= 5  # there is room for one
     finally:
         os.kill(driver.pid, signal.SIGKILL)
         driver.wait()
@@ -170,12 +170,12 @@ from cacp_ray.distributed import cluster
 from cacp_ray.distributed.nodes import read_nodes
 cluster.connect(sys.argv[1])
 here = sum(cpus > 0 for cpus in read_nodes().cpus.values())
-print(here, len(cluster.ray.nodes()) - 1)  # without the head; those that have left too
+print(here, len(cluster.ray.nodes()) - 1)  # without the head; nodes that have left count
 """
 
 
 def read_joined(machines) -> tuple[int, int]:
-    """Nodes with CPUs that are here, and that ever were."""
+    """Numbers of nodes with CPUs that are here, and that ever were."""
     here, ever = run(machines, "-c", JOINED, machines.address).stdout.split()
     return int(here), int(ever)
 
@@ -202,13 +202,13 @@ def test_a_search_under_kills_measures_every_candidate_once():
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout)
-    assert found["measurements"] == found["distinct"] == 600
-    assert min(found["kills"].values()) > 0
+    report = json.loads(done.stdout)
+    assert report["measurements"] == report["distinct"] == 600
+    assert min(report["kills"].values()) > 0
 
 
-# A node of two CPUs comes when somebody asks for it, and goes after six idle seconds. Ray's own
-# AutoscalingCluster wraps the same provider, but ends every Ray of the machine first.
+# A node of two CPUs comes when asked for, and goes after six idle seconds. Ray's own
+# AutoscalingCluster wraps the same provider, but first ends every Ray of the machine.
 LISTS = (
     "cluster_synced_files",
     "rsync_exclude",
@@ -257,7 +257,7 @@ def test_an_autoscaler_brings_what_a_search_could_use_and_takes_it_back(tmp_path
         assert done.returncode == 0, done.stdout + done.stderr
         rows = RunDirectory(folder).read_records()
         assert [row.status for row in rows] == 12 * ["ok"]
-        # Three evaluators of one CPU: two nodes, though a third is to be had.
+        # Three evaluators of one CPU need two nodes, although a third could come.
         deadline = time.monotonic() + 90
         while True:
             here, ever = read_joined(machines)

@@ -24,12 +24,14 @@ from torch import Tensor, nn
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError
-from cacp_ray.files import write_tensors
+from cacp_ray.io.files import write_tensors
+from cacp_ray.reporting.progress import FinetuneProgress
 from cacp_ray.training.loop import make_batches, train
 from cacp_ray.training.metrics import measure
 from cacp_ray.training.recipe import Recipe
-from cacp_ray.tuning.finetune import FinetuneProgress, finetune_subnets
-from cacp_ray.tuning.trial import FinetuneResult, Resources
+from cacp_ray.tuning.finetune import finetune_subnets
+from cacp_ray.tuning.train import Resources
+from cacp_ray.tuning.trial import FinetuneResult
 
 pytestmark = pytest.mark.ray
 
@@ -85,7 +87,7 @@ def load_recorded(folder: Path) -> nn.Module:
 
 
 def load_mortal(folder: Path) -> nn.Module:
-    """Where the folder says so, the process dies once, in the middle of the second epoch."""
+    """If the folder says so, the process dies once, in the middle of the second epoch."""
     model = load_model(folder)
     batches = 0
 
@@ -100,11 +102,11 @@ def load_mortal(folder: Path) -> nn.Module:
     return model
 
 
-EPOCH_SECONDS = 1.6  # longer than Tune takes to save where it stands
+EPOCH_SECONDS = 1.6  # longer than Tune takes to save the experiment
 
 
 def load_slow(folder: Path) -> nn.Module:
-    """Writes down its process and takes its time."""
+    """Writes down its process and trains slowly."""
     (folder / "pid").write_text(str(os.getpid()))
     model = load_model(folder)
     pause = EPOCH_SECONDS / BATCHES_PER_EPOCH
@@ -160,7 +162,7 @@ def save_trained(folder: Path) -> nn.Module:
 
 
 def epochs_by_rate(events: list[FinetuneProgress]) -> dict[float, list[int]]:
-    """Trained, not shown again after a kill."""
+    """Epochs that were trained, without those shown again after a kill."""
     new = [event for event in events if not event.is_restored]
     return {rate: [e.epoch for e in new if e.rate == rate] for rate in {e.rate for e in new}}
 
@@ -179,7 +181,7 @@ def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
 def test_the_best_weights_by_search_accuracy_are_kept_and_tested_once(
     tmp_path: Path,
 ) -> None:
-    root = Path(os.path.relpath(tmp_path))  # means the same in the trials
+    root = Path(os.path.relpath(tmp_path))  # trials read it the same way
     save_fresh(root / "rate-0.30")
     teacher = save_trained(root / "rate-0.50")
     write_tensors(root / "teacher" / "model.safetensors", teacher.state_dict())
@@ -289,7 +291,7 @@ def test_after_a_killed_trial_and_a_killed_driver_all_end_with_the_same_weights(
 
     assert list(results) == [0.3, 0.5]
     restored = [event for event in events if event.is_restored]
-    # As Tune saved it last: with the last epoch or, within a second of it, the one before.
+    # Tune saved last with the last epoch or, within a second of it, with the one before.
     for event in restored:
         assert event.epoch in (seen[event.rate][-1] - 1, seen[event.rate][-1])
     assert {event.rate for event in restored} == {0.3, 0.5}
@@ -416,7 +418,7 @@ def test_variants_of_a_restored_experiment_are_compared_with_those_that_had_ende
         if progress.variant == "still":
             raise Interrupted
 
-    # One after another, as each takes both CPUs.
+    # Trials run one after another: each takes both CPUs.
     options: dict[str, Any] = {"rates": (0.3,), "cpus": 2, "load_subnet": load_slow}
     with pytest.raises(ray.tune.TuneError, match="Interrupted"):
         finetune(root, recipes=recipes, stops_poor=True, on_epoch=interrupt, **options)
@@ -433,7 +435,7 @@ def test_variants_of_a_restored_experiment_are_compared_with_those_that_had_ende
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_two_workers_train_one_model_as_one_worker_does(tmp_path: Path) -> None:
-    # Without BN, whose statistics are each worker's own; crops and flips change nothing.
+    # BN is left out, whose statistics are each worker's own; crops and flips change nothing.
     split = SPLITS["train_split"]
     alike = dataclasses.replace(split, images=split.images[:, :, :1].repeat(8, axis=2))
     recipe = Recipe(epochs=3, batch_size=16, lr=0.05, padding=0, seed=5, clip_norm=1.0)
@@ -464,7 +466,7 @@ def test_two_workers_train_one_model_as_one_worker_does(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.slow
 def test_workers_of_trials_that_died_or_were_stopped_make_room(tmp_path: Path) -> None:
-    """Each trial takes the whole machine: what the dead and the stopped had is needed by all."""
+    """Each trial takes the whole machine, so all need what dead and stopped trials had."""
     save_fresh(tmp_path / "rate-0.30")
     recipe = dataclasses.replace(RECIPE, distillation=0.0)
     killed: list[int] = []
@@ -487,7 +489,7 @@ def test_workers_of_trials_that_died_or_were_stopped_make_room(tmp_path: Path) -
     )
     assert killed
     metrics = json.loads((tmp_path / "rate-0.30" / "metrics.json").read_text())
-    assert max(each["epochs"] for each in metrics["variants"].values()) == 3
+    assert max(variant["epochs"] for variant in metrics["variants"].values()) == 3
     assert set(metrics["variants"]) == {"first", "second"}
 
 

@@ -7,10 +7,10 @@ import yaml
 from safetensors.torch import load_file
 
 import cacp_ray
-from cacp_ray.config import RunConfig, resolved
+from cacp_ray.config.run import RunConfig, resolved
 from cacp_ray.errors import ArtifactError, ConfigError
-from cacp_ray.files import write_yaml
-from cacp_ray.finetuning import _check_teacher
+from cacp_ray.io.files import write_yaml
+from cacp_ray.workflows.finetune import _check_teacher
 from tests.unit.exporting.folders import DEPTHWISE, make_folder
 
 pytestmark = pytest.mark.ray

@@ -1,6 +1,6 @@
-"""Evaluators with shares of GPUs beside evaluators without, on nodes that say they have GPUs.
+"""Evaluators with and without shares of GPUs, on nodes that claim to have GPUs.
 
-No process computes on one: what is tried is who is placed where, and what each is told.
+No process computes on a GPU: the tests try where evaluators are placed and what each is told.
 """
 
 import json
@@ -12,14 +12,13 @@ import sys
 import pytest
 import ray
 
-from cacp_ray.distributed import room
+from cacp_ray.distributed import nodes as module
 from cacp_ray.distributed.cluster import check_room
-from cacp_ray.distributed.gpus import find_share, measure_on_gpus
-from cacp_ray.distributed.nodes import Nodes
-from cacp_ray.distributed.slots import Kind
+from cacp_ray.distributed.gpus import measure_on_gpus
+from cacp_ray.distributed.nodes import Kind, Nodes, find_share
 from cacp_ray.errors import ConfigError, EvaluationError
 from cacp_ray.evaluation.gpu import Need
-from cacp_ray.evaluators import describe_needs
+from cacp_ray.workflows.evaluators import describe_needs
 
 pytestmark = pytest.mark.ray
 
@@ -28,13 +27,12 @@ import json, os, time
 from ray.cluster_utils import Cluster
 import ray
 from cacp_ray.distributed import building
-from cacp_ray.distributed.gpus import find_share, measure_on_gpus
-from cacp_ray.distributed.nodes import read_nodes
+from cacp_ray.distributed.gpus import measure_on_gpus
+from cacp_ray.distributed.nodes import find_room, find_share, read_nodes
 from cacp_ray.distributed.pool import RayEvaluatorPool
-from cacp_ray.distributed.room import find_room
 from cacp_ray.errors import ConfigError, EvaluationError
 from cacp_ray.evaluation.gpu import Need
-from cacp_ray.evaluators import describe_needs
+from cacp_ray.workflows.evaluators import describe_needs
 from cacp_ray.evaluation.measurement import Candidate
 from tests.ray.test_gpus import fail_there, make_told, tell_need, tell_process
 
@@ -71,7 +69,8 @@ try:
 except ConfigError as error:
     fault = str(error)
 building._build = tell_process
-built = [is_running(each) for each in building.build_on_nodes([()] * 3, 0, 0, {}, cpus=1, gpus=0.5)]
+processes = building.build_on_nodes([()] * 3, 0, 0, {}, cpus=1, gpus=0.5)
+built = [is_running(process) for process in processes]
 pool = RayEvaluatorPool(
     make_told, {"top1": 0.25}, num_evaluators=1, cpus_per_evaluator=1, num_gpu_evaluators=2,
     gpus_per_evaluator=0.5, most=100,
@@ -79,11 +78,11 @@ pool = RayEvaluatorPool(
 
 def score(count):
     for index in range(count):
-        pool.submit(Candidate(index, 0.5, (1,)))
-    found = []
-    while len(found) < count:
-        found += pool.results(60.0)
-    return sorted([each.evaluator, each.loss, each.top1] for each in found)
+        pool.submit(Candidate(0.5, (1,), index=index))
+    measured = []
+    while len(measured) < count:
+        measured += pool.results(60.0)
+    return sorted([m.evaluator, m.loss, m.top1] for m in measured)
 
 while pool.num_alive < 3:
     pool.results(0.1)
@@ -103,7 +102,7 @@ print(json.dumps([rooms, [told_needs, measured_room, fault, built], first, later
 
 
 def make_told(top1, gpu=0.0):
-    """The share as the loss; 100 where Ray gave the process no GPU that it was told of."""
+    """Reports the share as the loss; 100 if Ray gave the process no GPU that it was told of."""
     import os
     import time
 
@@ -119,7 +118,7 @@ def make_told(top1, gpu=0.0):
 
 
 def tell_need(gigabytes, of):
-    """What is measured, the GPU that Ray gave, and the process."""
+    """Returns a need, the GPU that Ray gave, and the process."""
     import os
 
     from cacp_ray.evaluation.gpu import Need
@@ -148,10 +147,10 @@ def test_a_share_is_never_across_two_gpus(cpus, gpus, share, room):
 
 
 def test_a_gpu_is_asked_for_where_a_cluster_has_none_yet(monkeypatch):
-    monkeypatch.setattr(room, "read_nodes", lambda: Nodes({"a": 4.0}, {"a": 0.0}, frozenset()))
-    monkeypatch.setattr(room.ray, "available_resources", lambda: {"CPU": 4.0})
-    found = room.find_room(1, 0.25, None, 100)
-    assert (found.on_gpus, found.on_cpus, found.device) == (1, 4, "cuda and cpu")
+    monkeypatch.setattr(module, "read_nodes", lambda: Nodes({"a": 4.0}, {"a": 0.0}, frozenset()))
+    monkeypatch.setattr(module.ray, "available_resources", lambda: {"CPU": 4.0})
+    room = module.find_room(1, 0.25, None, 100)
+    assert (room.on_gpus, room.on_cpus, room.device) == (1, 4, "cuda and cpu")
 
 
 @pytest.mark.parametrize(
@@ -168,10 +167,10 @@ def test_a_gpu_is_asked_for_where_a_cluster_has_none_yet(monkeypatch):
 )
 def test_as_many_share_a_gpu_as_the_smallest_holds_and_has_cpus_for(cpus, gpus, needs, number):
     names = "ab"[: len(cpus)]
-    has = [dict(zip(names, each, strict=True)) for each in (cpus, gpus)]
+    has = [dict(zip(names, numbers, strict=True)) for numbers in (cpus, gpus)]
     nodes = Nodes(*has, frozenset())
-    found = {name: Need(*need) for name, need in zip(names, needs, strict=True)}
-    share = find_share(found, nodes, 1)
+    measured = {name: Need(*need) for name, need in zip(names, needs, strict=True)}
+    share = find_share(measured, nodes, 1)
     assert share == pytest.approx(1 / number, abs=1e-4)
     assert find_share({}, nodes, 1) == 0.0
     fast = Kind(1, share)
@@ -180,7 +179,7 @@ def test_as_many_share_a_gpu_as_the_smallest_holds_and_has_cpus_for(cpus, gpus, 
 
 @pytest.mark.parametrize("number", range(1, 9))
 def test_ray_has_room_for_all_that_share_a_gpu(number):
-    """Whose shares it rounds to ten thousandths."""
+    """Ray rounds shares to ten thousandths."""
     nodes = Nodes({"a": 8.0}, {"a": 1.0}, frozenset())
     share = find_share({"a": Need(1, number)}, nodes, 1)
     assert round(share * 10_000) * number <= 10_000

@@ -29,7 +29,7 @@ def wait(is_so, seconds=60):
     return time.monotonic() - started
 
 def num_actors():
-    return sum(each["State"] != "DEAD" for each in actors().values())
+    return sum(actor["State"] != "DEAD" for actor in actors().values())
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
 ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
@@ -39,17 +39,17 @@ END = """
 pool.close()
 ray.shutdown()
 cluster.shutdown()
-print(json.dumps(found))
+print(json.dumps(outcome))
 """
 
 ALONE = """
 fleet.MAX_RETRY_DELAY_S = 50.0
-fleet.WITHDRAW_S = 4.0
 node = cluster.add_node(num_cpus=2)
 pool = RayEvaluatorPool(
     make_slow, {"seconds": 0.0}, num_evaluators=2, cpus_per_evaluator=1, most=3
 )
 wait(lambda: pool.num_alive == 2)
+fleet.WITHDRAW_S = 4.0
 for slot in pool._fleet.slots:
     slot.num_crashes = 6  # as after minutes without a node: tried again after 50 s
 cluster.remove_node(node)
@@ -61,7 +61,7 @@ cluster.add_node(num_cpus=1)
 back = wait(lambda: pool.num_alive == 1, 100)
 cluster.add_node(num_cpus=8)
 wait(lambda: pool.num_alive == 3)
-found = {"withdrawn": withdrawn, "left": left, "back": back, "most": len(pool._fleet.slots)}
+outcome = {"withdrawn": withdrawn, "left": left, "back": back, "most": len(pool._fleet.slots)}
 """
 
 LOST = """
@@ -69,7 +69,7 @@ node = cluster.add_node(num_cpus=1)
 pool = RayEvaluatorPool(
     make_slow, {"seconds": 2.0}, num_evaluators=1, cpus_per_evaluator=1, max_attempts=2
 )
-pool.submit(Candidate(0, 0.5, (1,)))
+pool.submit(Candidate(0.5, (1,), index=0))
 measurements = []
 for life in range(3):
     wait(lambda: pool._flights)
@@ -78,7 +78,7 @@ for life in range(3):
     node = cluster.add_node(num_cpus=1)
 while not measurements:
     measurements += pool.results(10.0)
-found = {"status": measurements[0].status, "attempt": measurements[0].attempt}
+outcome = {"status": measurements[0].status, "attempt": measurements[0].attempt}
 """
 
 SPLITS = """
@@ -93,32 +93,32 @@ pool = RayEvaluatorPool(
 )
 wait(lambda: pool.num_alive == 2)
 for index in range(12):
-    pool.submit(Candidate(index, 0.5, (1,)))
+    pool.submit(Candidate(0.5, (1,), index=index))
 measurements = []
 while len(measurements) < 12:
     measurements += pool.results(10.0)
-nodes = {each.node for each in pool._fleet.slots}
-found = {"nodes": len(nodes), "seen": [each.top1 for each in measurements]}
+nodes = {slot.node for slot in pool._fleet.slots}
+outcome = {"nodes": len(nodes), "seen": [m.top1 for m in measurements]}
 probe_nodes([Path(".")])
 try:
     probe_nodes([Path("nowhere")])
 except ConfigError as error:
-    found["fault"] = str(error)
+    outcome["fault"] = str(error)
 """
 SPLIT = {"path": "embedded:train", "images_per_class": 3, "seed": 5}
 
 
 def draw():
-    """A search split of resized images, drawn by class."""
-    from cacp_ray.config import DataConfig, load_config
-    from cacp_ray.loading import read_split
+    """Draws a search split of resized images by class."""
+    from cacp_ray.config.run import DataConfig, load_config
+    from cacp_ray.workflows.splits import Splits
 
     values = {"train": {"path": SPLIT["path"]}, "search": SPLIT, "resize": 40, "crop": 32}
-    return read_split(load_config(DataConfig, values), "search")
+    return Splits(load_config(DataConfig, values)).read("search")
 
 
 def make_seen(split):
-    """Scores 1 where the images sent are those that this node draws itself, to the bit."""
+    """Scores 1 if the images sent are bit for bit those that this node draws itself."""
     from cacp_ray.evaluation.measurement import Measurement
 
     own = draw()
@@ -132,7 +132,7 @@ def make_seen(split):
 
 
 def make_slow(seconds):
-    """Scores after so many seconds."""
+    """Takes that many seconds to score."""
     from cacp_ray.evaluation.measurement import Measurement
 
     def score(candidate):
@@ -156,21 +156,21 @@ def run(script):
 
 
 def test_a_pool_left_alone_asks_for_little_and_is_there_when_a_node_joins():
-    found = run(ALONE)
-    assert 4 <= found["withdrawn"] < 25
-    assert found["left"] == [1, 1]  # the one taken back left no actor behind
-    assert found["back"] < 30  # although its next try was due much later
-    assert found["most"] == 3
+    outcome = run(ALONE)
+    assert 4 <= outcome["withdrawn"] < 25
+    assert outcome["left"] == [1, 1]  # the one taken back left no actor behind
+    assert outcome["back"] < 30  # although its next try was due much later
+    assert outcome["most"] == 3
 
 
 def test_every_node_has_the_same_search_split_to_the_bit():
-    found = run(SPLITS)
-    # What fine-tuning needs of every node.
-    assert re.search(r"node \S+ cannot train: .*nowhere is not there", found.pop("fault"))
-    assert found == {"nodes": 2, "seen": 12 * [1.0]}
+    outcome = run(SPLITS)
+    # Fine-tuning needs the folder on every node.
+    assert re.search(r"node \S+ cannot train: .*nowhere is not there", outcome.pop("fault"))
+    assert outcome == {"nodes": 2, "seen": 12 * [1.0]}
 
 
 @pytest.mark.slow
 def test_a_candidate_that_is_lost_with_its_nodes_is_not_blamed():
-    found = run(LOST)
-    assert found == {"status": "ok", "attempt": 4}
+    outcome = run(LOST)
+    assert outcome == {"status": "ok", "attempt": 4}

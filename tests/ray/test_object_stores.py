@@ -13,8 +13,8 @@ from pyarrow import fs
 
 from cacp_ray.data.images import read_parquet
 from cacp_ray.data.sources import open_place
-from cacp_ray.searching.run_directory import RunDirectory
-from cacp_ray.storage import LATEST
+from cacp_ray.rundir.directory import RunDirectory
+from cacp_ray.rundir.mirror import LATEST
 from tests.object_stores import SCHEMES, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from ray.rllib.core.columns import Columns
 
 from cacp_ray.agent.amc import AMC
 from cacp_ray.agent.ddpg.algorithm import DDPG, DDPGConfig
@@ -31,14 +32,14 @@ def build():
 
 
 def drive(agent, score, episodes, batch=6) -> np.ndarray:
-    """Asks, tells, learns; (episodes, 2) rates and scores in the order asked."""
-    found = []
+    """Asks, tells and updates; returns (episodes, 2) rates and top1 in the order asked."""
+    rows = []
     for first in range(0, episodes, batch):
         results = measure(agent.ask(min(batch, episodes - first)), score, first)
-        found += [(candidate.rate, measurement.top1) for candidate, measurement in results]
+        rows += [(candidate.rate, measurement.top1) for candidate, measurement in results]
         agent.tell(results)
-        agent.learn(agent.pending_updates)
-    return np.array(found)
+        agent.update(agent.pending_updates)
+    return np.array(rows)
 
 
 def test_gradient_steps_start_after_the_warm_up(build):
@@ -52,7 +53,7 @@ def test_gradient_steps_start_after_the_warm_up(build):
     assert agent.pending_updates == 3 * mdp.num_steps
     for name, value in agent.get_module().state_dict().items():
         assert torch.equal(value, before[name])
-    agent.learn(agent.pending_updates)
+    agent.update(agent.pending_updates)
     assert int(agent.get_module().num_updates) == 3 * mdp.num_steps
 
 
@@ -106,16 +107,17 @@ def test_one_update_is_the_bootstrapped_target_adam_and_a_polyak_step(build, mon
     mdp, score = toy_problem(0)
     agent = build(mdp, batch_size=16, tau=0.25, warmup_share=0.0)
     agent.tell(measure(agent.ask(12), score))
-    agent.learn(5)  # so that targets and networks differ
+    agent.update(5)  # so that targets and networks differ
     old = {name: value.clone() for name, value in agent.get_module().state_dict().items()}
     random = agent._rng.bit_generator.state
     rows = agent._replay.sample(16, "bootstrap", True, agent._rng)
     agent._rng.bit_generator.state = random
-    assert 0 < rows["is_last"].sum() < 16
+    assert 0 < rows[Columns.TERMINATEDS].sum() < 16
 
-    states, following = rows["states"], rows["next_states"]
+    states, following = rows[Columns.OBS], rows[Columns.NEXT_OBS]
     later = q(old, following, mu(old, following, "target_actor"), "target_critics.0")
-    errors = q(old, states, rows["actions"]) - rows["rewards"] - (1 - rows["is_last"]) * later
+    targets = rows[Columns.REWARDS] + (1 - rows[Columns.TERMINATEDS]) * later
+    errors = q(old, states, rows[Columns.ACTIONS]) - targets
     loss = np.mean(errors**2) - np.mean(q(old, states, mu(old, states)))
 
     learner = agent._learners._learner
@@ -126,15 +128,15 @@ def test_one_update_is_the_bootstrapped_target_adam_and_a_polyak_step(build, mon
         losses.append(compute(**arguments))
         return losses[-1]
 
-    def seen_gradients(found):
-        gradients.update(found)
-        return postprocess(found)
+    def seen_gradients(new):
+        gradients.update(new)
+        return postprocess(new)
 
     monkeypatch.setattr(learner, "compute_loss_for_module", seen_loss)
     monkeypatch.setattr(learner, "postprocess_gradients", seen_gradients)
-    agent.learn(1)
+    agent.update(1)
     assert losses[0].item() == pytest.approx(loss, rel=1e-4)
-    # That of the critic's last bias is known without backpropagation.
+    # The gradient of the critic's last bias is known without backpropagation.
     bias = agent.get_module().critics[0].rest[-1].bias
     np.testing.assert_allclose(gradients[bias].numpy(), [np.mean(2 * errors)], rtol=1e-3)
 
@@ -145,7 +147,7 @@ def test_one_update_is_the_bootstrapped_target_adam_and_a_polyak_step(build, mon
         moved = 0.75 * old[name] + 0.25 * new[name.removeprefix("target_")]
         torch.testing.assert_close(new[name], moved)
     for name, lr in (("actor.0.weight", 1e-4), ("critics.0.state.weight", 1e-3)):
-        assert 0.3 * lr < (new[name] - old[name]).abs().max() < 3 * lr  # as Adam steps
+        assert 0.3 * lr < (new[name] - old[name]).abs().max() < 3 * lr  # like a step of Adam
 
 
 def test_twin_critics_bootstrap_from_the_smaller_and_delay_actor_and_targets(build):
@@ -166,7 +168,7 @@ def test_twin_critics_bootstrap_from_the_smaller_and_delay_actor_and_targets(bui
     moves = []
     for _ in range(4):
         old = {name: value.clone() for name, value in module.state_dict().items()}
-        agent.learn(1)
+        agent.update(1)
         new = module.state_dict()
         assert not torch.equal(old["critics.1.state.weight"], new["critics.1.state.weight"])
         names = ("actor.4.weight", "target_actor.4.weight", "target_critics.0.rest.3.weight")
@@ -180,7 +182,7 @@ def test_a_prior_makes_the_untrained_policy_the_prior_and_spends_the_budget(buil
     rates = np.linspace(0.2, 0.9, 8)
     np.testing.assert_array_equal(agent.policy(rates), mdp.prior(rates))
     agent.tell(measure(agent.ask(40), score))
-    agent.learn(agent.pending_updates)
+    agent.update(agent.pending_updates)
     proposals = agent.ask(12)
     counts = np.array([proposal.keep_counts for proposal in proposals])
     limit = mdp.budget.limit([proposal.rate for proposal in proposals])
@@ -203,7 +205,7 @@ def test_a_restored_agent_continues_bit_for_bit(build, tmp_path, form):
     other.restore(tmp_path / "checkpoint")
     assert other.pending_updates == agent.pending_updates > 0
     for twin in (agent, other):
-        twin.learn(40)
+        twin.update(40)
         drive(twin, score, 12)
     assert agent.ask(12) == other.ask(12)
     ours, theirs = agent.get_module().state_dict(), other.get_module().state_dict()
@@ -255,8 +257,8 @@ def test_learning_beats_the_warm_up(build, form, problems):
     rises = []
     for seed in range(problems):
         mdp, score = toy_problem(seed)
-        found = drive(build(mdp, evaluations=300, **form), score, 300)[:, 1]
-        rises.append(found[200:].mean() - found[:112].mean())
+        top1 = drive(build(mdp, evaluations=300, **form), score, 300)[:, 1]
+        rises.append(top1[200:].mean() - top1[:112].mean())
     # Of twelve runs of the paper's form none rose less than 0.008, on average 0.095.
     assert np.mean(rises) > 0.03
 
@@ -282,6 +284,7 @@ def test_amc_keeps_its_agents_apart(amc):
     first, *others = amc.agents.values()
     before = [agent.get_module().actor[0].weight.clone() for agent in amc.agents.values()]
     amc.tell([result for result in results if result[0].rate == RATES[0]])
+    amc.learn()
     after = [agent.get_module().actor[0].weight for agent in amc.agents.values()]
     changed = [not torch.equal(old, new) for old, new in zip(before, after, strict=True)]
     assert changed == [True, False, False]
@@ -297,14 +300,15 @@ def test_amc_comes_near_the_optimum_of_every_rate_within_150_episodes_of_each(se
     """
     mdp, score, optima = five_group_problem(seed, RATES)
     amc = AMC(PaperSettings(**SMALL), mdp, RATES, seed, 450)
-    found = {rate: [] for rate in RATES}
+    top1 = {rate: [] for rate in RATES}
     for first in range(0, 450, 6):
         results = measure(amc.ask(6), score, first)
         for candidate, measurement in results:
-            found[candidate.rate].append(measurement.top1)
+            top1[candidate.rate].append(measurement.top1)
         amc.tell(results)
+        amc.learn()
     amc.stop()
-    tops = np.array([found[rate] for rate in RATES]) / optima[:, None]  # (R, 150)
+    tops = np.array([top1[rate] for rate in RATES]) / optima[:, None]  # (R, 150)
     assert (tops.max(axis=1) >= 0.92).all()
     assert (tops <= 1 + 1e-9).all()
     assert (tops[:, :56].mean(axis=1) <= 0.72).all()  # the warm-up
@@ -314,11 +318,13 @@ def test_amc_comes_near_the_optimum_of_every_rate_within_150_episodes_of_each(se
 def test_amc_continues_bit_for_bit(amc, tmp_path):
     amc, mdp, score = amc
     amc.tell(measure(amc.ask(60), score))
+    assert amc.learn() == {"updates": 30 * mdp.num_steps}  # 30 of the 60 are warm-up
     amc.save(tmp_path)
     other = AMC(PaperSettings(**SMALL), mdp, RATES, 5, 80)
     other.restore(tmp_path)
-    for each in (amc, other):
-        each.tell(measure(each.ask(6), score, 60))
+    for twin in (amc, other):
+        twin.tell(measure(twin.ask(6), score, 60))
+        twin.learn()
     assert amc.ask(7) == other.ask(7)
     for rate, agent in amc.agents.items():
         np.testing.assert_array_equal(agent.policy([rate]), other.agents[rate].policy([rate]))

@@ -16,10 +16,10 @@ from ray.util.metrics import Counter, Gauge
 from cacp_ray.data.images import ImageSet
 from cacp_ray.distributed import fleet
 from cacp_ray.distributed import pool as module
-from cacp_ray.distributed.nodes import Nodes
-from cacp_ray.distributed.pool import RayEvaluatorPool
-from cacp_ray.distributed.sharing import share
-from cacp_ray.distributed.slots import Flight, Kind, Slot, Work
+from cacp_ray.distributed.fleet import Slot
+from cacp_ray.distributed.nodes import Kind, Nodes
+from cacp_ray.distributed.pool import RayEvaluatorPool, Work
+from cacp_ray.distributed.tasks import share
 from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
 
@@ -30,7 +30,7 @@ SLEEP, SLEEP_LONG, CRASH, RAISE, HANG_ONCE = range(5)
 
 
 def make_obedient(folder: str, images: NDArray[np.float32], parts: dict[str, Any]) -> ScoreFunction:
-    """Notes its process in `folder`; top5 says whether the payload is shared, loss the threads."""
+    """Notes its process in `folder`; top5 tells whether the payload is shared, loss the threads."""
     (Path(folder) / str(os.getpid())).touch()
     shared = [images, parts["labels"]]
     is_shared = all(not a.flags.owndata and not a.flags.writeable for a in shared)
@@ -77,12 +77,12 @@ class Shared:
 
     @property
     def processes(self) -> list[int]:
-        """Those that run now."""
+        """Ids of the noted processes that run now."""
         noted = [int(path.name) for path in self.folder.iterdir()]
         return sorted(pid for pid in noted if Path(f"/proc/{pid}").exists())
 
     def wait(self) -> None:
-        """Until both actors are ready."""
+        """Waits until both actors are ready."""
         deadline = time.monotonic() + 30
         while self.pool.num_alive < 2 and time.monotonic() < deadline:
             self.pool.results(0.0)
@@ -92,17 +92,17 @@ class Shared:
     def score(
         self, orders: Sequence[int], on_result: Callable[[int], None] = lambda _: None
     ) -> list[Measurement]:
-        """Submits one candidate an order; every one must come back exactly once."""
+        """Submits one candidate for each order; every one must come back exactly once."""
         for index, order in enumerate(orders):
-            self.pool.submit(Candidate(index, 0.5, (order, index)))
-        found: list[Measurement] = []
+            self.pool.submit(Candidate(0.5, (order, index), index=index))
+        measured: list[Measurement] = []
         deadline = time.monotonic() + 40
-        while len(found) < len(orders) and time.monotonic() < deadline:
-            found += self.pool.results(0.5)
-            on_result(len(found))
-        found += self.pool.results(0.0)
-        assert sorted(m.index for m in found) == list(range(len(orders)))
-        return found
+        while len(measured) < len(orders) and time.monotonic() < deadline:
+            measured += self.pool.results(0.5)
+            on_result(len(measured))
+        measured += self.pool.results(0.0)
+        assert sorted(m.index for m in measured) == list(range(len(orders)))
+        return measured
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +115,10 @@ def shared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def test_candidates_come_back_once_and_in_no_order(shared: Shared) -> None:
     if shared.pool.num_alive == 0:
         assert shared.pool.capacity == 2  # queued while nobody is ready
-    found = shared.score([SLEEP_LONG] + 19 * [SLEEP])
-    order = [m.index for m in found]
+    measured = shared.score([SLEEP_LONG] + 19 * [SLEEP])
+    order = [m.index for m in measured]
     assert order != sorted(order)
-    for m in found:
+    for m in measured:
         assert (m.status, m.attempt, m.top1) == ("ok", 1, m.index)
         assert m.finished_at > 0
         assert m.node not in ("", "local")
@@ -127,9 +127,9 @@ def test_candidates_come_back_once_and_in_no_order(shared: Shared) -> None:
 
 
 def test_the_payload_is_shared_without_a_copy_and_threads_follow_the_cpus(shared: Shared) -> None:
-    (found,) = shared.score([SLEEP])
-    assert found.top5 == 1.0
-    assert found.loss == 1.0  # half a CPU: one thread
+    (measured,) = shared.score([SLEEP])
+    assert measured.top5 == 1.0
+    assert measured.loss == 1.0  # half a CPU: one thread
 
 
 def test_submitting_does_not_block_and_an_idle_pool_answers_at_once(shared: Shared) -> None:
@@ -138,7 +138,7 @@ def test_submitting_does_not_block_and_an_idle_pool_answers_at_once(shared: Shar
     assert shared.pool.results(10.0) == []
     assert time.monotonic() - started < 1.0
     started = time.monotonic()
-    shared.pool.submit(Candidate(0, 0.5, (SLEEP_LONG, 0)))
+    shared.pool.submit(Candidate(0.5, (SLEEP_LONG, 0), index=0))
     assert time.monotonic() - started < 0.2
     assert shared.pool.results(0.01) == []
     assert [m.index for m in shared.pool.results(10.0)] == [0]
@@ -154,9 +154,9 @@ def test_a_killed_evaluator_loses_nothing_and_comes_back(shared: Shared) -> None
             killed.append(int(np.random.default_rng(0).choice(before)))
             os.kill(killed[0], signal.SIGKILL)
 
-    found = shared.score(40 * [SLEEP], kill_one)
-    assert all(m.status == "ok" for m in found)
-    assert 2 in {m.attempt for m in found}
+    measured = shared.score(40 * [SLEEP], kill_one)
+    assert all(m.status == "ok" for m in measured)
+    assert 2 in {m.attempt for m in measured}
     shared.wait()
     assert len(shared.processes) == 2
     assert killed[0] not in shared.processes
@@ -166,28 +166,28 @@ def test_losing_every_evaluator_unnoticed_is_survived(shared: Shared) -> None:
     shared.wait()
     for pid in shared.processes:
         os.kill(pid, signal.SIGKILL)
-    found = shared.score(10 * [SLEEP])
-    assert all(m.status == "ok" for m in found)
+    measured = shared.score(10 * [SLEEP])
+    assert all(m.status == "ok" for m in measured)
 
 
 def test_a_candidate_that_crashes_its_process_fails_after_three_attempts(shared: Shared) -> None:
     shared.wait()
-    found = {m.index: m for m in shared.score([SLEEP, SLEEP, CRASH] + 9 * [SLEEP])}
-    bad = found.pop(2)
+    measured = {m.index: m for m in shared.score([SLEEP, SLEEP, CRASH] + 9 * [SLEEP])}
+    bad = measured.pop(2)
     assert (bad.status, bad.attempt, bad.top1) == ("failed", 3, 0.0)
     assert "lost with evaluator-" in bad.error
-    # The one beside it is lost once, never again.
-    assert all((m.status, m.attempt <= 2) == ("ok", True) for m in found.values())
+    # The candidate on the same actor is lost once, never again.
+    assert all((m.status, m.attempt <= 2) == ("ok", True) for m in measured.values())
 
 
 def test_a_candidate_that_raises_is_tried_elsewhere_then_failed(shared: Shared) -> None:
     shared.wait()
     before = shared.processes
-    found = {m.index: m for m in shared.score([SLEEP, RAISE] + 6 * [SLEEP])}
-    bad = found.pop(1)
+    measured = {m.index: m for m in shared.score([SLEEP, RAISE] + 6 * [SLEEP])}
+    bad = measured.pop(1)
     assert (bad.status, bad.attempt) == ("failed", 3)
     assert bad.error == "scoring raised ValueError: group 2"
-    assert all((m.status, m.attempt) == ("ok", 1) for m in found.values())
+    assert all((m.status, m.attempt) == ("ok", 1) for m in measured.values())
     assert shared.processes == before
 
 
@@ -205,9 +205,9 @@ def test_an_evaluator_that_hangs_is_replaced(
     if is_first:
         monkeypatch.setattr(shared.pool, "_slowest", {})
         monkeypatch.setattr(shared.pool, "_first_patience", 1.5)
-    found = shared.score(orders)
-    assert {m.status for m in found} == {"ok"}
-    assert [m.attempt for m in found if m.index == orders.index(HANG_ONCE)] == [2]
+    measured = shared.score(orders)
+    assert {m.status for m in measured} == {"ok"}
+    assert [m.attempt for m in measured if m.index == orders.index(HANG_ONCE)] == [2]
     assert (
         len(re.findall(r"evaluator-\d has not answered for 2 s: it is replaced", caplog.text)) == 1
     )
@@ -239,7 +239,7 @@ def test_a_scorer_that_cannot_be_built_ends_the_search(
     make_score: Callable[..., ScoreFunction], payload: dict[str, Any], reason: str
 ) -> None:
     pool = RayEvaluatorPool(make_score, payload, num_evaluators=1, cpus_per_evaluator=0.25)
-    pool.submit(Candidate(0, 0.5, (SLEEP,)))
+    pool.submit(Candidate(0.5, (SLEEP,), index=0))
     with pytest.raises(EvaluationError, match=reason):
         pool.results(30.0)
     pool.close()
@@ -248,7 +248,7 @@ def test_a_scorer_that_cannot_be_built_ends_the_search(
 
 
 def locate(split: ImageSet) -> str:
-    """Which bytes of which mapped file hold the images of its tensor."""
+    """Names the bytes of the mapped file that hold the images of its tensor."""
     from cacp_ray.data.transforms import from_shared
 
     address = from_shared(split.images).data_ptr()
@@ -261,7 +261,7 @@ def locate(split: ImageSet) -> str:
 
 
 def make_locating(split: ImageSet) -> ScoreFunction:
-    """Says in `error` where the images are."""
+    """Reports in `error` where the images are."""
     import torch  # noqa: F401 - what an evaluator of networks imports
 
     place = locate(split)
@@ -287,14 +287,14 @@ def test_the_images_of_a_split_exist_once_on_a_machine() -> None:
             pool.results(0.0)
             time.sleep(0.05)
         for index in range(6):
-            pool.submit(Candidate(index, 0.5, (1,)))
-        found: list[Measurement] = []
-        while len(found) < 6:
-            found += pool.results(10.0)
+            pool.submit(Candidate(0.5, (1,), index=index))
+        measurements: list[Measurement] = []
+        while len(measurements) < 6:
+            measurements += pool.results(10.0)
     finally:
         pool.close()
-    assert len({each.evaluator for each in found}) == 2
-    assert {each.error for each in found} == {locate(split)}  # the driver's too
+    assert len({m.evaluator for m in measurements}) == 2
+    assert {m.error for m in measurements} == {locate(split)}  # the driver reads the same bytes
 
 
 def test_the_pool_tells_ray_what_it_does(shared, monkeypatch):
@@ -309,9 +309,9 @@ def test_the_pool_tells_ray_what_it_does(shared, monkeypatch):
         Gauge, "set", lambda self, value: shown.setdefault(self.info["name"], []).append(value)
     )
     shared.wait()
-    found = shared.score([SLEEP_LONG] * 20 + [RAISE])
+    measured = shared.score([SLEEP_LONG] * 20 + [RAISE])
     assert counted == {"cacp_measurements": 20, "cacp_failed_measurements": 1}
-    stopped = [dataclasses.replace(found[0], status="stopped")]
+    stopped = [dataclasses.replace(measured[0], status="stopped")]
     shared.pool._metrics.count(stopped)
     assert counted == {"cacp_measurements": 21, "cacp_failed_measurements": 1}
     assert shown["cacp_evaluators_alive"][-1] == 2
@@ -335,12 +335,14 @@ def test_only_failures_on_nodes_that_are_still_there_are_a_candidate_s_fault(
     monkeypatch.setattr(module, "read_nodes", lambda: Nodes({"here": 1.0}, {}, frozenset()))
     pool = object.__new__(RayEvaluatorPool)
     pool._max_attempts = 3
-    assert pool._is_given_up(Work(Candidate(0, 0.5, (1,)), failed_on=failed_on)) is is_given_up
+    assert (
+        pool._is_given_up(Work(Candidate(0.5, (1,), index=0), failed_on=failed_on)) is is_given_up
+    )
 
 
 @pytest.fixture
 def waiting(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Whom a pool replaces that waits for an evaluator with and one without a GPU."""
+    """Names the evaluators that a pool replaces: it waits for one with and one without a GPU."""
     replaced: list[str] = []
     pool = object.__new__(RayEvaluatorPool)
     pool._fleet = cast(Any, SimpleNamespace(replace=lambda slot: replaced.append(slot.name)))
@@ -355,7 +357,7 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         for kind in (GPU, CPU):
             slot = Slot("gpu" if kind == GPU else "cpu", kind, None, node="here", is_ready=True)
             slot.answered_at = time.monotonic() - seconds
-            flights[kind] = Flight(slot, "here", Work(Candidate(0, 0.5, (1,), images=images)), 1)
+            flights[kind] = slot, Work(Candidate(0.5, (1,), index=0, images=images))
         pool._flights = cast(Any, flights)
         replaced.clear()
         pool._replace_hung()

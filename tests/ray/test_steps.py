@@ -1,4 +1,4 @@
-"""Strategies that go by steps on the real pool: kills in the middle of a step change nothing."""
+"""Strategies that go by steps, on the real pool: kills in the middle of a step change nothing."""
 
 import os
 import signal
@@ -10,12 +10,12 @@ import pytest
 
 from cacp_ray.distributed.pool import RayEvaluatorPool
 from cacp_ray.evaluation.measurement import Measurement
+from cacp_ray.rundir.directory import RunDirectory
 from cacp_ray.searching.allocation import uniform_prior
 from cacp_ray.searching.budget import Budget, minimum_counts
 from cacp_ray.searching.loop import SearchLoop
-from cacp_ray.searching.run_directory import RunDirectory
-from cacp_ray.searching.strategies import make_strategy
 from cacp_ray.searching.strategies.problem import Problem
+from cacp_ray.searching.strategies.table import make_strategy
 from tests.toy import toy_cost_model, toy_score
 
 pytestmark = pytest.mark.ray
@@ -48,7 +48,7 @@ def make_formula(seconds):
 
 
 def search(strategy, folder, num_evaluators, on_progress=None):
-    """A search of the toy network to its end, from where the folder stands."""
+    """Continues the search of a folder on the toy network, to its end."""
     cost_model = toy_cost_model()
     channels = cost_model.num_channels
     budget = Budget(cost_model.macs, channels, minimum_counts(channels, 0.1, 1))
@@ -77,7 +77,7 @@ def read(folder):
 
 
 def measured(folder):
-    """What each candidate scored; async mode may record one twice after a kill."""
+    """The distinct scores of candidates; async mode may record one twice after a kill."""
     return {(row.keep_counts, row.rate, row.top1, row.loss, row.status) for row in read(folder)}
 
 
@@ -91,7 +91,7 @@ def serial(request, ray_cluster, tmp_path_factory):
 
 
 def evaluator_processes():
-    """Of the Ray that this process is connected to."""
+    """Ids of the evaluators' processes."""
     from ray._private.state import actors
 
     alive = [actor for actor in actors().values() if actor["State"] == "ALIVE"]
@@ -109,7 +109,7 @@ def test_two_evaluators_one_killed_within_a_step_find_what_one_does(serial, tmp_
 
     search(strategy, tmp_path, 2, kill_one)
     assert killed
-    # What it had at hand was measured again.
+    # Its candidate was measured again.
     assert 2 in {row.attempt for row in read(tmp_path)}
     assert measured(tmp_path) == measured(expected)
 

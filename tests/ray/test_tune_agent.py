@@ -14,15 +14,16 @@ import pytest
 import yaml
 
 import cacp_ray
-from cacp_ray.agent_space import AgentTuningConfig, with_settings
-from cacp_ray.agent_tuning import TrialSearch
-from cacp_ray.config import RunConfig, load_config
+from cacp_ray.config.agent_tuning import AgentTuningConfig, with_settings
+from cacp_ray.config.run import RunConfig, load_config
 from cacp_ray.errors import ArtifactError
 from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache
 from cacp_ray.evaluation.measurement import LocalEvaluator, Measurement
-from cacp_ray.files import read_json
-from cacp_ray.loading import load_base
-from cacp_ray.searching.run_directory import RunDirectory
+from cacp_ray.io.files import read_json
+from cacp_ray.rundir.directory import RunDirectory
+from cacp_ray.workflows.setup import Setup
+from cacp_ray.workflows.strategy import find_policy
+from cacp_ray.workflows.trial_search import TrialSearch
 
 pytestmark = pytest.mark.ray
 
@@ -69,7 +70,7 @@ def test_killed_tuning_resumes_to_settings_that_a_search_takes(tmp_path):
     seen: dict[str, int] = {}
     for line in running.stdout:
         seen |= read_progress(line)
-        if "18 evaluations" in line:
+        if "15 evaluations" in line:
             break
     os.kill(running.pid, signal.SIGKILL)
     running.wait()
@@ -145,7 +146,7 @@ def score(candidate):
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_search_goes_on_from_anothers_folder_with_other_settings(tmp_path):
     config = load_config(RunConfig, {"evaluations": 60})
-    base = load_base(config)
+    base = Setup.create(config)
 
     def begin(name, settings):
         cache = MeasurementCache(tmp_path / "cache", "key")
@@ -160,9 +161,9 @@ def test_a_search_goes_on_from_anothers_folder_with_other_settings(tmp_path):
     changes = {"agent.lr": 0.005, "agent.noise": 0.9, "agent.drafts": 4}
     second = begin("second", changes)
     assert (second.top1, second.evaluations) == before
-    agent = second._agent
+    agent = find_policy(second._strategy)
     assert dataclasses.asdict(agent.config.settings)["drafts"] == 4
-    assert agent.noise(0.5) == pytest.approx(2 * first._agent.noise(0.5))
+    assert agent.noise(0.5) == pytest.approx(2 * find_policy(first._strategy).noise(0.5))
     second.advance()
     second.advance()
     learner = agent.learner_group._learner
@@ -172,4 +173,4 @@ def test_a_search_goes_on_from_anothers_folder_with_other_settings(tmp_path):
         second.advance()
     assert second.evaluations == 60
     rows = RunDirectory(tmp_path / "second").read_records()
-    assert len({row.subnet for row in rows}) == 57  # three are kept for the policy's answers
+    assert len({row.key for row in rows}) == 60

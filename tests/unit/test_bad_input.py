@@ -13,8 +13,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from cacp_ray.config import RunConfig, load_config, resolved
-from cacp_ray.models.factory import build_model, resolve_weights
+from cacp_ray.config.run import RunConfig, load_config, resolved
+from cacp_ray.models.factory import build_model
+from cacp_ray.models.pretrained import resolve_weights
 from tests.unit.exporting.folders import make_folder
 
 SAMPLE = Path("cacp_ray/data/cifar10_sample/test.parquet")
@@ -293,8 +294,8 @@ CASES = {
     ),
     "a candidate that is not there": (on_run("evaluate", "--index", "1"), "no candidate 1"),
     "a checkpoint of a newer version": (
-        on_run("subnet", "--rate", "0.4", **{"checkpoints__LATEST.json": newer(2)}),
-        "schema version 2, this cacp_ray reads 1",
+        on_run("subnet", "--rate", "0.4", **{"checkpoints__LATEST.json": newer(3)}),
+        "schema version 3, this cacp_ray reads 2",
     ),
     "a run without a policy": (on_run("subnet", "--rate", "0.4"), "no trained policy yet"),
     "a strategy without a policy": (

@@ -1,10 +1,10 @@
-"""What is proposed: drafts of the policy and of good allocations, screened by the critics.
+"""The choice of candidates: drafts of the policy and of good allocations, screened by the critics.
 
-A draft is the policy's answer with noise, or a good earlier allocation, of this rate or another,
-with some groups changed: offsets from the prior carry over between rates. Of several drafts for
-every proposal the one that the critics value most is measured. So the actor proposes and the critic
-chooses among candidates around it, as in the Wolpertinger policy (Dulac-Arnold et al., 2015); the
-elites among the drafts are ours. CACP measures the policy with noise.
+A draft is the policy's answer with noise, or a good earlier allocation of this or another rate with
+some groups changed: offsets from the prior carry over between rates. For every candidate several
+drafts are made, and the one that the critics value most is measured. So the actor proposes and the
+critics choose among drafts around it, as in the Wolpertinger policy (Dulac-Arnold et al., 2015);
+the elites among the drafts are ours. CACP measures the policy with noise.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,20 +14,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from cacp_ray.evaluation.measurement import Candidate
 from cacp_ray.searching.allocation import AllocationSpace, Float32s
 from cacp_ray.searching.budget import Floats, Ints, spend
 from cacp_ray.searching.settings import AgentSettings
-from cacp_ray.searching.strategy import Counts, Proposal
+from cacp_ray.searching.strategy import Counts, make_candidates
 
 OWN_RATE_SHARE = 0.75  # of elites; the others are of another rate
 NUM_ELITES = 10  # best distinct allocations kept a rate
-NUM_AVERAGED = 5  # of them, in an answer without evaluations and learning
+NUM_AVERAGED = 5  # elites in an answer without evaluations and learning
 MAX_CHANGED = 4  # groups of an elite
-FINALISTS = 4  # drafts of a proposal that are rounded with care and valued once more
+FINALISTS = 4  # drafts of a candidate that are rounded exactly and valued again
 NOISE_FLOOR = 0.05
 MAX_RETRIES = 8  # for a candidate that was asked before, each with more noise
-NOISE_GROWTH = 1.4  # of a retry
-# Of an answer without evaluations: drafts, their noise, how many of the most valued are averaged.
+NOISE_GROWTH = 1.4  # factor on the noise of a retry
+# An answer without evaluations averages the most valued of many drafts with little noise.
 ANSWER_DRAFTS = 256
 ANSWER_NOISE = 0.1
 ANSWER_AVERAGED = 16
@@ -46,7 +47,7 @@ class Elite:
 
 
 class Behaviour:
-    """Chooses rates and candidates; remembers what was asked and which candidates were best."""
+    """Chooses rates and candidates; remembers which were asked and which were best."""
 
     def __init__(
         self,
@@ -60,7 +61,7 @@ class Behaviour:
         self._settings = settings
         self._space = space
         self._act, self._value = act, value
-        # Critics that never learn would choose badly: the first draft is as good as any.
+        # Critics that never learn cannot choose, so one draft is enough.
         self.num_drafts = settings.drafts if settings.updates_per_episode else 1
         self._rng = np.random.default_rng([seed, 1])
         self.num_asked = dict.fromkeys(rates, 0)
@@ -72,10 +73,10 @@ class Behaviour:
         decayed = self._settings.noise * self._settings.noise_decay ** self.num_asked[rate]
         return max(NOISE_FLOOR, decayed)
 
-    def propose(self, count: int) -> list[Proposal]:
-        """`count` candidates never asked before for their rates, where such are found in time."""
+    def propose(self, count: int) -> list[Candidate]:
+        """Returns `count` candidates, new for their rates where `MAX_RETRIES` retries suffice."""
         rates: list[float] = []
-        drafts: list[Float32s] = []  # (M, P) of every proposal
+        drafts: list[Float32s] = []  # (M, P) for every candidate
         for _ in range(count):
             rate = min(self.num_asked, key=lambda rate: (self.num_asked[rate], rate))
             episode, noise = self.num_asked[rate], self.noise(rate)
@@ -89,13 +90,10 @@ class Behaviour:
             else:
                 drafts.append(self.draft(rate, noise, self.num_drafts, self._rng))
         ranked = self._rank(rates, drafts, FINALISTS)
-        return [
-            Proposal(rate, self._choose(rate, found))
-            for rate, found in zip(rates, ranked, strict=True)
-        ]
+        return make_candidates(rates, [*map(self._choose, rates, ranked)])
 
     def draft(self, rate: float, noise: float, count: int, rng: np.random.Generator) -> Float32s:
-        """(M, P) offsets: of elites with some groups changed, or of the policy with noise."""
+        """(M, P) offsets of elites with some groups changed, or of the policy with noise."""
         num_offsets = self._space.num_offsets
         drafts = np.tile(self._act(np.array([rate])), (count, 1))
         drafts += noise * rng.standard_normal(drafts.shape).astype(np.float32)
@@ -109,12 +107,12 @@ class Behaviour:
         return drafts
 
     def screen(self, rate: float, drafts: Float32s, count: int) -> list[Counts]:
-        """At most `count` candidates of drafts (M, P), the most valued first."""
+        """At most `count` distinct keep counts from drafts (M, P), the most valued first."""
         (ranked,) = self._rank([rate], [drafts], count)
         return ranked
 
     def favoured(self, rate: float) -> Float32s:
-        """(P,) mean offsets of the most valued of many drafts with little noise; draws nothing."""
+        """(P,) mean offsets of the most valued of many drafts, the same drafts in every call."""
         drafts = self.draft(rate, ANSWER_NOISE, ANSWER_DRAFTS, np.random.default_rng(0))
         values = self._value(self._space.scaled(np.full(len(drafts), rate), drafts))
         return drafts[np.argsort(-values, kind="stable")[:ANSWER_AVERAGED]].mean(axis=0)
@@ -122,23 +120,26 @@ class Behaviour:
     def between(self, rates: ArrayLike) -> Float32s:
         """(N, P) mean offsets of the best elites of the nearest rates, interpolated in between.
 
-        Below the smallest rate that has elites, and above the largest, those of that rate. Zero,
-        the prior, while no measurement has succeeded.
+        Rates outside those that have elites get the offsets of the nearest. While no measurement
+        has succeeded, the offsets are zero: the prior.
         """
         known = sorted(rate for rate, elites in self.elites.items() if elites)
         if not known:
             return np.zeros((np.size(rates), self._space.num_offsets), np.float32)
         means = np.array(
-            [np.mean([e.offsets for e in self.elites[r][:NUM_AVERAGED]], axis=0) for r in known]
+            [
+                np.mean([elite.offsets for elite in self.elites[rate][:NUM_AVERAGED]], axis=0)
+                for rate in known
+            ]
         )
         columns = [np.interp(np.asarray(rates), known, column) for column in means.T]
         return np.stack(columns, axis=1).astype(np.float32)
 
-    def adopt(self, rate: float, keep_counts: Counts, top1: float, offsets: Float32s) -> None:
-        """Offers a measured allocation to the elites of its rate."""
-        known = self.elites.setdefault(rate, [])
-        if all(elite.keep_counts != keep_counts for elite in known):
-            known.append(Elite(top1, keep_counts, offsets))
+    def adopt(self, candidate: Candidate, top1: float, offsets: Float32s) -> None:
+        """Offers a measured candidate with its offsets (P,) to the elites of its rate."""
+        known = self.elites.setdefault(candidate.rate, [])
+        if all(elite.keep_counts != candidate.keep_counts for elite in known):
+            known.append(Elite(top1, candidate.keep_counts, offsets))
             known.sort(key=lambda elite: -elite.top1)
             del known[NUM_ELITES:]
 
@@ -147,19 +148,18 @@ class Behaviour:
     ) -> list[list[Counts]]:
         """For every rate at most `most` distinct candidates of its drafts, the most valued first.
 
-        Valued as they are before the last channels are spent, which costs ten times as much; the
-        best of them are then spent and valued again.
+        Drafts are valued before the last channels are spent, as spending costs ten times as much;
+        the best of them are then spent and valued again.
         """
-        sizes = [len(each) for each in drafts]
+        sizes = [len(rows) for rows in drafts]
         rough = self._space.scaled(np.repeat(np.array(rates), sizes), np.concatenate(drafts))
         values = np.split(self._value(rough), np.cumsum(sizes)[:-1])
         chosen: list[Floats] = []
         for rows, own in zip(np.split(rough, np.cumsum(sizes)[:-1]), values, strict=True):
-            _, places = np.unique(
-                rows[best := np.argsort(-own, kind="stable")], axis=0, return_index=True
-            )
+            best = np.argsort(-own, kind="stable")
+            _, places = np.unique(rows[best], axis=0, return_index=True)
             chosen.append(rows[best[np.sort(places)[:most]]])
-        sizes = [len(each) for each in chosen]
+        sizes = [len(rows) for rows in chosen]
         repeated = np.repeat(np.array(rates), sizes)
         counts = spend(self._space.budget, np.concatenate(chosen), repeated)
         final = self._value(counts)
@@ -187,12 +187,12 @@ class Behaviour:
         return chosen
 
     def _choose_elite(self, rate: float, rng: np.random.Generator) -> Elite | None:
-        others = [key for key, found in self.elites.items() if found and key != rate]
+        others = [other for other, elites in self.elites.items() if elites and other != rate]
         is_own = bool(self.elites.get(rate)) and (rng.random() < OWN_RATE_SHARE or not others)
         if not is_own and not others:
             return None
         elites = self.elites[rate if is_own else others[int(rng.integers(len(others)))]]
-        # The better, the more often: the best of ten is drawn nearly every third time.
+        # Better elites are drawn more often: the best of ten nearly every third time.
         return elites[int(len(elites) * rng.random() ** 2)]
 
     def get_state(self) -> dict[str, Any]:

@@ -1,32 +1,33 @@
 """The update rule: deterministic policy gradient on whole allocations and Monte-Carlo returns.
 
-An episode is deterministic and rewarded once, at its end. So what was measured is the target of the
-critics, which needs no bootstrapping and no target networks; they judge the whole network, and the
-actor gives all its actions at once. Ours: DDPG (Lillicrap et al., 2016) and CACP learn Q of one
-layer's action and bootstrap.
+An episode is deterministic and rewarded once, at its end. Its measurement is the target of the
+critics, which needs no bootstrapping and no target networks. The critics judge the whole network,
+and the actor gives all its actions at once (ours): DDPG (Lillicrap et al., 2016) and CACP learn Q
+of one layer's action and bootstrap.
 
 The actor's gradient is taken where the critics have data: at recorded episodes with the action of
 one group replaced by the policy's, as MADDPG (Lowe et al., 2017) does for cooperating agents. All
-groups pay for it alike: critics that do not know the budget would only ask for more. The delayed
-actor is that of TD3 (Fujimoto et al., 2018).
+groups pay alike for the replaced action: critics that do not know the budget would only ask for
+more. The delayed actor is that of TD3 (Fujimoto et al., 2018).
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 
-from cacp_ray.agent.cacp.module import LOG_RATIOS, ActorCritic
+from cacp_ray.agent.cacp.module import (
+    LOG_RATIOS,
+    REPLACED,
+    SHARES,
+    SPREADS,
+    VALUES,
+    WEIGHTS,
+    ActorCritic,
+)
+from cacp_ray.agent.parts import register_adam
 
-if TYPE_CHECKING:
-    from cacp_ray.agent.cacp.algorithm import CACPConfig
-
-VALUES = "values"
-SPREADS = "spreads"
-SHARES = "shares"
-WEIGHTS = "weights"
-REPLACED = "replaced"
 ACTOR_EVERY = 4  # critic steps to one actor step
 
 
@@ -35,24 +36,11 @@ class CACPLearner(TorchLearner):
 
     def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
         """Adam for the critics and for the actor."""
-        module = self.module[module_id]
-        for name in ("critics", "actor"):
-            params = list(getattr(module, name).parameters())
-            self.register_optimizer(
-                module_id=module_id,
-                optimizer_name=name,
-                optimizer=torch.optim.Adam(params),
-                params=params,
-                lr_or_lr_schedule=config.settings.lr,
-            )
+        lr = config.settings.lr
+        register_adam(self, module_id, {"critics": lr, "actor": lr})
 
     def compute_loss_for_module(
-        self,
-        *,
-        module_id: str,
-        config: "CACPConfig",
-        batch: dict[str, Any],
-        fwd_out: dict[str, Any],
+        self, *, module_id: str, config: Any, batch: dict[str, Any], fwd_out: dict[str, Any]
     ) -> torch.Tensor:
         """Weighted squared error of Q, plus, at every `ACTOR_EVERY`-th call, the actor's loss.
 
@@ -61,7 +49,7 @@ class CACPLearner(TorchLearner):
         module = self.module[module_id]
         assert isinstance(module, ActorCritic)
         recorded, rates = batch[Columns.ACTIONS], batch[Columns.OBS]
-        errors = batch[WEIGHTS] * (fwd_out["values"] - batch[VALUES]) ** 2  # (E, N)
+        errors = batch[WEIGHTS] * (fwd_out[VALUES] - batch[VALUES]) ** 2  # (E, N)
         # Every critic learns from its own rows, so that they differ where data are few.
         owner = torch.arange(errors.shape[1]) % errors.shape[0]
         loss = errors.gather(0, owner[None]).mean() * errors.shape[0]

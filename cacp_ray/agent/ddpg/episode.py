@@ -1,9 +1,9 @@
-"""Episodes of the paper's agent: what an action means, how episodes are replayed, when noise fades.
+"""Episodes of the paper's agent: its actions, the replay of episodes, the schedule of the noise.
 
 An action is the keep ratio of one group. The budget lowers it where the rate would get out of
-reach with all later groups at their smallest, and does nothing else: what is left at the end is not
+reach with all later groups at their smallest. It does nothing else: the rest of the budget is not
 spent. Source: CACP (2021), with AMC's clamp (He et al., 2018, Alg. 1) on the exact cost of groups
-that share channels, which is ours.
+that share channels (ours).
 """
 
 from collections.abc import Sequence
@@ -17,19 +17,13 @@ from cacp_ray.searching.budget import Floats, Ints
 from cacp_ray.searching.mdp import Act, AllocationMDP, Float32s
 from cacp_ray.searching.settings import PaperSettings
 
-NUM_PAPER_FEATURES = 12  # of AllocationMDP's states; the 13th is ours
-PUBLISHED_EPISODES = 500  # after the warm-up, for which the published decay was chosen
-RATIO_TOLERANCE = 1e-3  # channels: a ratio that was rounded to float32 must not gain one
+NUM_PAPER_FEATURES = 12  # the first features of AllocationMDP's states; the 13th is ours
+PUBLISHED_EPISODES = 500  # episodes after the warm-up that the published decay was chosen for
+RATIO_TOLERANCE = 1e-3  # channels; a ratio rounded to float32 must not gain one
 
 
 def play(mdp: AllocationMDP, rates: ArrayLike, act: Act) -> Ints:
-    """(B, G) keep counts of whole episodes, within budget, perhaps not spent.
-
-    Args:
-        mdp: The arithmetic of a step.
-        rates: (B,) share of the cost kept, each reachable.
-        act: States (B, 13) and step -> keep ratios (B,) in [0, 1].
-    """
+    """(B, G) keep counts of episodes of keep ratios in [0, 1]: within budget, perhaps below it."""
     counts = mdp.start(rates)
     for step, group in enumerate(mdp.groups):
         states, _ = mdp.observe(rates, counts, step)
@@ -43,13 +37,9 @@ def trace(
     mdp: AllocationMDP, rates: ArrayLike, keep_counts: Ints | Sequence[Sequence[int]]
 ) -> tuple[Float32s, Float32s]:
     """States (B, T, 13) and realised keep ratios (B, T) of the episodes that end at keep counts."""
-    keep_counts = np.asarray(keep_counts, dtype=np.int64)
-    counts = mdp.start(rates)
-    states = np.empty((len(counts), mdp.num_steps, mdp.state_size), dtype=np.float32)
-    for step, group in enumerate(mdp.groups):
-        states[:, step], _ = mdp.observe(rates, counts, step)
-        counts[:, group] = keep_counts[:, group]
-    ratios = keep_counts[:, mdp.groups] / mdp.budget.num_channels[mdp.groups]
+    states, _ = mdp.replay(rates, keep_counts)
+    counts = np.asarray(keep_counts, dtype=np.int64)
+    ratios = counts[:, mdp.groups] / mdp.budget.num_channels[mdp.groups]
     return states, ratios.astype(np.float32)
 
 
@@ -72,17 +62,11 @@ def _cdf(values: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Exploration by episode, counted over all rates.
+    """Exploration by episode, counted over all rates."""
 
-    Attributes:
-        warmup: Episodes of random actions.
-        noise: Standard deviation at the first episode after them.
-        decay: Factor on it for every later episode.
-    """
-
-    warmup: int
-    noise: float
-    decay: float
+    warmup: int  # episodes of random actions
+    noise: float  # standard deviation at the first episode after the warm-up
+    decay: float  # factor on the noise for every later episode
 
     def sigma(self, episodes: ArrayLike) -> Floats:
         """Standard deviation of the noise on the actor's actions, by episode from 0."""
@@ -90,12 +74,7 @@ class Schedule:
 
 
 def make_schedule(settings: PaperSettings, evaluations: int) -> Schedule:
-    """The published schedule at 800 evaluations; at others its shape (ours), stretched.
-
-    Args:
-        settings: `warmup_share`, `noise` and `noise_decay`.
-        evaluations: Distinct candidates that the search will measure.
-    """
+    """The published schedule at 800 evaluations, stretched for other numbers (ours)."""
     warmup = round(settings.warmup_share * evaluations)
     stretch = PUBLISHED_EPISODES / max(1, evaluations - warmup)
     return Schedule(warmup, settings.noise, settings.noise_decay**stretch)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,18 +9,23 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from torch import Tensor, nn
 
+from cacp_ray.agent.parts import frozen, make_layers
+
+SMOOTHING = "smoothing"  # column of a batch, next to RLlib's own
+VALUES = "values"
+
 
 class Critic(nn.Module):
     """Q(s, a); the action has a first layer of its own, added to that of the state (AMC's code).
 
-    As one input of a joint layer, its weights would start several times smaller.
+    In a joint layer, the weights of the action would start several times smaller.
     """
 
     def __init__(self, num_features: int, hidden: Sequence[int]) -> None:
         super().__init__()
         self.state = nn.Linear(num_features, hidden[0])
         self.action = nn.Linear(1, hidden[0])
-        self.rest = nn.Sequential(nn.ReLU(), *_layers((*hidden, 1)))
+        self.rest = nn.Sequential(nn.ReLU(), *make_layers((*hidden, 1), nn.ReLU))
 
     def forward(self, states: Tensor, actions: Tensor) -> Tensor:
         """(N,) values of states (N, F) and actions (N, 1)."""
@@ -34,45 +38,37 @@ class SequentialActorCritic(TorchRLModule):
     Observation (F,): a state of the MDP, the rate among its features. Action (1,): the keep ratio
     in (0, 1) (sigmoid), or in [-1, 1] around the prior (tanh, last layer zero: 0 is the prior).
     Three fully connected layers with ReLU in each network (CACP; widths: AMC's code).
-    The target networks are part of the state, and so of checkpoints, but nothing trains them.
+    Checkpoints hold the target networks too, but no optimizer trains them.
     `model_config`: `hidden`, widths of the hidden layers; `num_critics`; `prior`; `seed`.
     """
 
     def setup(self) -> None:
-        """Builds the networks; the global random state is left as it was."""
+        """Builds the networks; the global random state stays as it was."""
         assert self.observation_space is not None
         (num_features,) = self.observation_space.shape  # type: ignore[misc]
         hidden, has_prior = self.model_config["hidden"], self.model_config["prior"]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.model_config["seed"])
-            squash = nn.Tanh() if has_prior else nn.Sigmoid()
-            self.actor = nn.Sequential(*_layers((num_features, *hidden, 1)), squash)
+            layers = make_layers((num_features, *hidden, 1), nn.ReLU, is_last_zero=has_prior)
+            self.actor = nn.Sequential(*layers, nn.Tanh() if has_prior else nn.Sigmoid())
             self.critics = nn.ModuleList(
                 Critic(num_features, hidden) for _ in range(self.model_config["num_critics"])
             )
-        if has_prior:
-            last = self.actor[-2]
-            nn.init.zeros_(last.weight)  # type: ignore[arg-type]
-            nn.init.zeros_(last.bias)  # type: ignore[arg-type]
         self.target_actor = deepcopy(self.actor).requires_grad_(False)
         self.target_critics = deepcopy(self.critics).requires_grad_(False)
-        # A buffer, so that it travels with the weights and a restored learner keeps its rhythm.
+        # A buffer travels with the weights, so a restored learner keeps its rhythm.
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
 
     def policy_value(self, states: Tensor) -> Tensor:
         """(N,) Q(s, mu(s)) of the first critic; its gradient reaches the actor only."""
-        self.critics.requires_grad_(False)
-        value = _judge(self.critics[:1], states, self.actor(states))[0]
-        self.critics.requires_grad_(True)
-        return value
+        with frozen(self.critics):
+            return self.critics[0](states, self.actor(states))
 
     @torch.no_grad()
     def next_value(self, states: Tensor, noise: Tensor) -> Tensor:
-        """(N,) least Q'(s', mu'(s') + noise) of the target critics.
+        """(N,) least Q'(s', mu'(s') + noise) of the target critics at next states (N, F).
 
-        Args:
-            states: (N, F) next states.
-            noise: (N, 1) on the target action, which stays in its range; 0 in plain DDPG.
+        The noise (N, 1), 0 in plain DDPG, leaves the target action in its range.
         """
         low = -1.0 if self.model_config["prior"] else 0.0
         actions = (self.target_actor(states) + noise).clamp(low, 1)
@@ -90,16 +86,9 @@ class SequentialActorCritic(TorchRLModule):
         return {Columns.ACTIONS: self.actor(batch[Columns.OBS])}
 
     def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        return {"values": _judge(self.critics, batch[Columns.OBS], batch[Columns.ACTIONS])}
+        return {VALUES: _judge(self.critics, batch[Columns.OBS], batch[Columns.ACTIONS])}
 
 
 def _judge(critics: nn.ModuleList, states: Tensor, actions: Tensor) -> Tensor:
     """(E, N) Q of every critic at states (N, F) and actions (N, 1)."""
     return torch.stack([critic(states, actions) for critic in critics])
-
-
-def _layers(widths: Sequence[int]) -> list[nn.Module]:
-    layers: list[nn.Module] = []
-    for num_in, num_out in pairwise(widths):
-        layers += [nn.Linear(num_in, num_out), nn.ReLU()]
-    return layers[:-1]

@@ -1,11 +1,12 @@
 """Importance of channels: scores of every group, and the order that they make.
 
-A criterion is one function (plan, state dict, statistics, seed) -> scores, one (C,) array a group,
-higher is more important. It is named by its key in CRITERIA, where `register` adds one, or by
-`package.module:function`; docs/criteria.md lists them all and shows how to write one.
+A criterion is a function (plan, state dict, statistics, seed) -> one (C,) array of scores for each
+group; higher is more important. Its name is its key in CRITERIA, where `register` adds one, or
+`package.module:function`. docs/criteria.md lists all criteria and shows how to write one.
 """
 
 from collections.abc import Iterable
+from typing import cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,31 +28,26 @@ from cacp_ray.pruning.criteria.magnitude import (
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.statistics import Statistics
 
-CRITERIA: dict[str, Criterion] = {
-    "cap": score_cap,
-    "l1": score_l1,
-    "l2": score_l2,
-    "fpgm": score_fpgm,
-    "bn_scale": score_bn_scale,
-    "cpmc": score_cpmc,
-    "taylor": score_taylor,
-    "group_fisher": score_group_fisher,
-    "random": score_random,
-}
-KINDS = frozenset({"inputs", "gates"})  # of statistics
-_NEEDS = {
-    "cap": frozenset({"inputs"}),
-    "taylor": frozenset({"gates"}),
-    "group_fisher": frozenset({"gates"}),
+KINDS = frozenset({"inputs", "gates"})  # kinds of statistics
+CRITERIA: dict[str, tuple[Criterion, frozenset[str]]] = {  # with the kinds that each reads
+    "cap": (score_cap, frozenset({"inputs"})),
+    "l1": (score_l1, frozenset()),
+    "l2": (score_l2, frozenset()),
+    "fpgm": (score_fpgm, frozenset()),
+    "bn_scale": (score_bn_scale, frozenset()),
+    "cpmc": (score_cpmc, frozenset()),
+    "taylor": (score_taylor, frozenset({"gates"})),
+    "group_fisher": (score_group_fisher, frozenset({"gates"})),
+    "random": (score_random, frozenset()),
 }
 
 
 def rank_channels(
     name: str, plan: Plan, tensors: Tensors, statistics: Statistics, seed: int
 ) -> list[NDArray[np.int64]]:
-    """Importance order of every group: a permutation (C,) int64, best channel first.
+    """Importance order of every group: a permutation (C,), best channel first.
 
-    Arguments and errors are those of `score_channels`.
+    Errors are those of `score_channels`.
     """
     scores = score_channels(name, plan, tensors, statistics, seed)
     return [np.argsort(-score, kind="stable") for score in scores]
@@ -60,21 +56,13 @@ def rank_channels(
 def score_channels(
     name: str, plan: Plan, tensors: Tensors, statistics: Statistics, seed: int
 ) -> Scores:
-    """Importance of every channel.
+    """Importance of every channel: (C,) float64 for each group, higher is more important.
 
-    Args:
-        name: A key of CRITERIA, or `package.module:function`.
-        plan: Of the network.
-        tensors: Its state dict.
-        statistics: Of calibration images; must hold the kinds of `needs(name)`.
-        seed: Only `random` reads it.
-
-    Returns:
-        Per group (C,) float64, higher is more important.
+    `statistics` hold the kinds that `needs(name)` names.
 
     Raises:
         ConfigError: The name is unknown, the statistics lack what the criterion reads, or it
-            returned something else than scores.
+            did not return scores.
     """
     for kind in sorted(needs(name)):
         # A network without consumers has no input moments: the criterion then falls back.
@@ -87,20 +75,19 @@ def score_channels(
 
 
 def _check_scores(name: str, plan: Plan, scores: object) -> Scores:
-    """The scores as float64 arrays, if they are one finite number a channel."""
+    """The scores as float64 arrays, if they have one finite number for each channel."""
     try:
-        found = list(scores)  # pyright: ignore[reportArgumentType]
+        arrays = list(cast("Iterable[ArrayLike]", scores))
     except TypeError:
-        found = []
-    if len(found) != len(plan.groups):
-        what = f"{len(found)} arrays" if found else f"a {type(scores).__name__}"
+        arrays = []
+    if len(arrays) != len(plan.groups):
+        what = f"{len(arrays)} arrays" if arrays else f"a {type(scores).__name__}"
         raise ConfigError(
             f"criterion {name!r} returned {what}: it must return one array of scores for each of "
             f"the {len(plan.groups)} channel groups"
         )
-    return [
-        _check_group(name, group, score) for group, score in zip(plan.groups, found, strict=True)
-    ]
+    pairs = zip(plan.groups, arrays, strict=True)
+    return [_check_group(name, group, score) for group, score in pairs]
 
 
 def _check_group(name: str, group: ChannelGroup, score: ArrayLike) -> NDArray[np.float64]:
@@ -131,37 +118,35 @@ def get_criterion(name: str) -> Criterion:
         return import_function("criterion", name)
     if name not in CRITERIA:
         raise ConfigError(f"unknown criterion {name!r}: {nearest_names(name, CRITERIA)}")
-    return CRITERIA[name]
+    return CRITERIA[name][0]
 
 
 def needs(name: str) -> frozenset[str]:
-    """What a criterion reads of `Statistics`: a subset of {"inputs", "gates"}.
+    """The kinds of `Statistics` that a criterion reads: a subset of {"inputs", "gates"}.
 
-    Of `package.module:function` it is what the function's attribute `reads` says; both without it.
+    A `package.module:function` may name them in its attribute `reads`; without it, it reads both.
 
     Raises:
         ConfigError: The name is unknown, or the function cannot be imported.
     """
     criterion = get_criterion(name)
     if name in CRITERIA:
-        return _NEEDS.get(name, frozenset())
+        return CRITERIA[name][1]
     return _check_kinds(name, getattr(criterion, "reads", KINDS))
 
 
 def register(name: str, criterion: Criterion, reads: frozenset[str] = frozenset()) -> None:
-    """Adds a criterion of your own, to be named like the others.
+    """Adds a criterion of your own.
 
     Args:
-        name: New, or replaces the criterion of that name.
-        criterion: (plan, state dict, statistics, seed) -> one (C,) score array a group.
-        reads: Kinds of statistics, a subset of {"inputs", "gates"}.
+        name: Name of the criterion; it replaces one of the same name.
+        criterion: (plan, state dict, statistics, seed) -> one (C,) score array for each group.
+        reads: Kinds of statistics that it reads, a subset of {"inputs", "gates"}.
 
     Raises:
         ConfigError: There is no such kind of statistics.
     """
-    kinds = _check_kinds(name, reads)
-    CRITERIA[name] = criterion
-    _NEEDS[name] = kinds
+    CRITERIA[name] = criterion, _check_kinds(name, reads)
 
 
 def _check_kinds(name: str, reads: Iterable[str]) -> frozenset[str]:

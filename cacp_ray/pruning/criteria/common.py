@@ -1,4 +1,4 @@
-"""What the criteria share: their interface, the filters of a group, and the fallback."""
+"""The interface of criteria, the filters of a group, and the scores to fall back on."""
 
 from collections.abc import Callable, Iterator, Mapping
 
@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cacp_ray.pruning.plan import Axis, Plan
+from cacp_ray.pruning.axis import Axis
+from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.statistics import Statistics
 
 Tensors = Mapping[str, Tensor]
@@ -20,18 +21,19 @@ def zeros(plan: Plan) -> Scores:
 
 
 def add(scores: Scores, axis: Axis, values: NDArray[np.float64]) -> None:
-    """Adds a value a position of the axis, (size,), to the channel that lives there."""
-    for g in set(axis.group.tolist()) - {-1}:
+    """Adds the value (size,) at each position of an axis to the channel there."""
+    for g in axis.groups:
         at = axis.group == g
-        np.add.at(scores[g], axis.channel[at], values[at])
+        np.add.at(scores[g], axis.channel[at], values[at])  # pyright: ignore[reportUnknownArgumentType]
 
 
 def slices(plan: Plan, tensors: Tensors) -> Iterator[tuple[Tensor, Axis, bool]]:
-    """Parts of weights that vanish with a channel, on either side of it.
+    """Yields parts of weights that vanish with a channel, on either side of it.
 
     Yields:
-        A weight's slices (size, ...) float64 along a dimension, that dimension's axis, and whether
-        they are the filters that make its channels. Scales of one number a channel are left out.
+        A weight's float64 slices (size, ...) along a dimension, that dimension's axis, and whether
+        the slices are the filters that make its channels. Tensors with one number for each channel
+        are left out.
     """
     for (name, dim), axis in plan.axes.items():
         if name in tensors and tensors[name].numel() > tensors[name].shape[dim]:
@@ -40,10 +42,10 @@ def slices(plan: Plan, tensors: Tensors) -> Iterator[tuple[Tensor, Axis, bool]]:
 
 
 def output_dim(plan: Plan, name: str) -> int:
-    """Dimension of a weight that holds its filters: 1 of a transposed convolution, else 0.
+    """The dimension of a weight that holds its filters: 1 in a transposed convolution, else 0.
 
-    A transposed convolution is known by its bias, or by the group of which it is the first
-    producer: these follow dimension 1 of its weight.
+    A transposed convolution is recognised by its bias, or by the group whose first producer it is:
+    these follow dimension 1 of its weight.
     """
     module = name.rpartition(".")[0]
     rows, columns = plan.axes.get((name, 0)), plan.axes.get((name, 1))
@@ -53,8 +55,8 @@ def output_dim(plan: Plan, name: str) -> int:
     if bias is not None:
         return 0 if _same(bias, rows) or not _same(bias, columns) else 1
     made = {g for g, group in enumerate(plan.groups) if group.name == module}
-    by_rows = rows is not None and bool(made & set(rows.group.tolist()))
-    return int(not by_rows and bool(made & set(columns.group.tolist())))
+    by_rows = rows is not None and bool(made & set(rows.groups))
+    return int(not by_rows and bool(made & set(columns.groups)))
 
 
 def _same(first: Axis, second: Axis | None) -> bool:
@@ -66,9 +68,9 @@ def _same(first: Axis, second: Axis | None) -> bool:
 
 
 def weight_norms(plan: Plan, tensors: Tensors, norm: Callable[[Tensor], Tensor]) -> Scores:
-    """Sum of norm(filter) over every filter that makes a channel.
+    """The sum of norm(filter) over every filter that makes a channel.
 
-    A group that no filter makes takes the slices of the weights that read it.
+    A group that no filter makes takes slices of the weights that read it instead.
     """
     made, read = zeros(plan), zeros(plan)
     for rows, axis, is_filter in slices(plan, tensors):
@@ -77,10 +79,10 @@ def weight_norms(plan: Plan, tensors: Tensors, norm: Callable[[Tensor], Tensor])
 
 
 def fill(scores: Scores, plan: Plan, tensors: Tensors) -> Scores:
-    """Gives groups that a criterion says nothing of (all zero) their L1 scores.
+    """Gives L1 scores to groups that a criterion cannot score (all zero).
 
-    These are scaled so that their mean is that of all other channels: in a global ranking such a
-    group is as good as the average one.
+    They are scaled to the mean of all other channels, so that such a group is average in a global
+    ranking.
     """
     known = [score for score in scores if score.any()]
     if len(known) == len(scores):

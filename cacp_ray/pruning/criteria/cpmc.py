@@ -15,8 +15,8 @@ def score_cpmc(plan: Plan, tensors: Tensors, statistics: Statistics, seed: int) 
     """M / (F^COMPUTATION * P^PARAMETERS), each divided by its largest value in the network.
 
     M is the sum of |weight| over the filters that make the channel and over the slices of the
-    weights that read it; F the MACs and P the parameters that vanish with it. Comparable across
-    groups; F and P are the same for all channels of a group.
+    weights that read it. F and P are the MACs and parameters that vanish with the channel; all
+    channels of a group have the same. Scores are comparable across groups.
 
     Source: after CPMC (IJCNN 2021, arXiv 2011.03240), from its abstract: the three criteria, the
     slice of the next layer (weight dependency) and the global normalisation. Ours: the product and

@@ -11,8 +11,8 @@ from cacp_ray.pruning.statistics import Statistics
 def score_taylor(plan: Plan, tensors: Tensors, statistics: Statistics, seed: int) -> Scores:
     """Mean |dL_n/dm| over images: first-order change of the loss when the channel is cut.
 
-    Comparable across groups by the paper's rescaling: the scores of a group have L2 norm 1. A group
-    without gates takes its L1 scores, scaled to the mean of the others.
+    Scores are comparable across groups by the paper's rescaling: the scores of a group have L2
+    norm 1. A group without gates takes its L1 scores, scaled to the mean of the others.
 
     Source: Molchanov et al., Pruning CNNs for Resource Efficient Inference (ICLR 2017), eq. 6-8.
     Ours: coupled layers share one gate, so that their gradients add up before the absolute value.
@@ -27,8 +27,9 @@ def score_taylor(plan: Plan, tensors: Tensors, statistics: Statistics, seed: int
 def score_group_fisher(plan: Plan, tensors: Tensors, statistics: Statistics, seed: int) -> Scores:
     """Mean (dL_n/dm)^2 over images, divided by the MACs that cutting one channel frees.
 
-    Comparable across groups. All channels of a group free the same MACs, so the division matters
-    across groups only. A group without gates takes its L1 scores, scaled to the mean of the others.
+    Scores are comparable across groups. All channels of a group free the same MACs, so the division
+    matters across groups only. A group without gates takes its L1 scores, scaled to the mean of the
+    others.
 
     Source: Liu et al., Group Fisher Pruning (ICML 2021), eq. 5-8. The paper divides by activation
     memory (76.42 top-1 of ResNet-50 at 2.04 G) or by FLOPs (76.20; 74.93 without division); a plan

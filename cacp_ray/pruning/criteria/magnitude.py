@@ -3,23 +3,16 @@
 import numpy as np
 from torch import Tensor
 
-from cacp_ray.pruning.criteria.common import (
-    Scores,
-    Tensors,
-    add,
-    fill,
-    slices,
-    weight_norms,
-    zeros,
-)
+from cacp_ray.pruning.criteria.common import Scores, Tensors, add, fill, slices, weight_norms, zeros
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.statistics import Statistics
+from cacp_ray.pruning.torch_types import row_norms
 
 
 def score_l1(plan: Plan, tensors: Tensors, statistics: Statistics, seed: int) -> Scores:
     """L1 norm of the filters that make a channel, summed over coupled layers.
 
-    Not comparable across groups: layers differ in scale.
+    Scores are not comparable across groups: layers differ in scale.
 
     Source: Li et al., Pruning Filters for Efficient ConvNets (ICLR 2017). The sum is ours.
     """
@@ -29,15 +22,15 @@ def score_l1(plan: Plan, tensors: Tensors, statistics: Statistics, seed: int) ->
 def score_l2(plan: Plan, tensors: Tensors, statistics: Statistics, seed: int) -> Scores:
     """L2 norm of the filters that make a channel, summed over coupled layers.
 
-    Not comparable across groups. Source: as `score_l1`, with the other usual norm.
+    Scores are not comparable across groups. The source is that of `score_l1`, with another norm.
     """
-    return weight_norms(plan, tensors, lambda rows: rows.norm(dim=1))
+    return weight_norms(plan, tensors, row_norms)
 
 
 def score_fpgm(plan: Plan, tensors: Tensors, statistics: Statistics, seed: int) -> Scores:
     """Sum of a filter's distances to all other filters of its layer: least near their median.
 
-    Not comparable across groups.
+    Scores are not comparable across groups.
 
     Source: He et al., Filter Pruning via Geometric Median (CVPR 2019), eq. 4-6. Ours: the distances
     of each layer are divided by their mean, then summed over coupled layers.
@@ -60,8 +53,8 @@ def _sum_distances(rows: Tensor) -> Tensor:
 def score_bn_scale(plan: Plan, tensors: Tensors, statistics: Statistics, seed: int) -> Scores:
     """|gamma| of the BN layers on a channel, their mean where there are several.
 
-    Comparable across groups, as in the paper, which cuts all layers at one threshold. A group
-    without BN takes its L1 scores, scaled to the mean of the others.
+    Scores are comparable across groups, as in the paper, which cuts all layers at one threshold. A
+    group without BN takes its L1 scores, scaled to the mean of the others.
 
     Source: Liu et al., Network Slimming (ICCV 2017), without its sparsity training. The mean is
     ours.
@@ -79,7 +72,7 @@ def score_bn_scale(plan: Plan, tensors: Tensors, statistics: Statistics, seed: i
 def score_random(plan: Plan, tensors: Tensors, statistics: Statistics, seed: int) -> Scores:
     """Evenly spaced scores in random order: the baseline that a criterion must beat.
 
-    Across groups it cuts equal shares.
+    One threshold for all groups cuts equal shares.
     """
     rng = np.random.default_rng(seed)
     scores = zeros(plan)

@@ -1,16 +1,16 @@
 """CaP's structural search: group by group, the strongest cut whose accuracy is tolerated.
 
-One pass goes through the groups in forward order. The accuracy that must be left falls linearly
-from that of the whole network to a final one, and in every group bisection finds the smallest keep
-count, all earlier cuts in place, that still reaches it. A pass ends at whatever cost it ends at, so
-that an outer search moves the final accuracy of each rate until the cost is the rate's. The widths
-of every pass are scaled to the budgets of the rates that it serves, and spent exactly: these
+One pass goes through the groups in forward order. The accuracy that must remain falls linearly from
+that of the whole network to a final one, and in every group bisection finds the smallest keep count
+that still reaches it with all earlier cuts in place. The cost of a pass is known only at its end,
+so an outer search moves the final accuracy of each rate until the cost is the rate's. The widths of
+every pass are scaled to the budgets of the rates that it serves, and spent exactly: these
 candidates are delivered.
 
 Source: after "Pruning with Compensation" (arXiv 2108.13728, as in its authors' code): forward
 order, bisection, linear tolerance; its criterion and its compensation are `cap` and `compensate`,
-the defaults of a run. Ours: channel groups instead of layers, the outer search, which shares what
-every pass has shown among all rates, and exact budgets.
+the defaults of a run. Ours: channel groups instead of layers, the outer search, which uses every
+pass for all rates, and exact budgets.
 """
 
 import logging
@@ -18,17 +18,17 @@ from collections.abc import Generator
 
 import numpy as np
 
-from cacp_ray.evaluation.measurement import Measurement, Subnet
+from cacp_ray.evaluation.measurement import Candidate, Measurement, SubnetKey
 from cacp_ray.searching.budget import Ints, scale_to_budget, spend, uniform
 from cacp_ray.searching.strategies.problem import Problem
 from cacp_ray.searching.strategies.procedure import Procedure, Steps, together
-from cacp_ray.searching.strategy import Proposal
+from cacp_ray.searching.strategy import make_candidates
 
-BISECTIONS = 4  # of one group: a sixteenth of its channels
-TOLERANCE = 0.01  # of the cost: a pass that ends so near to its rate is the last
-MOST_PASSES = 12  # a rate
+BISECTIONS = 4  # steps in one group, down to a sixteenth of its channels
+TOLERANCE = 0.01  # share of the cost; a pass that ends so near to its rate is the last
+MOST_PASSES = 12  # passes for a rate
 CLOSEST = 0.001  # final accuracies nearer than this lead to the same pass
-BEND = 0.25  # accuracy as a power of the cost kept, as a first guess between distant passes
+BEND = 0.25  # exponent of the cost kept that guesses the accuracy between distant passes
 
 Pass = tuple[float, float]  # final accuracy and share of the cost kept
 
@@ -38,26 +38,26 @@ logger = logging.getLogger(__name__)
 def make_cap(problem: Problem) -> Procedure:
     """The strategy: passes until every rate is met, or the evaluations are used up.
 
-    How many a pass takes, only the pass shows. Where they end before a rate has had one, the
-    uniform allocation stands in for its answer, and a warning names the rate.
+    The number of evaluations of a pass is not known before. Where they end before a rate has had a
+    pass, the uniform allocation is its answer, and a warning names the rate.
     """
     return Procedure("cap", lambda: _within_evaluations(problem, _search(problem)))
 
 
 def _within_evaluations(problem: Problem, steps: Steps) -> Steps:
-    """The steps, as long as an evaluation is left for every rate that has no answer yet."""
-    asked: set[Subnet] = set()
+    """Runs the steps while an evaluation is left for every rate that has no answer yet."""
+    asked: set[SubnetKey] = set()
     unanswered = list(problem.rates)
     step = next(steps)
     while True:
-        asked |= {(each.keep_counts, each.order) for each in step}
-        still = [rate for rate in unanswered if rate not in {each.rate for each in step}]
+        asked |= {candidate.key for candidate in step}
+        still = [rate for rate in unanswered if all(rate != other.rate for other in step)]
         if unanswered and len(asked) + len(still) > problem.evaluations:
             break
         unanswered = still
-        found = yield step
+        measurements = yield step
         try:
-            step = steps.send(found)
+            step = steps.send(measurements)
         except StopIteration:
             return
     logger.warning(
@@ -68,20 +68,18 @@ def _within_evaluations(problem: Problem, steps: Steps) -> Steps:
         1 + len(problem.rates) * (BISECTIONS * len(problem.prunable) + len(problem.rates)),
     )
     counts = uniform(problem.budget, unanswered, np.ones(len(problem.budget.num_channels)))
-    yield [
-        Proposal(rate, tuple(row)) for rate, row in zip(unanswered, counts.tolist(), strict=True)
-    ]
+    yield make_candidates(unanswered, counts)
 
 
 def _search(problem: Problem) -> Steps:
     whole = problem.budget.num_channels
-    (found,) = yield [Proposal(1.0, tuple(whole.tolist()))]
-    passes: list[Pass] = [(found.top1, 1.0)]
+    (before,) = yield [Candidate(1.0, tuple(whole.tolist()))]
+    passes: list[Pass] = [(before.top1, 1.0)]
     open_rates = list(problem.rates)
     for _ in range(MOST_PASSES):
         new: list[Pass] = []
         yield from together(
-            [_serve(problem, rate, found.top1, _guess(passes, rate), new) for rate in open_rates]
+            [_serve(problem, rate, before.top1, _guess(passes, rate), new) for rate in open_rates]
         )
         tried = {final for final, _ in passes}
         passes += new
@@ -94,10 +92,10 @@ def _search(problem: Problem) -> Steps:
 
 
 def _guess(passes: list[Pass], rate: float) -> float:
-    """Final accuracy that should end at a rate, between the passes around it.
+    """Final accuracy whose pass should end at a rate, between the passes around it.
 
-    A pass that ends below the rate bounds it from below; without one, an accuracy of 0 and a cost
-    of 0 do.
+    A pass that ends below the rate bounds it from below; where there is none, an accuracy of 0 and
+    a cost of 0 are the bound.
     """
     finals, kept = (np.array(values) for values in zip(*sorted([(0.0, 0.0), *passes]), strict=True))
     # A lower tolerance should never cost more.
@@ -105,25 +103,25 @@ def _guess(passes: list[Pass], rate: float) -> float:
     above = int(np.argmax(bent >= rate**BEND))
     low, high = max(above - 1, 0), above
     share = (rate**BEND - bent[low]) / max(bent[high] - bent[low], 1e-9)
-    # Not too near to either end: the curve may be far off between distant passes.
+    # The guess keeps off both ends, as the curve may be far off between distant passes.
     return float(finals[low] + np.clip(share, 0.1, 0.9) * (finals[high] - finals[low]))
 
 
 def _serve(problem: Problem, rate: float, first: float, final: float, passes: list[Pass]) -> Steps:
-    """One pass for a rate, and its widths at the budget of that rate and of all it ends near to."""
+    """One pass for a rate, then its widths at the budgets of the rate and of all near its end."""
     budget = problem.budget
     counts = yield from one_pass(problem, first, final)
     kept = int(budget.cost(counts)) / budget.total
     passes.append((final, kept))
-    served = [each for each in problem.rates if each == rate or abs(kept - each) <= TOLERANCE]
+    served = [near for near in problem.rates if near == rate or abs(kept - near) <= TOLERANCE]
     ratios = np.tile(counts / budget.num_channels, (len(served), 1))
     exact = spend(budget, scale_to_budget(budget, ratios, served), served)
-    yield [Proposal(each, tuple(row)) for each, row in zip(served, exact.tolist(), strict=True)]
+    yield make_candidates(served, exact)
 
 
 def one_pass(
     problem: Problem, first: float, final: float
-) -> Generator[list[Proposal], list[Measurement], Ints]:
+) -> Generator[list[Candidate], list[Measurement], Ints]:
     """Keep counts (G,) of one pass from accuracy `first` to `final`."""
     budget, counts = problem.budget, problem.budget.num_channels.copy()
     for number, group in enumerate(problem.prunable, start=1):
@@ -136,8 +134,8 @@ def one_pass(
                 break
             middle = (too_few + enough) // 2
             counts[group] = legal[middle]
-            (found,) = yield [Proposal(1.0, tuple(counts.tolist()))]
-            if found.status == "ok" and found.top1 >= least:
+            (measurement,) = yield [Candidate(1.0, tuple(counts.tolist()))]
+            if measurement.status == "ok" and measurement.top1 >= least:
                 enough = middle
             else:
                 too_few = middle

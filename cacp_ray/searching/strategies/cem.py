@@ -1,42 +1,35 @@
 """Cross-entropy method: at every rate, a Gaussian over offsets that moves to its best samples.
 
-A baseline for the agent. Without learning it is a control: noise around the prior, which shows what
-is due to the prior and the number of evaluations alone.
+It is a baseline for the agent. Without learning it is a control: noise around the prior, which
+shows what the prior and the number of evaluations achieve alone.
 
-Source: Rubinstein and Kroese, "The Cross-Entropy Method", 2004, with their smoothed updates. The
-variance that every update adds, so that no group freezes, follows Szita and Lorincz, "Learning
-Tetris Using the Noisy Cross-Entropy Method", 2006. Offsets from a sound prior, and drawing while
-measurements are out, are ours.
+Source: Rubinstein and Kroese, "The Cross-Entropy Method", 2004, with their smoothed updates. Every
+update adds some variance so that no group freezes, after Szita and Lorincz, "Learning Tetris Using
+the Noisy Cross-Entropy Method", 2006. Offsets from a sound prior, and drawing while measurements
+are out, are ours.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cacp_ray.evaluation.measurement import Candidate, Measurement
-from cacp_ray.files import read_json, write_json
 from cacp_ray.searching.budget import Floats
-from cacp_ray.searching.strategies.hill_climb import SCALE, Counts, Offsets, Proposer
+from cacp_ray.searching.strategies.offsets import SCALE, Offsets, OffsetStrategy
 from cacp_ray.searching.strategies.problem import Problem
-from cacp_ray.searching.strategy import Proposal
+from cacp_ray.searching.strategy import Counts
 
-POPULATION = 15  # measurements of a rate to an update
-ELITE = 4
+POPULATION = 15  # measurements of a rate for one update
+ELITE = 4  # best of them that the Gaussian moves to
 SPREAD = 0.25  # first standard deviation of log keep ratio
-ADDED_SPREAD = 0.02  # of log keep ratio; its square is added to the variance at every update
+ADDED_SPREAD = 0.02  # in log keep ratio; its square is added to the variance at every update
 SMOOTHING = 0.8  # weight of the elite in an update
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Independent normal offsets.
-
-    Attributes:
-        mean: (P,).
-        variance: (P,).
-    """
+    """Independent normal offsets, by mean (P,) and variance (P,)."""
 
     mean: Floats
     variance: Floats
@@ -52,25 +45,20 @@ def refit(old: Gaussian, elite: Offsets) -> Gaussian:
     )
 
 
-class CEM:
-    """Draws from each rate's present Gaussian; never waits and never ends.
+class CEM(OffsetStrategy):
+    """Draws from each rate's present Gaussian.
 
-    A generation is the next POPULATION measurements told of a rate, those drawn before the last
-    update included, and the elite's offsets are those of the keep counts measured, not the ones
-    drawn. Both found more in a simulation (8 and 20 groups, 300 evaluations, 0 to 32 out at once).
+    A generation is the next POPULATION measurements told for a rate, including those drawn before
+    the last update. The elite's offsets are those of the keep counts measured, not the ones drawn.
+    Both choices found more in a simulation (8 and 20 groups, 300 evaluations, 0 to 32 out at once).
     """
 
     def __init__(self, problem: Problem, *, learn: bool = True) -> None:
-        """Starts around the prior at every rate.
-
-        Args:
-            problem: The search.
-            learn: False never updates: noise around the prior, a control.
-        """
+        """Starts around the prior; without `learn` it stays there, as a control."""
+        super().__init__(problem)
         self.name = "cem" if learn else "noise"
-        self._learn = learn
-        self._proposer = Proposer(problem)
-        shape = self._proposer.space.num_offsets
+        self._is_learning = learn
+        shape = self._space.num_offsets
         first = Gaussian(np.zeros(shape), np.full(shape, (SPREAD / SCALE) ** 2))
         self._gaussians = dict.fromkeys(problem.rates, first)
         # Top1 and keep counts told since the last update.
@@ -78,45 +66,31 @@ class CEM:
             rate: [] for rate in problem.rates
         }
 
-    def ask(self, count: int) -> list[Proposal]:
-        """The next `count` proposals."""
-        return self._proposer.propose(count, self._draw)
-
-    def tell(self, results: Sequence[tuple[Candidate, Measurement]]) -> None:
-        """Updates a rate's Gaussian with every full generation; failures are ignored."""
-        for candidate, measured in results:
-            self._proposer.note(candidate)
-            if self._learn and measured.status != "failed":
-                generation = self._generations[candidate.rate]
-                generation.append((measured.top1, candidate.keep_counts))
-                if len(generation) == POPULATION:
-                    self._update(candidate.rate)
-
-    def _update(self, rate: float) -> None:
-        generation = sorted(self._generations[rate], key=lambda member: -member[0])
-        elite = [keep_counts for _, keep_counts in generation[:ELITE]]
-        offsets = self._proposer.space.encode([rate] * ELITE, elite)
-        self._gaussians[rate] = refit(self._gaussians[rate], offsets)
-        self._generations[rate] = []
+    def _note(self, candidate: Candidate, measurement: Measurement) -> None:
+        """Updates the rate's Gaussian with every full generation."""
+        if not self._is_learning:
+            return
+        rate = candidate.rate
+        generation = self._generations[rate]
+        generation.append((measurement.top1, candidate.keep_counts))
+        if len(generation) == POPULATION:
+            best = sorted(generation, key=lambda member: -member[0])[:ELITE]
+            offsets = self._space.encode([rate] * ELITE, [counts for _, counts in best])
+            self._gaussians[rate] = refit(self._gaussians[rate], offsets)
+            self._generations[rate] = []
 
     def _draw(self, rate: float, growth: float) -> Offsets:
-        """(P,) offsets."""
-        gaussian, rng = self._gaussians[rate], self._proposer.rng
+        gaussian = self._gaussians[rate]
         deviation = growth * np.sqrt(gaussian.variance)
-        return gaussian.mean + deviation * rng.standard_normal(len(deviation))
+        return gaussian.mean + deviation * self._rng.standard_normal(len(deviation))
 
-    def save(self, folder: Path) -> None:
-        """Writes the Gaussians, the open generations, what was proposed, and the random state."""
-        rates = [
-            [rate, found.mean.tolist(), found.variance.tolist(), self._generations[rate]]
-            for rate, found in self._gaussians.items()
+    def _get_memory(self) -> Any:
+        return [
+            [rate, gaussian.mean.tolist(), gaussian.variance.tolist(), self._generations[rate]]
+            for rate, gaussian in self._gaussians.items()
         ]
-        write_json(folder / "state.json", {"rates": rates, "proposer": self._proposer.get_state()})
 
-    def restore(self, folder: Path) -> None:
-        """Goes on where `save` stood."""
-        state = read_json(folder / "state.json")
-        for rate, mean, variance, generation in state["rates"]:
+    def _set_memory(self, memory: Any) -> None:
+        for rate, mean, variance, generation in memory:
             self._gaussians[rate] = Gaussian(np.array(mean), np.array(variance))
             self._generations[rate] = [(top1, tuple(counts)) for top1, counts in generation]
-        self._proposer.set_state(state["proposer"])

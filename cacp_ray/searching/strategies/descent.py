@@ -1,62 +1,54 @@
-"""What methods share that cut the whole network down step by step, through every rate.
+"""Descents: methods that cut the whole network step by step, through every rate.
 
 One descent serves all rates: the network gets smaller until it meets the largest rate, whose budget
-is then spent exactly, and goes on from there to the next one. How far a round goes follows from the
-number of evaluations, so that the smallest rate is reached with all of them used.
+is then spent exactly, and continues from there to the next one. The size of a round follows from
+the number of evaluations, so that the smallest rate is reached with all of them used.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cacp_ray.errors import ConfigError
-from cacp_ray.evaluation.measurement import Measurement
+from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.searching.budget import Budget, Floats, Ints, grow
 from cacp_ray.searching.strategies.problem import Problem
 from cacp_ray.searching.strategies.procedure import Procedure, Steps
-from cacp_ray.searching.strategy import Proposal
 
 # Cuts the network to a share of the cost: yields candidates, returns the keep counts (G,) chosen.
-Round = Generator[list[Proposal], list[Measurement], Ints]
+Round = Generator[list[Candidate], list[Measurement], Ints]
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a round of a descent ends.
-
-    Attributes:
-        cost_kept: Share of the whole cost.
-        rate: The rate that is delivered there; 1 between rates.
-    """
+    """Where a round of a descent ends."""
 
     cost_kept: float
-    rate: float
+    rate: float  # delivered at the target; 1 between rates
 
     @property
     def is_rate(self) -> bool:
-        """Whether a rate is delivered here, its budget to be spent."""
+        """Whether a rate is delivered here, with its budget spent."""
         return self.rate == self.cost_kept
 
-    def propose(self, budget: Budget, counts: Ints) -> Proposal:
-        """The keep counts (G,), at a rate with its budget spent."""
+    def propose(self, budget: Budget, counts: Ints) -> Candidate:
+        """The candidate of keep counts (G,); at a rate its budget is spent."""
         if self.is_rate:
             row = counts[None]
             counts = grow(budget, row, row.astype(np.float64), budget.limit([self.rate]))[0]
-        return Proposal(self.rate, tuple(counts.tolist()))
+        return Candidate(self.rate, tuple(counts.tolist()))
 
 
 def plan_targets(rates: Floats, num_rounds: int) -> list[Target]:
-    """Targets from 1 down through all rates, every round about the same share of what is left.
+    """`num_rounds` targets from 1 down through all rates, at least one a rate.
 
-    Args:
-        rates: Share of the cost that is kept.
-        num_rounds: At least as many as rates.
+    Every round cuts about the same share of the rest.
     """
     rates = np.sort(rates)[::-1]
     starts = np.concatenate([[1.0], rates[:-1]])
     lengths = np.maximum(np.log(starts / rates), 1e-9)
-    # Every rate takes one round; the others go where a round's cut is the largest.
+    # Every rate takes one round; the others are spent where a round's cut is the largest.
     rounds = np.ones(len(rates), dtype=np.int64)
     for _ in range(num_rounds - len(rates)):
         rounds[np.argmax(lengths / rounds)] += 1
@@ -77,12 +69,8 @@ def make_descent(
 ) -> Procedure:
     """A strategy that cuts from the whole network through all rates.
 
-    Args:
-        problem: The search.
-        name: Of the strategy.
-        per_round: Most candidates of a round.
-        cut: Keep counts (G,) and the next target -> a round.
-        before: Candidates that only the first round has.
+    A round, which `cut` starts from keep counts (G,), has at most `per_round` candidates, and the
+    first one `before` more.
 
     Raises:
         ConfigError: Too few evaluations for one round a rate.
@@ -102,17 +90,24 @@ def make_descent(
     return Procedure(name, steps)
 
 
+def choose(budget: Budget, counts: Ints, target: Target, smaller: Sequence[Ints]) -> Round:
+    """Measures the smaller keep counts that meet a target; the best of them are the next counts.
+
+    Where none meets the target, all groups shrink together.
+    """
+    limit = budget.limit(target.cost_kept)
+    fitting = [row for row in smaller if budget.cost(row) <= limit]
+    if not fitting:
+        fitting = [shrink(budget, counts, counts.astype(np.float64), target.cost_kept)]
+    candidates = [target.propose(budget, row) for row in fitting]
+    ranks = [_rank(measurement) for measurement in (yield candidates)]
+    return np.array(candidates[ranks.index(max(ranks))].keep_counts)
+
+
 def shrink(budget: Budget, counts: Ints, steps: Floats, kept: float) -> Ints:
-    """(G,) counts less the smallest common multiple of `steps` that fits a share of the cost.
+    """(G,) counts minus the smallest common multiple of `steps` that fits a share of the cost.
 
-    Args:
-        budget: The budget.
-        counts: (G,) keep counts.
-        steps: (G,) channels that a multiple of 1 takes away.
-        kept: Share of the whole cost.
-
-    Returns:
-        Keep counts; they still cost too much where even the smallest legal ones do.
+    They still cost too much where the smallest legal ones do.
     """
     limit = budget.limit(kept)
     if budget.cost(counts) <= limit:
@@ -128,6 +123,6 @@ def shrink(budget: Budget, counts: Ints, steps: Floats, kept: float) -> Ints:
     return less(high)
 
 
-def rank(measured: Measurement) -> tuple[float, float]:
+def _rank(measurement: Measurement) -> tuple[float, float]:
     """Higher is better: accuracy, then the lower loss; failed measurements come last."""
-    return (measured.top1, -measured.loss) if measured.status == "ok" else (-1.0, 0.0)
+    return (measurement.top1, -measurement.loss) if measurement.status == "ok" else (-1.0, 0.0)

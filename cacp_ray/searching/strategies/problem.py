@@ -1,4 +1,4 @@
-"""What a strategy is told of the search."""
+"""The search as a strategy sees it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ class Problem:
     """One search.
 
     Attributes:
-        cost_model: Of the whole network.
-        budget: Which keep counts a rate allows.
-        rates: Share of the cost that is kept, rising, each reachable.
-        seed: Of all that is random in a strategy.
+        cost_model: Cost model of the whole network.
+        budget: Keep counts that a rate allows.
+        rates: Shares of the cost that are kept, rising, each reachable.
+        seed: Seed of all that is random in a strategy.
         evaluations: Distinct candidates that may be measured, over all rates.
-        prior: From which strategies of offsets start.
+        prior: Allocation that strategies of offsets start from.
         scores: Criterion -> importance, one (C,) array a group, higher is more important; an empty
             name is the run's own criterion.
     """
@@ -48,14 +48,10 @@ class Problem:
         return np.flatnonzero(self.budget.min_counts < self.budget.num_channels)
 
     def check_evaluations(self, name: str, per_rate: int) -> None:
-        """Refuses a search that would end before every rate has all of its candidates.
-
-        Args:
-            name: Of the strategy.
-            per_rate: Candidates that it measures at every rate, at most.
+        """Refuses a search that would end before every rate has `per_rate` candidates.
 
         Raises:
-            ConfigError: Too few evaluations.
+            ConfigError: Too few evaluations for the strategy of this name.
         """
         enough = per_rate * len(self.rates)
         if self.evaluations < enough:

@@ -35,7 +35,7 @@ def test_the_schedule_keeps_its_shape_at_other_lengths():
     short, long = (make_schedule(PaperSettings(), evaluations) for evaluations in (80, 8000))
     assert (short.warmup, long.warmup) == (30, 3000)
     np.testing.assert_allclose(short.sigma([30 + 10, 30 + 50]), long.sigma([3000 + 1000, 8000]))
-    make_schedule(PaperSettings(warmup_share=1.0), 10)  # nothing is left to learn in
+    make_schedule(PaperSettings(warmup_share=1.0), 10)  # no episode is left to learn from
 
 
 def test_random_episodes_stay_within_budget_and_need_not_spend_it(mdp):
@@ -54,8 +54,8 @@ def test_an_action_keeps_the_ceiling_of_its_share_unless_clamped(mdp):
     counts = play(mdp, [1.0], lambda states, step: np.array([0.37]))
     np.testing.assert_array_equal(counts[0], np.ceil(0.37 * channels))
     greedy = play(mdp, [0.5], lambda states, step: np.array([1.0]))[0]
-    assert greedy[0] == channels[0]  # the first groups take what they want,
-    assert greedy[-1] < 0.5 * channels[-1]  # the last ones pay
+    assert greedy[0] == channels[0]  # the first groups take all they ask for,
+    assert greedy[-1] < 0.5 * channels[-1]  # and the last ones pay
     smallest = play(mdp, [0.5], lambda states, step: np.array([0.0]))
     np.testing.assert_array_equal(smallest[0], mdp.budget.min_counts)
 

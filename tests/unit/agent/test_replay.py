@@ -1,10 +1,10 @@
-"""The agent's memory: one scale of values for all rates, and their spread a rate."""
+"""The agent's memory: one scale of values for all rates, and their spread at each rate."""
 
 import numpy as np
 import pytest
 from ray.rllib.core.columns import Columns
 
-from cacp_ray.agent.cacp.learner import SPREADS, VALUES, WEIGHTS
+from cacp_ray.agent.cacp.module import SPREADS, VALUES, WEIGHTS
 from cacp_ray.agent.cacp.replay import MIN_SPREAD, WORST_VALUE, Replay
 
 GROUPS = 3
@@ -44,7 +44,7 @@ def test_accuracy_alone_serves_where_losses_tell_nothing(loss):
 
 
 def test_values_of_networks_with_and_without_a_loss_are_in_one_order():
-    """Races give the poorer networks accuracies alone: the losses of the better say no less."""
+    """In a race only the better networks have a loss; the worse ones have an accuracy alone."""
     top1 = [0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9]
     loss = [0.0, 0.0, 0.0, 0.0, 0.0, 0.65, 0.5, 0.35]
     assert (np.diff(fill(top1, loss).values()) > 0).all()

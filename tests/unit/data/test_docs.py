@@ -1,4 +1,4 @@
-"""What docs/data.md shows is so."""
+"""Commands and example of docs/data.md are valid."""
 
 import re
 import shlex
@@ -8,7 +8,7 @@ import typer.main
 import yaml
 
 from cacp_ray.cli import app
-from cacp_ray.config import DataConfig, load_config
+from cacp_ray.config.run import DataConfig, load_config
 
 PAGE = Path("docs/data.md").read_text()
 

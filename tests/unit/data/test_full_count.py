@@ -1,4 +1,4 @@
-"""As many rows as ImageNet has, in 256 shards of small images: little is read, little is held."""
+"""A data set with as many rows as ImageNet, of which little is read and held."""
 
 import subprocess
 import sys
@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from cacp_ray.config import DataConfig, load_config
+from cacp_ray.config.run import DataConfig, load_config
 from cacp_ray.data.inspecting import summarize
 from cacp_ray.data.parquet import ParquetSource
 from cacp_ray.data.sources import open_source
-from cacp_ray.files import peak_memory
-from cacp_ray.loading import check_data, open_split, read_split
+from cacp_ray.io.environment import peak_memory
+from cacp_ray.workflows.splits import Splits
 
 folder, ROWS, SHARDS, CLASSES, PER_CLASS = Path(sys.argv[1]), 1_281_167, 256, 1000, 5
 rng = np.random.default_rng(0)
@@ -38,15 +38,15 @@ data = load_config(DataConfig, {
     "test": {"path": str(folder), "rows": [0, 10]},
 })
 try:
-    check_data(data)
+    Splits(data).check()
 except Exception as error:
     print(str(error).split(":")[0])
 read = []
 one_group = pq.ParquetFile.read_row_group
 pq.ParquetFile.read_row_group = lambda *args, **kw: read.append(1) or one_group(*args, **kw)
-search = read_split(data, "search")
+search = Splits(data).read("search")
 print(len(search), np.bincount(search.labels).min(), len(read))
-print(len(open_split(data, "train")), summarize(open_source(str(folder)), 100).rows)
+print(len(Splits(data).open("train")), summarize(open_source(str(folder)), 100).rows)
 print(peak_memory() / 2**30)
 """
 

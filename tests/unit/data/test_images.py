@@ -1,4 +1,4 @@
-"""Parquet in, uint8 arrays out; every broken file is refused with its name and row."""
+"""Parquet files become uint8 arrays, and every broken file is refused with its name and row."""
 
 import io
 import json
@@ -38,10 +38,10 @@ HUGGING_FACE = {
 @pytest.mark.parametrize("metadata", [NAMES, HUGGING_FACE])
 def test_both_image_columns_and_both_class_names_are_read(tmp_path, plain, metadata):
     path = write(tmp_path / "a.parquet", [png(1), png(2)], [0, 1], plain=plain, metadata=metadata)
-    found = read_parquet(path)
-    assert found.images.tolist() == [[[[v] * 3] * 4] * 4 for v in (1, 2)]
-    assert found.labels.tolist() == [0, 1]
-    assert found.classes == ("cat", "dog")
+    split = read_parquet(path)
+    assert split.images.tolist() == [[[[v] * 3] * 4] * 4 for v in (1, 2)]
+    assert split.labels.tolist() == [0, 1]
+    assert split.classes == ("cat", "dog")
 
 
 def test_rows_and_evenly_spaced_counts(tmp_path):
@@ -93,10 +93,10 @@ def test_rows_outside_the_file_and_unknown_samples_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("name", "rows"), [("train", 2500), ("search", 1500), ("test", 1000)])
 def test_embedded_sample_is_balanced(name, rows):
-    found = read_parquet(f"embedded:{name}")
-    assert found.images.shape == (rows, 32, 32, 3)
-    assert np.bincount(found.labels).tolist() == [rows // 10] * 10
-    assert found.classes[3] == "cat"
+    split = read_parquet(f"embedded:{name}")
+    assert split.images.shape == (rows, 32, 32, 3)
+    assert np.bincount(split.labels).tolist() == [rows // 10] * 10
+    assert split.classes[3] == "cat"
 
 
 def test_embedded_splits_share_no_image():

@@ -1,4 +1,4 @@
-"""`data inspect`: what a data set holds, and the first broken image."""
+"""Summaries of data sets, and the first broken image."""
 
 import io
 
@@ -24,12 +24,12 @@ def folder(tmp_path):
 
 
 def test_classes_sizes_and_colours_are_counted(folder):
-    found = summarize(open_source(str(folder)), None)
-    assert (found.rows, found.classes, found.decoded) == (4, ("cat", "dog"), 4)
-    assert found.per_class.tolist() == [3, 1]
-    assert dict(found.sizes) == {(8, 4): 3, (6, 6): 1}
-    assert dict(found.modes) == {"RGB": 3, "L": 1}
-    lines = describe("x", found)
+    summary = summarize(open_source(str(folder)), None)
+    assert (summary.rows, summary.classes, summary.decoded) == (4, ("cat", "dog"), 4)
+    assert summary.per_class.tolist() == [3, 1]
+    assert dict(summary.sizes) == {(8, 4): 3, (6, 6): 1}
+    assert dict(summary.modes) == {"RGB": 3, "L": 1}
+    lines = describe("x", summary)
     assert lines[0] == "x: 4 images of 2 classes"
     assert "1 (dog) to 3 (cat)" in lines[1]
     assert lines[-1] == "all of them decode"

@@ -21,7 +21,7 @@ def test_a_mix_holds_every_image_once_with_its_label():
     values = mixed.images[:, 0, 0, 0]
     assert sorted(values) == [*range(20), *range(100, 110)]
     assert (mixed.labels == values % 3).all()
-    assert (values[:15] >= 100).any()  # both sets are everywhere, not one behind the other
+    assert (values[:15] >= 100).any()  # both sets are spread over the whole mix
     assert (values[15:] < 20).any()
 
 
@@ -49,7 +49,7 @@ def test_a_written_set_reads_back_the_same(tmp_path):
     images = rng.integers(0, 256, (5, 6, 7, 3), dtype=np.uint8)
     written = ImageSet(images, np.array([2, 0, 1, 1, 0]), ("a", "b", "c"))
     write_parquet(tmp_path / "new" / "set.parquet", written)
-    found = read_parquet(str(tmp_path / "new" / "set.parquet"))
-    assert (found.images == images).all()
-    assert (found.labels == written.labels).all()
-    assert found.classes == written.classes
+    read = read_parquet(str(tmp_path / "new" / "set.parquet"))
+    assert (read.images == images).all()
+    assert (read.labels == written.labels).all()
+    assert read.classes == written.classes

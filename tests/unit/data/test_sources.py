@@ -1,4 +1,4 @@
-"""Shards, folders and URIs hold the same images; draws by class are what they say."""
+"""Shards, folders and URIs hold the same images, and draws by class keep their promises."""
 
 import io
 import os
@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision import transforms
 
-from cacp_ray.config import DataConfig, load_config
+from cacp_ray.config.run import DataConfig, load_config
 from cacp_ray.data.images import Rows, Shape, draw_per_class, read_images, read_labels
 from cacp_ray.data.sources import open_source
 from cacp_ray.errors import ArtifactError, ConfigError
-from cacp_ray.loading import check_data, read_split
+from cacp_ray.workflows.splits import Splits
 
 NUM_CLASSES, PER_CLASS = 3, 7
 
@@ -56,7 +56,7 @@ def shards(tmp_path):
 
 @pytest.fixture
 def folders(tmp_path):
-    """A folder a class."""
+    """One folder for each class."""
     root = tmp_path / "folders"
     for value, image in enumerate(IMAGES):
         place = root / f"class{LABELS[value]}"
@@ -74,10 +74,10 @@ def values(images):
 @pytest.mark.parametrize("form", ["{}", "{}/train-*.parquet", "file://{}", "file://{}/*.parquet"])
 def test_shards_are_one_set_in_the_order_of_their_names(shards, form):
     source = open_source(form.format(shards))
-    found = read_images(source, Rows())
-    assert values(found) == list(range(21))
-    assert found.labels.tolist() == LABELS
-    assert found.classes == ("0", "1", "2")
+    images = read_images(source, Rows())
+    assert values(images) == list(range(21))
+    assert images.labels.tolist() == LABELS
+    assert images.classes == ("0", "1", "2")
     assert values(read_images(source, Rows(span=(5, 16), count=4))) == [5, 7, 10, 13]
     assert source.where(15).endswith("train-00002-of-00003.parquet, row 1")
 
@@ -91,8 +91,8 @@ def test_only_row_groups_with_wanted_rows_are_read(shards, monkeypatch):
         return read(self, group, **options)
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", note)
-    found = read_images(open_source(str(shards)), Rows(span=(9, 10)))
-    assert values(found) == [9]
+    images = read_images(open_source(str(shards)), Rows(span=(9, 10)))
+    assert values(images) == [9]
     assert groups == [1]
 
 
@@ -117,22 +117,22 @@ def test_a_footer_and_the_labels_are_read_once_whatever_splits_lie_there(shards,
             "test": {"path": f"{shards}/train-00000-*.parquet"},
         },
     )
-    sources = {}
+    splits = Splits(data)
     with pytest.raises(ConfigError, match="share rows"):
-        check_data(data, sources)
+        splits.check()
     assert opened["labels"] == 3 + 1  # the test file has another path
-    train, search = (read_split(data, name, sources=sources) for name in ("train", "search"))
+    train, search = map(splits.read, ("train", "search"))
     assert sorted(values(train) + values(search)) == list(range(21))
     assert (opened["labels"], opened["footers"]) == (4, 4)
-    # Nodes that train get the source without them.
-    source = pickle.loads(pickle.dumps(sources[str(shards)]))
+    # Nodes that train get the source without footers.
+    source = pickle.loads(pickle.dumps(splits._sources[str(shards)]))
     assert "_footers" not in vars(source)
     assert values(read_images(source, Rows())) == list(range(21))
     assert (opened["labels"], opened["footers"]) == (4, 7)
 
 
 def test_bytes_that_rot_within_an_image_are_found_where_pages_have_checksums(shards):
-    """The image may still decode, to something else."""
+    """A changed image may still decode, to other pixels."""
     file = shards / "train-00001-of-00003.parquet"
     table = pq.read_table(file)
     pq.write_table(table, file, compression="none", use_dictionary=False, write_page_checksum=True)
@@ -146,10 +146,10 @@ def test_bytes_that_rot_within_an_image_are_found_where_pages_have_checksums(sha
 
 def test_folders_are_classes(folders):
     source = open_source(str(folders))
-    found = read_images(source, Rows())
-    assert found.classes == ("class0", "class1", "class2")
-    assert found.labels.tolist() == sorted(LABELS)
-    assert values(found) == sorted(range(21), key=lambda value: (LABELS[value], value))
+    images = read_images(source, Rows())
+    assert images.classes == ("class0", "class1", "class2")
+    assert images.labels.tolist() == sorted(LABELS)
+    assert values(images) == sorted(range(21), key=lambda value: (LABELS[value], value))
 
 
 def test_an_image_that_goes_after_it_was_listed_is_one_line(folders):
@@ -207,7 +207,7 @@ def test_a_draw_takes_so_many_of_each_class_and_nothing_else_decides(labels, cou
     assert drawn.tolist() == sorted(set(drawn.tolist()))
     for label in np.unique(labels):
         assert (labels[drawn] == label).sum() == min(count, (labels == label).sum())
-    # More of one class changes nothing for another.
+    # More images of one class do not change the draw of another.
     more = draw_per_class(np.append(labels, [9, 9, 9]), blocks, count, seed)
     assert more[more < len(labels)].tolist() == drawn.tolist()
 
@@ -234,7 +234,7 @@ def test_a_draw_is_missing_in_training_however_the_paths_are_spelled(
             "test": {"path": str(shards)},
         },
     )
-    drawn = values(read_split(data, "train")) + values(read_split(data, "search"))
+    drawn = values(Splits(data).read("train")) + values(Splits(data).read("search"))
     assert sorted(drawn) == list(range(21))
 
 
@@ -247,7 +247,7 @@ def test_splits_that_share_files_are_refused_however_they_are_spelled(shards, tm
     paths[name] = path.format(shards)
     data = load_config(DataConfig, {name: {"path": path} for name, path in paths.items()})
     with pytest.raises(ConfigError, match=rf"data\.{name} and data\.train share rows"):
-        check_data(data)
+        Splits(data).check()
 
 
 def test_draws_of_other_seeds_differ():
@@ -275,32 +275,32 @@ def test_the_search_split_is_drawn_from_the_training_rows_and_missing_there(shar
             "test": {"path": str(other)},
         },
     )
-    check_data(data)
-    train, search = read_split(data, "train"), read_split(data, "search")
+    Splits(data).check()
+    train, search = Splits(data).read("train"), Splits(data).read("search")
     assert sorted(values(train) + values(search)) == list(range(21))
     assert np.bincount(search.labels).tolist() == [2, 2, 2]
-    assert values(read_split(data, "search")) == values(search)
-    assert len(read_split(data, "train", 5)) == 5
+    assert values(Splits(data).read("search")) == values(search)
+    assert len(Splits(data).read("train", 5)) == 5
     everything = {"path": str(shards), "images_per_class": 7}
     greedy = load_config(DataConfig, {"train": {"path": str(shards)}, "search": everything})
     with pytest.raises(ConfigError, match="leaves no image for training"):
-        read_split(greedy, "train")
+        Splits(greedy).read("train")
     fewer = data.model_copy(update={"train": data.train.model_copy(update={"images_per_class": 1})})
     with pytest.raises(ConfigError, match=r"data\.train\.images_per_class: .*leave it out"):
-        read_split(fewer, "train")
+        Splits(fewer).read("train")
     clash = data.model_copy(update={"test": data.train})
     with pytest.raises(ConfigError, match="share rows"):
-        check_data(clash)
+        Splits(clash).check()
 
 
 DRAW = """
 import hashlib, sys
-from cacp_ray.config import DataConfig, load_config
-from cacp_ray.loading import read_split
+from cacp_ray.config.run import DataConfig, load_config
+from cacp_ray.workflows.splits import Splits
 path = sys.argv[1]
 search = {"path": path, "images_per_class": 3, "seed": 5}
 values = {"train": {"path": path}, "search": search, "resize": 40, "crop": 32}
-split = read_split(load_config(DataConfig, values), "search")
+split = Splits(load_config(DataConfig, values)).read("search")
 print(len(split), hashlib.sha256(split.images.tobytes() + split.labels.tobytes()).hexdigest())
 """
 
@@ -319,7 +319,7 @@ def test_the_search_split_is_the_same_to_the_bit_in_every_process_and_place(tmp_
         table = pa.table({"image": images, "label": rng.integers(0, 4, 10)})
         for name in ("here", "there"):
             pq.write_table(table, tmp_path / name / f"{part}.parquet", row_group_size=3)
-    found = {
+    outputs = {
         subprocess.run(
             [sys.executable, "-c", DRAW, str(tmp_path / name)],
             env=os.environ | {"PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": hash_seed},
@@ -329,8 +329,8 @@ def test_the_search_split_is_the_same_to_the_bit_in_every_process_and_place(tmp_
         ).stdout
         for name, hash_seed in (("here", "1"), ("there", "2"), ("here", "3"))
     }
-    assert len(found) == 1
-    assert found.pop().startswith("12 ")
+    assert len(outputs) == 1
+    assert outputs.pop().startswith("12 ")
 
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (37, 61), (64, 64), (21, 25)])
@@ -345,8 +345,8 @@ def test_shapes_are_those_of_torchvision(size, resize, crop, interpolation):
     steps = [transforms.Resize(resize, mode)] if resize else []
     steps += [transforms.CenterCrop(crop)] if crop else []
     expected = transforms.Compose(steps)(image)
-    found = Shape(resize, crop, interpolation)(image)
-    assert np.array_equal(np.asarray(found), np.asarray(expected))
+    shaped = Shape(resize, crop, interpolation)(image)
+    assert np.array_equal(np.asarray(shaped), np.asarray(expected))
 
 
 def test_images_of_several_sizes_need_a_shape(folders):
@@ -366,7 +366,7 @@ def write_shard(path, images=None, labels=None, **columns):
         "label": pa.array(LABELS if labels is None else labels, pa.int64()),
         **columns,
     }
-    pq.write_table(pa.table({name: each for name, each in columns.items() if each}), path)
+    pq.write_table(pa.table({name: column for name, column in columns.items() if column}), path)
     return str(path)
 
 
@@ -425,9 +425,9 @@ def test_what_is_hidden_and_folders_named_as_images_are_passed_over(folders):
     (folders / "__MACOSX").mkdir()
     (folders / "__MACOSX" / "x.png").write_bytes(IMAGES[0])
     (folders / "class0" / "__x.png").write_bytes(IMAGES[0])
-    found = read_images(open_source(str(folders)), Rows())
-    assert len(found) == len(IMAGES) + 1
-    assert found.classes == ("class0", "class1", "class2")
+    images = read_images(open_source(str(folders)), Rows())
+    assert len(images) == len(IMAGES) + 1
+    assert images.classes == ("class0", "class1", "class2")
 
 
 def test_names_that_cannot_be_read_are_one_line(folders):

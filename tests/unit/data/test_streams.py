@@ -1,4 +1,4 @@
-"""A stream shows what memory would: every image once an epoch, never all of them at once."""
+"""A stream yields every image once in an epoch, as memory would, and never holds all of them."""
 
 import copy
 import io
@@ -12,16 +12,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from cacp_ray.config import DataConfig
+from cacp_ray.config.run import DataConfig
 from cacp_ray.data import streams
 from cacp_ray.data.batches import Augmentation, ImageBatches
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.streams import StreamBatches
 from cacp_ray.errors import ArtifactError, ConfigError
-from cacp_ray.loading import check_splits, open_split, read_split
 from cacp_ray.training import loop as training
 from cacp_ray.training.metrics import measure, measure_split
 from cacp_ray.training.recipe import Recipe
+from cacp_ray.workflows.splits import Splits, check_splits
 
 COUNT, SIDE = 130, 4
 IMAGE_BYTES = SIDE * SIDE * 3
@@ -36,7 +36,7 @@ def encode(value):
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """Image i has the brightness and the label i; two shards in row groups of seven."""
+    """Two shards in row groups of seven, where image i has brightness and label i."""
     monkeypatch.setattr(streams, "ROWS_A_PART", 10)
     for part, rows in enumerate((range(60), range(60, COUNT))):
         table = pa.table({"image": [encode(i) for i in rows], "label": list(rows)})
@@ -47,7 +47,7 @@ def data(tmp_path, monkeypatch):
 
 
 def make_batches(data, **options):
-    stream = open_split(data, "train")
+    stream = Splits(data).open("train")
     return StreamBatches(stream, PLAIN, buffer_bytes=30 * IMAGE_BYTES, **options)
 
 
@@ -57,12 +57,12 @@ def labels_of(batches, epoch=0):
 
 def test_an_epoch_shows_every_image_once_with_its_label(data):
     batches = make_batches(data)
-    found = list(batches.epoch(0))
-    assert len(found) == batches.num_batches == 9
-    assert [len(labels) for _, labels in found] == [16] * 8 + [2]
-    assert torch.cat([labels for _, labels in found]).sort().values.tolist() == list(range(COUNT))
-    whole, _ = read_split(data, "train").tensors()
-    for images, labels in found:
+    epoch = list(batches.epoch(0))
+    assert len(epoch) == batches.num_batches == 9
+    assert [len(labels) for _, labels in epoch] == [16] * 8 + [2]
+    assert torch.cat([labels for _, labels in epoch]).sort().values.tolist() == list(range(COUNT))
+    whole, _ = Splits(data).read("train").tensors()
+    for images, labels in epoch:
         torch.testing.assert_close(images, whole[labels])
         assert images.is_contiguous(memory_format=torch.channels_last)
 
@@ -80,7 +80,7 @@ def test_the_order_is_another_each_epoch_and_repeats_by_itself(data):
 def test_workers_have_equally_many_batches_and_no_image_in_common(data, size):
     shares = [labels_of(make_batches(data, shard=(rank, size))) for rank in range(size)]
     memory = [
-        list(ImageBatches(read_split(data, "train"), PLAIN, (rank, size)).epoch(0))
+        list(ImageBatches(Splits(data).read("train"), PLAIN, (rank, size)).epoch(0))
         for rank in range(size)
     ]
     for share, theirs in zip(shares, memory, strict=True):
@@ -125,7 +125,7 @@ def test_rows_are_those_of_the_split_in_memory(data):
 
 def test_training_from_a_stream_is_resumed_to_the_same_weights(data):
     recipe = Recipe(epochs=3, batch_size=16, lr=0.01, padding=1, erasing=0.3, mixup=0.2)
-    search = read_split(data, "train", 20)
+    search = Splits(data).read("train", 20)
 
     def run(seed, state=None):
         torch.manual_seed(seed)
@@ -135,7 +135,7 @@ def test_training_from_a_stream_is_resumed_to_the_same_weights(data):
         def keep(result, state):
             states.append(copy.deepcopy(state))
 
-        batches = training.make_batches(open_split(data, "train"), recipe)
+        batches = training.make_batches(Splits(data).open("train"), recipe)
         assert isinstance(batches, StreamBatches)
         training.train(model, batches, search, recipe, state=state, on_epoch=keep)
         return model, states
@@ -151,12 +151,12 @@ def test_training_from_a_stream_is_resumed_to_the_same_weights(data):
 def test_a_split_is_measured_alike_in_memory_and_from_a_stream(data, size):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, COUNT))
-    stream, split = open_split(data, "train"), read_split(data, "train")
-    found = measure_split(model, stream, batch_size=size)
-    assert found.images == COUNT
-    assert found == measure_split(model, split, batch_size=size)
+    stream, split = Splits(data).open("train"), Splits(data).read("train")
+    accuracy = measure_split(model, stream, batch_size=size)
+    assert accuracy.images == COUNT
+    assert accuracy == measure_split(model, split, batch_size=size)
     whole = measure(model, *split.tensors())
-    assert (found.top1, found.loss) == (whole.top1, pytest.approx(whole.loss, rel=1e-5))
+    assert (accuracy.top1, accuracy.loss) == (whole.top1, pytest.approx(whole.loss, rel=1e-5))
 
 
 def test_measuring_a_stream_holds_few_images(data, monkeypatch):
@@ -176,7 +176,7 @@ def test_measuring_a_stream_holds_few_images(data, monkeypatch):
         ahead.append(sum(held) - sum(seen))
 
     model.register_forward_pre_hook(count)
-    measure_split(model, open_split(data, "train"), batch_size=9)
+    measure_split(model, Splits(data).open("train"), batch_size=9)
     assert max(held) == 9
     assert sum(held) == sum(seen) == COUNT
     assert max(ahead) <= 9 * streams.PARTS_AHEAD
@@ -188,7 +188,7 @@ def test_a_folder_of_images_is_shuffled_image_by_image(data, tmp_path):
         (root / f"c{i // 20}").mkdir(parents=True, exist_ok=True)
         (root / f"c{i // 20}" / f"{i:03d}.png").write_bytes(encode(i))
     folder = DataConfig.model_validate({"train": {"path": str(root)}, "stream": True})
-    batches = StreamBatches(open_split(folder, "train"), PLAIN, buffer_bytes=1)
+    batches = StreamBatches(Splits(folder).open("train"), PLAIN, buffer_bytes=1)
     first, *_ = labels_of(batches)
     assert 0 < first.float().mean() < 1, "both classes in a batch, without any buffer"
     assert torch.cat(labels_of(batches)).sum() == 20
@@ -207,7 +207,7 @@ def test_a_broken_image_is_named_when_it_is_read(data, tmp_path):
 
 
 def test_a_stream_is_checked_against_the_other_splits(data):
-    stream = open_split(data, "train")
+    stream = Splits(data).open("train")
     other = ImageSet(np.zeros((3, 8, 8, 3), np.uint8), np.arange(3), stream.classes)
     with pytest.raises(ConfigError, match="all splits must be alike"):
         check_splits({"train": stream, "search": other})

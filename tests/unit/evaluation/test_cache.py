@@ -1,4 +1,4 @@
-"""What would be scored alike is scored once, in whichever run."""
+"""Candidates with the same content key are scored once, in any run."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ def measure(candidate):
     status = "failed" if candidate.keep_counts == (0,) else "ok"
     images = candidate.images or 100
     top1 = sum(candidate.keep_counts) / 10
-    if candidate.best:
+    if candidate.opponent:
         status, images = "stopped", images // 2
     return Measurement(candidate.index, top1, 1.0, 0.3, images, 0.5, status=status)
 
@@ -49,89 +49,95 @@ def build(tmp_path, scored):
 def ask(evaluator, *candidates):
     for candidate in candidates:
         evaluator.submit(candidate)
-    found = []
-    while len(found) < len(candidates):
-        found += evaluator.results(1.0)
-    return {each.index: each for each in found}
+    measurements = []
+    while len(measurements) < len(candidates):
+        measurements += evaluator.results(1.0)
+    return {measurement.index: measurement for measurement in measurements}
+
+
+def as_cached(measurement, index, finished_at):
+    changes = {"cached": True, "seconds": 0.0, "finished_at": finished_at}
+    return dataclasses.replace(measurement, index=index, **changes)
 
 
 def test_a_second_run_scores_nothing(build, scored):
-    candidates = [Candidate(i, 0.5, (i, 1), order="l1" if i else "") for i in range(3)]
+    candidates = [Candidate(0.5, (i, 1), criterion="l1" if i else "", index=i) for i in range(3)]
     first = ask(build(), *candidates)
     assert len(scored) == 3
-    again = [dataclasses.replace(each, index=each.index + 10, rate=0.3) for each in candidates]
+    again = [dataclasses.replace(old, index=old.index + 10, rate=0.3) for old in candidates]
     second = ask(build(), *again)
     assert len(scored) == 3
-    for index, found in second.items():
-        assert found == dataclasses.replace(first[index - 10], index=index)
+    for index, known in second.items():
+        assert known == as_cached(first[index - 10], index, known.finished_at)
+        assert known.finished_at > 0
 
 
 @pytest.mark.parametrize(
     "other",
-    [{"keep_counts": (2, 1)}, {"order": "l1"}, {"images": 50}],
+    [{"keep_counts": (2, 1)}, {"criterion": "l1"}, {"images": 50}],
 )
 def test_another_candidate_is_scored(build, scored, other):
-    candidate = Candidate(0, 0.5, (1, 1))
+    candidate = Candidate(0.5, (1, 1), index=0)
     ask(build(), candidate)
     ask(build(), dataclasses.replace(candidate, **other))
     assert len(scored) == 2
 
 
 def test_one_that_was_stopped_is_known_against_the_same_opponent_alone(build, scored):
-    racing = Candidate(0, 0.5, (1, 1), best="hits")
+    racing = Candidate(0.5, (1, 1), index=0, opponent="hits")
     (first,) = ask(build(), racing).values()
     assert (first.status, first.images) == ("stopped", 50)
     (again,) = ask(build(), dataclasses.replace(racing, index=7)).values()
-    assert again == dataclasses.replace(first, index=7)
+    assert again == as_cached(first, 7, again.finished_at)
     assert len(scored) == 1
-    assert build()._cache.on(50) == {}
-    ask(build(), dataclasses.replace(racing, best="other"))
-    ask(build(), dataclasses.replace(racing, best=""))
+    assert build()._cache.get(dataclasses.replace(racing, opponent=""), 50) is None
+    ask(build(), dataclasses.replace(racing, opponent="other"))
+    ask(build(), dataclasses.replace(racing, opponent=""))
     assert len(scored) == 3
-    ask(build(), dataclasses.replace(racing, best="third"))  # measured to the end meanwhile
+    ask(build(), dataclasses.replace(racing, opponent="third"))  # it has been measured to the end
     assert len(scored) == 3
 
 
 def test_the_whole_split_is_the_same_however_it_is_said(build, scored):
-    ask(build(), Candidate(0, 0.5, (1, 1)))
-    ask(build(), Candidate(0, 0.5, (1, 1), images=100))
+    ask(build(), Candidate(0.5, (1, 1), index=0))
+    ask(build(), Candidate(0.5, (1, 1), index=0, images=100))
     assert len(scored) == 1
 
 
 def test_other_content_and_failures_are_scored(build, scored):
-    ask(build(), Candidate(0, 0.5, (1, 1)), Candidate(1, 0.5, (0,)))
-    ask(build("b" * 64), Candidate(0, 0.5, (1, 1)))
-    ask(build(), Candidate(1, 0.5, (0,)))
+    ask(build(), Candidate(0.5, (1, 1), index=0), Candidate(0.5, (0,), index=1))
+    ask(build("b" * 64), Candidate(0.5, (1, 1), index=0))
+    ask(build(), Candidate(0.5, (0,), index=1))
     assert len(scored) == 4
 
 
 def test_a_line_that_a_kill_cut_short_is_left_out(build, scored, tmp_path, caplog):
-    ask(build(), Candidate(0, 0.5, (1, 1)), Candidate(1, 0.5, (2, 1)))
+    ask(build(), Candidate(0.5, (1, 1), index=0), Candidate(0.5, (2, 1), index=1))
     file = tmp_path / f"{KEY}.jsonl"
     file.write_text(file.read_text()[:-20])
     assert len(MeasurementCache(tmp_path, KEY)) == 1
     assert "damaged" in caplog.text
-    ask(build(), Candidate(1, 0.5, (2, 1)))
+    ask(build(), Candidate(0.5, (2, 1), index=1))
     assert len(MeasurementCache(tmp_path, KEY)) == 2
 
 
 def test_lines_that_are_no_measurements_are_left_out(build, scored, tmp_path):
-    ask(build(), Candidate(0, 0.5, (1, 1)))
+    ask(build(), Candidate(0.5, (1, 1), index=0))
     file = tmp_path / f"{KEY}.jsonl"
     row = json.loads(file.read_text())
     broken = [{key: row[key] for key in row if key != "keep_counts"}]
     broken += [row | changes for changes in (
-        {"keep_counts": [[1, 2], [3]]}, {"order": ["l1"]}, {"order": 3}, {"against": "x"},
+        {"keep_counts": [[1, 2], [3]]}, {"criterion": ["l1"]}, {"criterion": 3}, {"against": "x"},
     )]  # fmt: skip
     for changes in (
         {"images": [1]}, {"images": 0}, {"top1": "0.9"}, {"top1": 5.0}, {"top1": float("nan")},
         {"loss": float("inf")}, {"status": "failed"}, {"unknown": 1},
     ):  # fmt: skip
         broken.append(row | {"measurement": row["measurement"] | changes})
-    lines = b"".join(json.dumps(each).encode() + b"\n" for each in broken)
+    lines = b"".join(json.dumps(row).encode() + b"\n" for row in broken)
     file.write_bytes(b"\xff\xfe\n[1]\n\n" + lines + file.read_bytes())
     assert len(MeasurementCache(tmp_path, KEY)) == 1
-    ask(build(), Candidate(0, 0.5, (1, 1)))
+    ask(build(), Candidate(0.5, (1, 1), index=0))
     assert len(scored) == 1
 
 
@@ -193,15 +199,15 @@ def test_the_key_is_of_what_the_network_computes(monkeypatch):
         constant = torch.full((5,), value)
         return lambda x: x + constant
 
-    found = [
+    keys = [
         key(between)
         for between in (
             torch.relu, torch.tanh, lambda x: x * 2.0, lambda x: x * 3.0, add(1.0), add(2.0),
         )
     ]  # fmt: skip
-    assert len(set(found)) == len(found)
-    assert key(torch.relu) == found[0]
-    assert key(add(2.0)) == found[-1]
+    assert len(set(keys)) == len(keys)
+    assert key(torch.relu) == keys[0]
+    assert key(add(2.0)) == keys[-1]
     versions = {"cacp-ray": "9", "torch": "9"}
     monkeypatch.setattr("cacp_ray.evaluation.cache.installed_versions", lambda: versions)
-    assert key(torch.relu) != found[0]
+    assert key(torch.relu) != keys[0]

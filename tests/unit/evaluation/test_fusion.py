@@ -10,10 +10,10 @@ from torch.nn import functional
 from cacp_ray.data.images import ImageSet
 from cacp_ray.evaluation.fusion import FusedConv2d, fuse
 from cacp_ray.evaluation.network import FastNetwork, put_pixels
-from cacp_ray.evaluation.preparation import Cutter, prepare
-from cacp_ray.pruning.plan import make_plan
+from cacp_ray.evaluation.preparation import CutNetwork, prepare
+from cacp_ray.pruning.cutter import all_tensors
+from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.statistics import collect_statistics
-from cacp_ray.pruning.surgery import all_tensors
 
 torch.manual_seed(0)
 
@@ -36,7 +36,7 @@ class Plain(nn.Module):
 
 
 class Residual(nn.Module):
-    """A shortcut made after the branch, which torchvision's ResNets have as well."""
+    """A shortcut made after the branch, as in torchvision's ResNets."""
 
     def __init__(self, after):
         super().__init__()
@@ -80,7 +80,7 @@ class CountsChannels(Plain):
 
 
 class Branches(Plain):
-    """What is computed depends on values, which torch.fx cannot trace."""
+    """The computation depends on values, which torch.fx cannot trace."""
 
     def forward(self, x):
         x = self.conv1(x)
@@ -142,8 +142,8 @@ def test_logits_are_those_of_the_original(model):
     torch.testing.assert_close(model(x), expected)
     if HAS_BFLOAT16:
         fused.dtype = torch.bfloat16
-        found = fused.load(all_tensors(model))(x.bfloat16()).float()
-        assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+        logits = fused.load(all_tensors(model))(x.bfloat16()).float()
+        assert (logits - expected).abs().max() < 0.1 * expected.abs().max()
 
 
 def test_what_follows_a_convolution_goes_into_it():
@@ -184,14 +184,14 @@ def make_prepared(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_candidates_score_alike_fused_or_not(model, is_fused, dtype):
     prepared, split = make_prepared(randomize(model))
-    cutter = Cutter(prepared, "none")
-    network = FastNetwork(cutter, dtype)
+    cut_network = CutNetwork(prepared, "none")
+    network = FastNetwork(cut_network, dtype)
     if dtype == torch.bfloat16 and not HAS_BFLOAT16:
         is_fused = False  # scored all the same, by autocast
     assert is_fused is None or is_fused == (network._fused is not None)
-    counts = [max(2, size // 2 + 1) for size in cutter.plan.cost_model.num_channels]
-    found = network.load(counts, 10)(put_pixels(split), 0, len(split))
+    counts = [max(2, size // 2 + 1) for size in cut_network.plan.cost_model.num_channels]
+    logits = network.load(counts, 10)(put_pixels(split), 0, len(split))
     with torch.inference_mode():
-        expected = cutter.load(counts)(split.tensors()[0])
+        expected = cut_network.load(counts)(split.tensors()[0])
     tolerance = (1e-4 if dtype == torch.float32 else 0.1) * float(expected.abs().max())
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=tolerance)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=tolerance)

@@ -8,14 +8,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cacp_ray.config import RunConfig, load_config
+from cacp_ray.config.run import RunConfig, load_config
 from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation import gpu, scorer
 from cacp_ray.evaluation.measurement import Candidate
-from cacp_ray.evaluation.scorer import make_scorer
-from cacp_ray.loading import load_base, prepare_base
+from cacp_ray.evaluation.scorer import Scorer
 from cacp_ray.pruning.compensation import CACHE_BYTES
 from cacp_ray.searching.budget import uniform
+from cacp_ray.workflows.setup import Setup
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -29,8 +29,8 @@ def test_without_a_gpu_the_reason_and_the_next_step_are_one_line():
 
 @pytest.fixture
 def memory(monkeypatch):
-    """A GPU of 8 GB, on which 100 MB are held and an image takes `each` bytes."""
-    state = SimpleNamespace(held=100 * 2**20, each=2**20, total=2**33, others=0)
+    """A GPU of 8 GB, on which 100 MB are held and an image takes `image_bytes` bytes."""
+    state = SimpleNamespace(held=100 * 2**20, image_bytes=2**20, total=2**33, others=0)
     cuda = torch.cuda
     properties = SimpleNamespace(total_memory=state.total)
     monkeypatch.setattr(cuda, "get_device_properties", lambda device: properties)
@@ -44,34 +44,34 @@ def memory(monkeypatch):
         lambda: (state.total - state.held - gpu.CONTEXT_BYTES - state.others, state.total),
     )
     monkeypatch.setattr(
-        cuda, "max_memory_allocated", lambda: state.held + state.each * gpu.TRIED_IMAGES
+        cuda, "max_memory_allocated", lambda: state.held + state.image_bytes * gpu.TRIED_IMAGES
     )
     return state
 
 
-@pytest.mark.parametrize(("each", "size"), [(2**20, 716), (2**30, 1), (1, 900)])
-def test_the_batch_is_what_the_memory_holds(memory, each, size):
-    """1 GB is left of a share of 2 GB less CUDA's own 0.5, weights and what comes later."""
-    memory.each = each
+@pytest.mark.parametrize(("image_bytes", "size"), [(2**20, 716), (2**30, 1), (1, 900)])
+def test_the_batch_is_what_the_memory_holds(memory, image_bytes, size):
+    """CUDA's own 0.5 GB, weights and later memory leave 1 GB of a share of 2 GB."""
+    memory.image_bytes = image_bytes
     seen = []
-    found = gpu.measure_image(lambda *where: seen.append(where), range(900))
+    measured = gpu.measure_image(lambda *where: seen.append(where), range(900))
     assert [where[1:] for where in seen] == [(0, gpu.TRIED_IMAGES)]
-    assert found == each
-    assert gpu.fit_batch(found, 900, 0.25, 412 * 2**20) == size
+    assert measured == image_bytes
+    assert gpu.fit_batch(measured, 900, 0.25, 412 * 2**20) == size
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
-    each=st.integers(1, 2**27),
+    image_bytes=st.integers(1, 2**27),
     held=st.integers(0, 2**31),
     kept=st.integers(0, 2**29),
     batch=st.integers(1, gpu.MAX_BATCH),
 )
 def test_of_evaluators_that_a_gpu_holds_each_has_memory_for_its_batch(
-    memory, each, held, kept, batch
+    memory, image_bytes, held, kept, batch
 ):
     memory.held = held
-    need = gpu.find_need(each, batch, kept, 0)
+    need = gpu.find_need(image_bytes, batch, kept, 0)
     number = need.num_evaluators
     assert 1 <= number <= gpu.MAX_EVALUATORS
     if need.evaluator > need.gpu:
@@ -80,7 +80,7 @@ def test_of_evaluators_that_a_gpu_holds_each_has_memory_for_its_batch(
     assert number * need.evaluator <= need.gpu
     if number < gpu.MAX_EVALUATORS:
         assert (number + 1) * need.evaluator > need.gpu
-    assert gpu.fit_batch(each, gpu.MAX_BATCH, 1 / number, kept) >= batch - 1  # rounding
+    assert gpu.fit_batch(image_bytes, gpu.MAX_BATCH, 1 / number, kept) >= batch - 1  # rounding
 
 
 def test_what_others_hold_is_not_shared_and_repairs_need_room_too(memory):
@@ -93,15 +93,15 @@ def test_what_others_hold_is_not_shared_and_repairs_need_room_too(memory):
 
 
 def test_a_batch_that_a_gpu_likes_is_of_many_small_images_or_few_large_ones():
-    assert gpu.liked_batch(32 * 32, 5000) == 4096
-    assert gpu.liked_batch(224 * 224, 5000) == 83
-    assert gpu.liked_batch(224 * 224, 50) == 50
-    assert gpu.liked_batch(4000 * 4000, 50) == 1
+    assert gpu.gpu_batch_size(32 * 32, 5000) == 4096
+    assert gpu.gpu_batch_size(224 * 224, 5000) == 83
+    assert gpu.gpu_batch_size(224 * 224, 50) == 50
+    assert gpu.gpu_batch_size(4000 * 4000, 50) == 1
 
 
 @pytest.mark.parametrize("recovery", ["none", "compensate"])
 def test_the_need_of_an_evaluator_is_that_of_all_it_loads(memory, monkeypatch, recovery):
-    """On this machine's CPU in the place of a GPU, whose memory is told."""
+    """The CPU stands in for a GPU with a made-up memory."""
     config = load_config(
         RunConfig,
         {
@@ -109,30 +109,30 @@ def test_the_need_of_an_evaluator_is_that_of_all_it_loads(memory, monkeypatch, r
             "data": {"search": {"path": "embedded:search", "rows": [0, 64]}},
         },
     )
-    base = load_base(config)
+    base = Setup.create(config)
     loaded, load = [], scorer._load
     monkeypatch.setattr(scorer, "open_gpu", loaded.append)
     monkeypatch.setattr(scorer, "_load", lambda *args: load(*args[:-1], "cpu"))
-    prepared = prepare_base(base, config)
-    found = scorer.measure_need(
+    prepared = base.prepare().prepared
+    need = scorer.measure_need(
         prepared, base.search, recovery=recovery, dtype="float32", threads=1, images=None
     )
     kept = CACHE_BYTES if recovery == "compensate" else 0
     # Loading the network, told as an image of 16 that are tried, takes less than its batches.
-    rest = memory.each * len(base.search) / gpu.FILL
+    rest = memory.image_bytes * len(base.search) / gpu.FILL
     assert loaded == [1.0]
-    assert found == gpu.Need(gpu.CONTEXT_BYTES + memory.held + kept + rest, memory.total)
+    assert need == gpu.Need(gpu.CONTEXT_BYTES + memory.held + kept + rest, memory.total)
     given = scorer.measure_need(
         prepared, base.search, recovery=recovery, dtype="float32", batch_size=20
     )
-    assert found.evaluator - given.evaluator == pytest.approx(
-        memory.each * (len(base.search) - 20) / gpu.FILL
+    assert need.evaluator - given.evaluator == pytest.approx(
+        memory.image_bytes * (len(base.search) - 20) / gpu.FILL
     )
 
 
 @pytest.fixture
 def full_gpu(monkeypatch):
-    """On which nothing can be loaded."""
+    """A GPU on which nothing can be loaded."""
 
     def run_out(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -150,24 +150,24 @@ def test_what_a_gpu_of_its_own_cannot_hold_is_one_line_with_the_next_step():
 @pytest.mark.usefixtures("full_gpu")
 def test_what_does_not_fit_is_one_line_with_the_next_step():
     with pytest.raises(EvaluationError, match=r"do not fit into 0\.25 .* set cluster"):
-        make_scorer(None, None, recovery="none", dtype="auto", gpu=0.25)
+        Scorer(None, None, recovery="none", dtype="auto", gpu=0.25)
 
 
 class TestOnAGpu:
     pytestmark = needs_gpu
 
     def test_as_many_evaluators_as_are_said_to_fit_score_side_by_side(self):
-        """Their shares of memory are limits of torch: one that needs more fails."""
+        """Torch limits the memory of each share: an evaluator that needs more fails."""
         config = load_config(RunConfig, {})
-        base = load_base(config)
-        prepared = prepare_base(base, config)
+        base = Setup.create(config)
+        prepared = base.prepare().prepared
         need = scorer.measure_need(prepared, base.search, recovery="compensate", dtype="auto")
         assert gpu.CONTEXT_BYTES < need.evaluator < need.gpu
         share = 1 / need.num_evaluators
         counts = uniform(base.budget, [0.5], np.ones(len(base.budget.num_channels)))
-        candidate = Candidate(0, 0.5, tuple(counts[0].tolist()))
+        candidate = Candidate(0.5, tuple(counts[0].tolist()), index=0)
         tops = {
-            make_scorer(prepared, base.search, recovery="compensate", dtype="auto", gpu=share)(
+            Scorer(prepared, base.search, recovery="compensate", dtype="auto", gpu=share)(
                 candidate
             ).top1
             for _ in range(2)
@@ -178,15 +178,15 @@ class TestOnAGpu:
     @pytest.mark.parametrize("dtype", ["float32", "auto"])
     def test_a_candidate_scores_as_on_the_cpu(self, recovery, dtype):
         config = load_config(RunConfig, {"pruning": {"recovery": recovery}})
-        base = load_base(config)
-        prepared = prepare_base(base, config)
+        base = Setup.create(config)
+        prepared = base.prepare().prepared
         counts = uniform(base.budget, [0.3, 0.6], np.ones(len(base.budget.num_channels)))
         on_cpu, on_gpu = (
-            make_scorer(prepared, base.search, recovery=recovery, dtype=dtype, gpu=share)
+            Scorer(prepared, base.search, recovery=recovery, dtype=dtype, gpu=share)
             for share in (0.0, 0.5)
         )
         for index, row in enumerate(counts.tolist()):
-            candidate = Candidate(index, 0.5, tuple(row))
+            candidate = Candidate(0.5, tuple(row), index=index)
             first, second = on_cpu(candidate), on_gpu(candidate)
             assert second.images == first.images
             assert second.top1 == pytest.approx(first.top1, abs=0.01)

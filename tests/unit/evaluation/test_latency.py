@@ -9,7 +9,7 @@ X = torch.zeros(1, 3, 4, 4)
 
 
 class Recorder(nn.Module):
-    """Writes into a list shared by its copies what it was called with."""
+    """A network that notes its inputs in a list, which its copies share."""
 
     def __init__(self, name: str, calls: list) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ def test_models_are_measured_in_turn():
     latencies, calls = measure_recorders("base", "half", "third", repeats=3, warmup=1)
     timed = [name for name, *_ in calls][1::2]
     assert timed == ["base", "half", "third"] * 4
-    assert [len(each.rounds_ms) for each in latencies.values()] == [3, 3, 3]
+    assert [len(latency.rounds_ms) for latency in latencies.values()] == [3, 3, 3]
 
 
 def test_every_timed_pass_follows_an_untimed_one_of_the_same_model():
@@ -80,7 +80,7 @@ def test_no_round_begins_after_the_time_is_up(monkeypatch):
 
 def test_one_round_is_always_finished():
     latencies, _ = measure_recorders("base", "half", repeats=50, warmup=5, seconds=0.0)
-    assert {len(each.rounds_ms) for each in latencies.values()} == {1}
+    assert {len(latency.rounds_ms) for latency in latencies.values()} == {1}
 
 
 def test_median_and_quartiles_are_those_of_the_passes():
@@ -98,8 +98,8 @@ def test_speedup_is_the_median_of_the_ratios_of_each_round():
 
 def test_drift_of_the_machine_leaves_the_speedup_alone():
     drift = [1.0, 1.5, 3.0, 8.0, 2.0]
-    base = Latency(tuple(4 * each for each in drift))
-    assert speedup(base, Latency(tuple(2 * each for each in drift))) == 2.0
+    base = Latency(tuple(4 * milliseconds for milliseconds in drift))
+    assert speedup(base, Latency(tuple(2 * milliseconds for milliseconds in drift))) == 2.0
 
 
 def test_latencies_of_different_measurements_have_no_speedup():

@@ -19,10 +19,10 @@ from cacp_ray.evaluation.layer_timing import (
     make_input,
     measure_table,
 )
-from cacp_ray.loading import with_latency
 from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.latency_cost import Calibration
-from cacp_ray.pruning.plan import make_plan
+from cacp_ray.pruning.planner import make_plan
+from cacp_ray.workflows.setup import with_latency
 
 
 class Small(nn.Module):
@@ -156,9 +156,9 @@ def test_layers_are_built_as_the_network_has_them(name):
     built = []
     for layer in plan.cost_model.layers:
         inputs, outputs = layer.inputs @ whole + layer.input_bias, layer.outputs @ whole
-        found = build_layer(layer.shape, round(inputs), round(outputs + layer.output_bias))
-        assert found(make_input(layer.shape, found, 2)).shape[0] == 2
-        built.append(found[0] if isinstance(found, nn.Sequential) else found)
+        layer_alone = build_layer(layer.shape, round(inputs), round(outputs + layer.output_bias))
+        assert layer_alone(make_input(layer.shape, layer_alone, 2)).shape[0] == 2
+        built.append(layer_alone[0] if isinstance(layer_alone, nn.Sequential) else layer_alone)
     assert sorted(map(repr, built)) == sorted(map(repr, modules))
 
 
@@ -177,17 +177,17 @@ def test_layers_of_one_shape_share_a_grid_that_suits_the_narrow_ones():
 def test_the_calibration_finds_the_line_and_leaves_out_the_networks_that_were_disturbed():
     layers = np.arange(1, 13) * 1000
     measured = 500 + 1.5 * layers
-    found = fit_calibration(layers, measured)
-    assert (found.constant, found.scale) == pytest.approx((500, 1.5))
+    calibration = fit_calibration(layers, measured)
+    assert (calibration.constant, calibration.scale) == pytest.approx((500, 1.5))
     measured[[3, 7]] *= 4
-    found = fit_calibration(layers, measured)
-    assert (found.constant, found.scale) == pytest.approx((500, 1.5), rel=0.02)
+    calibration = fit_calibration(layers, measured)
+    assert (calibration.constant, calibration.scale) == pytest.approx((500, 1.5), rel=0.02)
 
 
 def test_the_calibration_is_never_negative():
     layers = np.arange(1, 13) * 1000
-    found = fit_calibration(layers, 1.5 * layers - 500)
-    assert found.constant == 0
-    assert 0 < found.scale < 1.5
+    calibration = fit_calibration(layers, 1.5 * layers - 500)
+    assert calibration.constant == 0
+    assert 0 < calibration.scale < 1.5
     assert fit_calibration(layers, 20_000.0 - layers).scale == 0
     assert fit_calibration(layers[:1], np.array([2000.0])) == Calibration(0.0, 2.0)

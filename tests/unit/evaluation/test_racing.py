@@ -1,4 +1,4 @@
-"""Racing: hits survive the way, better networks are never stopped, estimates are fair."""
+"""Racing: hits survive encoding, better networks are never stopped, estimates are fair."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from cacp_ray.evaluation.racing import (
     has_fallen_behind,
     prefixes,
 )
-from cacp_ray.evaluation.scorer import make_scorer
+from cacp_ray.evaluation.scorer import Scorer
 from tests.unit.evaluation.test_scorer import base, make  # noqa: F401 - a fixture
 
 
@@ -56,25 +56,26 @@ def test_the_estimate_is_exact_on_all_images_and_fair_on_few():
     hits = np.where(rng.random(4000) < 0.1, rng.random(4000) < 0.5, best)
     assert estimate(hits, best) == pytest.approx(hits.mean())
     starts = [rng.permutation(4000) for _ in range(200)]
-    found = [estimate(hits[order][:500], best[order]) for order in starts]
+    estimates = [estimate(hits[order][:500], best[order]) for order in starts]
     alone = [hits[order][:500].mean() for order in starts]
-    assert np.mean(found) == pytest.approx(hits.mean(), abs=0.002)
-    assert np.std(found) < 0.8 * np.std(alone)
+    assert np.mean(estimates) == pytest.approx(hits.mean(), abs=0.002)
+    assert np.std(estimates) < 0.8 * np.std(alone)
 
 
 def test_a_bad_candidate_stops_and_a_good_one_is_scored_to_the_end(base):  # noqa: F811
     prepared = make(base, "none")
-    score = make_scorer(prepared, base.search, recovery="none", dtype="float32")
+    score = Scorer(prepared, base.search, recovery="none", dtype="float32")
     whole = tuple(base.plan.cost_model.num_channels.tolist())
-    first = score(Candidate(0, 1.0, whole))
+    first = score(Candidate(1.0, whole, index=0))
     assert first.top1 == pytest.approx(decode_hits(first.hits).mean())
-    again = score(Candidate(1, 1.0, whole, best=first.hits))
+    again = score(Candidate(1.0, whole, index=1, opponent=first.hits))
     assert (again.status, again.images, again.hits) == ("ok", 200, first.hits)
-    bad = Candidate(2, 0.3, tuple(count // 2 for count in whole))
-    stopped = score(dataclasses.replace(bad, best=first.hits))
+    bad = Candidate(0.3, tuple(count // 2 for count in whole), index=2)
+    stopped = score(dataclasses.replace(bad, opponent=first.hits))
     assert (stopped.status, stopped.images, stopped.hits) == ("stopped", 12, "")
     assert abs(stopped.top1 - score(bad).top1) < 0.25
     assert score(dataclasses.replace(bad, images=50)).hits == ""
-    few = make_scorer(prepared, base.search, recovery="none", dtype="float32", images=50)
-    assert len(decode_hits(few(Candidate(3, 1.0, whole)).hits)) == 50
-    assert few(dataclasses.replace(bad, best=few(Candidate(3, 1.0, whole)).hits)).images < 50
+    few = Scorer(prepared, base.search, recovery="none", dtype="float32", images=50)
+    best = few(Candidate(1.0, whole, index=3)).hits
+    assert len(decode_hits(best)) == 50
+    assert few(dataclasses.replace(bad, opponent=best)).images < 50

@@ -1,4 +1,4 @@
-"""Subnet folders as a search leaves them, of random keep counts."""
+"""Subnet folders as a search leaves them, with random keep counts."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cacp_ray.analysis import analyze
 from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.subnet import describe_kept, save_subnet
+from cacp_ray.workflows.analyze import analyze
 from tests.unit.pruning.networks import Plain
 
 DEPTHWISE = "tests.unit.pruning.networks:Depthwise"
@@ -29,10 +29,10 @@ def make_folder(folder: Path, name: str, side: int, num_classes: int = 5, seed: 
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
             torch.nn.init.normal_(module.bias, std=0.1)
-    found = analyze(model, torch.zeros(1, 3, side, side))
+    analysis = analyze(model, torch.zeros(1, 3, side, side))
     rng = np.random.default_rng(seed)
-    counts = [int(rng.integers(1, group.num_channels + 1)) for group in found.groups]
-    orders = [np.arange(group.num_channels) for group in found.groups]
+    counts = [int(rng.integers(1, group.num_channels + 1)) for group in analysis.groups]
+    orders = [np.arange(group.num_channels) for group in analysis.groups]
     description = {
         "model": name,
         "num_classes": num_classes,
@@ -41,9 +41,9 @@ def make_folder(folder: Path, name: str, side: int, num_classes: int = 5, seed: 
         "cost": "macs",
         "rate": 0.5,
         "cost_kept": 0.4999,
-        "macs": int(found.cost(counts)),
-        "params": int(found.plan.params(counts)),
-        "groups": describe_kept(found.plan, orders, counts),
+        "macs": int(analysis.cost(counts)),
+        "params": int(analysis.plan.params(counts)),
+        "groups": describe_kept(analysis.plan, orders, counts),
     }
-    save_subnet(folder, found.build(counts), description)
+    save_subnet(folder, analysis.build(counts), description)
     return folder

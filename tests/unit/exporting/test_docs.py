@@ -1,4 +1,4 @@
-"""docs/export.md: every command and code block runs, in the order of the page."""
+"""Every command and code block of docs/export.md runs, in the order of the page."""
 
 import re
 import shlex
@@ -24,7 +24,7 @@ def test_every_command_and_code_block_runs(tmp_path, monkeypatch, capfd):
             main()
         out, err = capfd.readouterr()
         assert (caught.value.code, err) == (0, "")
-        assert out.count("\n") == 1  # the exporters' own chatter is not shown
+        assert out.count("\n") == 1  # the exporters' own output is hidden
         assert re.search(r"weights after the search, \d\.\d\d MB, .*batch sizes 1 and 3$", out)
     names: dict[str, object] = {}
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

@@ -41,7 +41,7 @@ def names(folder: Path) -> list[str]:
 
 
 def run_file(path: Path, folder: Path, images: torch.Tensor) -> torch.Tensor:
-    """What a program that knows only the file format computes."""
+    """Outputs of a program that knows only the file format."""
     if path.suffix == ".onnx":
         session = onnxruntime.InferenceSession(path)
         (logits,) = session.run(None, {"image": images.numpy()})
@@ -72,7 +72,7 @@ def test_the_file_computes_what_the_subnet_computes_for_any_batch(network, forma
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
     content = done.path.read_bytes()
     assert done.size == len(content)
-    assert b"site-packages" not in content  # nothing of this machine
+    assert b"site-packages" not in content  # no paths of this machine
     assert str(Path.cwd()).encode() not in content
 
 
@@ -147,7 +147,7 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(folder, 
     monkeypatch.setattr(subnet.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs onnx, .*pip install 'cacp-ray\[export\]'"):
         export_subnet(folder, "onnx")
-    assert export_subnet(folder, "torch-export").path.exists()  # needs none of them
+    assert export_subnet(folder, "torch-export").path.exists()  # this format needs no other package
 
 
 def test_a_folder_that_cannot_be_written_is_bad_input(folder):

@@ -1,4 +1,4 @@
-"""Networks by name, and weights that fit or are refused with the keys."""
+"""Networks are built by name, and weights that do not fit are refused with their keys."""
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ from cacp_ray.models.factory import (
     build_model,
     default_input_shape,
     default_num_classes,
-    load_weights,
 )
+from cacp_ray.models.pretrained import load_weights
 from cacp_ray.training.metrics import measure
 
 
@@ -76,7 +76,7 @@ def test_networks_are_inspected_at_the_input_they_are_made_for():
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_auxiliary_heads_are_left_out_and_their_weights_are_ignored(name, tmp_path):
-    # Published weights hold the heads, which only training runs.
+    # Published weights hold the heads that only training runs.
     source = models.get_model(name, aux_logits=True, init_weights=False, num_classes=7).eval()
     file = str(tmp_path / "w.safetensors")
     save_file(source.state_dict(), file)
@@ -86,7 +86,7 @@ def test_auxiliary_heads_are_left_out_and_their_weights_are_ignored(name, tmp_pa
     x = torch.randn(1, 3, 75, 75)
     with torch.no_grad():
         assert torch.equal(model.eval()(x), source(x))
-    assert isinstance(model.train()(x.repeat(2, 1, 1, 1)), torch.Tensor)  # trains as any network
+    assert isinstance(model.train()(x.repeat(2, 1, 1, 1)), torch.Tensor)  # it can be trained
     save_file(source.state_dict() | {"head3.weight": torch.zeros(1)}, file)
     with pytest.raises(ArtifactError, match=r"unexpected head3\.weight;"):
         load_weights(model, file)
@@ -97,8 +97,8 @@ def test_embedded_weights_reach_their_accuracy():
     model = build_model("resnet20", 10)
     load_weights(model, "embedded:resnet20_cifar10")
     split = read_parquet("embedded:search").take(500)
-    found = measure(model, *split.tensors())
-    assert found.top1 > 0.907 - 0.039
+    accuracy = measure(model, *split.tensors())
+    assert accuracy.top1 > 0.907 - 0.039
 
 
 def test_weights_that_do_not_fit_are_refused_with_the_keys(tmp_path):

@@ -1,9 +1,10 @@
-"""Weights kept for experiments reach their accuracy."""
+"""The weights that experiments use reach their accuracy."""
 
 import pytest
 
 from cacp_ray.data.images import read_parquet
-from cacp_ray.models.factory import build_model, load_weights
+from cacp_ray.models.factory import build_model
+from cacp_ray.models.pretrained import load_weights
 from cacp_ray.training.metrics import fast_dtype, measure
 
 
@@ -17,5 +18,5 @@ from cacp_ray.training.metrics import fast_dtype, measure
 def test_accuracy_on_the_test_sample_is_that_of_the_whole_test_split(name, weights, whole_split):
     model = build_model(name, 10)
     load_weights(model, weights)
-    found = measure(model, *read_parquet("embedded:test").tensors(), dtype=fast_dtype())
-    assert found.top1 == pytest.approx(whole_split, abs=3 * found.standard_error)
+    accuracy = measure(model, *read_parquet("embedded:test").tensors(), dtype=fast_dtype())
+    assert accuracy.top1 == pytest.approx(whole_split, abs=3 * accuracy.standard_error)

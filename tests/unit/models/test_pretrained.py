@@ -1,4 +1,4 @@
-"""Published weights: their transforms without a network, their tensors from the cache."""
+"""Published weights have transforms without a network, and their tensors come from the cache."""
 
 import dataclasses
 import logging
@@ -15,14 +15,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision import models
 
-from cacp_ray.config import DataConfig, ModelConfig, RunConfig, load_config
+from cacp_ray.config.run import DataConfig, ModelConfig, RunConfig, load_config
 from cacp_ray.data.images import read_parquet
 from cacp_ray.data.transforms import to_normalized
-from cacp_ray.describing import describe_published
 from cacp_ray.errors import ArtifactError, ConfigError
-from cacp_ray.loading import load_model, open_split, read_split, warn_of_normalisation
 from cacp_ray.models import pretrained
 from cacp_ray.models.pretrained import describe_weights, is_published, read_weights
+from cacp_ray.workflows.setup import describe_published, load_model, warn_of_normalisation
+from cacp_ray.workflows.splits import Splits
 
 RESNET18 = ModelConfig(name="torchvision:resnet18", weights="IMAGENET1K_V1")
 
@@ -32,7 +32,7 @@ EFFICIENTNET = {"model": {"name": "torchvision:efficientnet_b0", "weights": "IMA
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache, and no network."""
+    """An empty cache and no network."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 
     def refuse(url, file, hash_prefix, progress):
@@ -46,9 +46,9 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_weights_bring_their_transforms_and_accuracy():
-    found = describe_weights("torchvision:resnet50", "IMAGENET1K_V2")
-    assert (found.num_classes, found.data) == (1000, "ImageNet-1K")
-    assert found.top1 == pytest.approx(0.80858)
+    published = describe_weights("torchvision:resnet50", "IMAGENET1K_V2")
+    assert (published.num_classes, published.data) == (1000, "ImageNet-1K")
+    assert published.top1 == pytest.approx(0.80858)
     config = load_config(
         RunConfig,
         {
@@ -88,7 +88,7 @@ def test_unknown_names_are_refused_with_the_nearest():
 
 @pytest.fixture
 def large_image(tmp_path):
-    """A photograph of the sample, larger, in a folder of its class."""
+    """An enlarged photograph of the sample, in a folder of its class."""
     image = Image.fromarray(read_parquet("embedded:train", (0, 1)).images[0])
     image = image.resize((400, 300), Image.Resampling.BICUBIC)
     (tmp_path / "photos" / "cat").mkdir(parents=True)
@@ -103,22 +103,22 @@ def test_images_are_those_of_the_weights_own_transforms(tmp_path, large_image, s
     data = load_config(RunConfig, given).data
     assert data.interpolation == "bicubic"
     expected = models.EfficientNet_B0_Weights.IMAGENET1K_V1.transforms()(large_image)
-    sets = [open_split(data, "train").at(np.arange(1)), read_split(data, "search")]
+    sets = [Splits(data).open("train").at(np.arange(1)), Splits(data).read("search")]
     for images in sets:
-        found = to_normalized(images.images, images.mean, images.std)[0]
-        assert torch.allclose(found, expected, atol=1e-5)
-    bilinear = read_split(data.model_copy(update={"interpolation": "bilinear"}), "search")
+        normalised = to_normalized(images.images, images.mean, images.std)[0]
+        assert torch.allclose(normalised, expected, atol=1e-5)
+    bilinear = Splits(data.model_copy(update={"interpolation": "bilinear"})).read("search")
     assert not np.array_equal(bilinear.images, sets[0].images)
 
 
 def test_interpolation_is_that_of_the_weights_unless_it_is_set():
     own = {"torchvision:resnet50": "bilinear", "torchvision:maxvit_t": "bicubic"}
     for name, expected in own.items():
-        found = describe_weights(name, "IMAGENET1K_V1").transforms
-        assert found["interpolation"] == expected
+        transforms = describe_weights(name, "IMAGENET1K_V1").transforms
+        assert transforms["interpolation"] == expected
     for name, expected in {"timm:vgg11": "bilinear", "timm:resnet18": "bicubic"}.items():
-        found = describe_weights(name, "pretrained").transforms
-        assert found["interpolation"] == expected
+        transforms = describe_weights(name, "pretrained").transforms
+        assert transforms["interpolation"] == expected
     assert load_config(RunConfig, {}).data.interpolation == "bilinear"
     set_here = load_config(RunConfig, EFFICIENTNET, ["data.interpolation=bilinear"])
     assert set_here.data.interpolation == "bilinear"
@@ -170,7 +170,7 @@ def test_all_files_of_torchvision_are_named_by_their_hash():
 
 
 def name_by_hash(monkeypatch, file):
-    """As if the file were the one that torchvision publishes."""
+    """Makes a file pass for the one that torchvision publishes."""
     named = file.with_name(f"resnet18-{sha256(file.read_bytes()).hexdigest()[:8]}.pth")
     file.rename(named)
     weights = models.ResNet18_Weights.IMAGENET1K_V1.value
@@ -186,10 +186,10 @@ def test_weights_are_read_from_the_cache(cache, monkeypatch):
     model = load_model(RESNET18, 1000)
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(model(x), reference(x))
-    # A file of one's own, by its path.
+    # The path of a user's own file works too.
     own = ModelConfig(name="torchvision:resnet18", weights=str(file))
     assert torch.equal(load_model(own, 1000)(x), reference(x))
-    # Cut short, it is refused and left where it is.
+    # A file that was cut short is refused and left in place.
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(ArtifactError, match="delete the file") as caught:
         load_model(RESNET18, 1000)
@@ -229,7 +229,7 @@ def test_a_file_that_is_no_state_dict_is_refused(tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """An empty cache of the Hugging Face hub, and a network without it."""
+    """An empty cache of the Hugging Face hub, and no connection to the hub."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     return tmp_path / "models--timm--resnet18.a1_in1k"
@@ -253,8 +253,8 @@ def test_timm_weights_in_the_cache_need_no_network(hub):
     (hub / "refs").mkdir()
     (hub / "refs" / "main").write_text("abc")
     save_file(reference.state_dict(), folder / "model.safetensors")
-    found = read_weights("timm:resnet18", "pretrained")
-    assert all(torch.equal(found[key], value) for key, value in reference.state_dict().items())
+    weights = read_weights("timm:resnet18", "pretrained")
+    assert all(torch.equal(weights[key], value) for key, value in reference.state_dict().items())
 
 
 def test_timm_weights_that_cannot_be_fetched_fail_fast_and_quietly(hub, caplog, capfd):

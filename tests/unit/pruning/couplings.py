@@ -27,7 +27,7 @@ class Net(nn.Module):
 
 
 class Fn(nn.Module):
-    """A function of tensors, with modules beside it."""
+    """A network whose forward is a function of tensors, with the modules that it uses."""
 
     def __init__(
         self, function: Callable[..., Tensor], **modules: nn.Module | nn.Parameter
@@ -42,7 +42,7 @@ class Fn(nn.Module):
 
 
 class Blur(nn.Module):
-    """A fixed filter a channel; its buffer is not in the state dict, its width in an attribute."""
+    """A fixed filter for each channel, in no state dict; an attribute holds its width."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Blur(nn.Module):
 
 
 class Standardised(nn.Conv2d):
-    """Weight standardisation with a gain a filter, as normaliser-free networks have."""
+    """Weight standardisation with a gain for each filter, as in normaliser-free networks."""
 
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__(width_in, width, 3, padding=1)

@@ -1,4 +1,4 @@
-"""Small networks with the couplings that real ones have."""
+"""Small networks with the couplings that real networks have."""
 
 import torch
 from torch import Tensor, nn

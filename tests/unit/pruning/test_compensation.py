@@ -8,11 +8,12 @@ from torch import nn
 from cacp_ray.pruning import statistics as module_of_statistics
 from cacp_ray.pruning.compensation import Compensator, make_factors
 from cacp_ray.pruning.criteria import rank_channels
+from cacp_ray.pruning.cutter import Cutter, reorder_weights
 from cacp_ray.pruning.patches import take_inputs
-from cacp_ray.pruning.plan import make_plan
+from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.recovery import recalibrate_bn
+from cacp_ray.pruning.resizable import ResizableNetwork, build_subnet
 from cacp_ray.pruning.statistics import collect_statistics, regularized
-from cacp_ray.pruning.surgery import Skeleton, Slicer, build_subnet, reorder_weights
 from tests.unit.pruning.networks import NAMES, make
 
 
@@ -109,7 +110,7 @@ def test_float32_products_equal_the_dense_formulas_in_float64(
         weight, shift = solve_in_float64(plan, tensors, moments, orders, consumer, counts)
         ours = small[consumer.weight].flatten(1).double()
         assert (ours - weight).norm() < 1e-4 * weight.norm()
-        # The intercept is what was added to the cut bias, or taken off the cut running mean.
+        # The intercept was added to the cut bias, or subtracted from the cut running mean.
         bias, sign = f"{consumer.module}.bias", 1
         if bias not in ordered:
             bias, sign = f"{consumer.batch_norm}.running_mean", -1
@@ -120,7 +121,7 @@ def test_float32_products_equal_the_dense_formulas_in_float64(
 
 
 def test_every_reader_of_a_cut_residual_stream_is_compensated():
-    """Cutting the stream alone changes each of its readers, and repairs what slicing breaks."""
+    """Cutting the stream alone changes each of its readers, and compensation repairs them."""
     torch.manual_seed(1)
     x = torch.randn(200, 3, 16, 16)
     model, plan, _, _, _, ordered, factors = prepare("resnet", x)
@@ -133,7 +134,7 @@ def test_every_reader_of_a_cut_residual_stream_is_compensated():
         if (plan.axes[consumer.weight, 1].group == stream).any()
     }
     assert len(readers) >= 2
-    cut = Slicer(plan)(ordered, counts)
+    cut = Cutter(plan)(ordered, counts)
     repaired = Compensator(plan, ordered, factors)(counts)
     for consumer in plan.consumers:
         same = torch.allclose(repaired[consumer.weight], cut[consumer.weight], atol=1e-4)
@@ -176,7 +177,7 @@ def test_outputs_before_bn_keep_mean_and_variance():
 def test_bn_recalibration_gives_batch_statistics_and_restores_momentum():
     model, _ = make("resnet")
     x = torch.randn(64, 3, 16, 16)
-    net = Skeleton(model).model
+    net = ResizableNetwork(model).model
     recalibrate_bn(net, x, batch_size=64)
     first = net.conv1(x)
     assert torch.allclose(net.bn1.running_mean, first.mean((0, 2, 3)), atol=1e-5)
@@ -187,7 +188,7 @@ def test_bn_recalibration_gives_batch_statistics_and_restores_momentum():
 
 @pytest.mark.parametrize("num_images", [17, 33, 40])
 def test_bn_recalibration_weighs_every_image_alike(num_images):
-    """Also where the images do not fill the last batch, and maps are of one pixel."""
+    """The images may leave the last batch short, and maps may have one pixel."""
     torch.manual_seed(1)
     net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     x = torch.randn(num_images, 3, 8, 8)

@@ -38,7 +38,7 @@ def two_layers(calibration=Calibration()):  # noqa: B008
 
 def test_a_table_of_two_layers():
     cost = two_layers()
-    # Below the first width as there; then 100 a channel, a quarter, and 9 a channel of the linear.
+    # Convolution: up to 2 channels cost 100, more cost 100 each, then 0.25. Linear: 9 for each.
     counts = np.array([[1], [2], [3], [4], [7], [8]])
     assert cost(counts).tolist() == [107, 116, 225, 334, 361, 371]
     assert cost.sum_layers([8]) == 371

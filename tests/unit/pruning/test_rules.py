@@ -1,4 +1,4 @@
-"""Each way of coupling channels: found, cut, counted, and the same as zeros in their place."""
+"""Each coupling of channels is found, cut and counted, and equals zeros in their place."""
 
 import inspect
 
@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from cacp_ray.analysis import analyze
 from cacp_ray.errors import ConfigError, UnsupportedModelError
 from cacp_ray.models.factory import build_model
-from cacp_ray.pruning.plan import count_macs, make_plan
+from cacp_ray.pruning.cutter import Cutter, all_tensors, reorder_weights
+from cacp_ray.pruning.planner import make_plan
+from cacp_ray.pruning.resizable import ResizableNetwork
 from cacp_ray.pruning.subnet import load_subnet, save_subnet
-from cacp_ray.pruning.surgery import Skeleton, Slicer, all_tensors, reorder_weights
-from cacp_ray.pruning.verify import zero_channels
+from cacp_ray.pruning.verification import count_macs, zero_channels
+from cacp_ray.workflows.analyze import analyze
 from tests.unit.pruning.couplings import COUPLINGS, NORMALISED, Fn, Net
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -42,7 +43,8 @@ def test_cut_networks_run_cost_what_is_predicted_and_equal_masked_ones(name):
     model, plan = make(name)
     channels = plan.cost_model.num_channels
     rng = np.random.default_rng(0)
-    skeleton, masked, tensors = Skeleton(model), Skeleton(model), all_tensors(model)
+    resizable, masked = ResizableNetwork(model), ResizableNetwork(model)
+    tensors = all_tensors(model)
     orders = [rng.permutation(count) for count in channels]
     ordered = reorder_weights(plan, tensors, orders)
     candidates = [
@@ -51,7 +53,7 @@ def test_cut_networks_run_cost_what_is_predicted_and_equal_masked_ones(name):
         *rng.integers(plan.least_counts, channels + 1, (4, len(channels))),
     ]
     for counts in candidates:
-        small = skeleton.load(Slicer(plan)(ordered, counts.tolist()))
+        small = resizable.load(Cutter(plan)(ordered, counts.tolist()))
         with torch.inference_mode():
             output = small(X)
         assert output.shape == (2, 5)
@@ -61,7 +63,7 @@ def test_cut_networks_run_cost_what_is_predicted_and_equal_masked_ones(name):
             with torch.inference_mode():
                 expected = masked.load(zero_channels(plan, tensors, counts, orders))(X)
             torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
-    whole = skeleton.load(Slicer(plan)(ordered, channels.tolist()))(X)
+    whole = resizable.load(Cutter(plan)(ordered, channels.tolist()))(X)
     torch.testing.assert_close(whole, model(X), atol=1e-5, rtol=1e-4)
 
 
@@ -95,7 +97,7 @@ def test_channels_pass_through_activations(name, inplace):
 
 
 class Counting(nn.Module):
-    """Counts its passes, or answers with noise."""
+    """A network that counts its passes or answers with noise."""
 
     def __init__(self, kind):
         super().__init__()
@@ -143,7 +145,7 @@ def test_outputs_may_be_of_any_shape():
 
 
 class SizeTwice(nn.Module):
-    """Its attribute is the output's width; the input happens to have the same."""
+    """A layer whose attribute is the width of its output; its input happens to be as wide."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Sequential recovery: each layer is least squares on what the cut network really gives it."""
+"""Sequential recovery fits each layer by least squares to its inputs in the cut network."""
 
 import numpy as np
 import pytest
@@ -7,10 +7,11 @@ from torch import nn
 
 from cacp_ray.pruning import sequential
 from cacp_ray.pruning.compensation import Compensator, make_factors
-from cacp_ray.pruning.plan import make_plan
+from cacp_ray.pruning.cutter import reorder_weights
+from cacp_ray.pruning.planner import make_plan
+from cacp_ray.pruning.resizable import build_subnet
 from cacp_ray.pruning.sequential import recover_sequentially
 from cacp_ray.pruning.statistics import collect_statistics
-from cacp_ray.pruning.surgery import build_subnet, reorder_weights
 from tests.unit.pruning.networks import NAMES, Twice, make
 
 
@@ -72,7 +73,7 @@ class Case:
 
 
 def inputs_and_outputs(model, layer, x):
-    """What a layer reads and gives."""
+    """Inputs and outputs of a layer."""
     seen = []
     module = dict(model.named_modules())[layer]
     hook = module.register_forward_hook(lambda _, args, y: seen.append((args[0], y)))
@@ -105,7 +106,7 @@ def test_the_last_layer_is_least_squares_on_the_cut_networks_own_inputs(name, la
 
 
 def test_outputs_before_bn_have_the_mean_and_variance_of_the_original():
-    """Also deep in the network, where compensation alone has drifted away."""
+    """The law holds deep in the network too, where compensation alone has drifted."""
     case = Case("resnet", 0.6)
     small = case.build(case.recover())
     last = [name for name, m in case.model.named_modules() if isinstance(m, nn.Conv2d)][-1]

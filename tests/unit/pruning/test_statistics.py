@@ -1,7 +1,6 @@
-"""Statistics against their definitions, and what is saved of them."""
+"""Statistics against their definitions."""
 
 import dataclasses
-import logging
 import re
 
 import numpy as np
@@ -10,13 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from cacp_ray.data.images import ImageSet
 from cacp_ray.errors import EvaluationError
 from cacp_ray.pruning import statistics as module_of_statistics
 from cacp_ray.pruning.patches import choose_places, take_inputs, take_outputs
-from cacp_ray.pruning.plan import make_plan
+from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.statistics import Statistics, collect_statistics
-from cacp_ray.pruning.statistics_file import load_statistics, save_statistics, statistics_key
 from tests.unit.pruning.networks import NAMES, Twice, make
 
 EVERY_PLACE = 10_000
@@ -239,7 +236,7 @@ def test_a_group_that_nothing_reads_has_zero_gradients():
 
 
 class PadsInside(nn.Conv2d):
-    """Pads before the product, as TensorFlow does, and says so nowhere."""
+    """A convolution that pads in its forward, as TensorFlow does, without an attribute for it."""
 
     def forward(self, input):
         return functional.conv2d(
@@ -248,7 +245,7 @@ class PadsInside(nn.Conv2d):
 
 
 class SameProduct(nn.Conv2d):
-    """A forward of its own that gives the plain product."""
+    """A layer with its own forward, which computes the plain product."""
 
     def forward(self, input):
         return functional.conv2d(input, self.weight, self.bias)
@@ -304,87 +301,6 @@ def test_activations_that_are_not_finite_are_refused_in_one_line(value, kind):
         collect_statistics(model, plan, x, torch.tensor([0, 1]), seed=0, kinds={kind})
     assert "\n" not in str(caught.value)
     assert re.match(r"3\b" if kind == "inputs" else r"\w", str(caught.value))
-
-
-def image_set(seed=0):
-    rng = np.random.default_rng(seed)
-    images = rng.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
-    return ImageSet(images, rng.integers(0, 5, 6), tuple("abcde"))
-
-
-def saved(path, monkeypatch):
-    torch.manual_seed(1)
-    model, _ = make("plain")
-    x = torch.randn(6, 3, 8, 8)
-    monkeypatch.setattr(module_of_statistics, "SEPARABLE_ABOVE", 100)
-    plan, statistics = collect(model, x, torch.arange(6) % 5, kinds={"inputs", "gates"})
-    save_statistics(path, statistics, "key")
-    assert {m.taps is None for m in statistics.inputs.values()} == {True, False}
-    return plan, statistics
-
-
-def test_what_is_read_is_what_was_saved_bit_for_bit(tmp_path, monkeypatch):
-    path = tmp_path / "statistics.safetensors"
-    _, statistics = saved(path, monkeypatch)
-    found = load_statistics(path, "key")
-    assert list(found.inputs) == list(statistics.inputs)
-    for name, moments in statistics.inputs.items():
-        for field, value in vars(moments).items():
-            assert np.array_equal(getattr(found.inputs[name], field), value)
-    for ours, gate in zip(found.gates, statistics.gates, strict=True):
-        assert np.array_equal(ours.square, gate.square)
-        assert np.array_equal(ours.absolute, gate.absolute)
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
-
-
-def test_a_missing_file_or_one_of_something_else_is_not_used(tmp_path, monkeypatch, caplog):
-    path = tmp_path / "statistics.safetensors"
-    assert load_statistics(path, "key") is None
-    saved(path, monkeypatch)
-    assert load_statistics(path, "other") is None
-    assert not caplog.records
-
-
-@pytest.mark.parametrize("keep", [0, 7, 300, -10])
-def test_a_damaged_file_is_not_used_and_logged_in_one_line(tmp_path, monkeypatch, caplog, keep):
-    path = tmp_path / "statistics.safetensors"
-    saved(path, monkeypatch)
-    path.write_bytes(path.read_bytes()[:keep])
-    with caplog.at_level(logging.WARNING):
-        assert load_statistics(path, "key") is None
-    (record,) = caplog.records
-    assert "statistics.safetensors" in record.getMessage()
-    assert "\n" not in record.getMessage()
-
-
-def test_the_key_tells_everything_apart_that_changes_the_statistics():
-    model, x = make("plain")
-    plan = make_plan(model, x[:1])
-    other_model, other_x = make("concat")
-    images = image_set()
-    changed = images.images.copy()
-    changed[5, 7, 7, 2] ^= 1
-    relabelled = images.labels.copy()
-    relabelled[5] += 1
-    options = {"seed": 0, "kinds": {"inputs"}}
-
-    def key(sha256="a", plan=plan, images=images, **change):
-        return statistics_key(sha256, plan, images, **(options | change))
-
-    keys = [
-        key(),
-        key(sha256="b"),
-        key(plan=make_plan(other_model, other_x[:1])),
-        key(images=dataclasses.replace(images, images=changed)),
-        key(images=dataclasses.replace(images, labels=relabelled)),
-        key(images=dataclasses.replace(images, std=(1.0, 1.0, 1.0))),
-        key(images=images.take(5)),
-        key(seed=1),
-        key(kinds={"inputs", "gates"}),
-        key(positions=16),
-    ]
-    assert len(set(keys)) == len(keys)
-    assert key(images=image_set()) == key()
 
 
 def test_statistics_without_kinds_run_nothing():

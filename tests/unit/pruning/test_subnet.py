@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from cacp_ray.analysis import analyze
 from cacp_ray.errors import ArtifactError, InfeasibleRateError
 from cacp_ray.models.factory import build_model
-from cacp_ray.pruning.plan import count_macs
 from cacp_ray.pruning.subnet import describe_kept, load_subnet, save_subnet
+from cacp_ray.pruning.verification import count_macs
+from cacp_ray.workflows.analyze import analyze
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cacp_ray.files import write_json, write_yaml
+from cacp_ray.io.files import write_json, write_yaml
 
 BASE_MACS = 40_000_000
 BASE_PARAMS = 272_000
@@ -117,7 +117,7 @@ def make_episodes(count: int, rates: tuple[float, ...] = RATES) -> pa.Table:
 
 
 def make_lines(count: int, rates: tuple[float, ...] = RATES) -> list[dict[str, Any]]:
-    """Lines of `learning.jsonl`; the agent has no problem yet at the first."""
+    """Lines of `learning.jsonl`; at the first one, the agent has no problem yet."""
     unseen = [round(rate - 0.1, 2) for rate in rates]
     return [
         {
@@ -135,7 +135,7 @@ def make_lines(count: int, rates: tuple[float, ...] = RATES) -> list[dict[str, A
 
 
 def make_learning(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """What result.json says of learning: the answers of the first rate and of one not searched."""
+    """The `learning` of result.json: answers at the first rate and at one not searched."""
     points = [
         {
             "evaluations": line["evaluations"],
@@ -151,7 +151,7 @@ def make_learning(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def make_metrics(row: dict[str, Any], epochs: int = 8) -> dict[str, Any]:
-    """What fine-tuning leaves beside a subnet."""
+    """Content of the metrics.json of a fine-tuned subnet."""
     before, best = row["top1"], row["finetuned_top1"]
     top1 = [best - (best - before) * 0.5**epoch for epoch in range(1, epochs)]
     return {

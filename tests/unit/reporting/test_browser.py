@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from cacp_ray.reporting.html import write_report
+from cacp_ray.reporting.run_report import write_report
 from tests.unit.reporting.synthetic import (
     make_episodes,
     make_learning,
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this mac
 
 
 def load(folder, page, width=1400):
-    """What the page became, and what the browser's console says of it."""
+    """The rendered page and the messages of the browser's console."""
     command = [BROWSER, *FLAGS, f"--user-data-dir={folder / 'profile'}"]
     command += [f"--window-size={width},2000", "--dump-dom", f"file://{page}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)

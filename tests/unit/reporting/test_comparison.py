@@ -63,7 +63,7 @@ def render(comparison: Comparison, width: int = 110) -> str:
 
 
 def cells(text: str, label: str) -> list[list[str]]:
-    """What stands beside a name, in one table after another."""
+    """Cells of the rows with a name, in all tables."""
     rows = [line for line in text.splitlines() if re.match(rf" ?{re.escape(label)} ", line)]
     return [re.split(r"\s{2,}", row.strip())[1:] for row in rows]
 
@@ -145,10 +145,10 @@ def test_what_limits_a_run_is_said_below():
 def test_json_holds_what_the_table_shows(tmp_path):
     comparison = make_comparison(make_run("cacp"), make_run("random", (0.5, 0.7)))
     write_comparison(comparison, tmp_path)
-    found = json.loads((tmp_path / "comparison.json").read_text())
-    assert found["rates"] == list(RATES)
-    assert found["mean_over"] == [0.5, 0.7]
-    first, second = found["runs"]
+    written = json.loads((tmp_path / "comparison.json").read_text())
+    assert written["rates"] == list(RATES)
+    assert written["mean_over"] == [0.5, 0.7]
+    first, second = written["runs"]
     assert first["search_top1"] == {"0.30": 0.72, "0.50": 0.8, "0.70": 0.88}
     assert first["policy_top1"]["0.30"] == pytest.approx(0.67)
     assert first["mean_search_top1"] == second["mean_search_top1"] == pytest.approx(0.84)
@@ -227,8 +227,8 @@ def test_a_row_of_a_rate_lies_at_its_figure_and_names_its_run():
     axes = Figure().add_subplot()
     plot_rate(axes, make_comparison(*runs), 0.3)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cem", "random", "cacp"]
-    found = sorted((line.get_ydata()[0], round(line.get_xdata()[0], 6)) for line in axes.lines)
-    assert found == [(0, 72.0), (2, 67.0), (2, 72.0)]
+    points = sorted((line.get_ydata()[0], round(line.get_xdata()[0], 6)) for line in axes.lines)
+    assert points == [(0, 72.0), (2, 67.0), (2, 72.0)]
 
 
 def test_many_rates_have_five_panels_with_both_ends():
@@ -258,11 +258,11 @@ def test_runs_that_have_measured_nothing_are_drawn_and_printed():
 def test_a_base_network_of_other_images_is_said_to_be_so_and_not_drawn():
     whole = make_comparison(make_run("cacp"))
     few = dataclasses.replace(whole, images=100)
-    texts = [render(each) for each in (whole, few)]
+    texts = [render(comparison) for comparison in (whole, few)]
     assert ["all 5,000" in text for text in texts] == [False, True]
     lines = []
-    for each in (whole, few):
+    for comparison in (whole, few):
         axes = Figure().add_subplot()
-        plot_frontiers(axes, each)
+        plot_frontiers(axes, comparison)
         lines.append("base network" in [line.get_label() for line in axes.get_lines()])
     assert lines == [True, False]

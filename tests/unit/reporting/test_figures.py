@@ -8,9 +8,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cacp_ray.reporting.figures import plot_accuracy, plot_learning, read_episodes
-from cacp_ray.reporting.html import draw_figures
-from cacp_ray.reporting.layers import fit_importance
+from cacp_ray.reporting.figures import plot_accuracy, plot_progress, read_episodes
+from cacp_ray.reporting.groups import fit_importance
+from cacp_ray.reporting.run_report import draw_figures
 from tests.unit.reporting.synthetic import RATES, make_episodes, make_result
 
 MANY_RATES = tuple(round(0.08 * i, 2) for i in range(1, 13))
@@ -82,7 +82,7 @@ def test_candidates_below_the_axis_are_counted_in_the_caption():
 
 def test_the_best_so_far_never_falls_and_ends_at_the_last_candidate():
     axes = Figure().add_subplot()
-    plot_learning(axes, make_result(), read_episodes(make_episodes(60)))
+    plot_progress(axes, make_result(), read_episodes(make_episodes(60)))
     solid = [line for line in axes.lines if not line.get_label().startswith("_")]
     assert [line.get_label() for line in solid] == ["0.30", "0.50", "0.70"]
     for line in solid:
@@ -95,7 +95,7 @@ def test_a_cheaper_candidate_serves_every_larger_rate():
     table = make_episodes(3)
     top1 = pa.array([0.9, 0.5, 0.6])  # proposed for rates 0.3, 0.5 and 0.7
     table = table.set_column(table.column_names.index("top1"), "top1", top1)
-    plot_learning(axes, make_result(), read_episodes(table))
+    plot_progress(axes, make_result(), read_episodes(table))
     solid = [line for line in axes.lines if not line.get_label().startswith("_")]
     assert all(math.isclose(line.get_ydata()[-1], 90.0) for line in solid)
 
@@ -115,9 +115,9 @@ def make_measured(weights, count=400, noise=0.02, seed=0):
 def test_importance_is_what_a_tenth_fewer_channels_of_one_group_cost():
     weights = np.array([0.9, 0.1, 0.5, 0.0])
     result, table = make_measured(weights)
-    found = fit_importance(result, table)
-    assert found is not None
-    lost, spread, r2 = found
+    importance = fit_importance(result, table)
+    assert importance is not None
+    lost, spread, r2 = importance
     mean = np.mean(table["top1"].to_numpy())
     slope = mean * (1 - mean)  # of the logistic function there
     np.testing.assert_allclose(lost, 100 * slope * weights * -np.log(0.9), atol=0.02)

@@ -6,7 +6,7 @@ from torch import nn
 
 from cacp_ray.errors import ArtifactError
 from cacp_ray.pruning.subnet import save_subnet
-from cacp_ray.reporting.html import write_report
+from cacp_ray.reporting.run_report import write_report
 from tests.unit.reporting.synthetic import (
     RATES,
     make_episodes,
@@ -206,7 +206,7 @@ def test_a_missing_file_is_named(tmp_path, name):
 def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     report(tmp_path, make_result())
     before = (tmp_path / "report.html").read_bytes()
-    monkeypatch.setattr("cacp_ray.files.os.replace", lambda *paths: 1 / 0)
+    monkeypatch.setattr("cacp_ray.io.files.os.replace", lambda *paths: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         report(tmp_path, make_result() | {"name": "other"})
     assert (tmp_path / "report.html").read_bytes() == before

@@ -7,12 +7,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cacp_ray.errors import ArtifactError
+from cacp_ray.io.jsonl import read_journal
 from cacp_ray.reporting.learning import (
     draw_learning,
     plot_noise,
     plot_policy,
     plot_reward,
-    read_learning,
 )
 from tests.unit.reporting.synthetic import RATES, make_learning, make_lines, make_result
 
@@ -63,9 +63,9 @@ def test_what_is_unknown_leaves_a_gap_not_a_zero():
 
 def test_a_last_line_cut_short_is_left_out_and_an_earlier_one_is_an_error(tmp_path):
     path = tmp_path / "learning.jsonl"
-    assert read_learning(path) == []
+    assert read_journal(path) == []
     path.write_text('{"evaluations": 1}\n{"evaluations": 2}\n{"evalu')
-    assert [line["evaluations"] for line in read_learning(path)] == [1, 2]
+    assert [line["evaluations"] for line in read_journal(path)] == [1, 2]
     path.write_text('{"evaluations": 1}\n{"evalu\n{"evaluations": 3}\n')
     with pytest.raises(ArtifactError, match="line 2"):
-        read_learning(path)
+        read_journal(path)

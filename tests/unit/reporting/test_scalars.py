@@ -8,7 +8,7 @@ from cacp_ray.reporting.scalars import ScalarLog, check_loggers
 
 
 class FakeWandb:
-    """What a search needs of wandb: one run, which may be gone on with."""
+    """The part of wandb that a search needs: one run, which can be resumed."""
 
     def __init__(self):
         self.calls = []
@@ -23,7 +23,7 @@ class FakeWandb:
 
 
 class FakeMlflow:
-    """What a search needs of mlflow."""
+    """The part of mlflow that a search needs."""
 
     def __init__(self):
         self.calls = []

@@ -165,7 +165,7 @@ def test_a_cut_network_shows_the_channels_before_the_cut():
 
 
 def expand(short: str) -> list[str]:
-    """As a shell does."""
+    """Expands braces as a shell does."""
     choices = []
     for text, braces in re.findall(r"([^{]+)|\{([^}]*)\}", short):
         numbers = []
@@ -204,7 +204,7 @@ def test_the_answers_of_a_policy_are_told_apart_from_what_was_searched_and_saved
     text = render(answers_table(make_result(), [alone]))
     assert "policy" in text
     assert not {"best", "saved"} & set(text.split())
-    found = scored | {"scored_top1": 0.82, "top1": 0.85, "path": "subnets/rate-0.50"}
-    text = render(answers_table(make_result(), [found]))
+    answer = scored | {"scored_top1": 0.82, "top1": 0.85, "path": "subnets/rate-0.50"}
+    text = render(answers_table(make_result(), [answer]))
     row = next(line for line in text.splitlines() if line.strip().startswith("0.50"))
     assert row.split()[-3:] == ["80.00", "82.00", "85.00"]

@@ -5,8 +5,8 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cacp_ray.rundir.records import EpisodeRecord
 from cacp_ray.searching.archive import Archive
-from cacp_ray.searching.records import EpisodeRecord
 
 TOTAL = 20
 
@@ -56,8 +56,8 @@ def test_best_is_the_maximum_over_all_that_fit_in_whatever_order_they_come(recor
     )
     random.shuffle(records)
     archive = Archive(TOTAL)
-    for each in records:
-        archive.add(each)
+    for measured in records:
+        archive.add(measured)
     assert archive.best(rate) is expected
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cacp_ray.files import read_json
+from cacp_ray.io.files import read_json
 from cacp_ray.searching.allocation import AllocationSpace, uniform_prior
 from cacp_ray.searching.strategies.cem import ELITE, POPULATION, SCALE, Gaussian, refit
 from tests.toy import measure_by_formula
@@ -15,7 +15,7 @@ RATE = 0.5
 def state_of(strategy, folder):
     """Mean (P,), variance (P,) and size of the open generation of the only rate."""
     strategy.save(folder)
-    [(rate, mean, variance, generation)] = read_json(folder / "state.json")["rates"]
+    [(rate, mean, variance, generation)] = read_json(folder / "state.json")["memory"]
     assert rate == RATE
     return np.array(mean), np.array(variance), len(generation)
 

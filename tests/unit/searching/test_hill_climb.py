@@ -3,7 +3,7 @@
 import numpy as np
 
 from cacp_ray.searching.allocation import AllocationSpace, uniform_prior
-from cacp_ray.searching.strategies import hill_climb
+from cacp_ray.searching.strategies import offsets as offset_strategies
 from cacp_ray.searching.strategies.hill_climb import MAX_MUTATED, SCALE, SPREAD
 from tests.toy import measure_by_formula
 from tests.unit.searching.test_strategies import make
@@ -12,7 +12,7 @@ RATE = 0.5
 
 
 def wishes(num_proposals, told, score, monkeypatch):
-    """(N, P) offsets asked for after `told` proposals were told, and the space."""
+    """(N, P) offsets drawn after `told` results were told, and the space."""
     strategy, budget = make("hill_climb", rates=(RATE,))
     strategy.tell(measure_by_formula(strategy.ask(told), score))
     asked = []
@@ -28,7 +28,7 @@ def wishes(num_proposals, told, score, monkeypatch):
 
 
 def test_few_groups_of_the_parent_are_mutated(monkeypatch):
-    monkeypatch.setattr(hill_climb, "MAX_RETRIES", 0)  # retries are noisier
+    monkeypatch.setattr(offset_strategies, "MAX_RETRIES", 0)  # retries are noisier
     offsets, _ = wishes(400, 1, lambda _: 0.5, monkeypatch)  # the parent is the prior: offset 0
     num_mutated = (offsets != 0).sum(axis=1)
     assert set(num_mutated) == set(range(1, MAX_MUTATED + 1))

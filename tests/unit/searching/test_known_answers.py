@@ -6,30 +6,31 @@ import numpy as np
 import pytest
 
 from cacp_ray.evaluation.measurement import LocalEvaluator, Measurement
+from cacp_ray.rundir.directory import RunDirectory
 from cacp_ray.searching.allocation import uniform_prior
 from cacp_ray.searching.budget import Budget, minimum_counts
 from cacp_ray.searching.loop import SearchLoop
-from cacp_ray.searching.run_directory import RunDirectory
-from cacp_ray.searching.strategies import STRATEGIES, make_strategy
+from cacp_ray.searching.strategies import STRATEGIES
 from cacp_ray.searching.strategies.problem import Problem
+from cacp_ray.searching.strategies.table import make_strategy
 from tests.toy import every_allocation, measure_by_formula, toy_cost_model, toy_score
 
 RATES = (0.3, 0.5, 0.7)
 LEARNING = ("hill_climb", "cem", "evolution", "optuna")
 
-# Three groups whose channels cost 1, 2 and 5; or 1 each.
+# Costs of a channel in three groups.
 COSTS = np.array([1, 2, 5])
 ALIKE = np.array([1, 1, 1])
 
 
 def linear_problem(widths, costs=ALIKE, rates=RATES, scores=None, evaluations=300):
-    """A network whose cost is the number of its channels, each times what it costs."""
+    """A network whose cost is the sum of the costs of its channels."""
     channels = np.array(widths)
     budget = Budget(lambda counts: (counts * costs).sum(-1), channels, np.ones(3, np.int64))
     given = {} if scores is None else {"scores": lambda name: scores[name]}
     return Problem(
         toy_cost_model(3), budget, rates, 0, evaluations, uniform_prior(3), **given
-    )  # the cost model is read for residual streams alone
+    )  # strategies read the cost model for residual streams alone
 
 
 def search(name, given, score=lambda counts: 0.5, size=6):
@@ -42,15 +43,15 @@ def search(name, given, score=lambda counts: 0.5, size=6):
 
 
 def best_score(proposals, given, score):
-    """(R,) by rate, of all proposals within its budget."""
-    counts = np.array([each.keep_counts for each in proposals])
-    tops = np.array([score(each.keep_counts) for each in proposals])
+    """(R,) best score of the proposals within the budget of each rate."""
+    counts = np.array([proposal.keep_counts for proposal in proposals])
+    tops = np.array([score(proposal.keep_counts) for proposal in proposals])
     costs = given.budget.cost(counts)
     return np.array([tops[costs <= limit].max() for limit in given.budget.limit(given.rates)])
 
 
 def optimum(given, values):
-    """(R, G) by rate, the allocation within its budget with the highest of `values` (N,)."""
+    """(R, G) allocations with the highest of `values` (N,) within the budget of each rate."""
     tried = every_allocation(given.budget)
     costs = given.budget.cost(tried)
     limits = given.budget.limit(given.rates)
@@ -61,7 +62,7 @@ def optimum(given, values):
 def six_groups(seed):
     """A toy network of some ten thousand allocations, its accuracy, and the best of them.
 
-    Groups add up in the formula of the accuracy, so a table of each alone gives all of them.
+    The accuracy is a sum over groups, so tables of single groups give that of all allocations.
     """
     cost_model, score = toy_cost_model(6, seed), toy_score(toy_cost_model(6, seed), seed)
     channels = cost_model.num_channels
@@ -84,9 +85,9 @@ def share_of_optimum(name, num_seeds=4):
         given, score, best = six_groups(seed)
         best = np.array([score(tuple(row)) for row in best])
         prior = [score(tuple(row)) for row in given.prior.allocate(given.budget, RATES)]
-        found = best_score(search(name, given, score), given, score)
-        assert (found <= best + 1e-12).all()
-        shares.append((found - prior) / (best - prior))
+        top1 = best_score(search(name, given, score), given, score)
+        assert (top1 <= best + 1e-12).all()
+        shares.append((top1 - prior) / (best - prior))
     return np.mean(shares)
 
 
@@ -107,16 +108,16 @@ def test_what_learns_nothing_finds_less_of_it(name):
 
 @pytest.mark.parametrize("name", ["greedy", "pcp"])
 def test_a_descent_channel_by_channel_ends_at_the_optimum(name):
-    """Each channel of a group loses more than the one before, and all cost the same: exact."""
+    """Every channel of a group loses more than the one before, and all cost the same."""
     given = linear_problem((8, 8, 8))
     weights = np.array([0.05, 0.2, 0.6])
 
     def score(counts):
         return 1 - (1 - np.array(counts) / 8) ** 2 @ weights  # (...)
 
-    found = best_score(search(name, given, score), given, score)
+    top1 = best_score(search(name, given, score), given, score)
     best = score(optimum(given, score(every_allocation(given.budget))))
-    assert found == pytest.approx(best, abs=1e-12)
+    assert top1 == pytest.approx(best, abs=1e-12)
 
 
 def test_sensitivity_ends_where_the_worst_damage_is_the_least_of_all_allocations():
@@ -131,12 +132,12 @@ def test_sensitivity_ends_where_the_worst_damage_is_the_least_of_all_allocations
     tried = every_allocation(given.budget)
     expected = damage(optimum(given, -damage(tried).max(1))).max(1)
     for rate, least in zip(RATES, expected, strict=True):
-        found = [damage(each.keep_counts).max() for each in proposals if each.rate == rate]
-        assert min(found) == pytest.approx(least)
+        damages = [damage(p.keep_counts).max() for p in proposals if p.rate == rate]
+        assert min(damages) == pytest.approx(least)
 
 
 def test_cap_tolerates_the_same_loss_in_every_group():
-    """Worked out by hand: a group loses `w (1 - K / 16)`, a third of what the pass may lose.
+    """Worked out by hand: a group loses `w (1 - K / 16)`, a third of the loss allowed in the pass.
 
     That is 0.05 for 8, 12 and 14 channels of 16, and 0.075 for 4, 10 and 13.
     """
@@ -144,12 +145,12 @@ def test_cap_tolerates_the_same_loss_in_every_group():
     given = linear_problem((16, 16, 16), rates=rates)
     weights = np.array([0.1, 0.2, 0.4])
     proposals = search("cap", given, lambda counts: 1 - weights @ (1 - np.array(counts) / 16))
-    # What a pass ends with is the last that it has measured, or one of the last.
-    assert {(4, 10, 13), (8, 12, 14)} <= {each.keep_counts for each in proposals}
+    # A pass ends with the last allocation that it has measured, or with one of the last.
+    assert {(4, 10, 13), (8, 12, 14)} <= {proposal.keep_counts for proposal in proposals}
 
 
 SCORES = {
-    # Falling, as channels stand in importance order; the second group's are on another scale.
+    # Scores fall, as channels stand in importance order; those of the second group are larger.
     "": [
         np.array([0.95, 0.71, 0.62, 0.33, 0.21, 0.04]),
         np.array([9.1, 8.3, 2.2, 1.7, 0.8, 0.3, 0.2, 0.1]),
@@ -177,24 +178,25 @@ def test_cpmc_keeps_the_channels_with_the_highest_total_of_its_own_scores():
     expected = optimum(given, kept_score(SCORES["cpmc"], tried))
     assert (expected != optimum(given, kept_score(SCORES[""], tried))).any()
     for order in ("cpmc", ""):
-        found = [list(each.keep_counts) for each in proposals if each.order == order]
-        assert found == expected.tolist()
+        counts = [list(p.keep_counts) for p in proposals if p.criterion == order]
+        assert counts == expected.tolist()
 
 
 def test_global_keeps_the_channels_with_the_highest_total_raw_and_normalised():
     given = linear_problem((6, 8, 5), scores=SCORES)
-    found = np.array([each.keep_counts for each in search("global", given)])
+    counts = np.array([proposal.keep_counts for proposal in search("global", given)])
     tried = every_allocation(given.budget)
     normalised = [score / np.sqrt((score**2).sum()) for score in SCORES[""]]
-    answers = [optimum(given, kept_score(each, tried)) for each in (SCORES[""], normalised)]
+    readings = (SCORES[""], normalised)
+    answers = [optimum(given, kept_score(scores, tried)) for scores in readings]
     assert (answers[0] != answers[1]).any()
-    # Equal costs leave one answer of the three powers; each is asked once.
+    # With equal costs the three powers give one answer, which is asked once.
     rows = {tuple(row) for answer in answers for row in answer.tolist()}
-    assert {tuple(row) for row in found.tolist()} == rows
+    assert {tuple(row) for row in counts.tolist()} == rows
 
 
 def test_global_divides_by_the_cost_that_a_channel_frees():
-    """Per cost, the kept total is that of the fractional knapsack: less than one channel short."""
+    """The kept total is less than one channel short of the fractional knapsack's."""
     rng = np.random.default_rng(0)
     # The third group has the highest scores, but not for what its channels cost.
     scores = [scale * np.sort(rng.random(20))[::-1] for scale in (1, 1, 1.5)]
@@ -203,7 +205,7 @@ def test_global_divides_by_the_cost_that_a_channel_frees():
     best = kept_score(scores, optimum(given, kept_score(scores, tried)))
     proposals = search("global", given)
     for rate, most in zip(RATES, best, strict=True):
-        counts = np.array([each.keep_counts for each in proposals if each.rate == rate])
+        counts = np.array([p.keep_counts for p in proposals if p.rate == rate])
         assert kept_score(scores, counts).max() > most - scores[2].max()
 
 
@@ -215,8 +217,8 @@ def test_adapruner_widths_are_one_factor_times_the_mean_scale():
     scales = {"bn_scale": [np.linspace(1.2, 0.8, 10) / part for part in (1, 2, 4)]}
     given = linear_problem((10, 10, 10), rates=(14 / 30 + 1e-9, 19 / 30 + 1e-9), scores=scales)
     proposals = search("adapruner", given)
-    assert {each.keep_counts for each in proposals if each.rate == given.rates[0]} == {(8, 4, 2)}
-    assert {each.keep_counts for each in proposals if each.rate == given.rates[1]} == {(10, 6, 3)}
+    assert {p.keep_counts for p in proposals if p.rate == given.rates[0]} == {(8, 4, 2)}
+    assert {p.keep_counts for p in proposals if p.rate == given.rates[1]} == {(10, 6, 3)}
 
 
 @pytest.mark.parametrize(
@@ -235,7 +237,7 @@ def test_the_order_that_measures_best_is_delivered(name, orders, tmp_path):
     for winner in orders:
 
         def score(candidate, winner=winner):
-            top1 = 0.8 if candidate.order == winner else 0.7
+            top1 = 0.8 if candidate.criterion == winner else 0.7
             return Measurement(candidate.index, top1, 0.0, 1 - top1, 100, 0.1)
 
         loop = SearchLoop(
@@ -246,20 +248,20 @@ def test_the_order_that_measures_best_is_delivered(name, orders, tmp_path):
             evaluations=30,
         )
         loop.run(make_strategy(name, given))
-        assert {loop.archive.best(rate).order for rate in RATES} == {winner}
+        assert {loop.archive.best(rate).criterion for rate in RATES} == {winner}
 
 
 def test_uniform_keeps_the_same_share_of_every_group():
     # By hand; the first of three groups in a chain of the toy is a residual stream.
     given = linear_problem((10, 20, 30), rates=(0.5, 0.7))
-    found = [each.keep_counts for each in search("uniform", given)]
-    assert found == [(5, 10, 15), (10, 8, 12), (7, 14, 21), (10, 13, 19)]
+    counts = [proposal.keep_counts for proposal in search("uniform", given)]
+    assert counts == [(5, 10, 15), (10, 8, 12), (7, 14, 21), (10, 13, 19)]
 
 
 def test_random_spends_every_budget_to_the_last_channel():
     given = linear_problem((10, 20, 30))
-    for each in search("random", given):
-        assert sum(each.keep_counts) == {0.3: 18, 0.5: 30, 0.7: 42}[each.rate]
+    for proposal in search("random", given):
+        assert sum(proposal.keep_counts) == {0.3: 18, 0.5: 30, 0.7: 42}[proposal.rate]
 
 
 def test_no_strategy_is_left_out():

@@ -1,4 +1,4 @@
-"""The loop: equal rows however results arrive and wherever the run is killed."""
+"""The loop: equal rows in whatever order results arrive, and wherever the run is killed."""
 
 import contextlib
 import dataclasses
@@ -14,17 +14,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cacp_ray import files
 from cacp_ray.errors import ArtifactError, EvaluationError
-from cacp_ray.evaluation.measurement import LocalEvaluator, Measurement
+from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache
+from cacp_ray.evaluation.measurement import Candidate, LocalEvaluator, Measurement
+from cacp_ray.io import files
+from cacp_ray.rundir.directory import RunDirectory
 from cacp_ray.searching.allocation import uniform_prior
 from cacp_ray.searching.budget import Budget, minimum_counts, spend
 from cacp_ray.searching.loop import MAX_REPEATS, SearchLoop
-from cacp_ray.searching.run_directory import RunDirectory
-from cacp_ray.searching.strategies import make_strategy
 from cacp_ray.searching.strategies.problem import Problem
 from cacp_ray.searching.strategies.procedure import Procedure
-from cacp_ray.searching.strategy import Proposal
+from cacp_ray.searching.strategies.table import make_strategy
 from tests.toy import toy_cost_model, toy_score
 
 RATES = (0.4, 0.6)
@@ -36,7 +36,7 @@ SCORE = toy_score(COST_MODEL)
 PROBLEM = Problem(COST_MODEL, BUDGET, RATES, 0, 30, uniform_prior(4))
 LAWFUL = "index strategy rate keep_counts macs params cost_kept top1 top5 images reward cached"
 
-# Files are written in dozens of places here; a slow disk is no failure.
+# These tests write many files; a slow disk is no failure.
 FILES = settings(
     deadline=None,
     max_examples=8,
@@ -90,7 +90,7 @@ class ShuffledEvaluator:
 
 
 class ClimbingStrategy:
-    """Mutates the best so far: what it proposes depends on all it was told, and in which order."""
+    """Mutates the best so far; its proposals depend on all results and the order of telling."""
 
     name = "climbing"
 
@@ -109,7 +109,7 @@ class ClimbingStrategy:
             shift = self._digest % 3 / 10
             factor = np.exp(self._rng.normal(shift, 0.15, len(BUDGET.num_channels)))
             counts = spend(BUDGET, np.array([self._best[rate][1]]) * factor, [rate])
-            proposals.append(Proposal(rate, tuple(counts[0].tolist())))
+            proposals.append(Candidate(rate, tuple(counts[0].tolist())))
         return proposals
 
     def tell(self, results):
@@ -131,7 +131,7 @@ class ClimbingStrategy:
 
 
 class ScriptedStrategy:
-    """Proposes given keep counts, then nothing; has no state to save."""
+    """Proposes given keep counts, then nothing; saves no state."""
 
     name = "scripted"
 
@@ -140,7 +140,7 @@ class ScriptedStrategy:
         self.told = []
 
     def ask(self, count):
-        return [Proposal(1.0, tuple(counts)) for counts in itertools.islice(self._script, count)]
+        return [Candidate(1.0, tuple(counts)) for counts in itertools.islice(self._script, count)]
 
     def tell(self, results):
         self.told += [candidate.index for candidate, _ in results]
@@ -173,7 +173,7 @@ def make_loop(folder, evaluator=None, **changes):
 
 
 def rows(folder):
-    """What must be equal, by index."""
+    """The columns that must be equal, by index."""
     records = sorted(RunDirectory(folder).read_records(), key=lambda record: record.index)
     assert len({record.index for record in records}) == len(records)
     return [tuple(getattr(record, name) for name in LAWFUL.split()) for record in records]
@@ -213,25 +213,56 @@ def test_no_more_distinct_candidates_than_asked_and_all_within_budget(tmp_path, 
 @pytest.mark.parametrize("mode", ["rounds", "async"])
 def test_what_another_run_has_measured_counts_but_is_not_measured_again(tmp_path, mode):
     script = [(1, 1, 1, 1), (2, 2, 2, 1), (3, 3, 3, 1), (5, 5, 5, 1), (6, 6, 6, 1)]
-    there = Measurement(99, 0.25, 0.5, 1.5, 100, 3.0)
-    known = {((2, 2, 2, 1), ""): there, ((3, 3, 3, 1), "l1"): there}
-    evaluator = ShuffledEvaluator()
-    loop = make_loop(tmp_path, evaluator, mode=mode, evaluations=4, known=known)
+    cache, evaluator = MeasurementCache(tmp_path / "cache", "key"), ShuffledEvaluator()
+    for known in (Candidate(0.6, (2, 2, 2, 1)), Candidate(0.6, (3, 3, 3, 1), "l1")):
+        cache.add(known, Measurement(99, 0.25, 0.5, 1.5, 100, 3.0))
+    cached = CachedEvaluator(evaluator, cache, images=100)
+    loop = make_loop(tmp_path, cached, mode=mode, evaluations=4)
     loop.run(ScriptedStrategy(script))
     assert [c.keep_counts for c in evaluator.submitted] == [script[i] for i in (0, 2, 3)]
     (record,) = [r for r in RunDirectory(tmp_path).read_records() if r.cached]
     assert (record.index, record.keep_counts, record.top1) == (1, (2, 2, 2, 1), 0.25)
-    assert record.seconds == 0
     assert loop.progress.evaluations == 4
+
+
+ANSWERS = [Candidate(0.4, (1, 2, 1, 2)), Candidate(0.6, (2, 1, 2, 1)), Candidate(0.6, (1, 2, 1, 2))]
+
+
+@pytest.mark.parametrize("mode", ["rounds", "async"])
+@pytest.mark.parametrize("kill_at", [None, 0, 1, 2, 3])
+def test_reserved_evaluations_are_measured_last_wherever_that_is_killed(tmp_path, mode, kill_at):
+    loop = make_loop(tmp_path, mode=mode, reserved=2)
+    strategy = ClimbingStrategy()
+    loop.run(strategy)
+    assert loop.done
+    searched = distinct(tmp_path)
+    assert len(searched) == 28
+    assert not searched & {answer.keep_counts for answer in ANSWERS}
+    best = [loop.archive.best(rate) for rate in RATES]
+    told = list(strategy.told)
+    if kill_at is not None:
+        loop._evaluator = ShuffledEvaluator(seed=2, kill_at=kill_at)
+        with contextlib.suppress(Killed):
+            loop.measure_last(strategy, ANSWERS)
+        strategy, evaluator = ClimbingStrategy(), ShuffledEvaluator()
+        loop = make_loop(tmp_path, evaluator, mode=mode, reserved=2)
+        loop.run(strategy)
+        assert evaluator.submitted == strategy.told == []
+    records = loop.measure_last(strategy, ANSWERS)
+    assert [record.keep_counts for record in records] == [answer.keep_counts for answer in ANSWERS]
+    assert len(distinct(tmp_path)) == loop.progress.evaluations == 30
+    assert [loop.archive.best(rate) for rate in RATES] == best
+    if kill_at is None:
+        assert strategy.told == told
 
 
 @pytest.mark.parametrize("mode", ["rounds", "async"])
 def test_the_same_keep_counts_in_another_order_are_another_candidate(tmp_path, mode):
-    proposals = [Proposal(0.6, (1, 1, 1, 1), order) for order in ("", "l1", "", "l1")]
+    proposals = [Candidate(0.6, (1, 1, 1, 1), order) for order in ("", "l1", "", "l1")]
     evaluator = ShuffledEvaluator()
     make_loop(tmp_path, evaluator, mode=mode).run(Procedure("orders", lambda: iter_once(proposals)))
-    assert sorted(c.order for c in evaluator.submitted) == ["", "l1"]
-    assert {r.subnet for r in RunDirectory(tmp_path).read_records()} == {
+    assert sorted(c.criterion for c in evaluator.submitted) == ["", "l1"]
+    assert {r.key for r in RunDirectory(tmp_path).read_records()} == {
         ((1, 1, 1, 1), ""),
         ((1, 1, 1, 1), "l1"),
     }
@@ -296,7 +327,7 @@ def test_failures_are_recorded_and_told_and_count_but_never_win(tmp_path):
 
 def test_keep_counts_above_the_budget_are_refused(tmp_path):
     strategy = ScriptedStrategy([COST_MODEL.num_channels.tolist()])
-    strategy.ask = lambda count: [Proposal(0.5, tuple(COST_MODEL.num_channels.tolist()))]
+    strategy.ask = lambda count: [Candidate(0.5, tuple(COST_MODEL.num_channels.tolist()))]
     with pytest.raises(EvaluationError, match="above the budget"):
         make_loop(tmp_path).run(strategy)
 
@@ -459,7 +490,7 @@ def test_storage_that_fails_for_a_while_loses_nothing(
     real, calls = getattr(holder, operation), itertools.count()
 
     def failing(*arguments, **options):
-        if 6 <= next(calls) < 30 and (operation != "open" or "ab" in arguments):
+        if 6 <= next(calls) < 30 and (operation != "open" or "ab+" in arguments):
             raise OSError(5, "Input/output error")
         return real(*arguments, **options)
 

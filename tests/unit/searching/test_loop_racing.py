@@ -1,4 +1,4 @@
-"""Racing in the loop: who races against whom, and the same rows wherever the run is killed."""
+"""Racing in the loop: the opponents, and the same rows wherever the run is killed."""
 
 import contextlib
 import shutil
@@ -16,7 +16,7 @@ from cacp_ray.evaluation.racing import (
     has_fallen_behind,
     prefixes,
 )
-from cacp_ray.searching.run_directory import RunDirectory
+from cacp_ray.rundir.directory import RunDirectory
 from tests.unit.searching.test_loop import (
     RATES,
     SCORE,
@@ -32,13 +32,13 @@ HARDNESS = np.random.default_rng(0).permutation(IMAGES) / IMAGES
 
 
 def measure(candidate):
-    """Right where an image is easier than the formula's accuracy, give or take a little."""
+    """Gets an image right where its noisy hardness is below the formula's accuracy."""
     rng = np.random.default_rng(zlib.crc32(repr(candidate.keep_counts).encode()))
     hits = HARDNESS + rng.normal(0, 0.03, IMAGES) < SCORE(candidate.keep_counts)
     top1 = float(hits.mean())
     whole = Measurement(candidate.index, top1, top1, 0.5, IMAGES, 0.1, hits=encode_hits(hits))
-    if candidate.best:
-        best = decode_hits(candidate.best)
+    if candidate.opponent:
+        best = decode_hits(candidate.opponent)
         for stop in prefixes(IMAGES):
             if has_fallen_behind(hits[:stop], best[:stop]):
                 top1 = estimate(hits[:stop], best)
@@ -56,7 +56,7 @@ class RacingEvaluator(ShuffledEvaluator):
 
 def all_rows(folder):
     records = sorted(RunDirectory(folder).read_records(), key=lambda record: record.index)
-    return rows(folder), [(each.images, each.status, each.hits) for each in records]
+    return rows(folder), [(record.images, record.status, record.hits) for record in records]
 
 
 def search(folder, **options):
@@ -74,7 +74,7 @@ def test_candidates_race_against_the_best_told_of_their_rate(tmp_path):
     evaluator = RacingEvaluator()
     make_loop(tmp_path, evaluator, races=True).run(ClimbingStrategy())
     records = {record.index: record for record in RunDirectory(tmp_path).read_records()}
-    assert not any(candidate.best for candidate in evaluator.submitted[:5])
+    assert not any(candidate.opponent for candidate in evaluator.submitted[:5])
     raced = 0
     for candidate in evaluator.submitted:
         round_start = candidate.index // 5 * 5
@@ -84,7 +84,7 @@ def test_candidates_race_against_the_best_told_of_their_rate(tmp_path):
             if record.index < round_start and record.rate == candidate.rate and record.hits
         ]
         best = max(told, key=lambda record: (record.top1, -record.index), default=None)
-        assert candidate.best == (best.hits if best else "")
+        assert candidate.opponent == (best.hits if best else "")
         raced += records[candidate.index].status == "stopped"
     assert raced > 5
     for rate in RATES:
@@ -97,20 +97,20 @@ def test_candidates_race_against_the_best_told_of_their_rate(tmp_path):
 def test_without_racing_nobody_has_an_opponent(tmp_path):
     evaluator = RacingEvaluator()
     make_loop(tmp_path, evaluator).run(ClimbingStrategy())
-    assert not any(candidate.best for candidate in evaluator.submitted)
+    assert not any(candidate.opponent for candidate in evaluator.submitted)
 
 
 @pytest.mark.parametrize("kill_at", [3, 11, 24, 37, 50])
 def test_a_killed_race_goes_on_as_if_it_had_not_been(tmp_path, uninterrupted, kill_at):
     with contextlib.suppress(Killed):
         search(tmp_path / "run", seed=kill_at, kill_at=kill_at)
-    shutil.copytree(tmp_path / "run", tmp_path / "copy")  # as a restart on another machine
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")  # like a restart on another machine
     search(tmp_path / "copy", seed=kill_at + 1)
     assert all_rows(tmp_path / "copy") == uninterrupted
 
 
 def test_a_repeated_race_on_a_warm_cache_measures_nothing(tmp_path):
-    """Stopped candidates are known as well, against the same opponents."""
+    """The cache also knows candidates that the same opponents stopped."""
 
     def repeat(name):
         evaluator = RacingEvaluator()
@@ -120,6 +120,8 @@ def test_a_repeated_race_on_a_warm_cache_measures_nothing(tmp_path):
 
     assert repeat("first")
     assert repeat("second") == []
-    first, second = (all_rows(tmp_path / name) for name in ("first", "second"))
-    assert first == second
-    assert any(status == "stopped" for _, status, _ in second[1])
+    (first, raced), (second, repeated) = (all_rows(tmp_path / name) for name in ("first", "second"))
+    assert [row[:-1] for row in first] == [row[:-1] for row in second]
+    assert all(is_cached for *_, is_cached in second)
+    assert raced == repeated
+    assert any(status == "stopped" for _, status, _ in repeated)

@@ -1,4 +1,4 @@
-"""A search with 100,000 measurements behind it goes on in less than 2 GB."""
+"""A search that continues 100,000 measurements takes less than 2 GB."""
 
 import subprocess
 import sys
@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import torch
 
 from cacp_ray.evaluation.racing import encode_hits
-from cacp_ray.files import peak_memory
+from cacp_ray.io.environment import peak_memory
 from cacp_ray.models.factory import build_model
-from cacp_ray.pruning.plan import make_plan
+from cacp_ray.pruning.planner import make_plan
 from cacp_ray.searching.loop import SearchLoop
-from cacp_ray.searching.records import SCHEMA
-from cacp_ray.searching.run_directory import RunDirectory
+from cacp_ray.rundir.records import SCHEMA
+from cacp_ray.rundir.directory import RunDirectory
 
 folder, PARTS, ROWS = Path(sys.argv[1]), 10, 10_000
 plan = make_plan(build_model("resnet56", 10).eval(), torch.zeros(1, 3, 32, 32))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from cacp_ray.evaluation.measurement import Candidate
 from cacp_ray.searching.allocation import Prior, uniform_prior
 from cacp_ray.searching.budget import Budget, minimum_counts, uniform
 from cacp_ray.searching.strategies.prior import MOST_WIDTHS, PriorFirst, uniform_priors
@@ -16,7 +17,7 @@ CHANNELS = COST_MODEL.num_channels
 
 
 class Listening(RandomStrategy):
-    """Keeps what it is told."""
+    """Keeps the results it is told."""
 
     told = ()
 
@@ -55,9 +56,9 @@ def test_the_better_prior_is_chosen_and_its_strategy_goes_on(prior):
     assert strategy.prior is None
     strategy.tell(measure_by_formula(asked[3:], favour(favourite), 3))
     assert strategy.prior == prior
-    ((found, inner),) = chosen
-    assert (found.weights == priors[prior].weights).all()
-    assert found.damage is None
+    ((best, inner),) = chosen
+    assert (best.weights == priors[prior].weights).all()
+    assert best.damage is None
     assert sorted(c.index for c, _ in inner.told) == [0, 1, 2, 3]
     assert len(strategy.ask(5)) == 5
 
@@ -82,7 +83,7 @@ def test_restored_at_any_point_it_goes_on_the_same(tmp_path):
 
 
 def test_where_groups_differ_the_sensitivity_map_is_chosen():
-    # One group decides all: only the map can know to leave it whole.
+    # The accuracy depends on one group, which only the map leaves whole.
     chosen = []
     strategy, budget = make(chosen, 300)
     results = []
@@ -106,9 +107,8 @@ def test_probes_that_are_told_late_do_not_reach_the_strategy():
     strategy, _ = make(chosen)
     asked = strategy.ask(10)
     strategy.tell(measure_by_formula(asked, toy_score(COST_MODEL)))
-    probe = [(c, m) for c, m in measure_by_formula(asked[:1], toy_score(COST_MODEL), 9)]
-    probe = [(type(c)(9, 1.0, c.keep_counts), m) for c, m in probe]
-    strategy.tell(probe)
+    probe = Candidate(1.0, asked[0].keep_counts)
+    strategy.tell(measure_by_formula([probe], toy_score(COST_MODEL), 9))
     assert 9 not in {candidate.index for candidate, _ in chosen[0][1].told}
 
 

@@ -8,18 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cacp_ray.errors import ConfigError
-from cacp_ray.evaluation.measurement import LocalEvaluator, Measurement
+from cacp_ray.evaluation.measurement import Candidate, LocalEvaluator, Measurement
+from cacp_ray.rundir.directory import RunDirectory
 from cacp_ray.searching.allocation import uniform_prior
 from cacp_ray.searching.budget import Budget, minimum_counts, scale_to_budget, spend, uniform
 from cacp_ray.searching.loop import SearchLoop
 from cacp_ray.searching.ranking import cut_at_threshold
-from cacp_ray.searching.run_directory import RunDirectory
-from cacp_ray.searching.strategies import cap, make_strategy
+from cacp_ray.searching.strategies import cap
 from cacp_ray.searching.strategies.cap import one_pass
 from cacp_ray.searching.strategies.descent import plan_targets, shrink
 from cacp_ray.searching.strategies.problem import Problem
 from cacp_ray.searching.strategies.procedure import Procedure, together
-from cacp_ray.searching.strategy import Proposal
+from cacp_ray.searching.strategies.table import make_strategy
 from tests.toy import measure_by_formula, toy_cost_model, toy_score, toy_scores
 
 RATES = (0.3, 0.5, 0.7)
@@ -52,11 +52,11 @@ def delivered(results, rates=RATES):
     """Best keep counts within the budget of every rate, as a run's archive finds them."""
     limits = problem().budget.limit(rates)
     best = {}
-    for candidate, found in results:
+    for candidate, measurement in results:
         cost = COST_MODEL.macs(candidate.keep_counts)
         for rate, limit in zip(rates, limits, strict=True):
-            if cost <= limit and found.top1 > best.get(rate, (-1.0,))[0]:
-                best[rate] = found.top1, np.array(candidate.keep_counts)
+            if cost <= limit and measurement.top1 > best.get(rate, (-1.0,))[0]:
+                best[rate] = measurement.top1, np.array(candidate.keep_counts)
     return {rate: counts for rate, (_, counts) in sorted(best.items())}
 
 
@@ -74,14 +74,14 @@ def only(*groups):
 def test_every_rate_is_delivered_within_the_evaluations(name, round_to):
     results = search(name, round_to=round_to)
     assert sorted(delivered(results)) == list(RATES)
-    assert len({candidate.subnet for candidate, _ in results}) <= 300
+    assert len({candidate.key for candidate, _ in results}) <= 300
 
 
 @pytest.mark.parametrize("name", BY_STEPS)
 def test_measured_side_by_side_or_one_by_one_gives_the_same(name):
     one_by_one = search(name, size=1)
     for size in (6, 1000):
-        assert {c.subnet for c, _ in search(name, size=size)} == {c.subnet for c, _ in one_by_one}
+        assert {c.key for c, _ in search(name, size=size)} == {c.key for c, _ in one_by_one}
 
 
 @pytest.mark.parametrize("name", ["pcp", "greedy", "cap", "sensitivity"])
@@ -95,10 +95,10 @@ def test_the_one_group_that_matters_stays_whole(name, group):
 
 @pytest.mark.parametrize(("name", "share"), [("pcp", 1.0), ("greedy", 1.0), ("sensitivity", 0.9)])
 def test_what_was_learned_beats_cuts_at_random(name, share):
-    found = delivered(search(name))
+    counts = delivered(search(name))
     for rate in RATES:
         blind = [measured.top1 for c, measured in search("random") if c.rate == rate]
-        assert SCORE(found[rate]) > np.quantile(blind, share)
+        assert SCORE(counts[rate]) > np.quantile(blind, share)
 
 
 def test_sensitivity_leaves_the_same_damage_in_every_group():
@@ -109,28 +109,28 @@ def test_sensitivity_leaves_the_same_damage_in_every_group():
     damage = sensitivities * (1 - counts / CHANNELS) ** 2
     one_channel = sensitivities * (1 - (counts - 1) / CHANNELS) ** 2 - damage
     is_cut = counts < CHANNELS
-    # As equal as whole channels and a map of seven widths allow.
+    # The damage is as equal as whole channels and a map of seven widths allow.
     assert (damage[is_cut].max() - damage[is_cut]).max() < 3 * one_channel[is_cut].max()
     assert np.ptp(damage[is_cut]) < 0.5 * np.ptp(sensitivities * 0.25)
 
 
 def test_a_pass_of_cap_ends_at_the_smallest_network_that_is_tolerated():
-    # Accuracy falls by the same for every channel of group 0 and by nothing else: at the end of the
-    # forward order all other groups are at their smallest count, as bisection can tell.
+    # Accuracy falls alike with every channel of group 0 and with no other channel. At the end of
+    # the forward order all other groups are at their smallest, to the precision of the bisection.
     budget = problem().budget
 
     def run(steps):
-        found = None
+        measurements = None
         while True:
             try:
-                (proposal,) = steps.send(found)
+                (proposal,) = steps.send(measurements)
             except StopIteration as end:
                 return end.value
-            found = [Measurement(0, only(0)(proposal.keep_counts), 0.0, 0.0, 1, 0.0)]
+            measurements = [Measurement(0, only(0)(proposal.keep_counts), 0.0, 0.0, 1, 0.0)]
 
     counts = run(one_pass(problem(), 1.0, 0.2))
     assert (counts[1:] - budget.min_counts[1:] <= CHANNELS[1:] / 16 + 1).all()
-    # Tolerated in group 0, the first of eight: an eighth of the way from 1 to 0.2.
+    # Group 0, the first of eight, may lose an eighth of the way from 1 to 0.2.
     assert 0.9 * CHANNELS[0] <= counts[0] < 0.9 * CHANNELS[0] + CHANNELS[0] / 16 + 1
 
 
@@ -143,7 +143,7 @@ def test_a_pass_of_cap_serves_every_rate_that_it_ends_near_to(monkeypatch):
     passes = iter(ends)
 
     def one_pass(*_):
-        yield [Proposal(1.0, tuple(CHANNELS.tolist()))]
+        yield [Candidate(1.0, tuple(CHANNELS.tolist()))]
         return next(passes, CHANNELS)
 
     monkeypatch.setattr(cap, "one_pass", one_pass)
@@ -186,7 +186,7 @@ def test_nothing_is_taken_from_a_network_that_fits_already():
 
 
 def test_a_threshold_keeps_what_is_above_it():
-    # Half of every group is important; at the cost of half of all channels just these stay.
+    # Half of every group is important; at the cost of half of all channels exactly these stay.
     scores = [
         np.where(np.arange(n) < n // 2, 2.0, 1.0) + np.arange(n)[::-1] / 1e3 for n in CHANNELS
     ]
@@ -203,7 +203,7 @@ def test_adapruner_widths_follow_the_mean_scale():
     ratios = (counts / CHANNELS / scales)[inner]
     assert inner.sum() >= 3
     assert ratios.max() / ratios.min() < 1.35  # whole channels of narrow groups
-    assert len({c.order for c, _ in search("adapruner")}) == 5
+    assert len({c.criterion for c, _ in search("adapruner")}) == 5
 
 
 @pytest.mark.parametrize("name", ["pcp", "cap"])
@@ -252,13 +252,13 @@ def test_too_few_evaluations_are_refused_with_the_number_that_is_enough(name):
         search(name, evaluations=enough - 1)
     results = search(name, evaluations=enough)
     assert sorted(delivered(results)) == list(RATES)
-    assert len({candidate.subnet for candidate, _ in results}) <= enough
+    assert len({candidate.key for candidate, _ in results}) <= enough
 
 
 @pytest.mark.parametrize("evaluations", [9, 40, 70])
 def test_cap_names_the_rates_that_it_leaves_uniform(evaluations, caplog):
     results = search("cap", evaluations=evaluations)
-    assert len({candidate.subnet for candidate, _ in results}) <= evaluations
+    assert len({candidate.key for candidate, _ in results}) <= evaluations
     budget = problem().budget
     even = dict(zip(RATES, uniform(budget, RATES, np.ones(8)).tolist(), strict=True))
     answers = {c.rate: list(c.keep_counts) for c, _ in results if c.rate in RATES}
@@ -277,8 +277,8 @@ def test_procedures_side_by_side_see_their_own_measurements():
     def count(start, steps):
         total = 0
         for step in range(steps):
-            found = yield [Proposal(1.0, (start + step,)), Proposal(1.0, (start,))]
-            total += sum(each.images for each in found)
+            measurements = yield [Candidate(1.0, (start + step,)), Candidate(1.0, (start,))]
+            total += sum(measurement.images for measurement in measurements)
         totals[start] = total
 
     totals = {}

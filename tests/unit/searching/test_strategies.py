@@ -1,4 +1,4 @@
-"""Strategies that need no Ray: what holds for all of them, and random and uniform allocations."""
+"""Strategies that need no Ray: laws for all of them, and random and uniform allocations."""
 
 import functools
 import itertools
@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from cacp_ray.errors import ConfigError
 from cacp_ray.searching.allocation import Prior, uniform_prior
 from cacp_ray.searching.budget import Budget, minimum_counts, uniform
-from cacp_ray.searching.strategies import STRATEGIES, make_strategy
+from cacp_ray.searching.strategies import STRATEGIES
 from cacp_ray.searching.strategies.problem import Problem
+from cacp_ray.searching.strategies.table import MAKERS, make_strategy
 from tests.toy import measure_by_formula, toy_cost_model, toy_score, toy_scores
 
 RATES = (0.3, 0.5, 0.7)
@@ -91,7 +92,7 @@ def test_random_widths_favour_no_group():
     strategy, budget = make("random", rates=(0.5,))
     counts = np.array([p.keep_counts for p in strategy.ask(500)])
     ratios = (counts / budget.num_channels).mean(axis=0)
-    # What is left over at the end only buys channels of cheap groups.
+    # The rest of the budget at the end only buys channels of cheap groups.
     assert ratios.max() - ratios.min() < 0.15
 
 
@@ -106,6 +107,10 @@ def test_uniform_has_two_candidates_a_rate_and_then_ends():
     assert ratios.max() - ratios.min() < 0.15
     inner = np.array(proposals[-1].keep_counts)
     assert (inner == cost_model.num_channels)[is_residual].all()
+
+
+def test_every_name_is_made_and_every_strategy_has_a_name():
+    assert set(STRATEGIES) == set(MAKERS)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -179,7 +184,7 @@ def test_failures_teach_nothing(name):
     assert told.ask(6) == untold.ask(6)
 
 
-# Not optuna: its sampler weighs trials by their age.
+# Optuna's sampler weighs trials by their age, so optuna is left out.
 @pytest.mark.parametrize("name", ["hill_climb", "cem", "noise", "evolution"])
 def test_a_generation_may_be_told_in_any_order(name):
     one, other = make(name)[0], make(name)[0]
@@ -193,7 +198,7 @@ def test_a_generation_may_be_told_in_any_order(name):
 
 
 @functools.cache
-def found(name, seed):
+def best_found(name, seed):
     """Mean over rates of the best score of 300 evaluations of a problem with 12 groups."""
     cost_model = toy_cost_model(12, seed)
     score = toy_score(cost_model, seed)
@@ -212,7 +217,7 @@ def found(name, seed):
     [*itertools.product(("hill_climb", "cem", "evolution", "optuna"), ("random", "noise"))],
 )
 def test_learning_finds_more_with_the_same_evaluations(better, worse):
-    gains = [found(better, seed) - found(worse, seed) for seed in range(4)]
+    gains = [best_found(better, seed) - best_found(worse, seed) for seed in range(4)]
     assert np.mean(gains) > 0.005
     assert np.sum(np.array(gains) > 0) >= 3
 

@@ -1,4 +1,4 @@
-"""docs/strategies.md: it lists every strategy, and its own one runs under its name."""
+"""docs/strategies.md lists every strategy, and the strategy that it shows runs by its name."""
 
 import re
 import sys
@@ -9,9 +9,10 @@ import pytest
 import typer.main
 
 from cacp_ray.cli import app
-from cacp_ray.config import RunConfig, load_config
+from cacp_ray.config.run import RunConfig, load_config
 from cacp_ray.errors import ConfigError
-from cacp_ray.searching.strategies import AGENTS, SEPARATE, STRATEGIES, make_strategy
+from cacp_ray.searching.strategies import AGENTS, SEPARATE, STRATEGIES
+from cacp_ray.searching.strategies.table import make_strategy
 from tests.toy import measure_by_formula, toy_score
 from tests.unit.searching.test_strategies import RATES, problem, toy_cost_model
 
@@ -22,14 +23,14 @@ def test_the_page_lists_every_strategy_and_how_it_serves_rates():
     rows = re.findall(r"^\| `([\w-]+)` \|.*\| ([^|]+) \|[^|]*\|$", PAGE, re.MULTILINE)
     assert sorted(name for name, _ in rows) == sorted({*AGENTS, *STRATEGIES})
     for name, rates in rows:
-        # The words of `cacp-ray compare`.
+        # `cacp-ray compare` uses these words.
         assert rates == ("separately" if name in SEPARATE else "together"), name
 
 
 def test_help_of_search_lists_every_strategy():
     (option,) = [
-        each for each in typer.main.get_command(app).commands["search"].params
-        if each.name == "strategy"
+        parameter for parameter in typer.main.get_command(app).commands["search"].params
+        if parameter.name == "strategy"
     ]  # fmt: skip
     listed = option.help.split("or package.module:function")[0].split(", ")
     assert {name for name in listed if name} == {*AGENTS, *STRATEGIES}

@@ -1,4 +1,4 @@
-"""Training of a base network: what a stopped one ends with, and what its folder holds."""
+"""Training of a base network can be stopped and resumed, and fills its folder."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from cacp_ray import api
-from cacp_ray.config import TrainConfig
+from cacp_ray.config.run import TrainConfig
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.training.base import read_state
 from tests.unit.exporting.folders import DEPTHWISE

@@ -42,9 +42,10 @@ def make_model(seed: int = 0) -> nn.Module:
 
 
 def make_blobs(count: int, seed: int, *, is_target: bool) -> tuple[Tensor, Tensor]:
-    """Channel 0 tells the class everywhere, channel 1 on the source alone: the target's is shifted.
+    """Images whose channel 0 tells the class in both domains, and channel 1 in the source alone.
 
-    On the source channel 1 is the better of the two, so plain training relies on it.
+    Channel 1 of the target is shifted. On the source it is the better of the two, so plain training
+    relies on it.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 2
@@ -94,9 +95,9 @@ def test_the_head_learns_the_domains_while_features_get_the_reverse():
     expected = torch.autograd.grad(plain, [features, *parameters])
     loss = domain_loss(head, features, is_target, 0.3)
     assert loss.item() == pytest.approx(plain.item())
-    found = torch.autograd.grad(loss, [features, *parameters])
-    torch.testing.assert_close(found[0], -0.3 * expected[0])
-    for one, other in zip(found[1:], expected[1:], strict=True):
+    gradients = torch.autograd.grad(loss, [features, *parameters])
+    torch.testing.assert_close(gradients[0], -0.3 * expected[0])
+    for one, other in zip(gradients[1:], expected[1:], strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -163,8 +164,8 @@ def test_the_weights_load_into_the_plain_network_and_no_hook_stays():
 def test_the_same_seed_gives_the_same_weights():
     recipe = Recipe(epochs=2, lr=0.03, batch_size=32, seed=5)
     one, other, third = (
-        train_small(each).state_dict()
-        for each in (recipe, recipe, Recipe(epochs=2, lr=0.03, batch_size=32, seed=6))
+        train_small(schedule).state_dict()
+        for schedule in (recipe, recipe, Recipe(epochs=2, lr=0.03, batch_size=32, seed=6))
     )
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert not torch.equal(one["0.weight"], third["0.weight"])

@@ -44,7 +44,7 @@ def make_model(seed: int = 0, *, dropout: float = 0.0) -> nn.Module:
 
 
 def make_images(count: int, seed: int) -> ImageSet:
-    """Class 1 is brighter in the first channel."""
+    """Images of two classes, of which class 1 is brighter in the first channel."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % 2
     images = rng.normal(100, 30, (count, 8, 8, 3))
@@ -65,7 +65,7 @@ def saved_and_read(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_epochs(model: nn.Module, recipe: Recipe, **options: Any) -> list[dict[str, Any]]:
-    """Trains and returns the state after each epoch, as it would be read from a file."""
+    """Trains, and returns the state after each epoch as a file would hold it."""
     states = []
 
     def keep(result: EpochResult, state: dict[str, Any]) -> None:
@@ -249,7 +249,7 @@ def test_the_optimizer_steps_as_that_of_torch(momentum: float) -> None:
 
 
 class OneBatch:
-    """An epoch of one given batch."""
+    """An epoch with one given batch."""
 
     num_batches = 1
     shard = (0, 1)
@@ -272,7 +272,7 @@ def take_step(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> tuple[float, f
     batch = cast(Any, OneBatch(images, labels))
     loss = train_epoch(model, optimizer, batch, recipe, 0, teacher=teacher)
     moved = [(a - b).detach() for a, b in zip(model.parameters(), before.parameters(), strict=True)]
-    length = float(torch.cat([each.flatten() for each in moved]).norm())
+    length = float(torch.cat([tensor.flatten() for tensor in moved]).norm())
     return loss, length, (before, teacher, images, labels)
 
 
@@ -319,7 +319,7 @@ def test_a_long_gradient_is_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_momentum_goes_where_the_parameters_are() -> None:
-    """Checkpoints are read on the CPU, whatever trains."""
+    """Checkpoints are read on the CPU, whatever device trains."""
     model = make_model()
     optimizer = make_optimizer(model, RECIPE)
     for parameter in model.parameters():
@@ -328,8 +328,8 @@ def test_momentum_goes_where_the_parameters_are() -> None:
     saved = optimizer.state_dict()
     elsewhere = make_optimizer(make_model().to("meta"), RECIPE)
     elsewhere.load_state_dict(saved)
-    moved = [each["momentum_buffer"] for each in elsewhere.state_dict()["state"].values()]
-    assert {each.device.type for each in moved} == {"meta"}
+    moved = [entry["momentum_buffer"] for entry in elsewhere.state_dict()["state"].values()]
+    assert {entry.device.type for entry in moved} == {"meta"}
     assert len(moved) == len(saved["state"]) > 0
 
 
@@ -429,4 +429,4 @@ def test_augmentation_without_padding_only_flips() -> None:
     x = to_normalized(images, MEAN, STD)
     for image, other in zip(x, augmented(images, 1, padding=0), strict=True):
         flipped = image.flip(2)
-        assert any(torch.allclose(each, other, atol=1e-6) for each in (image, flipped))
+        assert any(torch.allclose(version, other, atol=1e-6) for version in (image, flipped))

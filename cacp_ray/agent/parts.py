@@ -1,0 +1,101 @@
+"""Parts that both agents are built from: memory, layers, optimizers."""
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from ray.rllib.core.learner.torch.torch_learner import TorchLearner
+from torch import nn
+
+
+class EpisodeArrays:
+    """Arrays with one row an episode, the attributes of a subclass; old rows give way.
+
+    Attributes:
+        capacity: Episodes that are kept.
+        num_added: Episodes added so far, dropped ones included.
+    """
+
+    capacity = sys.maxsize
+
+    def __init__(self) -> None:
+        self.num_added = 0
+
+    def __len__(self) -> int:
+        return min(self.num_added, self.capacity)
+
+    def add(self, **rows: ArrayLike) -> None:
+        """Adds N episodes: rows (N, ...) for every array, by its name."""
+        for name, new in rows.items():
+            old = getattr(self, name)
+            joined = np.concatenate([old, np.asarray(new, old.dtype)])
+            setattr(self, name, joined[-self.capacity :])
+        self.num_added += np.shape(next(iter(rows.values())))[0]
+
+    def get_state(self) -> dict[str, Any]:
+        """All arrays, and the count."""
+        return dict(vars(self))
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Takes what `get_state` gave."""
+        vars(self).update(state)
+
+
+def draw_rows(
+    columns: Mapping[str, NDArray[Any]], count: int, rng: np.random.Generator
+) -> dict[str, NDArray[np.float32]]:
+    """`count` rows of columns of equal length, drawn with replacement, every one as likely."""
+    rows = rng.integers(len(next(iter(columns.values()))), size=count)
+    return {name: column[rows].astype(np.float32) for name, column in columns.items()}
+
+
+def make_layers(
+    widths: Sequence[int], activation: type[nn.Module], *, is_last_zero: bool = False
+) -> list[nn.Module]:
+    """Linear layers with an activation in between; with a zero last layer the output is zero."""
+    layers: list[nn.Module] = []
+    for num_in, num_out in pairwise(widths):
+        layers += [nn.Linear(num_in, num_out), activation()]
+    if is_last_zero:
+        for parameter in layers[-2].parameters():
+            nn.init.zeros_(parameter)
+    return layers[:-1]
+
+
+@contextlib.contextmanager
+def frozen(networks: nn.Module) -> Iterator[None]:
+    """Gradients pass through the networks but reach none of their weights."""
+    networks.requires_grad_(False)
+    try:
+        yield
+    finally:
+        networks.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Small matrices are fastest on one thread, and the other cores belong to the evaluators."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def register_adam(learner: TorchLearner, module_id: str, rates: Mapping[str, float]) -> None:
+    """Gives each named network of a learner's module an Adam optimizer with its learning rate."""
+    for name, rate in rates.items():
+        params = list(getattr(learner.module[module_id], name).parameters())
+        learner.register_optimizer(
+            module_id=module_id,
+            optimizer_name=name,
+            optimizer=torch.optim.Adam(params),
+            params=params,
+            lr_or_lr_schedule=rate,
+        )

@@ -1,0 +1,69 @@
+"""Run directories from outside: which configuration they hold, and whether they may be written."""
+
+from pathlib import Path
+from typing import Any
+
+from cacp_ray.config.run import RunConfig, Section, load_config, resolved
+from cacp_ray.errors import ArtifactError, ConfigError
+from cacp_ray.io.files import changed_keys
+
+MAY_CHANGE = ("cluster.max_evaluators",)  # no measurement depends on it
+
+
+def open_folder(run_dir: Path, config: Section, *, resume: bool) -> None:
+    """Refuses to write over another run, or to continue one under a changed configuration.
+
+    Raises:
+        ArtifactError: It exists and `resume` is off, or there is nothing to resume.
+        ConfigError: It was started with another configuration; the message names the keys.
+    """
+    saved = run_dir / "config.yaml"
+    if not resume:
+        # A kill during the first write leaves a hidden file.
+        if run_dir.exists() and (
+            not run_dir.is_dir() or any(path.name[0] != "." for path in run_dir.iterdir())
+        ):
+            raise ArtifactError(
+                f"{run_dir} exists: pass --resume to continue it, or choose another --run-dir"
+            )
+        return
+    if not saved.exists():
+        raise ArtifactError(f"{run_dir} holds no run (no config.yaml): start it without --resume")
+    check_unchanged(saved, config, f"{run_dir}", "--run-dir")
+
+
+def check_unchanged(saved: Path | dict[str, Any], config: Section, where: str, option: str) -> None:
+    """Refuses to continue a run under another configuration.
+
+    Args:
+        saved: Configuration at the start: a file or its content.
+        config: Configuration now.
+        where: Run folder or storage, for messages.
+        option: Command-line option that names it, for messages.
+
+    Raises:
+        ConfigError: They differ in a key that measurements or results depend on.
+    """
+    changed = changed_keys(resolved(load_config(type(config), saved)), resolved(config))
+    changed = [key for key in changed if key not in MAY_CHANGE]
+    if changed:
+        raise ConfigError(
+            f"{where} was started with another configuration; changed: {', '.join(changed)}; "
+            f"undo the change or choose another {option}"
+        )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run was begun there."""
+    return (folder / "config.yaml").exists()
+
+
+def read_run_config(run_dir: Path) -> RunConfig:
+    """The configuration that a run was started with.
+
+    Raises:
+        ArtifactError: The folder holds no run.
+    """
+    if not is_run(run_dir):
+        raise ArtifactError(f"{run_dir} holds no run (no config.yaml): check the path")
+    return load_config(RunConfig, run_dir / "config.yaml")

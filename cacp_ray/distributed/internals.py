@@ -1,0 +1,62 @@
+"""All that this package uses of Ray's private modules; written for Ray 2.60.0, tried with no other.
+
+Ray may change these in any version, which is why pyproject.toml allows 2.60 alone. To try another
+version, change that bound and run `tests/ray`. Each function says why no public one serves.
+"""
+
+import logging
+from collections.abc import Iterator
+
+import ray
+from ray._private.authentication import authentication_token_setup
+from ray._private.state import state
+from ray._private.utils import get_num_cpus
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
+from ray.util.placement_group import PlacementGroup
+
+
+def count_cpus() -> int:
+    """CPUs that a local Ray would count on this machine: no more than its container may use.
+
+    `os.cpu_count` does not know a container's limit, and `ray.nodes` needs a running Ray.
+    """
+    return max(1, int(get_num_cpus()))
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes whose end the cloud or the autoscaler has announced.
+
+    `ray.nodes` does not tell them; Ray Train reads them as this does.
+    """
+    return set(state.get_draining_nodes())
+
+
+def use_token() -> None:
+    """Has `ray.init` send this machine's token, if there is one and RAY_AUTH_MODE is not set.
+
+    `ray start` requires the token wherever its file exists, but `ray.init` with an address sends
+    none by itself.
+    """
+    chatter = logging.getLogger(authentication_token_setup.__name__)
+    level = chatter.level
+    chatter.setLevel(logging.ERROR)
+    try:
+        authentication_token_setup.maybe_enable_token_auth_if_token_available(False)
+    finally:
+        chatter.setLevel(level)
+
+
+def placement_groups_of_dead_creators() -> Iterator[PlacementGroup]:
+    """Placement groups of this job that outlived the actor that made them.
+
+    Ray removes them at the end of the job only. `ray.util.placement_group_table` leaves out who
+    made a group, and `ray.util.state` needs a dashboard.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    for row in state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(row)
+        # Ray calls the creator dead for groups of the driver too, but they have no creator's id.
+        is_orphan = group.creator_actor_dead and not ray.ActorID(group.creator_actor_id).is_nil()
+        is_held = group.state != group.REMOVED and not group.is_detached
+        if group.creator_job_id.hex() == job and is_orphan and is_held:
+            yield PlacementGroup(ray.PlacementGroupID(group.placement_group_id))

@@ -1,0 +1,139 @@
+"""Files that are whole or absent: everything is written to a temporary name, then renamed."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from cacp_ray.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+logger = logging.getLogger(__name__)
+PATIENCE_SECONDS = 120.0
+RETRY_SECONDS = 1.0
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write` with a temporary path in the same folder, then renames the result to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def keep_trying(write: Callable[[], object], where: Path) -> None:
+    """Repeats a write that the storage refuses, for up to two minutes.
+
+    `write` must leave nothing behind where it fails. The messages name `where`.
+
+    Raises:
+        ArtifactError: The storage still refuses.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    has_warned = False
+    while True:
+        try:
+            write()
+            return
+        except OSError as error:
+            reason = error.strerror or str(error)
+            if time.monotonic() > deadline:
+                raise ArtifactError(
+                    f"{where} cannot be written ({reason}): free or mend the storage, then go on "
+                    "with --resume"
+                ) from error
+            if not has_warned:
+                logger.warning("%s cannot be written (%s): tried again and again", where, reason)
+                has_warned = True
+            time.sleep(RETRY_SECONDS)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON; NaN is an error."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_file(path, lambda temporary: temporary.write_text(text))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
+    """Writes detached copies of tensors as a safetensors file."""
+    from safetensors.torch import save  # save_file would let only the owner read the file
+
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    write_file(path, lambda temporary: temporary.write_bytes(save(plain)))
+
+
+def write_yaml(path: Path, value: Any) -> None:
+    """Writes YAML in the order of the keys."""
+    text = yaml.safe_dump(value, sort_keys=False)
+    write_file(path, lambda temporary: temporary.write_text(text))
+
+
+def read_text(path: Path) -> str:
+    """Reads a text file.
+
+    Raises:
+        ArtifactError: The file is missing or cannot be read.
+    """
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise ArtifactError(f"{path}: {error.strerror}; is this the right folder?") from error
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON.
+
+    Raises:
+        ArtifactError: The file is missing or is not JSON.
+    """
+    try:
+        return json.loads(read_text(path))
+    except ValueError as error:
+        raise ArtifactError(
+            f"{path}: not valid JSON ({error}); restore it from a copy, or start in a new folder"
+        ) from error
+
+
+def read_object(path: Path, keys: Iterable[str]) -> dict[str, Any]:
+    """Reads a JSON object that must have these keys.
+
+    Raises:
+        ArtifactError: The file is missing, is not JSON, or holds something else.
+    """
+    return check_object(path, read_json(path), keys)
+
+
+def check_object(path: Path, value: Any, keys: Iterable[str]) -> dict[str, Any]:
+    """Checks that the content of a file is a JSON object that has these keys.
+
+    Raises:
+        ArtifactError: The content is something else.
+    """
+    missing = sorted(set(keys) - value.keys()) if isinstance(value, dict) else []
+    if missing or not isinstance(value, dict):
+        what = f"no {', '.join(missing)} in it" if missing else "no JSON object"
+        raise ArtifactError(f"{path}: {what}; restore it from a copy, or make it anew")
+    return value
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Key paths whose values differ between two resolved configurations."""
+    keys: list[str] = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            keys += changed_keys(before, after, f"{prefix}{key}.")
+        elif before != after:
+            keys.append(prefix + key)
+    return keys

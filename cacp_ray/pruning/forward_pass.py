@@ -1,0 +1,97 @@
+"""One forward pass of a network under a mode that follows its channels.
+
+Every tensor carries one integer label for each element. Convolutions and linear layers make new
+labels, one for each output channel; element-wise operations unite the labels of their operands;
+data movement (view, cat, flatten ...) is replayed on the labels themselves. Labels that are united
+are channels that must be kept or dropped together. Where it is not known what an operation does to
+channels, its labels are FROZEN, with the reason, and those channels stay whole.
+
+`tracer` is what the pass remembers; `rules` says what each operation does to labels.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from cacp_ray.errors import UnsupportedModelError
+from cacp_ray.pruning.labels import FROZEN
+from cacp_ray.pruning.rules import apply_rule
+from cacp_ray.pruning.tracer import Trace, Tracer
+
+
+def trace_channels(model: nn.Module, example_input: Tensor) -> Trace:
+    """Runs `model` once in evaluation mode on (1, C, H, W) and follows its channels.
+
+    Raises:
+        UnsupportedModelError: The forward pass fails, or the output is no tensor.
+    """
+    was_training = {module: module.training for module in model.modules()}
+    buffers = {module: dict(_buffers(module)) for module in was_training}
+    values = {
+        id(buffer): buffer.clone()
+        for own in buffers.values()
+        for buffer in own.values()
+        if buffer is not None
+    }
+    model.eval()
+    example_input = example_input.clone(memory_format=torch.contiguous_format)
+    tracer = Tracer(model)
+    tracer.put(example_input, torch.full(example_input.shape, FROZEN))
+    mode = _Mode()
+    mode.tracer = tracer
+    try:
+        with torch.no_grad(), mode:
+            output = model(example_input)
+    except Exception as error:  # the network's own code
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UnsupportedModelError(
+            f"the network does not run on an input of shape {tuple(example_input.shape)} "
+            f"({reason}): check the input size"
+        ) from error
+    finally:
+        for module, is_training in was_training.items():
+            module.training = is_training
+            own = _buffers(module)
+            for name in own.keys() - buffers[module].keys():
+                del own[name]  # made by the forward pass
+            own.update(buffers[module])
+        for own in buffers.values():
+            for buffer in own.values():
+                if buffer is not None:
+                    buffer.copy_(values[id(buffer)])  # a forward pass may have counted in it
+    outputs = [t for t in tree_flatten(output)[0] if isinstance(t, Tensor)]
+    if not outputs:
+        raise UnsupportedModelError(f"the network returns {type(output).__name__}, not tensors")
+    for tensor in outputs:
+        tracer.trace.sets.freeze(tracer.get(tensor), "output of the network")
+    tracer.finish()
+    return tracer.trace
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """The dictionary that holds a module's own buffers."""
+    return vars(module)["_buffers"]
+
+
+class _Mode(TorchDispatchMode):
+    """Runs every operation, then lets the rules label its result."""
+
+    tracer: Tracer
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports torch._dynamo first, which takes some seconds
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        apply_rule(self.tracer, func, out, args, kwargs or {})
+        return out

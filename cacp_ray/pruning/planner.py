@@ -1,0 +1,70 @@
+"""Makes the plan of a network: traces it, groups its channels and tries the cut out."""
+
+import torch
+from torch import Tensor, nn
+
+from cacp_ray.errors import UnsupportedModelError
+from cacp_ray.pruning.forward_pass import trace_channels
+from cacp_ray.pruning.grouping import Grouping, find_groups, make_cost_model
+from cacp_ray.pruning.plan import Consumer, Plan
+from cacp_ray.pruning.tracer import Trace
+from cacp_ray.pruning.verification import find_failures
+
+
+def make_plan(model: nn.Module, example_input: Tensor) -> Plan:
+    """Traces a network once, describes how it may be cut, and tries it out.
+
+    Args:
+        model: The network; it is not changed.
+        example_input: (1, C, H, W).
+
+    Raises:
+        UnsupportedModelError: The network does not run, or has no prunable channels.
+    """
+    trace = trace_channels(model, example_input)
+    while True:
+        grouping = find_groups(trace)
+        if not grouping.roots:
+            reasons = sorted(set(trace.sets.reasons.values()))
+            raise UnsupportedModelError(
+                f"no prunable channels in {type(model).__name__}: "
+                f"{'; '.join(reasons[:3]) or 'it has no convolutions'}"
+            )
+        plan = _assemble(model, trace, grouping, tuple(example_input.shape[1:]))
+        failures = find_failures(model, plan, example_input)
+        if not failures:
+            return plan
+        for group, reason in failures.items():
+            trace.sets.freeze(torch.tensor(grouping.roots[group]), reason)
+
+
+def _assemble(
+    model: nn.Module, trace: Trace, grouping: Grouping, input_shape: tuple[int, ...]
+) -> Plan:
+    axes = {
+        key: axis
+        for key, labels in trace.dims.items()
+        if (axis := grouping.axis(trace, labels)) is not None
+    }
+    consumers = {
+        call.weight: Consumer(
+            call.weight.rpartition(".")[0], call.weight, trace.batch_norms.get(call.weight)
+        )
+        for call in trace.calls
+        if call.weight is not None and call.is_mixing and (call.weight, 1) in axes
+    }
+    fixed: dict[str, str] = {}
+    for call in trace.calls:
+        if call.weight is not None and grouping.axis(trace, call.outputs) is None:
+            root = int(call.outputs[0])
+            reason = trace.sets.reasons.get(root, "too few channels that are alike")
+            fixed[call.weight.rpartition(".")[0]] = reason
+    roots = trace.sets.roots(trace.sets.normalised)
+    return Plan(
+        cost_model=make_cost_model(model, trace, grouping, axes),
+        axes=axes,
+        consumers=tuple(consumers.values()),
+        normalised=tuple(sorted({grouping.group_of[r] for r in roots if r in grouping.group_of})),
+        fixed=fixed,
+        input_shape=input_shape,
+    )

@@ -1,0 +1,134 @@
+"""A network whose tensors may take any sizes; sizes that layers remember follow their tensors."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cacp_ray.pruning.axis import drops_groups
+from cacp_ray.pruning.torch_types import Convolution, RunningNorm, named_modules
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A module before any cut."""
+
+    attributes: dict[str, int]  # its integer attributes
+    shapes: dict[str, torch.Size]  # shapes of its own parameters and buffers
+
+
+class ResizableNetwork:
+    """A copy of a network whose tensors are exchanged in place; each thread needs its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = copy.deepcopy(model).eval()
+        self.model.requires_grad_(False)
+        self._owners: dict[str, list[tuple[nn.Module, str, Sizes]]] = {}
+        shared: dict[int, str] = {}
+        for path, module in named_modules(self.model):
+            sizes = read_sizes(module)
+            for local, tensor in own_tensors(module).items():
+                name = f"{path}.{local}" if path else local
+                owner = (module, local, sizes)
+                self._owners.setdefault(shared.setdefault(id(tensor), name), []).append(owner)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """Puts tensors of any shape in place and returns the network."""
+        touched: dict[nn.Module, Sizes] = {}
+        for name, tensor in tensors.items():
+            owners, kind, value = self._owners[name], "_buffers", tensor
+            if owners[0][1] in vars(owners[0][0])["_parameters"]:
+                # nn.Parameter(tensor, requires_grad=False), in a third of its time.
+                kind, value = "_parameters", Tensor._make_subclass(nn.Parameter, tensor, False)
+            for module, local, sizes in owners:
+                vars(module)[kind][local] = value
+                touched[module] = sizes
+        for module, sizes in touched.items():
+            sync_attributes(module, sizes)
+        return self.model
+
+
+def build_subnet(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """An independent network with copies of `tensors`, ready to be trained or saved."""
+    copies = {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    small = ResizableNetwork(model).load(copies)
+    is_trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, parameter in small.named_parameters():
+        parameter.requires_grad_(is_trained[name])
+    return small
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, then buffers, of a module itself, by their local names."""
+    own: dict[str, Tensor | None] = {**vars(module)["_parameters"], **vars(module)["_buffers"]}
+    return {name: tensor for name, tensor in own.items() if tensor is not None}
+
+
+def read_sizes(module: nn.Module) -> Sizes:
+    """Sizes of a module's own attributes and tensors."""
+    return Sizes(
+        {name: value for name, value in vars(module).items() if type(value) is int},
+        {name: tensor.shape for name, tensor in own_tensors(module).items()},
+    )
+
+
+def sync_attributes(module: nn.Module, whole: Sizes) -> None:
+    """Sets the sizes that a layer's forward or repr reads to those of its new tensors."""
+    before = whole.attributes
+    # Past nn.Module's own attribute access, which is ten times slower.
+    own = vars(module)
+    if isinstance(module, Convolution):
+        _sync_convolution(module, before, own)
+    elif isinstance(module, nn.Linear):
+        own["out_features"], own["in_features"] = module.weight.shape
+    elif isinstance(module, RunningNorm):
+        line: Tensor | None = own["_buffers"]["running_mean"]
+        if line is None:
+            line = own["_parameters"]["weight"]
+        if line is not None:
+            own["num_features"] = line.shape[0]
+    elif isinstance(module, nn.GroupNorm) and module.affine:
+        channels, groups = before["num_channels"], before["num_groups"]
+        module.num_channels = len(module.weight)
+        if groups > 1 and drops_groups(channels, groups):
+            module.num_groups = module.num_channels // (channels // groups)
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and module.elementwise_affine:
+        module.normalized_shape = tuple(module.weight.shape)
+    else:
+        _sync_by_value(module, whole)
+
+
+def _sync_convolution(module: Convolution, before: Mapping[str, int], own: dict[str, Any]) -> None:
+    weight: Tensor | None = own["_parameters"].get("weight")
+    if weight is None:  # parametrized
+        weight = module.weight
+    first, second = weight.shape[:2]
+    groups, inputs, outputs = before["groups"], before["in_channels"], before["out_channels"]
+    if groups > 1:
+        if drops_groups(inputs, groups):
+            own["groups"] = first // ((inputs if own["transposed"] else outputs) // groups)
+        second *= own["groups"]
+    if own["transposed"]:
+        first, second = second, first
+    own["in_channels"], own["out_channels"] = second, first
+
+
+def _sync_by_value(module: nn.Module, whole: Sizes) -> None:
+    """Gives a user's own layer new sizes: attributes that equal a cut dimension follow it.
+
+    An attribute keeps its value where two dimensions of that size were cut differently. Trying the
+    plan out finds what this gets wrong.
+    """
+    sizes_of: dict[int, set[int]] = {}
+    for name, tensor in own_tensors(module).items():
+        for old, size in zip(whole.shapes[name], tensor.shape, strict=True):
+            sizes_of.setdefault(old, set()).add(size)
+    for name, value in whole.attributes.items():
+        sizes = sizes_of.get(value, {value})
+        setattr(module, name, next(iter(sizes)) if value > 1 and len(sizes) == 1 else value)

@@ -1,0 +1,248 @@
+"""Displays of the long work: a live table on a terminal, else plain lines, nothing if quiet."""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Literal, Self
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from cacp_ray.reporting.progress import FinetuneProgress, SearchProgress, TrialProgress
+from cacp_ray.reporting.summary import DASH, format_percent, format_seconds, format_setting
+from cacp_ray.reporting.tables import make_console
+
+PLAIN_SECONDS = 5.0
+LIVE_SECONDS = 0.2
+BAR_WIDTH = 30
+MOST_TRIALS = 12
+
+Objective = Literal["top1", "area"]
+
+
+class Display:
+    """A context that shows the latest state in place on a terminal, and prints lines elsewhere."""
+
+    def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
+        """Shows nothing before the first update, and nothing at all if quiet."""
+        self._console = console or make_console()
+        self._is_quiet = quiet
+        is_live = self._console.is_terminal and not self._console.is_dumb_terminal and not quiet
+        self._live = Live(console=self._console, auto_refresh=False) if is_live else None
+        self._pause = LIVE_SECONDS if is_live else PLAIN_SECONDS
+        self._shown_at = -math.inf
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Self:
+        """Starts the live display."""
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        """Leaves the last state on the screen."""
+        if self._live is not None:
+            self._live.stop()
+
+    def _is_due(self) -> bool:
+        """Whether enough time has passed since the last `_show` for another one."""
+        return time.monotonic() - self._shown_at >= self._pause
+
+    def _show(self, content: RenderableType, line: str) -> None:
+        self._shown_at = time.monotonic()
+        if self._live is not None:
+            self._live.update(content, refresh=True)
+        elif not self._is_quiet:
+            self._console.print(Text(line), soft_wrap=True)
+
+
+class SearchDisplay(Display):
+    """The best of every rate, speed and time left."""
+
+    _waiting: SearchProgress | None = None
+
+    def __exit__(self, *failure: object) -> None:
+        """Shows the last state and leaves it there."""
+        self._flush()
+        super().__exit__(*failure)
+
+    def update(self, progress: SearchProgress) -> None:
+        """Takes the state of the search, at any pace, and shows it now and then."""
+        self._waiting = progress
+        if progress.evaluations == progress.total or self._is_due():
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting is not None:
+            self._show(search_panel(self._waiting), search_line(self._waiting))
+            self._waiting = None
+
+
+class FinetuneDisplay(Display):
+    """The last epoch of every trial, or a line for each epoch."""
+
+    def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
+        super().__init__(quiet=quiet, console=console)
+        self._latest: dict[tuple[float, str], FinetuneProgress] = {}
+
+    def update(self, progress: FinetuneProgress) -> None:
+        """Shows a finished epoch."""
+        self._latest[progress.rate, progress.variant] = progress
+        latest = [self._latest[key] for key in sorted(self._latest)]
+        self._show(finetune_panel(latest), finetune_line(progress))
+
+
+class TuningDisplay(Display):
+    """The best trials of agent tuning so far, or a line for every round of a trial."""
+
+    def __init__(
+        self,
+        trials: int,
+        objective: Objective,
+        *,
+        quiet: bool = False,
+        console: Console | None = None,
+    ) -> None:
+        """Ranks `trials` trials by the objective."""
+        super().__init__(quiet=quiet, console=console)
+        self._trials, self._objective = trials, objective
+        self._latest: dict[str, TrialProgress] = {}
+
+    def update(self, progress: TrialProgress) -> None:
+        """Shows a trial's round."""
+        self._latest[progress.name] = progress
+        trials = sorted(self._latest.values(), key=lambda trial: trial.name)
+        ranked = sorted(trials, key=lambda trial: -getattr(trial, self._objective))
+        seconds = format_seconds(time.monotonic() - self._started)
+        status = Text(f"  {len(ranked)} of {self._trials} trials begun, {seconds}")
+        self._show(Group(tuning_panel(ranked), status), tuning_line(progress))
+
+
+class ConvertDisplay(Display):
+    """Complete shards of `data convert`, speed and time left, in one line."""
+
+    _num_old = _images = 0
+
+    def update(self, done: int, total: int, images: int) -> None:
+        """Counts a complete shard of `images` new images; 0 where it existed already.
+
+        The call before the first shard starts the clock.
+        """
+        if not done:
+            self._started = time.monotonic()
+            return
+        self._num_old += images == 0
+        self._images += images
+        if done < total and not self._is_due():
+            return
+        seconds, written = time.monotonic() - self._started, done - self._num_old
+        left = seconds / written * (total - done) if written else None
+        old = f"{self._num_old:,} were there  " if self._num_old else ""
+        speed = self._images / seconds if seconds > 0 else 0.0
+        status = (
+            f"{done:,}/{total:,} shards  {old}{speed:,.0f} images/s  {format_seconds(left)} left"
+        )
+        panel = Table.grid(padding=(0, 1))
+        panel.add_row(" ", ProgressBar(total, done, width=BAR_WIDTH), status)
+        self._show(panel, f"convert {status}")
+
+
+def search_panel(progress: SearchProgress) -> RenderableType:
+    """Table of the rates above one line of progress."""
+    table = _table("rate\n(kept)", "best top-1\n(%, search split)", "cost kept\n(%)", "found at\n")
+    for rate, best in sorted(progress.best.items()):
+        cells = [DASH] * 3
+        if best is not None:
+            cells = [format_percent(best.top1), format_percent(best.cost_kept), f"{best.index:,}"]
+        table.add_row(f"{rate:.2f}", *cells)
+    total, done = max(progress.total, 1), progress.evaluations
+    status = Table.grid(padding=(0, 1))
+    status.add_row(" ", ProgressBar(total, done, width=BAR_WIDTH), _search_status(progress))
+    return Group(table, status)
+
+
+def search_line(progress: SearchProgress) -> str:
+    """State of the search in one line."""
+    best = "  ".join(
+        f"{rate:.2f}: {format_percent(None if record is None else record.top1)}"
+        for rate, record in sorted(progress.best.items())
+    )
+    return f"search {_search_status(progress)}  best top-1 in %: {best}"
+
+
+def finetune_panel(latest: Sequence[FinetuneProgress]) -> RenderableType:
+    """Table with the last epoch of every trial."""
+    accuracy = "top-1\n(%, search split)"
+    table = _table("rate\n(kept)", "epoch\n", "\n", "loss\n", accuracy, "epoch\n(s)", "left\n")
+    for trial in latest:
+        table.add_row(
+            _trial_name(trial),
+            f"{trial.epoch}/{trial.epochs}",
+            ProgressBar(trial.epochs, trial.epoch, width=BAR_WIDTH),
+            f"{trial.train_loss:.3f}",
+            format_percent(trial.search_top1),
+            f"{trial.seconds:.1f}",
+            format_seconds(trial.seconds * (trial.epochs - trial.epoch)),
+        )
+    return table
+
+
+def finetune_line(progress: FinetuneProgress) -> str:
+    """A finished epoch in one line."""
+    left = format_seconds(progress.seconds * (progress.epochs - progress.epoch))
+    return (
+        f"fine-tune rate {_trial_name(progress)}  epoch {progress.epoch}/{progress.epochs}  "
+        f"loss {progress.train_loss:.3f}  search split {format_percent(progress.search_top1)} %  "
+        f"{format_seconds(progress.seconds)}  {left} left"
+        f"{', from before' if progress.is_restored else ''}"
+    )
+
+
+def tuning_panel(ranked: Sequence[TrialProgress]) -> RenderableType:
+    """Table of the best trials."""
+    table = _table("trial", "evaluations", "best top-1\n(%, mean)", "mean over\ntime (%)")
+    table.add_column("settings")
+    for trial in ranked[:MOST_TRIALS]:
+        accuracy = format_percent(trial.top1), format_percent(trial.area)
+        table.add_row(trial.name, f"{trial.evaluations:,}", *accuracy, _settings(trial))
+    return table
+
+
+def tuning_line(progress: TrialProgress) -> str:
+    """A trial's round in one line."""
+    return (
+        f"{progress.name}  {progress.evaluations:,} evaluations  "
+        f"best top-1 {format_percent(progress.top1)} %  {_settings(progress)}"
+    )
+
+
+def _table(*heads: str) -> Table:
+    """An empty table of right-aligned columns."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for head in heads:
+        table.add_column(head, justify="right")
+    return table
+
+
+def _trial_name(progress: FinetuneProgress) -> str:
+    return f"{progress.rate:.2f} {progress.variant}".rstrip()
+
+
+def _search_status(progress: SearchProgress) -> str:
+    evaluators = "1 evaluator" if progress.num_alive == 1 else f"{progress.num_alive} evaluators"
+    return (
+        f"{progress.evaluations:,}/{progress.total:,} evaluations  "
+        f"{progress.evaluations_per_second:.1f}/s  {evaluators}  "
+        f"{format_seconds(progress.seconds_left)} left"
+    )
+
+
+def _settings(progress: TrialProgress) -> str:
+    return "  ".join(
+        f"{key.partition('.')[2]} {format_setting(value)}"
+        for key, value in progress.settings.items()
+    )

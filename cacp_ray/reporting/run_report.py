@@ -1,0 +1,187 @@
+"""The report of a finished run: report.html and its figures."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from cacp_ray.errors import ArtifactError
+from cacp_ray.io.files import read_object, read_text
+from cacp_ray.io.jsonl import read_journal
+from cacp_ray.pruning.subnet import read_description
+from cacp_ray.reporting.effort import list_facts, list_phases
+from cacp_ray.reporting.figures import (
+    Drawing,
+    Metrics,
+    Plot,
+    plot_accuracy,
+    plot_finetuning,
+    plot_latency,
+    plot_progress,
+    read_episodes,
+    save_plots,
+)
+from cacp_ray.reporting.groups import (
+    fit_importance,
+    plot_importance,
+    plot_keep_counts,
+    plot_keep_ratios,
+)
+from cacp_ray.reporting.html import write_page
+from cacp_ray.reporting.learning import LEARNING_FILE, draw_learning
+from cacp_ray.reporting.summary import (
+    Column,
+    Row,
+    accuracy_columns,
+    answer_columns,
+    format_macs,
+    format_seconds,
+    frontier_columns,
+    short_columns,
+    size_columns,
+    standard_errors,
+    summary_rows,
+    words,
+)
+from cacp_ray.rundir.directory import RunDirectory, read_result
+
+RESULT_KEYS = ("base", "cost", "frontier", "rates", "seconds")
+
+
+def report_run(run_dir: Path) -> Path:
+    """Writes report.html and the figures of a finished search; returns the path of the report."""
+    read_result(run_dir)
+    records = RunDirectory(run_dir).read_records()
+    table = pa.Table.from_pylist([dataclasses.asdict(record) for record in records])
+    return write_report(run_dir, table)
+
+
+def write_report(run_dir: Path, episodes: pa.Table) -> Path:
+    """Writes the report from result.json, environment.json, config.yaml, and learning.jsonl if any.
+
+    The report shows the path of the run as given, and is returned as a path.
+
+    Raises:
+        ArtifactError: One of the first three files is missing or unreadable.
+    """
+    if not (run_dir / "result.json").exists():
+        raise ArtifactError(
+            f"{run_dir} holds no result.json: finish the search first (search --resume)"
+        )
+    result = read_object(run_dir / "result.json", RESULT_KEYS)
+    environment = read_object(run_dir / "environment.json", ())
+    config = read_text(run_dir / "config.yaml")
+    metrics = read_metrics(run_dir, result)
+    drawings = draw_figures(result, episodes, metrics, run_dir / "figures")
+    learning = draw_learning(result, read_journal(run_dir / LEARNING_FILE), run_dir / "figures")
+    rows, later = summary_rows(result), list_later_answers(run_dir, result)
+    return write_page(
+        run_dir / "report.html",
+        "report.html.jinja",
+        result=result,
+        base_macs=format_macs(result["base"]["macs"]),
+        short=_cells(short_columns(result), rows),
+        size=_cells(size_columns(result), rows),
+        accuracy=_cells(accuracy_columns(result), rows),
+        frontier=_cells(frontier_columns(result), result["frontier"]),
+        errors=standard_errors(result),
+        words=words(result),
+        has_importance=any(drawing.path.stem == "importance" for drawing in drawings),
+        figures=drawings,
+        learning=learning,
+        loading=_loading(run_dir, rows[1:]),
+        later=_loading(run_dir, later),
+        later_answers=_cells(answer_columns(result, later), later),
+        has_finetuned=any(row.get("finetuned_top1") is not None for row in rows[1:]),
+        phases=list_phases(result["seconds"]),
+        total_seconds=format_seconds(sum(s for s in result["seconds"].values() if s is not None)),
+        facts=list_facts(result, episodes, metrics),
+        environment=_flatten(environment),
+        config=config,
+        rates=rows[1:],
+    )
+
+
+def draw_figures(
+    result: dict[str, Any], episodes: pa.Table, metrics: Metrics, folder: Path
+) -> list[Drawing]:
+    """Writes the PNG and SVG files of a run."""
+    scored = read_episodes(episodes)
+    plots: list[tuple[str, str, Plot]] = [
+        ("accuracy", "Accuracy against cost", lambda axes: plot_accuracy(axes, result, scored)),
+        ("latency", "Accuracy against speed", lambda axes: plot_latency(axes, result)),
+        ("learning", "Progress of the search", lambda axes: plot_progress(axes, result, scored)),
+        ("keep-ratios", "Where channels were cut", lambda axes: plot_keep_ratios(axes, result)),
+        ("keep-counts", "How many channels stay", lambda axes: plot_keep_counts(axes, result)),
+    ]
+    if metrics:
+        draw: Plot = lambda axes: plot_finetuning(axes, result, metrics)  # noqa: E731
+        plots.insert(3, ("finetuning", "Fine-tuning", draw))
+    if (importance := fit_importance(result, episodes)) is not None:
+        title = "Which channels matter"
+        plots.append(("importance", title, lambda axes: plot_importance(axes, result, importance)))
+    return save_plots(plots, folder)
+
+
+def read_metrics(run_dir: Path, result: dict[str, Any]) -> Metrics:
+    """The metrics.json of every completely fine-tuned rate, by rate, smallest first.
+
+    Raises:
+        ArtifactError: A file is unreadable.
+    """
+    metrics: Metrics = {}
+    for row in sorted(result["rates"], key=lambda row: row["rate"]):
+        file = run_dir / row["path"] / "metrics.json"
+        content = read_object(file, ("epochs",)) if file.exists() else {}
+        if content and len(content.get("history", [])) == content["epochs"]:
+            metrics[row["rate"]] = content
+    return metrics
+
+
+def list_later_answers(run_dir: Path, result: dict[str, Any]) -> list[Row]:
+    """Rows of `answer_columns` for the subnets that `cacp-ray subnet` saved in the run.
+
+    Raises:
+        ArtifactError: A subnet is unreadable.
+    """
+    known = {row["path"] for row in result["rates"]}
+    rows: list[Row] = []
+    for file in sorted((run_dir / "subnets").glob("*/subnet.json")):
+        path = file.parent.relative_to(run_dir).as_posix()
+        if path in known:
+            continue
+        description = read_description(run_dir / path)
+        scored = description.get("candidates", {})
+        rows.append(
+            {key: description[key] for key in ("rate", "cost_kept", "macs")}
+            | {"policy_top1": scored.get("policy_top1"), "scored_top1": scored.get("search_top1")}
+            | {"path": path, "top1": description.get("search", {}).get("top1")}
+        )
+    return rows
+
+
+def _cells(columns: list[Column], rows: list[Row]) -> dict[str, Any]:
+    return {"columns": columns, "rows": [[column.text(row) for column in columns] for row in rows]}
+
+
+def _loading(run_dir: Path, rows: list[Row]) -> list[dict[str, str]]:
+    """Python code that loads the subnet of each row."""
+    loading: list[dict[str, str]] = []
+    for row in rows:
+        path = json.dumps((run_dir / row["path"]).as_posix(), ensure_ascii=False)
+        code = f"import cacp_ray\nnet = cacp_ray.load_subnet({path})"
+        loading.append({"label": f"{row['rate']:.2f}", "code": code})
+    return loading
+
+
+def _flatten(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names and values; nested objects are replaced by their content."""
+    pairs: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            pairs += _flatten(value)
+        else:
+            pairs.append((name, "unknown" if value is None else str(value)))
+    return pairs

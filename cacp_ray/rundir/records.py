@@ -1,0 +1,102 @@
+"""Rows of the episodes: a measurement, its candidate, and what the run adds."""
+
+# pyarrow has no complete types:
+# pyright: basic
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from cacp_ray.evaluation.measurement import Candidate, Measurement, SubnetKey
+from cacp_ray.pruning.cost import CostModel, Limited
+
+ARROW_TYPES = {
+    int: pa.int64(),
+    float: pa.float64(),
+    bool: pa.bool_(),
+    str: pa.string(),
+    tuple[int, ...]: pa.list_(pa.int64()),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeRecord(Measurement):
+    """A measurement with its candidate, as `episodes/` holds it.
+
+    Attributes:
+        strategy: Name of the strategy that proposed the candidate.
+        rate: Compression rate of the candidate.
+        keep_counts: Channels kept, one entry for each group.
+        criterion: Criterion of its importance order; empty for the run's.
+        macs: Multiply-accumulates for one input.
+        params: Number of parameters.
+        cost_kept: Share of the whole network's cost, in (0, 1].
+        reward: What the strategy maximises.
+    """
+
+    strategy: str
+    rate: float
+    keep_counts: tuple[int, ...]
+    criterion: str = ""
+    macs: int
+    params: int
+    cost_kept: float
+    reward: float
+
+    @property
+    def key(self) -> SubnetKey:
+        """Keep counts and criterion, which tell candidates apart."""
+        return self.keep_counts, self.criterion
+
+    @property
+    def candidate(self) -> Candidate:
+        """The candidate that was measured."""
+        return Candidate(self.rate, self.keep_counts, self.criterion, self.index)
+
+
+def _arrow_type(annotation: Any) -> pa.DataType:
+    is_choice = typing.get_origin(annotation) is typing.Literal
+    return ARROW_TYPES[str if is_choice else annotation]
+
+
+SCHEMA = pa.schema(
+    [
+        (name, _arrow_type(annotation))
+        for name, annotation in typing.get_type_hints(EpisodeRecord).items()
+    ]
+)
+
+
+def make_record(
+    candidate: Candidate,
+    measurement: Measurement,
+    cost_model: CostModel,
+    *,
+    cost: Limited,
+    strategy: str,
+) -> EpisodeRecord:
+    """The row of a measurement; a rate limits `cost`, as `CostModel.kind` takes it."""
+    counts, limited = candidate.keep_counts, cost_model.kind(cost)
+    return EpisodeRecord(
+        **dataclasses.asdict(measurement),
+        strategy=strategy,
+        rate=candidate.rate,
+        keep_counts=counts,
+        criterion=candidate.criterion,
+        macs=int(cost_model.macs(counts)),
+        params=int(cost_model.params(counts)),
+        cost_kept=int(limited(counts)) / int(limited(cost_model.num_channels)),
+        reward=measurement.top1,
+    )
+
+
+def read_record(row: dict[str, Any]) -> EpisodeRecord:
+    """The record in a line of the journal or a row of `episodes/`.
+
+    Raises:
+        KeyError, TypeError: The row has other columns.
+    """
+    return EpisodeRecord(**{**row, "keep_counts": tuple(row["keep_counts"])})

@@ -1,0 +1,184 @@
+"""A network's channel groups, exact cost and small copies, without a search."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from cacp_ray.config.run import PruningConfig
+from cacp_ray.errors import ConfigError
+from cacp_ray.models.factory import (
+    CIFAR_MODELS,
+    build_model,
+    default_input_shape,
+    default_num_classes,
+)
+from cacp_ray.pruning.cost import ChannelGroup
+from cacp_ray.pruning.criteria import rank_channels
+from cacp_ray.pruning.cutter import Cutter, all_tensors, reorder_weights
+from cacp_ray.pruning.plan import Plan
+from cacp_ray.pruning.planner import make_plan
+from cacp_ray.pruning.resizable import build_subnet
+from cacp_ray.pruning.statistics import Statistics
+from cacp_ray.pruning.subnet import load_subnet, read_description
+from cacp_ray.searching.budget import Budget, uniform
+from cacp_ray.workflows.setup import make_budget
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What can be cut from one network.
+
+    Attributes:
+        model: The network.
+        plan: Plan of the network.
+        budget: Budget of its MACs.
+    """
+
+    model: nn.Module
+    plan: Plan
+    budget: Budget
+
+    @property
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        """Channel groups in the order of the forward pass."""
+        return self.plan.groups
+
+    @property
+    def reachable(self) -> tuple[float, float]:
+        """Smallest and largest rate (share of the MACs kept)."""
+        return self.budget.smallest / self.budget.total, 1.0
+
+    def cost(self, keep_counts: ArrayLike) -> NDArray[np.int64]:
+        """MACs of keep counts int (..., G) -> (...).
+
+        Raises:
+            ConfigError: Another number of groups, or a count outside 1 ... C of its group.
+        """
+        return self.plan.macs(self._check_counts(keep_counts))
+
+    def uniform(self, rate: float) -> NDArray[np.int64]:
+        """(G,) the same keep ratio in every group, within the budget of `rate` and using it up.
+
+        Raises:
+            InfeasibleRateError: The rate cannot be reached.
+        """
+        self.budget.check(rate)
+        return uniform(self.budget, [rate], np.ones(len(self.groups)))[0]
+
+    def build(
+        self, keep_counts: Sequence[int] | NDArray[np.int64], criterion: str = "l1"
+    ) -> nn.Module:
+        """An independent small network that keeps the best channels by a weight-based criterion.
+
+        Args:
+            keep_counts: (G,) channels that stay in each group.
+            criterion: One that reads no statistics.
+
+        Raises:
+            ConfigError: Another number of groups, a count outside 1 ... C of its group, or a
+                criterion that is unknown or reads statistics.
+        """
+        counts = self._check_counts(keep_counts)
+        if counts.ndim != 1:
+            raise ConfigError(f"keep counts of shape {counts.shape}: give one for each group")
+        tensors = all_tensors(self.model)
+        orders = rank_channels(criterion, self.plan, tensors, Statistics(), seed=0)
+        ordered = reorder_weights(self.plan, tensors, orders)
+        cut = Cutter(self.plan)(ordered, counts.tolist())
+        return build_subnet(self.model, ordered | cut)
+
+    def _check_counts(self, keep_counts: ArrayLike) -> NDArray[np.int64]:
+        counts = np.asarray(keep_counts)
+        if counts.shape[-1:] != (len(self.groups),):
+            raise ConfigError(
+                f"keep counts of shape {counts.shape}: the network has {len(self.groups)} channel "
+                "groups, give one for each"
+            )
+        if counts.dtype.kind not in "iu":
+            raise ConfigError(f"keep counts of type {counts.dtype}: give whole numbers")
+        wrong = np.argwhere((counts < 1) | (counts > self.plan.cost_model.num_channels))
+        if len(wrong):
+            group = self.groups[wrong[0][-1]]
+            raise ConfigError(
+                f"keep count {counts[tuple(wrong[0])]} of group {group.name}: it must be from 1 to "
+                f"{group.num_channels}"
+            )
+        return counts.astype(np.int64)
+
+
+def analyze(model: nn.Module, example_input: Tensor, *, floor: float = 0.1) -> Analysis:
+    """Finds the channel groups of a network.
+
+    Args:
+        model: Any CNN that runs on `example_input`; it is not changed.
+        example_input: (1, C, H, W).
+        floor: Smallest share of a group's channels that is kept, in (0, 1].
+
+    Raises:
+        ConfigError: Not one image, or no such floor.
+        UnsupportedModelError: It does not run, or nothing in it can be cut.
+    """
+    shape = tuple(example_input.shape)
+    if len(shape) != 4 or shape[0] != 1:
+        raise ConfigError(f"example_input of shape {shape}: give one image: (1, C, H, W)")
+    if not 0 < floor <= 1:
+        raise ConfigError(f"floor {floor}: it must be above 0 and at most 1")
+    plan = make_plan(model, example_input)
+    return Analysis(model, plan, make_budget(plan, "macs", PruningConfig(floor=floor)))
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `cacp-ray inspect` prints.
+
+    Attributes:
+        name: Name of the network, or the subnet folder with the network it was cut from.
+        about: Input and outputs of the network.
+        analysis: Analysis of the network at its present widths.
+        base_channels: Channels of a subnet's groups before the cut, by name; else empty.
+    """
+
+    name: str
+    about: str
+    analysis: Analysis
+    base_channels: dict[str, int]
+
+
+def inspect_model(
+    name: str, *, side: int | None = None, num_classes: int | None = None
+) -> Inspection:
+    """Analyses a network by name, or a subnet folder at its own widths.
+
+    Args:
+        name: A model name (`cacp_ray.models.factory`) or a folder with subnet.json.
+        side: Height and width of the input; by default what the network is made for.
+        num_classes: Outputs of the classifier; by default 1000 for torchvision and timm, else 10.
+
+    Raises:
+        CacpError: No such network or folder, or nothing in it can be cut.
+    """
+    folder = Path(name)
+    is_path = name not in CIFAR_MODELS and ":" not in name and ("/" in name or folder.is_dir())
+    base_channels: dict[str, int] = {}
+    if is_path or (folder / "subnet.json").exists():
+        if num_classes is not None:
+            raise ConfigError(f"{name} has its own number of classes: leave --num-classes out")
+        description = read_description(folder)
+        model = load_subnet(folder)
+        shape = tuple(description["input_shape"])
+        num_classes = description["num_classes"]
+        base_channels = {group["name"]: group["num_channels"] for group in description["groups"]}
+        name = f"{name} ({description['model']} at rate {description['rate']:.2f})"
+    else:
+        num_classes = default_num_classes(name) if num_classes is None else num_classes
+        model = build_model(name, num_classes)
+        shape = default_input_shape(name, model)
+    if side is not None:
+        shape = (shape[0], side, side)
+    about = f"input {'x'.join(map(str, shape))}, {num_classes} classes"
+    return Inspection(name, about, analyze(model, torch.zeros(1, *shape)), base_channels)

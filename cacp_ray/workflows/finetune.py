@@ -1,0 +1,257 @@
+"""Fine-tuning of what a search found, or of one subnet folder: which subnets, by which recipes."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cacp_ray.config.finetune import FinetuneConfig
+from cacp_ray.config.run import (
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    load_config,
+)
+from cacp_ray.config.saved import is_run, read_run_config
+from cacp_ray.data.images import ImageSet
+from cacp_ray.data.streams import ImageStream
+from cacp_ray.errors import ArtifactError, ConfigError
+from cacp_ray.io.clock import Clock
+from cacp_ray.io.files import read_json, write_json
+from cacp_ray.pruning.subnet import load_subnet, read_description
+from cacp_ray.reporting.progress import FinetuneProgress
+from cacp_ray.rundir.directory import read_result
+from cacp_ray.training.metrics import measure_split
+from cacp_ray.workflows.network import check_weights, load_model, make_rebuild
+from cacp_ray.workflows.splits import Splits, check_padding, check_splits
+
+logger = logging.getLogger(__name__)
+
+EXPERIMENT_FILE = "finetune.json"  # `cacp_ray.tuning.finetune` writes it
+
+
+@dataclass(frozen=True)
+class Job:
+    """The subnets of one fine-tuning, and the network, data and CPUs that serve them.
+
+    Attributes:
+        folders: Subnet folders by rate.
+        model: The base network: the teacher.
+        data: Splits to learn from, to choose by, and to test on.
+        experiment_dir: Folder of Tune's own files.
+        cpus: CPUs of a trial or worker.
+    """
+
+    folders: dict[float, Path]
+    model: ModelConfig
+    data: DataConfig
+    experiment_dir: Path
+    cpus: int
+
+
+def finetune(
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    address: str | None = None,
+    config: FinetuneConfig | dict[str, Any] | str | Path | None = None,
+    overrides: Sequence[str] = (),
+    on_epoch: Callable[[FinetuneProgress], None] = lambda progress: None,
+) -> dict[str, Any]:
+    """Fine-tunes the subnets of a finished search, all rates side by side, or one subnet.
+
+    Args:
+        folder: A run directory, or a subnet folder.
+        resume: Whether to go on with an interrupted fine-tuning.
+        address: Address of a Ray cluster.
+        config: A configuration, its content, or the path of its YAML file. A `finetune` section in
+            it replaces the one that the run was searched with.
+        overrides: `key.path=value` on top of both.
+        on_epoch: Called with every finished epoch.
+
+    Returns:
+        The content of the run's result.json, or of the subnet's metrics.json.
+
+    Raises:
+        CacpError: Bad input, or a trial that failed too often.
+    """
+    where = Path(folder)
+    is_subnet = (where / "subnet.json").exists()
+    run_dir = where.resolve().parent.parent if is_subnet else where
+    searched = None if is_subnet and not is_run(run_dir) else read_run_config(run_dir)
+    source = config.model_dump(exclude_unset=True) if isinstance(config, FinetuneConfig) else config
+    sections = {"finetune", "model", "data"}
+    settings = load_config(
+        FinetuneConfig,
+        {} if source is None else source,
+        overrides,
+        defaults=None if searched is None else searched.model_dump(include=sections),
+    )
+    if is_subnet:
+        _finetune(_make_subnet_job(where, settings), settings, resume, address, on_epoch)
+        return read_json(where / "metrics.json")
+    assert searched is not None
+    return _finetune_run(searched, where, settings, resume, address, on_epoch)
+
+
+def _finetune_run(
+    config: RunConfig,
+    run_dir: Path,
+    settings: FinetuneConfig,
+    resume: bool,
+    address: str | None,
+    on_epoch: Callable[[FinetuneProgress], None],
+) -> dict[str, Any]:
+    """Fine-tunes the subnet of every rate and completes result.json, whose content it returns."""
+    clock = Clock()
+    result = read_result(run_dir)
+    if (settings.model, settings.data) != (config.model, config.data):
+        raise ConfigError(
+            f"{run_dir} was searched with another `model` or `data`: leave both out of --config "
+            "and --set"
+        )
+    check_weights(config, run_dir)
+    job = Job(
+        {row["rate"]: run_dir / row["path"] for row in result["rates"]},
+        config.model,
+        config.data,
+        run_dir / "finetune",
+        settings.trials.cpus or config.cluster.cpus_per_evaluator,
+    )
+    trained: list[FinetuneProgress] = []
+
+    def note(progress: FinetuneProgress) -> None:
+        if not progress.is_restored:
+            trained.append(progress)
+        on_epoch(progress)
+
+    with clock.phase("finetune"):
+        tuned, test = _finetune(job, settings, resume, address, note)
+        if result["base"]["test"] is None:
+            base = load_model(config.model, len(test.classes))
+            result["base"]["test"] = dict(vars(measure_split(base, test)))
+    for row in result["rates"]:
+        row["finetuned_top1"] = tuned[row["rate"]].search_top1
+        row["test_top1"] = tuned[row["rate"]].test_top1
+        row["test_images"] = tuned[row["rate"]].test_images
+    if trained or "finetune" not in result["seconds"]:  # else it had been finished before
+        result["seconds"] |= clock.seconds
+    write_json(run_dir / "result.json", result)
+    return result
+
+
+def _make_subnet_job(folder: Path, settings: FinetuneConfig) -> Job:
+    """One subnet folder, wherever it lies; Tune's files go into its `finetune`."""
+    description = read_description(folder)
+    if settings.data is None:
+        raise ConfigError(f"{folder} lies in no run: give its data by --config, in `data`")
+    if settings.finetune.teacher == "larger":
+        raise ConfigError(
+            f"finetune.teacher larger: {folder} alone has no larger subnet: fine-tune its run, or "
+            "set finetune.teacher=base"
+        )
+    distils = any(recipe.distillation > 0 for recipe in settings.recipes.values())
+    if distils and (settings.model is None or settings.model.weights is None):
+        raise ConfigError(
+            f"{folder} lies in no run: name the base network and its weights by --config, in "
+            "`model`, or set finetune.distillation to 0"
+        )
+    data = _as_searched(settings.data, description)
+    first = Splits(data).read("search", 1)
+    classes = list(first.classes)
+    if classes != description.get("classes", classes):
+        raise ConfigError(
+            f"{folder} was searched on other classes than data.search has: give the data of its run"
+        )
+    height, width = first.images.shape[1:3]
+    if description.get("input_shape", [3, height, width])[1:] != [height, width]:
+        raise ConfigError(
+            f"{folder} was searched on images of {description['input_shape'][1:]} pixels, "
+            f"data.search has {[height, width]}: set data.resize and data.crop as in its run"
+        )
+    model = settings.model or ModelConfig(name=description["model"])
+    cpus = settings.trials.cpus or 1
+    return Job({description["rate"]: folder}, model, data, folder / "finetune", cpus)
+
+
+def _as_searched(data: DataConfig, description: Mapping[str, Any]) -> DataConfig:
+    """The data with the normalisation of the search, unless the file sets its own."""
+    own = {
+        name: tuple(description[name])
+        for name in ("mean", "std")
+        if name in description and name not in data.model_fields_set
+    }
+    return data.model_copy(update=own)
+
+
+def _finetune(
+    job: Job,
+    settings: FinetuneConfig,
+    resume: bool,
+    address: str | None,
+    on_epoch: Callable[[FinetuneProgress], None],
+) -> tuple[Mapping[float, Any], ImageSet | ImageStream]:
+    """Trains on Ray Tune; returns the results by rate, and the test split."""
+    from cacp_ray.distributed.cluster import check_address, check_room, connect
+    from cacp_ray.distributed.probe import probe_nodes
+    from cacp_ray.tuning.finetune import finetune_subnets, make_loggers
+    from cacp_ray.tuning.train import Resources
+
+    trials = settings.trials
+    project = job.experiment_dir.parent.name
+    make_loggers(trials.logging, project)
+    one_by_one = settings.finetune.teacher == "larger"  # which has to be fine-tuned before
+    _check_teacher(job.experiment_dir, one_by_one)
+    check_address(address)
+    logger.info("reading images, starting the trials")
+    splits = Splits(job.data)
+    train, search, test = splits.open("train"), splits.read("search"), splits.open("test")
+    check_splits({"train": train, "search": search, "test": test})
+    for name, recipe in settings.recipes.items():
+        key = f"variants.{name}.padding" if name else "finetune.padding"
+        check_padding(recipe, search, key)
+    connect(address)
+    least = trials.workers if isinstance(trials.workers, int) else trials.workers[0]
+    asked_by = "trials.cpus, trials.gpus, trials.workers"
+    check_room(job.cpus, trials.gpus, address, actors=least, asked_by=asked_by)
+    streams = [split for split in (train, test) if isinstance(split, ImageStream)]
+    probe_nodes([job.experiment_dir.parent], streams)
+    load_base_model = make_rebuild(job.model, len(train.classes))  # its file may be here alone
+    rates = sorted(job.folders, reverse=True)
+    results: dict[float, Any] = {}
+    for group in [[rate] for rate in rates] if one_by_one else [rates]:
+        larger = [rate for rate in rates if rate > group[0]]
+        load_teacher = load_base_model
+        if one_by_one and larger:
+            load_teacher = partial(load_subnet, job.folders[larger[-1]].resolve(), finetuned=True)
+        where = job.experiment_dir / f"rate-{group[0]:g}" if one_by_one else job.experiment_dir
+        results |= finetune_subnets(
+            load_subnet=partial(load_subnet, finetuned=False),
+            load_teacher=load_teacher,
+            subnet_folders={rate: job.folders[rate] for rate in group},
+            train_split=train,
+            search_split=search,
+            test_split=test,
+            recipes=settings.recipes,
+            experiment_dir=where,
+            resources=Resources(job.cpus, trials.gpus, trials.workers),
+            resume=resume,
+            on_epoch=on_epoch,
+            stops_poor=trials.scheduler == "asha",
+            loggers=trials.logging,
+            project=project,
+            source={"model": job.model.model_dump(), "data": job.data.model_dump(mode="json")},
+        )
+    return results, test
+
+
+def _check_teacher(experiment_dir: Path, one_by_one: bool) -> None:
+    """Refuses to write over what another teacher has taught."""
+    others = [experiment_dir] if one_by_one else experiment_dir.glob("rate-*")
+    if any((folder / EXPERIMENT_FILE).exists() for folder in others):
+        raise ArtifactError(
+            f"{experiment_dir} was begun with another finetune.teacher: undo the change, or delete "
+            "that folder to fine-tune again"
+        )

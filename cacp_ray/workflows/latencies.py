@@ -1,0 +1,73 @@
+"""Latency of a run's networks, side by side, and what its latency table says of them."""
+
+import copy
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from cacp_ray.evaluation.latency import Latency, measure_latency, speedup
+from cacp_ray.pruning.subnet import load_subnet
+from cacp_ray.workflows.setup import Setup
+
+logger = logging.getLogger(__name__)
+
+LATENCY_BATCH = 64
+
+
+def add_latencies(result: dict[str, Any], setup: Setup, run_dir: Path) -> None:
+    """Measures base and subnets side by side: one image, then a batch; one thread, float32."""
+    models = {"base": setup.model}
+    models |= {
+        row["path"]: load_subnet(run_dir / row["path"], finetuned=False) for row in result["rates"]
+    }
+    logger.info("measuring latency")
+    images = setup.search.take(LATENCY_BATCH).tensors()[0]
+    for prefix, x, repeats in (("", images[:1], 100), ("batch_", images, 7)):
+        latencies = measure_latency(models, x, threads=1, repeats=repeats, seconds=10.0)
+        result["base"][f"{prefix}latency_ms"] = latencies["base"].median_ms
+        for row in result["rates"]:
+            row[f"{prefix}latency_ms"] = latencies[row["path"]].median_ms
+            row[f"{prefix}speedup"] = speedup(latencies["base"], latencies[row["path"]])
+    result["latency_batch"] = len(images)
+    predict_latencies(result, setup, models)
+
+
+def predict_latencies(
+    result: dict[str, Any], setup: Setup, models: Mapping[str, nn.Module], seconds: float = 10.0
+) -> None:
+    """Adds what a run's latency table says of each network, and a measurement made as the table.
+
+    Args:
+        result: Content of result.json; left alone where the run has no table.
+        setup: The problem.
+        models: `base`, and each rate's subnet by its path.
+        seconds: Time for the measurement, which is left out where the table's device is missing.
+    """
+    table, cost_model = setup.latency, setup.plan.cost_model
+    if table is None or cost_model.latency is None:
+        return
+    settings = table.settings
+    result["latency_table"] = {
+        **vars(settings), "processor": table.processor, "error": table.error
+    }  # fmt: skip
+    rows = {"base": (result["base"], cost_model.num_channels)}
+    rows |= {row["path"]: (row, np.array(row["keep_counts"])) for row in result["rates"]}
+    latencies: dict[str, Latency] = {}
+    if settings.device != "cuda" or torch.cuda.is_available():
+        x = torch.zeros(settings.batch, *setup.plan.input_shape, device=settings.device)
+        latencies = measure_latency(
+            {name: copy.deepcopy(model).to(settings.device) for name, model in models.items()},
+            x,
+            threads=settings.threads,
+            repeats=100,
+            seconds=seconds,
+            clock=settings.clock,
+        )
+    for name, (row, counts) in rows.items():
+        row["predicted_latency_ms"] = int(cost_model.latency(counts)) / 1e6
+        row["measured_latency_ms"] = latencies[name].median_ms if latencies else None

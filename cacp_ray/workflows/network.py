@@ -1,0 +1,104 @@
+"""The base network of a run: built, given its weights, told apart from others by their hash."""
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from cacp_ray.config.run import ModelConfig, RunConfig
+from cacp_ray.errors import ArtifactError
+from cacp_ray.evaluation.preparation import hash_weights
+from cacp_ray.io.files import read_object
+from cacp_ray.models.factory import build_model
+from cacp_ray.models.pretrained import (
+    copy_weights,
+    describe_weights,
+    is_published,
+    load_weights,
+    read_weights,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(config: ModelConfig, num_classes: int) -> nn.Module:
+    """The base network in evaluation mode.
+
+    Raises:
+        CacpError: The network or its weights cannot be had, or do not fit each other.
+    """
+    model = build_model(config.name, num_classes)
+    if config.weights is not None and is_published(config.name, config.weights):
+        tensors = read_weights(config.name, config.weights)
+        copy_weights(model, tensors, f"{config.weights} of {config.name}")
+    elif config.weights is not None:
+        load_weights(model, config.weights)
+    return model.eval()
+
+
+def rebuild_model(name: str, num_classes: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The network of `load_model` on a node where its file of weights may be missing."""
+    model = build_model(name, num_classes)
+    copy_weights(model, tensors, f"the base network {name}")
+    return model.eval()
+
+
+def make_rebuild(config: ModelConfig, num_classes: int) -> Callable[[], nn.Module]:
+    """`rebuild_model` with the weights themselves, ready to be sent to other nodes."""
+    tensors = load_model(config, num_classes).state_dict()
+    return partial(rebuild_model, config.name, num_classes, tensors)
+
+
+def check_weights(config: RunConfig, run_dir: Path) -> None:
+    """Compares the base weights with those that a run was searched from; reads no image.
+
+    Raises:
+        ArtifactError: The hashes differ.
+    """
+    saved = read_object(run_dir / "model.json", ("sha256", "classes"))
+    model = load_model(config.model, len(saved["classes"]))
+    check_hash(hash_weights(model.state_dict()), saved, run_dir)
+
+
+def describe_published(model: ModelConfig) -> str:
+    """The published accuracy of the weights, for comparison; empty where there is none."""
+    if model.weights is None or not is_published(model.name, model.weights):
+        return ""
+    published = describe_weights(model.name, model.weights)
+    if published.top1 is None:
+        return ""
+    return f"; published top-1 {100 * published.top1:.2f} % on {published.data}"
+
+
+def check_hash(sha256: str, saved: Mapping[str, Any], run_dir: Path) -> None:
+    """Compares the hash of base weights with the one in the content of a run's model.json.
+
+    Raises:
+        ArtifactError: They differ.
+    """
+    if saved["sha256"] != sha256:
+        raise ArtifactError(
+            f"{run_dir} was searched from other weights than model.weights holds now: put them "
+            "back or search again in another --run-dir"
+        )
+
+
+def warn_of_normalisation(config: RunConfig) -> None:
+    """Warns where CIFAR-10's normalisation is assumed for weights that may expect another."""
+    model, data = config.model, config.data
+    has_file = model.weights is not None and not is_published(model.name, model.weights)
+    if (
+        has_file
+        and model.name.startswith(("torchvision:", "timm:"))
+        and not data.train.path.startswith("embedded:")
+        and not {"mean", "std"} <= data.model_fields_set
+    ):
+        logger.warning(
+            "weights %s of %s: data.mean and data.std are not both set, and what is missing is "
+            "CIFAR-10's: set them as in the training of these weights",
+            model.weights,
+            model.name,
+        )

@@ -1,0 +1,305 @@
+"""A search, from a configuration to a filled run directory.
+
+`search` reads from top to bottom: check and prepare, start evaluators, search, ask the policy,
+build and save the winner of every rate. Nothing is written before all input has been checked.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cacp_ray.config.run import RunConfig, load_config, resolved
+from cacp_ray.config.saved import check_unchanged, is_run, open_folder
+from cacp_ray.errors import ArtifactError, ConfigError
+from cacp_ray.evaluation.cache import check_folder
+from cacp_ray.evaluation.measurement import Evaluator
+from cacp_ray.io.clock import Clock
+from cacp_ray.io.files import write_json
+from cacp_ray.io.places import overlaps
+from cacp_ray.pruning.cost import describe_cost
+from cacp_ray.reporting.progress import SearchProgress
+from cacp_ray.reporting.run_report import report_run
+from cacp_ray.reporting.scalars import ScalarLog
+from cacp_ray.rundir.directory import RunDirectory, read_result
+from cacp_ray.rundir.mirror import RunMirror
+from cacp_ray.rundir.records import EpisodeRecord
+from cacp_ray.searching.loop import SearchLoop
+from cacp_ray.searching.strategies import RACING
+from cacp_ray.searching.strategy import Strategy, make_candidates
+from cacp_ray.workflows.answers import answer_rates
+from cacp_ray.workflows.evaluators import (
+    find_gpu_share,
+    start_evaluators,
+)
+from cacp_ray.workflows.latencies import add_latencies
+from cacp_ray.workflows.learning_log import (
+    LearningLog,
+    log_best,
+    measure_learning,
+    unseen_rates,
+)
+from cacp_ray.workflows.setup import Setup, describe_accuracy
+from cacp_ray.workflows.start import begin_run, prepare_run
+from cacp_ray.workflows.strategy import (
+    CONDITIONAL,
+    Policy,
+    find_policy,
+    make_run_strategy,
+    num_reserved,
+)
+from cacp_ray.workflows.winners import (
+    build_winners,
+    choose_build,
+    drop_failed,
+    frontier_rates,
+    measure_outside,
+    measure_uniform,
+)
+
+logger = logging.getLogger(__name__)
+
+OnProgress = Callable[[SearchProgress], object]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        path: Its directory.
+        result: The content of result.json.
+        mirror: The copy of the run on other storage, if there is one; `finish` brings it up to
+            date.
+    """
+
+    path: Path
+    result: dict[str, Any]
+    mirror: RunMirror | None = None
+
+    @property
+    def subnets(self) -> dict[float, Path]:
+        """Folder of the subnet of every rate; `load_subnet` reads one."""
+        return {row["rate"]: self.path / row["path"] for row in self.result["rates"]}
+
+    def policy(self, rate: float, evaluations: int = 0) -> dict[str, Any]:
+        """The policy's subnet for any rate; see `cacp_ray.workflows.answers.answer_rates`."""
+        return answer_rates(self.path, [rate], evaluations, save=False)[0]
+
+    def report(self) -> Path:
+        """Writes report.html."""
+        return report_run(self.path)
+
+
+def search(
+    config: RunConfig | dict[str, Any] | str | Path,
+    run_dir: str | Path | None = None,
+    *,
+    resume: bool = False,
+    address: str | None = None,
+    on_progress: OnProgress | None = None,
+    cache: str | Path | None = None,
+    storage: str | Path | None = None,
+) -> Run:
+    """Searches a smaller network for every rate at once.
+
+    Args:
+        config: A configuration, its content, or the path of its YAML file.
+        run_dir: Default: runs/NAME.
+        resume: Whether to go on with what `run_dir` holds.
+        address: Address of a Ray cluster; None takes RAY_ADDRESS, else starts a local Ray.
+        on_progress: Called while the search goes on.
+        cache: Folder where measurements are kept for other runs: what is scored alike, whatever
+            the run, is scored once, and counts as an evaluation in each.
+        storage: Folder, s3:// or gs:// URI that the run is copied to at every checkpoint. With
+            `resume`, what it holds is fetched and gone on with; the search begins where it holds
+            nothing yet, so that one call serves the first start and every other.
+
+    Raises:
+        CacpError: Bad input, before anything is written, or a failed run.
+    """
+    settings = config if isinstance(config, RunConfig) else load_config(RunConfig, config)
+    folder = Path(run_dir) if run_dir is not None else Path("runs") / settings.name
+    mirror = None if storage is None else _open_mirror(str(storage), folder, settings, resume)
+    is_first = mirror is not None and mirror.config is None and not is_run(folder)
+    open_folder(folder, settings, resume=resume and not is_first)
+    if (folder / "result.json").exists():
+        if mirror is not None:
+            mirror.finish(folder)
+        return Run(folder, read_result(folder), mirror)  # fine-tuning may have added to it
+    if cache is not None:
+        check_folder(Path(cache))
+    result = _run_search(
+        settings,
+        folder,
+        address=address,
+        on_progress=on_progress,
+        cache=None if cache is None else Path(cache),
+        mirror=mirror,
+    )
+    return Run(folder, result, mirror)
+
+
+def _open_mirror(uri: str, folder: Path, config: RunConfig, resume: bool) -> RunMirror:
+    """The mirror of a run; what it holds is in the folder afterwards."""
+    if overlaps(uri, folder):
+        raise ConfigError(
+            f"storage {uri} and {folder}, which it shall be a copy of, lie in each other: choose "
+            "another"
+        )
+    mirror = RunMirror(uri)
+    if resume:
+        if (saved := mirror.config) is not None:
+            check_unchanged(saved, config, f"storage {uri}", "--storage")
+        mirror.pull(folder)
+    elif mirror.config is not None:
+        raise ArtifactError(
+            f"storage {uri} holds a run: pass --resume to continue it, or choose another --storage"
+        )
+    return mirror
+
+
+def _run_search(
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    address: str | None,
+    on_progress: OnProgress | None,
+    cache: Path | None,
+    mirror: RunMirror | None,
+) -> dict[str, Any]:
+    """Fills `run_dir` up to result.json, whose content it returns."""
+    clock, run = Clock(), RunDirectory(run_dir)
+    is_begun = is_run(run_dir)
+    with ExitStack() as lock:
+        if is_begun:
+            lock.enter_context(run.locked())
+        setup, statistics = prepare_run(config, run_dir, address, clock)
+        with clock.phase("start"):
+            gpus = find_gpu_share(setup)
+            num_measured = len({record.key for record in run.read_records()})
+            evaluator = start_evaluators(setup, gpus=gpus, num_measured=num_measured, cache=cache)
+        with closing(evaluator):
+            if not is_begun:
+                lock.enter_context(run.locked())
+                if is_run(run_dir):
+                    raise ArtifactError(
+                        f"{run_dir}: another process has begun a run there: pass --resume to "
+                        "continue it, or choose another --run-dir"
+                    )
+            with clock.phase("start"):
+                saved = setup.saved or begin_run(run, setup, statistics)
+                del statistics  # as large as the network's activations, and on disk now
+                logger.info(describe_accuracy(saved))
+            with clock.phase("search"):
+                strategy = make_run_strategy(setup)
+                loop = _make_loop(setup, run, evaluator, on_progress, mirror)
+                log = _search(setup, run_dir, loop, strategy)
+            clock.seconds["search"] = round(loop.seconds, 2)
+            searched = {rate: loop.archive.best(rate) for rate in config.rates}
+            with clock.phase("frontier"):
+                policy = find_policy(strategy)
+                answers = _ask_policy(setup, policy, loop, strategy, evaluator) if policy else []
+                reference = measure_uniform(setup, evaluator)
+                learning = None if log is None else measure_learning(log, setup, evaluator)
+                if policy:
+                    policy.stop()
+        with clock.phase("build"):
+            build = choose_build(setup, gpus)
+            rows = build_winners(setup, searched, run_dir, build, answers, reference)
+        result = {
+            "name": config.name,
+            "strategy": config.strategy,
+            "cost": describe_cost(config.cost),
+            "groups": [
+                {
+                    "name": group.name,
+                    "num_channels": group.num_channels,
+                    "is_residual": group.is_residual,
+                }
+                for group in setup.plan.groups
+            ],
+            "base": saved["base"],
+            "rates": rows,
+            "frontier": [
+                {name: getattr(answer, name) for name in ("rate", "cost_kept", "macs", "top1")}
+                for answer in answers
+            ],
+            "learning": learning,
+            "evaluations": loop.progress.evaluations,
+            "seconds": clock.seconds,
+        }
+        add_latencies(result, setup, run_dir)
+        write_json(run_dir / "result.json", result)
+        if mirror is not None:
+            mirror.finish(run_dir)
+        return result
+
+
+def _make_loop(
+    setup: Setup,
+    run: RunDirectory,
+    evaluator: Evaluator,
+    on_progress: OnProgress | None,
+    mirror: RunMirror | None,
+) -> SearchLoop:
+    config = setup.config
+    return SearchLoop(
+        evaluator,
+        setup.plan.cost_model,
+        run,
+        rates=config.rates,
+        evaluations=config.evaluations,
+        reserved=num_reserved(config),
+        cost=config.cost,
+        mode=config.mode,
+        round_size=config.round_size,
+        races=config.evaluation.racing and config.strategy in RACING,
+        on_progress=on_progress,
+        on_checkpoint=None if mirror is None else partial(mirror.push, run.path),
+    )
+
+
+def _search(
+    setup: Setup, run_dir: Path, loop: SearchLoop, strategy: Strategy
+) -> LearningLog | None:
+    """Runs the loop to the end of the search; returns the log of a conditional agent."""
+    config = setup.config
+    loop.restore(strategy)
+    scalars = ScalarLog(config.logging, run_dir, config.name, resolved(config))
+    log = None
+    if config.strategy in CONDITIONAL:
+        unseen = unseen_rates(config.rates, setup.budget)
+        log = LearningLog(run_dir, strategy, config.rates, unseen, config.evaluations, scalars)
+    shown = loop.progress.evaluations
+    while not loop.done:
+        figures = loop.tick(strategy)
+        if log is not None:
+            log.watch(loop.progress.evaluations, loop.records, figures, is_last=loop.done)
+        shown = log_best(scalars, loop, shown)
+    scalars.close()
+    loop.checkpoint(strategy)
+    return log
+
+
+def _ask_policy(
+    setup: Setup, policy: Policy, loop: SearchLoop, strategy: Strategy, evaluator: Evaluator
+) -> list[EpisodeRecord]:
+    """What the policy answers at the run's rates, its last evaluations, and from 0.2 to 0.9.
+
+    Returns:
+        The records of the answers that could be measured, by rising rate.
+    """
+    rates, others = setup.config.rates, frontier_rates(setup)
+    logger.info(
+        "the policy answers: %d rates, of which %d count as the last evaluations",
+        len(rates) + len(others),
+        len(rates),
+    )
+    counts = policy.policy([*rates, *others])
+    own = loop.measure_last(strategy, make_candidates(rates, counts[: len(rates)]))
+    beyond = measure_outside(setup, others, counts[len(rates) :], evaluator)
+    return sorted([*drop_failed(own), *beyond], key=lambda answer: answer.rate)

@@ -1,0 +1,129 @@
+"""The splits of a run: which rows of which files, and whether they fit together."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cacp_ray.config.run import DataConfig
+from cacp_ray.data.images import ImageSet, Rows, Shape, read_images, read_labels
+from cacp_ray.data.sources import Source, have_common_rows, open_source
+from cacp_ray.data.streams import ImageStream
+from cacp_ray.errors import ConfigError
+from cacp_ray.training.metrics import Split
+from cacp_ray.training.recipe import Recipe
+
+
+class Splits:
+    """The three splits of a `data` section; each file is listed, and its labels read, once."""
+
+    def __init__(self, data: DataConfig) -> None:
+        """Opens nothing yet."""
+        self._data = data
+        self._shape = Shape(data.resize, data.crop, data.interpolation)
+        self._sources: dict[str, Source] = {}
+
+    def read(self, name: str, count: int | None = None) -> ImageSet:
+        """Decodes a split, or `count` of its images, evenly spaced."""
+        source, rows = self._find_rows(name)
+        images = read_images(source, dataclasses.replace(rows, count=count), self._shape)
+        return dataclasses.replace(images, mean=self._data.mean, std=self._data.std)
+
+    def open(self, name: str) -> Split:
+        """A split in memory, or with `data.stream` where it lies."""
+        if not self._data.stream:
+            return self.read(name)
+        (source, rows), data = self._find_rows(name), self._data
+        return ImageStream(source, *read_labels(source, rows), self._shape, data.mean, data.std)
+
+    def check(self) -> tuple[str, ...]:
+        """Opens all three splits and reads their labels.
+
+        Returns:
+            The class names, which are the same in all.
+
+        Raises:
+            CacpError: Naming the file and row, or two splits that share rows or differ in classes.
+        """
+        seen: dict[str, tuple[Source, NDArray[np.int64]]] = {}
+        first: tuple[str, ...] = ()
+        for name in ("train", "search", "test"):
+            source, chosen = self._find_rows(name)
+            rows, _, classes = read_labels(source, chosen)
+            for other, earlier in seen.items():
+                if have_common_rows(*earlier, source, rows):
+                    raise ConfigError(
+                        f"data.{name} and data.{other} share rows of {source.name}: splits must be "
+                        "disjoint, or candidates are judged by what was learned"
+                    )
+            seen[name] = source, rows
+            first = first or classes
+            if classes != first:
+                raise ConfigError(
+                    f"data.{name} has {_describe_classes(classes)}, data.train "
+                    f"{_describe_classes(first)}: all splits must be alike"
+                )
+        return first
+
+    def _find_rows(self, name: str) -> tuple[Source, Rows]:
+        """Where a split lies; the training split leaves out what the search split draws from it."""
+        split, search = getattr(self._data, name), self._data.search
+        source = self._source(split.path)
+        rows = Rows(split.rows, split.images_per_class, seed=split.seed)
+        if name == "train" and search.images_per_class and self._is_at(source, search.path):
+            if split.rows != search.rows:
+                raise ConfigError(
+                    "data.search.images_per_class draws from the rows of data.train: give both the "
+                    "same rows, or none"
+                )
+            if split.images_per_class:
+                raise ConfigError(
+                    "data.train.images_per_class: the training split is all that data.search "
+                    "leaves of these images; leave it out, or give the two splits other files"
+                )
+            rows = Rows(split.rows, search.images_per_class, without=True, seed=search.seed)
+        return source, rows
+
+    def _source(self, path: str) -> Source:
+        if path not in self._sources:
+            self._sources[path] = open_source(path)
+        return self._sources[path]
+
+    def _is_at(self, source: Source, path: str) -> bool:
+        """Whether a path, however it is spelled, has the very files of a source."""
+        return source.name == path or source.resolved == self._source(path).resolved
+
+
+def _describe_classes(classes: tuple[str, ...]) -> str:
+    return f"{len(classes)} classes, {classes[0]} to {classes[-1]}"
+
+
+def check_splits(splits: Mapping[str, Split]) -> None:
+    """Refuses splits of different classes or image sizes; of a stream the first image is read.
+
+    Raises:
+        ConfigError: Naming both splits.
+    """
+    (first_name, first), *others = (
+        (name, split.at(np.arange(1)) if isinstance(split, ImageStream) else split)
+        for name, split in splits.items()
+    )
+    for name, split in others:
+        if split.classes != first.classes or split.images.shape[1:] != first.images.shape[1:]:
+            raise ConfigError(
+                f"data.{name} has {len(split.classes)} classes of {split.images.shape[1:]} images, "
+                f"data.{first_name} {len(first.classes)} of {first.images.shape[1:]}: "
+                "all splits must be alike"
+            )
+
+
+def check_padding(recipe: Recipe, split: ImageSet, key: str) -> None:
+    """Refuses random crops that would hold nothing of some images.
+
+    Raises:
+        ConfigError: Naming `key`.
+    """
+    side = min(split.images.shape[1:3])
+    if recipe.padding >= side:
+        raise ConfigError(f"{key}: {recipe.padding} pixels, but images have {side}; give fewer")

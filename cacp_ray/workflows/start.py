@@ -1,0 +1,86 @@
+"""What a search does before its first candidate: check, prepare, join the cluster, begin."""
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cacp_ray.config.run import RunConfig, resolved
+from cacp_ray.evaluation.preparation import Prepared
+from cacp_ray.io.clock import Clock
+from cacp_ray.io.environment import describe_environment, give_back_memory
+from cacp_ray.pruning.statistics import Statistics
+from cacp_ray.reporting.scalars import check_loggers
+from cacp_ray.rundir.directory import RunDirectory
+from cacp_ray.workflows.evaluators import join, read_cpus
+from cacp_ray.workflows.setup import Setup
+from cacp_ray.workflows.strategy import check_strategy
+
+logger = logging.getLogger(__name__)
+
+
+def check_run(setup: Setup) -> None:
+    """Refuses what cannot be run, before anything is written.
+
+    Raises:
+        ConfigError: The strategy cannot be made, or a logger is not installed.
+    """
+    check_strategy(setup)
+    check_loggers(setup.config.logging)
+
+
+def prepare_run(
+    config: RunConfig, run_dir: Path, address: str | None, clock: Clock
+) -> tuple[Setup, Statistics]:
+    """Reads and prepares everything, and joins the cluster; writes nothing.
+
+    Returns:
+        The problem, whose large arrays lie in Ray's store, and the statistics, which a run that
+        begins has to save.
+
+    Raises:
+        CacpError: Bad input, or a cluster that cannot score.
+    """
+    from cacp_ray.distributed.cluster import check_address, is_local
+    from cacp_ray.distributed.tasks import share
+
+    with clock.phase("prepare"):
+        check_address(address)
+        read_cpus(config, address)  # before the images: those of a large data set take minutes
+        setup = Setup.create(config, run_dir)
+        check_run(setup)
+        give_back_memory()
+    logger.info(setup.describe())
+    with clock.phase("start"), ThreadPoolExecutor(1) as executor:
+        # Without the search split, whose copy would stay in this process as long as it takes.
+        few = replace(setup, search=setup.search.at(np.arange(1)))
+        preparing = executor.submit(_share_prepared, few)
+        if is_local(address):  # at the same time, as it takes seconds
+            join(config, address)
+        split, images = share(setup.search)
+        shared, statistics = preparing.result()
+        prepared, shared = share(shared)
+        del preparing, few  # they hold what is in the store now
+        give_back_memory()
+    stored = {"split": split, "prepared": prepared}
+    return replace(setup, search=images, shared=shared, stored=stored), statistics
+
+
+def _share_prepared(setup: Setup) -> tuple[Prepared, Statistics]:
+    statistics = setup.find_statistics()
+    return setup.prepare(statistics).prepared, statistics
+
+
+def begin_run(run: RunDirectory, setup: Setup, statistics: Statistics) -> dict[str, Any]:
+    """Writes what a run starts with; returns the content of its model.json."""
+    run.write_config(resolved(setup.config))
+    setup.save_statistics(run.path, statistics)
+    run.write_environment(describe_environment(setup.config.seed))
+    give_back_memory()
+    model = setup.describe_model()
+    run.write_model(model)
+    give_back_memory()
+    return model

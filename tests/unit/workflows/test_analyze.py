@@ -1,0 +1,67 @@
+"""`analyze` refuses what it cannot use in one line, and costs what it builds."""
+
+import numpy as np
+import pytest
+import torch
+
+from cacp_ray.errors import ConfigError
+from cacp_ray.pruning.verification import count_macs
+from cacp_ray.workflows.analyze import analyze
+from tests.unit.pruning.networks import NAMES, make
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_built_costs_what_is_told(name):
+    model, x = make(name)
+    found = analyze(model, x[:1])
+    rng = np.random.default_rng(0)
+    batch = rng.integers(1, found.plan.cost_model.num_channels + 1, (3, len(found.groups)))
+    told = found.cost(batch)
+    assert told.shape == (3,)
+    for counts, macs in zip(batch, told, strict=True):
+        assert count_macs(found.build(counts), x[:1]) == macs
+        assert found.cost(counts.tolist()) == macs
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda counts: counts[:-1], "3 channel groups"),
+        (lambda counts: [*counts, 1], "3 channel groups"),
+        (lambda counts: 4, "3 channel groups"),
+        (lambda counts: [counts[0], 0, counts[2]], r"keep count 0 of group 3: .* 1 to 12"),
+        (lambda counts: [counts[0], -1, counts[2]], r"keep count -1 of group 3: .* 1 to 12"),
+        (lambda counts: [*counts[:2], 17], r"keep count 17 of group 6: .* 1 to 16"),
+        (lambda counts: [*counts[:2], 1.5], "whole numbers"),
+    ],
+)
+def test_keep_counts_that_do_not_fit_are_refused_with_the_group(change, message):
+    model, x = make("plain")
+    found = analyze(model, x[:1])
+    counts = change([group.num_channels for group in found.groups])
+    for use in (found.build, found.cost):
+        with pytest.raises(ConfigError, match=message) as caught:
+            use(counts)
+        assert "\n" not in str(caught.value)
+
+
+def test_several_keep_counts_are_costed_but_not_built():
+    model, x = make("plain")
+    found = analyze(model, x[:1])
+    with pytest.raises(ConfigError, match=r"shape \(2, 3\)"):
+        found.build(np.ones((2, 3), dtype=np.int64))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (0, 3, 8, 8), (3, 8, 8), ()])
+def test_the_example_is_one_image(shape):
+    with pytest.raises(ConfigError, match=r"give one image: \(1, C, H, W\)"):
+        analyze(make("plain")[0], torch.zeros(shape))
+
+
+@pytest.mark.parametrize("floor", [0.0, -0.1, 1.1, float("nan")])
+def test_a_floor_that_is_no_share_is_refused(floor):
+    model, x = make("plain")
+    with pytest.raises(ConfigError, match=f"floor {floor}") as caught:
+        analyze(model, x[:1], floor=floor)
+    assert "\n" not in str(caught.value)
+    assert analyze(model, x[:1], floor=1.0).reachable == (1.0, 1.0)
