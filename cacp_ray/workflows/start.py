@@ -61,12 +61,13 @@ def prepare_run(
         if is_local(address):  # at the same time, as it takes seconds
             join(config, address)
         split, images = share(setup.search)
+        setup = replace(setup, search=images)  # this process's own copy is freed
         shared, statistics = preparing.result()
         prepared, shared = share(shared)
         del preparing, few  # they hold what is in the store now
         give_back_memory()
     stored = {"split": split, "prepared": prepared}
-    return replace(setup, search=images, shared=shared, stored=stored), statistics
+    return replace(setup, shared=shared, stored=stored), statistics
 
 
 def _share_prepared(setup: Setup) -> tuple[Prepared, Statistics]:
