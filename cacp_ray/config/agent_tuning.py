@@ -69,8 +69,14 @@ class AgentTuningConfig(Section):
         description="top1: best accuracy after all evaluations, a mean over rates and seeds; area: "
         "its mean over the evaluations",
     )
-    algorithm: Literal["random", "optuna"] = "random"
-    scheduler: Literal["asha", "pbt", "none"] = "asha"
+    algorithm: Literal["random", "optuna"] = Field(
+        default="random", description="how settings are drawn; optuna: by its TPE"
+    )
+    scheduler: Literal["asha", "pbt", "none"] = Field(
+        default="asha",
+        description="asha stops poor trials; pbt has them go on from better ones with changed "
+        "settings; none leaves them alone",
+    )
     seed: NonNegativeInt = Field(default=0, description="seed of the settings drawn first")
 
     @field_validator("space", mode="before")
