@@ -179,12 +179,12 @@ class CachedEvaluator:
 
     @property
     def capacity(self) -> int:
-        """See `Evaluator`."""
+        """Candidates that keep every evaluator busy now."""
         return self._evaluator.capacity
 
     @property
     def num_alive(self) -> int:
-        """See `Evaluator`."""
+        """Evaluators ready to score."""
         return self._evaluator.num_alive
 
     def submit(self, candidate: Candidate) -> None:

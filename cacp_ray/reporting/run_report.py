@@ -53,7 +53,8 @@ RESULT_KEYS = ("base", "cost", "frontier", "rates", "seconds")
 def report_run(run_dir: Path) -> Path:
     """Writes report.html and the figures of a finished search; returns the path of the report."""
     read_result(run_dir)
-    records = RunDirectory(run_dir).read_records()
+    # The policy's answers after the search are told apart from what it has searched.
+    records = [row for row in RunDirectory(run_dir).read_records() if not row.is_answer]
     table = pa.Table.from_pylist([dataclasses.asdict(record) for record in records])
     return write_report(run_dir, table)
 

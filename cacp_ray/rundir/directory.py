@@ -154,7 +154,7 @@ class RunDirectory:
         self._size = 0
 
     def save_checkpoint(self, told: int, write: Callable[[Path], object]) -> None:
-        """See `checkpoints.save_checkpoint`; `write` runs again where the storage fails.
+        """Saves a checkpoint that `write` fills; it runs again where the storage fails.
 
         Raises:
             ArtifactError: The storage keeps failing.
@@ -163,7 +163,7 @@ class RunDirectory:
         keep_trying(partial(save_checkpoint, folder, told, write), folder)
 
     def find_checkpoint(self) -> tuple[Path, int] | None:
-        """See `checkpoints.find_checkpoint`."""
+        """Folder of the newest whole checkpoint, and how many records had been told; else None."""
         return find_checkpoint(self.path / "checkpoints")
 
     def _parts(self) -> list[Path]:

@@ -35,6 +35,7 @@ class EpisodeRecord(Measurement):
         params: Number of parameters.
         cost_kept: Share of the whole network's cost, in (0, 1].
         reward: What the strategy maximises.
+        is_answer: Whether it measures what the policy answered after the search.
     """
 
     strategy: str
@@ -45,6 +46,7 @@ class EpisodeRecord(Measurement):
     params: int
     cost_kept: float
     reward: float
+    is_answer: bool = False
 
     @property
     def key(self) -> SubnetKey:
@@ -77,6 +79,7 @@ def make_record(
     *,
     cost: Limited,
     strategy: str,
+    is_answer: bool = False,
 ) -> EpisodeRecord:
     """The row of a measurement; a rate limits `cost`, as `CostModel.kind` takes it."""
     counts, limited = candidate.keep_counts, cost_model.kind(cost)
@@ -90,6 +93,7 @@ def make_record(
         params=int(cost_model.params(counts)),
         cost_kept=int(limited(counts)) / int(limited(cost_model.num_channels)),
         reward=measurement.top1,
+        is_answer=is_answer,
     )
 
 

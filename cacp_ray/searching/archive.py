@@ -24,8 +24,8 @@ class Archive:
         self._records: list[EpisodeRecord] = []
 
     def add(self, record: EpisodeRecord) -> None:
-        """Adds one measurement."""
-        if record.status != "ok":
+        """Adds one measurement; a policy's answer after the search is none of the search's."""
+        if record.status != "ok" or record.is_answer:
             return
         cost = round(record.cost_kept * self._total)
         loss = math.inf if math.isnan(record.loss) else record.loss

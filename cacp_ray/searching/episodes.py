@@ -30,32 +30,45 @@ class Episodes:
         return len(self._by_key)
 
     def read(self) -> Sequence[EpisodeRecord]:
-        """Remembers what the run directory holds; the archive is left to `archive.add`."""
+        """Remembers what the run directory holds."""
         self._run.compact()
-        self.rows = self._run.read_records()
-        for row in self.rows:
-            self._by_key.setdefault(row.key, row)
-        return tuple(self.rows)
+        rows = self._run.read_records()
+        for row in rows:
+            self._remember(row)
+        return rows
 
-    def is_known(self, candidate: Candidate) -> bool:
-        """Whether a candidate with these keep counts and this criterion has a measurement."""
-        return candidate.key in self._by_key
+    def knows(self, candidate: Candidate, *, whole: bool = False) -> bool:
+        """Whether there is a measurement of the candidate's keep counts and criterion.
+
+        Args:
+            candidate: What is asked.
+            whole: Whether it has to be a success on all images that the candidate names.
+        """
+        row = self._by_key.get(candidate.key)
+        if row is None or not whole:
+            return row is not None
+        return row.status == "ok" and row.images >= (candidate.images or 0)
 
     def record(
-        self, candidate: Candidate, measurement: Measurement, *, archived: bool = True
+        self, candidate: Candidate, measurement: Measurement, *, is_answer: bool = False
     ) -> EpisodeRecord:
-        """Records the measurement of a candidate; `archived` lets it compete in the archive."""
+        """Records the measurement of a candidate."""
         row = make_record(
-            candidate, measurement, self._cost_model, cost=self._cost_name, strategy=self.strategy
+            candidate,
+            measurement,
+            self._cost_model,
+            cost=self._cost_name,
+            strategy=self.strategy,
+            is_answer=is_answer,
         )
-        return self._append(row, archived)
+        return self._append(row)
 
-    def repeat(self, candidate: Candidate, *, archived: bool = True) -> EpisodeRecord:
+    def repeat(self, candidate: Candidate, *, is_answer: bool = False) -> EpisodeRecord:
         """Records the known measurement of a candidate as an answer from memory."""
-        known = self._by_key[candidate.key]
         own = {"index": candidate.index, "rate": candidate.rate, "strategy": self.strategy}
-        row = dataclasses.replace(known, cached=True, seconds=0.0, finished_at=time.time(), **own)
-        return self._append(row, archived)
+        own |= {"cached": True, "seconds": 0.0, "finished_at": time.time()}
+        known = self._by_key[candidate.key]
+        return self._append(dataclasses.replace(known, is_answer=is_answer, **own))
 
     def check_budget(self, candidate: Candidate) -> None:
         """Refuses what costs more than its rate allows.
@@ -71,10 +84,13 @@ class Episodes:
                 f" above the budget of {limit}; let it round with cacp_ray.searching.budget.spend"
             )
 
-    def _append(self, row: EpisodeRecord, archived: bool) -> EpisodeRecord:
+    def _append(self, row: EpisodeRecord) -> EpisodeRecord:
         self._run.append(row)
-        self.rows.append(row)
-        self._by_key.setdefault(row.key, row)
-        if archived:
-            self.archive.add(row)
+        self._remember(row)
         return row
+
+    def _remember(self, row: EpisodeRecord) -> None:
+        self.rows.append(row)
+        self.archive.add(row)
+        if row.status == "ok" or row.key not in self._by_key:
+            self._by_key[row.key] = row

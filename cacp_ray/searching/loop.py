@@ -98,7 +98,6 @@ class SearchLoop:
         # By rate: top1, the negative index that decides ties, and the hits.
         self._best: dict[float, tuple[float, int, str]] = {}
         self._is_restored = False
-        self._is_ending = False  # only `measure_last` measures from now on
         self._next_index = 0
         self._num_told = 0
         self._asked: set[SubnetKey] = set()
@@ -170,21 +169,19 @@ class SearchLoop:
             state = read_json(folder / "loop.json")
             self._next_index = state["next_index"]
             self._repeats = state["repeats"]
-            self._is_ending = state.get("is_ending", False)
-            seconds = state.get("seconds", 0.0)
+            seconds = state["seconds"]
             self._num_told = min(num_told, len(rows))
             in_flight = [
                 Candidate(rate, tuple(keep_counts), criterion, index)
                 for index, rate, keep_counts, criterion in state["in_flight"]
             ]
-        told, ahead = rows[: self._num_told], rows[self._num_told :]
-        for row in told if self._is_ending else rows:
-            self._episodes.archive.add(row)
+        told = rows[: self._num_told]
+        ahead = [row for row in rows[self._num_told :] if not row.is_answer]
+        # A policy answers after the search alone, which had then ended.
+        self._is_exhausted = any(row.is_answer for row in rows) and not ahead
         self._asked.update(row.key for row in told)
         self._note_best([(row.candidate, row) for row in told])
-        if self._is_ending:
-            self._next_index = max(self._next_index, *(row.index + 1 for row in rows))
-        elif self._mode == "rounds":
+        if self._mode == "rounds":
             self._ahead = {row.index: row for row in ahead}
         else:
             self._adopt(strategy, ahead)
@@ -214,23 +211,34 @@ class SearchLoop:
         self._report()
         return learn(strategy)
 
-    def measure_last(
-        self, strategy: Strategy, candidates: Sequence[Candidate]
-    ) -> list[EpisodeRecord]:
+    def measure_last(self, candidates: Sequence[Candidate]) -> list[EpisodeRecord]:
         """Measures what a policy answers after the search, as the reserved evaluations.
 
         The strategy is not told and the archive does not take them: they say what the policy is
-        worth. At most as many are measured as were reserved. A search that is killed here continues
-        here.
+        worth. After a kill the same call answers from the records that are there.
+
+        Args:
+            candidates: At most as many as were reserved.
+
+        Returns:
+            Their records, in order; of a failed one, its failure.
         """
-        self._is_ending = True
-        self.checkpoint(strategy)
-        numbered = [dataclasses.replace(self._number(each), opponent="") for each in candidates]
-        results = [result for candidate in numbered for result in self._place(candidate)]
+        first = self._next_index
+        rows = {row.index: row for row in self._episodes.rows if row.index >= first}
+        keys = {row.index: row.key for row in rows.values()}
+        if any(keys.get(first + i, c.key) != c.key for i, c in enumerate(candidates)):
+            first, rows = max(keys) + 1, {}  # other hardware or versions: it answers otherwise
+        numbered = [dataclasses.replace(c, index=first + i) for i, c in enumerate(candidates)]
+        self._next_index = first + len(numbered)
+        for candidate in numbered:
+            if candidate.index not in rows and self._episodes.knows(candidate, whole=True):
+                rows[candidate.index] = self._episodes.repeat(candidate, is_answer=True)
+            elif candidate.index not in rows and self._in_flight.add(candidate):
+                self._evaluator.submit(candidate)
         while self._in_flight:
-            results += self._collect(WAIT_SECONDS)
+            rows |= {c.index: row for c, row in self._collect(WAIT_SECONDS, is_answer=True)}
             self._report()
-        rows = {candidate.index: row for candidate, row in results}
+        self._run.compact()
         return [rows[candidate.index] for candidate in numbered]
 
     def checkpoint(self, strategy: Strategy) -> None:
@@ -239,7 +247,6 @@ class SearchLoop:
         state = {
             "next_index": self._next_index,
             "repeats": self._repeats,
-            "is_ending": self._is_ending,
             "seconds": self.seconds,
             "in_flight": [(c.index, c.rate, c.keep_counts, c.criterion) for c in waiting],
         }
@@ -329,13 +336,13 @@ class SearchLoop:
         row = self._ahead.pop(candidate.index, None)
         if row is not None:
             return [(row.candidate, row)]
-        if self._episodes.is_known(candidate):
-            return [(candidate, self._episodes.repeat(candidate, archived=not self._is_ending))]
+        if self._episodes.knows(candidate):
+            return [(candidate, self._episodes.repeat(candidate))]
         if self._in_flight.add(candidate):
             self._evaluator.submit(candidate)
         return []
 
-    def _collect(self, timeout: float) -> list[Result]:
+    def _collect(self, timeout: float, *, is_answer: bool = False) -> list[Result]:
         """Records what the evaluators have finished."""
         results: list[Result] = []
         for measurement in self._evaluator.results(timeout):
@@ -343,9 +350,8 @@ class SearchLoop:
             if not candidates:
                 continue
             first, *repeats = candidates
-            archived = not self._is_ending
-            results.append((first, self._episodes.record(first, measurement, archived=archived)))
-            results += [(c, self._episodes.repeat(c, archived=archived)) for c in repeats]
+            results.append((first, self._episodes.record(first, measurement, is_answer=is_answer)))
+            results += [(c, self._episodes.repeat(c, is_answer=is_answer)) for c in repeats]
             if not measurement.cached:
                 self._stopwatch.note_finish()
         return results

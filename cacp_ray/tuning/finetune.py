@@ -71,7 +71,7 @@ def finetune_subnets(
 
     Raises:
         ArtifactError: `experiment_dir` holds an experiment and `resume` is off.
-        ConfigError: That experiment has other rates, recipes, scheduler, loggers or source, or a
+        ConfigError: The experiment has other rates, recipes, scheduler, loggers or source, or a
             logger is not installed.
         EvaluationError: A trial died more often than it is restarted.
     """

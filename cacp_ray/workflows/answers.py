@@ -72,9 +72,10 @@ def answer_rates(
         if folder.exists():
             raise ArtifactError(f"{folder} exists: load it, or give another folder (--out)")
     logger.info("loading network, images and agent")
-    setup = Setup.open(run_dir)
+    setup = Setup.create(config, run_dir)
     for rate in rates:
         setup.budget.check(rate)
+    setup = setup.prepare()
     strategy = make_run_strategy(setup)
     strategy.restore(checkpoint[0] / "strategy")
     policy = find_policy(strategy)

@@ -38,7 +38,7 @@ def read_cpus(config: RunConfig, address: str | None) -> list[float]:
     """CPUs of each node that a search would find, without a Ray where it would start one.
 
     Raises:
-        ConfigError: See `join`.
+        ConfigError: The cluster does not answer, or an evaluator could never run there.
     """
     from cacp_ray.distributed.cluster import check_room, is_local
     from cacp_ray.distributed.internals import count_cpus

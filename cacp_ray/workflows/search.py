@@ -7,7 +7,7 @@ build and save the winner of every rate. Nothing is written before all input has
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from cacp_ray.workflows.learning_log import (
     unseen_rates,
 )
 from cacp_ray.workflows.setup import Setup, describe_accuracy
-from cacp_ray.workflows.start import begin_run, prepare_run
+from cacp_ray.workflows.start import begin_run, prepare_run, write_model
 from cacp_ray.workflows.strategy import (
     CONDITIONAL,
     Policy,
@@ -191,8 +191,10 @@ def _run_search(
                         "continue it, or choose another --run-dir"
                     )
             with clock.phase("start"):
-                saved = setup.saved or begin_run(run, setup, statistics)
-                del statistics  # as large as the network's activations, and on disk now
+                if setup.saved is None:
+                    begin_run(run, setup, statistics)
+                del statistics  # the base network is measured without them in memory
+                saved = setup.saved or write_model(run, setup)
                 logger.info(describe_accuracy(saved))
             with clock.phase("search"):
                 strategy = make_run_strategy(setup)
@@ -201,8 +203,8 @@ def _run_search(
             clock.seconds["search"] = round(loop.seconds, 2)
             searched = {rate: loop.archive.best(rate) for rate in config.rates}
             with clock.phase("frontier"):
-                policy = find_policy(strategy)
-                answers = _ask_policy(setup, policy, loop, strategy, evaluator) if policy else []
+                policy = find_policy(strategy) if num_reserved(config) else None
+                answers = _ask_policy(setup, policy, loop, evaluator) if policy else []
                 reference = measure_uniform(setup, evaluator)
                 learning = None if log is None else measure_learning(log, setup, evaluator)
                 if policy:
@@ -286,7 +288,7 @@ def _search(
 
 
 def _ask_policy(
-    setup: Setup, policy: Policy, loop: SearchLoop, strategy: Strategy, evaluator: Evaluator
+    setup: Setup, policy: Policy, loop: SearchLoop, evaluator: Evaluator
 ) -> list[EpisodeRecord]:
     """What the policy answers at the run's rates, its last evaluations, and from 0.2 to 0.9.
 
@@ -300,6 +302,7 @@ def _ask_policy(
         len(rates),
     )
     counts = policy.policy([*rates, *others])
-    own = loop.measure_last(strategy, make_candidates(rates, counts[: len(rates)]))
+    asked = make_candidates(rates, counts[: len(rates)])
+    own = loop.measure_last([replace(each, images=len(setup.search)) for each in asked])
     beyond = measure_outside(setup, others, counts[len(rates) :], evaluator)
     return sorted([*drop_failed(own), *beyond], key=lambda answer: answer.rate)

@@ -57,7 +57,7 @@ def prepare_run(
     with clock.phase("start"), ThreadPoolExecutor(1) as executor:
         # Without the search split, whose copy would stay in this process as long as it takes.
         few = replace(setup, search=setup.search.at(np.arange(1)))
-        preparing = executor.submit(_share_prepared, few)
+        preparing = executor.submit(_prepare, few)
         if is_local(address):  # at the same time, as it takes seconds
             join(config, address)
         split, images = share(setup.search)
@@ -70,16 +70,20 @@ def prepare_run(
     return replace(setup, shared=shared, stored=stored), statistics
 
 
-def _share_prepared(setup: Setup) -> tuple[Prepared, Statistics]:
+def _prepare(setup: Setup) -> tuple[Prepared, Statistics]:
     statistics = setup.find_statistics()
     return setup.prepare(statistics).prepared, statistics
 
 
-def begin_run(run: RunDirectory, setup: Setup, statistics: Statistics) -> dict[str, Any]:
-    """Writes what a run starts with; returns the content of its model.json."""
+def begin_run(run: RunDirectory, setup: Setup, statistics: Statistics) -> None:
+    """Writes what a run starts with, but for model.json."""
     run.write_config(resolved(setup.config))
     setup.save_statistics(run.path, statistics)
     run.write_environment(describe_environment(setup.config.seed))
+
+
+def write_model(run: RunDirectory, setup: Setup) -> dict[str, Any]:
+    """Measures the base network; writes model.json and returns its content."""
     give_back_memory()
     model = setup.describe_model()
     run.write_model(model)

@@ -80,7 +80,7 @@ def make_run_strategy(setup: Setup) -> Strategy:
 
 
 def find_policy(strategy: Strategy) -> Policy | None:
-    """The policy for every rate that a strategy has; None before its prior, or for ever."""
+    """The policy of a strategy; None until its prior is chosen, or where it has no policy."""
     inner = strategy.strategy if isinstance(strategy, PriorFirst) else strategy
     return inner if isinstance(inner, Policy) else None
 

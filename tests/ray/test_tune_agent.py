@@ -91,7 +91,7 @@ def test_killed_tuning_resumes_to_settings_that_a_search_takes(tmp_path):
         row["settings"] for row in result["trials"]
     ]
     answers = result["answers"]
-    # Of this process alone: what it went on from was not asked again, but for a round each.
+    # This process asked only for what was missing, and one round of each trial again.
     assert sum(answers.values()) <= 2 * 24 - sum(seen.values()) + 2 * 6
     assert answers["cached"] + answers["joined"] > 0
     assert max(row["known"] for row in result["trials"] if row["known"] is not None) > 0

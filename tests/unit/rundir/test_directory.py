@@ -21,6 +21,7 @@ COLUMNS = [
     *("index", "top1", "top5", "loss", "images", "seconds", "status", "error"),
     *("evaluator", "node", "attempt", "finished_at", "hits", "cached"),
     *("strategy", "rate", "keep_counts", "criterion", "macs", "params", "cost_kept", "reward"),
+    "is_answer",
 ]
 
 

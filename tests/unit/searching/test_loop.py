@@ -243,17 +243,34 @@ def test_reserved_evaluations_are_measured_last_wherever_that_is_killed(tmp_path
     if kill_at is not None:
         loop._evaluator = ShuffledEvaluator(seed=2, kill_at=kill_at)
         with contextlib.suppress(Killed):
-            loop.measure_last(strategy, ANSWERS)
+            loop.measure_last(ANSWERS)
         strategy, evaluator = ClimbingStrategy(), ShuffledEvaluator()
         loop = make_loop(tmp_path, evaluator, mode=mode, reserved=2)
         loop.run(strategy)
         assert evaluator.submitted == strategy.told == []
-    records = loop.measure_last(strategy, ANSWERS)
+    records = loop.measure_last(ANSWERS)
     assert [record.keep_counts for record in records] == [answer.keep_counts for answer in ANSWERS]
     assert len(distinct(tmp_path)) == loop.progress.evaluations == 30
+    recorded = RunDirectory(tmp_path).read_records()
+    assert sum(row.is_answer for row in recorded) == len(ANSWERS)
+    assert len(recorded) == loop._next_index  # no kill adds a row
     assert [loop.archive.best(rate) for rate in RATES] == best
     if kill_at is None:
         assert strategy.told == told
+
+
+def test_an_answer_that_a_race_had_stopped_is_measured_to_the_end(tmp_path):
+    class Stopping(ShuffledEvaluator):
+        def results(self, timeout):
+            status = "ok" if self.submitted[-1].index > 0 else "stopped"
+            return [dataclasses.replace(each, status=status) for each in super().results(timeout)]
+
+    (answer,) = proposals = [Candidate(0.6, (2, 1, 2, 1))]
+    loop = make_loop(tmp_path, Stopping(), evaluations=2, reserved=1)
+    loop.run(Procedure("one", lambda: iter_once(proposals)))
+    (record,) = loop.measure_last([answer])
+    assert (record.status, record.is_answer, record.cached) == ("ok", True, False)
+    assert loop.archive.best(0.6) is None
 
 
 @pytest.mark.parametrize("mode", ["rounds", "async"])

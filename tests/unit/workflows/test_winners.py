@@ -40,7 +40,7 @@ def built(tmp_path_factory):
     base = dataclasses.replace(base, search=base.search.take(300))
     counts = uniform(base.budget, [RATE], np.ones(len(base.plan.groups)))[0].tolist()
     winners = {RATE: record(base, counts)}
-    # Of the policy: the winner's own counts, and others.
+    # The policy answers with the winner's own counts, or with others.
     answers = {False: record(base, counts), True: record(base, [count - 1 for count in counts])}
     found = {}
     for sequential in (False, True):
