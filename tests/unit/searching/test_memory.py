@@ -31,6 +31,7 @@ for part in range(PARTS):
         "hits": [encode_hits(rng.random(5000) < 0.8) for _ in range(ROWS)],
         "rate": np.full(ROWS, 0.5), "cost_kept": rng.uniform(0.4, 0.5, ROWS),
         "status": ["ok"] * ROWS, "cached": [False] * ROWS,
+        "is_answer": [False] * ROWS,
     }
     for field in SCHEMA:
         if field.name not in columns:
