@@ -7,7 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -74,6 +74,17 @@ class Scorer:
         Raises:
             EvaluationError: torch cannot use a GPU here, or the share of its memory is too small.
         """
+        self._made_by = partial(
+            Scorer,
+            prepared,
+            split,
+            recovery=recovery,
+            batch_size=batch_size,
+            dtype=dtype,
+            images=images,
+            threads=threads,
+            gpu=gpu,
+        )
         if threads is not None:
             torch.set_num_threads(threads)
         if gpu:
@@ -93,6 +104,10 @@ class Scorer:
         self._default_images = len(split.take(images))
         self._is_halved = False
         self._trimmed_at = time.monotonic()
+
+    def __reduce__(self) -> tuple["partial[Scorer]", tuple[()]]:
+        """Another process loads network and split anew."""
+        return self._made_by, ()
 
     def __call__(self, candidate: Candidate) -> Measurement:
         """Scores a candidate.

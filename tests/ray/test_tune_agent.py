@@ -151,7 +151,8 @@ def test_a_search_goes_on_from_anothers_folder_with_other_settings(tmp_path):
     def begin(name, settings):
         cache = MeasurementCache(tmp_path / "cache", "key")
         evaluator = CachedEvaluator(LocalEvaluator(score), cache, 10)
-        return TrialSearch(with_settings(config, settings), base, evaluator, tmp_path / name)
+        setup = dataclasses.replace(base, config=with_settings(config, settings))
+        return TrialSearch(setup, evaluator, tmp_path / name)
 
     first = begin("first", {})
     while first.evaluations < 40:

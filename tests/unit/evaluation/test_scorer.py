@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
@@ -125,6 +126,15 @@ def test_nothing_is_written_before_the_run_has_begun(base, tmp_path):
 def score(base, prepared, recovery, counts):
     scorer = Scorer(prepared, base.search, recovery=recovery, batch_size=100, dtype="float32")
     return scorer(Candidate(0.5, tuple(counts), index=3))
+
+
+def test_a_scorer_travels_to_another_process(base):
+    split = base.search.take(100)
+    config = dataclasses.replace(base, config=configure("pruning.recovery=none"))
+    scorer = Scorer(config.prepare().prepared, split, recovery="none", dtype="float32")
+    candidate = Candidate(0.5, tuple(base.plan.cost_model.num_channels.tolist()))
+    again = pickle.loads(pickle.dumps(scorer))
+    assert again(candidate).top1 == scorer(candidate).top1
 
 
 @pytest.mark.parametrize("recovery", ["none", "compensate"])
