@@ -32,3 +32,13 @@ def run(monkeypatch, capsys):
     level = logging.getLogger("cacp_ray").level  # the command line sets it
     yield call
     logging.getLogger("cacp_ray").setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """Gives torch its threads back: sums, and so the last digits, depend on their number."""
+    torch = sys.modules.get("torch")
+    before = None if torch is None else torch.get_num_threads()
+    yield
+    if torch is not None:
+        torch.set_num_threads(before)
