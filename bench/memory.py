@@ -17,6 +17,7 @@ from threads import read_memory
 
 from cacp_ray.config.run import PruningConfig
 from cacp_ray.distributed import cluster
+from cacp_ray.distributed.actors import RayActors
 from cacp_ray.distributed.pool import RayEvaluatorPool
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
 from cacp_ray.evaluation.preparation import prepare
@@ -63,11 +64,10 @@ def main() -> None:
             model, plan, calibration, moments, criterion="l1", recovery=recovery, seed=options.seed
         )
         pool = RayEvaluatorPool(
-            make_watched,
-            {
+            RayActors(make_watched, {
                 "prepared": prepared, "split": split, "recovery": recovery, "dtype": "auto",
                 "threads": 1,
-            },
+            }),
             num_evaluators=options.evaluators,
             cpus_per_evaluator=1,
         )  # fmt: skip

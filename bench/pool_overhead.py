@@ -7,6 +7,7 @@ import sys
 import time
 
 from cacp_ray.distributed import cluster
+from cacp_ray.distributed.actors import RayActors
 from cacp_ray.distributed.pool import RayEvaluatorPool
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
 
@@ -25,7 +26,9 @@ def make_sleeping(seconds: float) -> ScoreFunction:
 
 def run(num_evaluators: int) -> None:
     pool = RayEvaluatorPool(
-        make_sleeping, {"seconds": SECONDS}, num_evaluators=num_evaluators, cpus_per_evaluator=0.125
+        RayActors(make_sleeping, {"seconds": SECONDS}),
+        num_evaluators=num_evaluators,
+        cpus_per_evaluator=0.125,
     )
     started = time.monotonic()
     while pool.num_alive < num_evaluators:

@@ -27,6 +27,7 @@ from report import positive, print_environment, print_table
 from cacp_ray.agent.cacp.algorithm import CACPConfig
 from cacp_ray.config.run import PruningConfig
 from cacp_ray.distributed import cluster
+from cacp_ray.distributed.actors import RayActors
 from cacp_ray.distributed.pool import PLACES, RayEvaluatorPool
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
 from cacp_ray.evaluation.racing import encode_hits
@@ -230,8 +231,7 @@ def main() -> None:
         cluster.connect("local", num_cpus=2)
         for number in options.actors:
             pool = RayEvaluatorPool(
-                make_sleeping,
-                {"mean_seconds": options.seconds},
+                RayActors(make_sleeping, {"mean_seconds": options.seconds}),
                 num_evaluators=number,
                 cpus_per_evaluator=1 / 64,
             )

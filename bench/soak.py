@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import ray
 
 from cacp_ray.distributed import cluster
+from cacp_ray.distributed.actors import RayActors
 from cacp_ray.distributed.pool import PLACES, RayEvaluatorPool
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
 from cacp_ray.rundir.directory import RunDirectory
@@ -65,8 +66,7 @@ def drive(folder: Path, address: str, episodes: int, seconds: float) -> None:
     budget = Budget(cost_model.macs, channels, minimum_counts(channels, 0.1, 1))
     problem = Problem(cost_model, budget, RATES, 0, episodes, uniform_prior(NUM_GROUPS))
     pool = RayEvaluatorPool(
-        make_formula,
-        {"folder": str(folder), "seconds": seconds},
+        RayActors(make_formula, {"folder": str(folder), "seconds": seconds}),
         num_evaluators=EVALUATORS,
         cpus_per_evaluator=0.5,
     )

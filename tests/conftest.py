@@ -1,12 +1,30 @@
 """Fixtures of all tests."""
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from xdist.scheduler.loadfile import LoadFileScheduling
 
 from cacp_ray.cli import main
+
+# Ray's workers would wait for the other tests, which run at the usual priority.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
+
+class _Scheduling(LoadFileScheduling):
+    """A file stays on one process, for its fixtures, and so do all files that need a Ray."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "ray" if nodeid.startswith("tests/ray/") else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Scheduling:
+    """Side by side, tests are shared out as said above."""
+    return _Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -193,6 +193,20 @@ class ClusterConfig(Section):
         return gpus
 
 
+class ReportConfig(Section):
+    """What a search measures for its report after it has ended; nothing is chosen by it."""
+
+    frontier: bool = Field(
+        default=True, description="the policy's answers at up to 15 rates from 0.2 to 0.9"
+    )
+    learning: bool = Field(
+        default=True, description="what the policy would have answered at moments of the search"
+    )
+    latency: bool = Field(
+        default=True, description="latency of the base network and of every winner, up to 20 s"
+    )
+
+
 class RunConfig(Section):
     """A search and the fine-tuning of what it finds."""
 
@@ -230,6 +244,7 @@ class RunConfig(Section):
         default=("tensorboard",),
         description="loggers of the search; wandb and mlflow where installed",
     )
+    report: ReportConfig = ReportConfig()
     finetune: FinetuneRecipe = Recipe(**FINETUNE)
 
     @model_validator(mode="before")

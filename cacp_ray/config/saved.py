@@ -7,7 +7,8 @@ from cacp_ray.config.run import RunConfig, Section, load_config, resolved
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.io.files import changed_keys
 
-MAY_CHANGE = ("cluster.max_evaluators",)  # no measurement depends on it
+# No measurement of the search depends on these.
+MAY_CHANGE = ("cluster.max_evaluators", "report.frontier", "report.learning", "report.latency")
 
 
 def open_folder(run_dir: Path, config: Section, *, resume: bool) -> None:

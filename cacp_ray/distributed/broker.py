@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cacp_ray.distributed.actors import RayActors
 from cacp_ray.distributed.pool import RayEvaluatorPool
 from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.cache import Key, MeasurementCache
@@ -69,8 +70,8 @@ class Broker:
         images: int,  # scored where a candidate does not say how many
         **pool_options: Any,
     ) -> None:
-        """Starts the pool and returns; `RayEvaluatorPool` explains the other arguments."""
-        self._pool = RayEvaluatorPool(make_score, payload, **pool_options)
+        """Starts the pool and returns; `RayActors` and `RayEvaluatorPool` explain the arguments."""
+        self._pool = RayEvaluatorPool(RayActors(make_score, payload), **pool_options)
         self._cache = MeasurementCache(cache_folder, cache_key)
         self._images = images
         self._changed = threading.Condition()

@@ -7,20 +7,18 @@ or when the driver dies, so nothing has to be taken back.
 
 import logging
 import math
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import ray
+from ray import ObjectRef
 from ray.exceptions import ActorDiedError, RayActorError
 
-from cacp_ray.distributed.evaluator import RayEvaluator
-from cacp_ray.distributed.nodes import Kind, Nodes, read_nodes
-from cacp_ray.distributed.tasks import describe, store
+from cacp_ray.distributed.actors import RayActors
+from cacp_ray.distributed.nodes import Kind, Nodes
+from cacp_ray.distributed.tasks import describe
 from cacp_ray.errors import EvaluationError
-from cacp_ray.evaluation.measurement import ScoreFunction
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +29,6 @@ MAX_RETRY_DELAY_S = 32.0
 WATCH_S = 1.0
 PATIENCE_S = 20.0
 WITHDRAW_S = 60.0
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @dataclass(eq=False)
@@ -41,21 +38,21 @@ class Slot:
     name: str
     kind: Kind
     actor: Any
+    waiting_since: float  # for a node
     node: str = ""  # id; empty until the process runs
     is_ready: bool = False
     is_draining: bool = False
-    starting: ray.ObjectRef | None = None  # call of `locate` or `prepare` in flight
+    starting: ObjectRef | None = None  # call of `locate` or `prepare` in flight
     start_at: float = 0.0  # the actor is not asked again before this
     num_free: int = PLACES
     num_crashes: int = 0  # consecutive deaths of the process while it started
     start_error: str = ""
-    waiting_since: float = field(default_factory=time.monotonic)  # for a node
-    answered_at: float = 0.0  # last answer, or when an idle actor was given a candidate
+    answered_at: float = 0.0  # last answer, also to `prepare`, or first candidate when idle
 
-    def lose(self) -> None:
+    def lose(self, now: float) -> None:
         """Notes that its process is gone."""
         if self.node:  # without a node it is waiting for one already
-            self.waiting_since = time.monotonic()
+            self.waiting_since = now
         self.is_ready, self.node = False, ""
 
 
@@ -64,31 +61,26 @@ class Fleet:
 
     def __init__(
         self,
-        make_score: Callable[..., ScoreFunction],
-        payload: dict[str, Any],
-        counts: Mapping[Kind, int],  # actors of each kind; the last one has no GPU
+        actors: RayActors,
+        counts: Mapping[Kind, int],  # of each kind; the last one has no GPU
         most: int | None,
     ) -> None:
         """Starts the actors and returns at once; `RayEvaluatorPool` explains the arguments."""
-        self._make_score = make_score
-        self._payload = store(payload)
-        self._actor_class = ray.remote(RayEvaluator)
+        self._actors = actors
         self._kinds = tuple(counts)
         self._most = most
-        self._known_nodes = set(read_nodes().cpus)
-        self._watch_at = time.monotonic() + WATCH_S
+        self._known_nodes = set(actors.nodes().cpus)
+        self._watch_at = actors.now() + WATCH_S
         self._none_ready_since: float | None = None  # set by the first `check`
         self._first_error_at = math.inf
         self._was_ready = False
         self._has_warned = False
         self._num_slots_made = 0
         self.slots: list[Slot] = []  # the pool counts there what it sends
-        self.starting: dict[ray.ObjectRef, Slot] = {}  # calls in flight, for the pool to wait for
-        room = ray.available_resources().get("CPU", 0) / self._kinds[-1].cpus
+        self.starting: dict[ObjectRef, Slot] = {}  # calls in flight, for the pool to wait for
+        room = actors.free_cpus() / self._kinds[-1].cpus
         self.first_capacity = max(1, min(sum(counts.values()), int(room)))  # fit at the start
         for kind, count in counts.items():
-            if kind.gpus:
-                self._payload["gpu"] = ray.put(kind.gpus)
             self._add_slots(kind, count)
         self.start_due()
 
@@ -99,14 +91,14 @@ class Fleet:
 
     def watch_nodes(self) -> None:
         """Leaves draining nodes, forgets nodes that are gone, and uses nodes that joined."""
-        now = time.monotonic()
+        now = self._actors.now()
         if now < self._watch_at:
             return
         self._watch_at = now + WATCH_S
-        nodes = read_nodes()
+        nodes = self._actors.nodes()
         for slot in self.slots:
             if slot.node and slot.node not in nodes.cpus:
-                slot.lose()
+                slot.lose(now)
             slot.is_draining = slot.node in nodes.draining
             if slot.is_draining and slot.num_free == PLACES:
                 logger.debug("%s leaves a draining node", slot.name)
@@ -124,27 +116,25 @@ class Fleet:
 
     def start_due(self) -> None:
         """Asks actors that are not ready for their node, then to build their score function."""
-        now = time.monotonic()
+        now = self._actors.now()
         for slot in self.slots:
             if slot.is_ready or slot.starting is not None or slot.start_at > now:
                 continue
             if slot.node:
-                names = [name for name in self._payload if slot.kind.gpus or name != "gpu"]
-                payload = {name: self._payload[name] for name in names}
-                ref = slot.actor.prepare.remote(self._make_score, payload)
+                ref = self._actors.prepare(slot.actor, slot.kind)
             else:
-                ref = slot.actor.locate.remote()
+                ref = self._actors.locate(slot.actor)
             slot.starting = ref
             self.starting[ref] = slot
 
     def replace(self, slot: Slot) -> None:
         """Ends the actor of a slot; Ray places the new one anew."""
-        ray.kill(slot.actor)
-        slot.actor = self._start_actor(slot.kind, slot.name)
+        self._actors.kill(slot.actor)
+        slot.actor = self._actors.start(slot.kind, slot.name)
         slot.starting = None  # the old actor's answer no longer counts
-        slot.lose()
+        slot.lose(self._actors.now())
 
-    def take_answer(self, ref: ray.ObjectRef, outcome: object) -> None:
+    def take_answer(self, ref: ObjectRef, outcome: object) -> None:
         """Takes the answer of a starting actor to the call `ref`, or its error."""
         slot = self.starting.pop(ref)
         if slot.starting != ref:
@@ -153,11 +143,12 @@ class Fleet:
         if isinstance(outcome, str):
             slot.node = outcome
             return
+        now = self._actors.now()
         if not isinstance(outcome, Exception):
             slot.is_ready, slot.num_crashes, slot.start_error = True, 0, ""
+            slot.answered_at = now  # calls of the process before may not have failed yet
             self._was_ready = True
             return
-        now = time.monotonic()
         slot.start_at = now + min(RETRY_DELAY_S * 2**slot.num_crashes, MAX_RETRY_DELAY_S)
         is_lost = isinstance(outcome, RayActorError)
         slot.num_crashes += is_lost
@@ -171,7 +162,7 @@ class Fleet:
         if isinstance(outcome, ActorDiedError):  # Ray may not restart it
             self.replace(slot)
         elif is_lost:
-            slot.lose()
+            slot.lose(now)
 
     def check(self) -> None:
         """Warns when no actor has been ready for long.
@@ -179,7 +170,7 @@ class Fleet:
         Raises:
             EvaluationError: No actor can be prepared.
         """
-        now = time.monotonic()
+        now = self._actors.now()
         if self.num_alive:
             self._none_ready_since, self._first_error_at = now, math.inf
             self._has_warned = False
@@ -197,43 +188,31 @@ class Fleet:
             self._none_ready_since = now
         if now - self._none_ready_since > PATIENCE_S and not self._has_warned:
             self._has_warned = True
-            has = ray.cluster_resources()
+            nodes = self._actors.nodes()
             asked = Counter(str(slot.kind) for slot in self.slots)
             logger.warning(
                 "no evaluator is ready after %.0f s: they ask for %s, the cluster has %g CPU and "
                 "%g GPU; still waiting (add nodes, or lower what an evaluator asks)",
                 now - self._none_ready_since,
                 ", ".join(f"{n} x {kind}" for kind, n in asked.items()),
-                has.get("CPU", 0),
-                has.get("GPU", 0),
+                sum(nodes.cpus.values()),
+                sum(nodes.gpus.values()),
             )
 
     def close(self) -> None:
         """Ends the actors."""
         slots, self.slots = self.slots, []
-        if ray.is_initialized():
-            for slot in slots:
-                ray.kill(slot.actor)
+        for slot in slots:
+            self._actors.kill(slot.actor)
         self.starting.clear()
-        self._payload.clear()
+        self._actors.close()
 
     def _add_slots(self, kind: Kind, count: int) -> None:
         for _ in range(count):
             name = f"evaluator-{self._num_slots_made}"
             self._num_slots_made += 1
-            self.slots.append(Slot(name, kind, self._start_actor(kind, name)))
-
-    def _start_actor(self, kind: Kind, name: str) -> Any:
-        threads = str(max(1, math.ceil(kind.cpus)))  # evaluators of a broker reserve a little less
-        chosen = self._actor_class.options(
-            num_cpus=kind.cpus,
-            num_gpus=kind.gpus,
-            max_restarts=-1,
-            max_task_retries=0,
-            scheduling_strategy="DEFAULT",  # not in the bundle of a Tune trial that makes the pool
-            runtime_env={"env_vars": dict.fromkeys(THREAD_VARIABLES, threads)},
-        )
-        return chosen.remote(name)
+            actor = self._actors.start(kind, name)
+            self.slots.append(Slot(name, kind, actor, waiting_since=self._actors.now()))
 
     def _kind_on(self, nodes: Nodes, node: str) -> Kind:
         return next(kind for kind in self._kinds if not kind.gpus or nodes.gpus[node])
@@ -247,4 +226,4 @@ class Fleet:
             if not room and now - slot.waiting_since > WITHDRAW_S:
                 self.slots.remove(slot)
                 slot.starting = None  # its answer no longer counts
-                ray.kill(slot.actor)
+                self._actors.kill(slot.actor)

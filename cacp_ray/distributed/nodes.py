@@ -72,15 +72,25 @@ class Room:
         return self.on_gpus + self.on_cpus
 
 
+def read_free() -> Mapping[str, float]:
+    """CPUs (`CPU`) and GPUs (`GPU`) of the cluster that nobody has reserved."""
+    return ray.available_resources()
+
+
 def find_room(
-    cpus_per_evaluator: int, gpus_per_evaluator: float, wanted: int | None, useful: int
+    nodes: Nodes,
+    free: Mapping[str, float],  # as `read_free` tells it
+    cpus_per_evaluator: int,
+    gpus_per_evaluator: float,
+    wanted: int | None,
+    useful: int,
 ) -> Room:
     """As many evaluators as are wanted, or as fit now: at least one, at most `useful`.
 
     Those wanted all have the share of a GPU, in [0, 1]; 0 scores on CPUs. None asks for those that
     fit: on the GPUs, and on the CPUs of nodes without a GPU.
     """
-    share, nodes, free = gpus_per_evaluator, read_nodes(), ray.available_resources()
+    share = gpus_per_evaluator
     fast, plain = Kind(cpus_per_evaluator, share), Kind(cpus_per_evaluator)
     by_cpu = int(free.get("CPU", 0) / cpus_per_evaluator)
     by_cpu = min(by_cpu, sum(plain.room(nodes, node) for node in nodes.cpus))

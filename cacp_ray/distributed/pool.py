@@ -8,19 +8,20 @@ retries are safe.
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
+from ray import ObjectRef
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.metrics import Counter, Gauge
 
+from cacp_ray.distributed.actors import RayActors
 from cacp_ray.distributed.evaluator import NotPreparedError
 from cacp_ray.distributed.fleet import PLACES, RETRY_DELAY_S, WATCH_S, Fleet, Slot
-from cacp_ray.distributed.nodes import Kind, read_nodes
-from cacp_ray.distributed.tasks import describe, get_outcome
-from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
+from cacp_ray.distributed.nodes import Kind
+from cacp_ray.distributed.tasks import describe
+from cacp_ray.evaluation.measurement import Candidate, Measurement
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ class Work:
 
     candidate: Candidate
     attempt: int = 1  # number of the current try, from 1
-    node: str = ""  # id of the node that the current try was sent to
+    actor: Any = None  # that the current try was sent to
+    node: str = ""  # id of its node
     tried: set[str] = field(default_factory=set)  # names of the evaluators on which it failed
     failed_on: list[str] = field(default_factory=list)  # node of each failure that counts
 
@@ -54,21 +56,16 @@ class RayEvaluatorPool:
 
     def __init__(
         self,
-        make_score: Callable[..., ScoreFunction],
-        payload: dict[str, Any],
+        actors: RayActors,
         *,
         num_evaluators: int,  # actors to ask for, whether there is room for them yet or not
         cpus_per_evaluator: float,  # reserved by an actor; also its threads, at least 1
-        num_gpu_evaluators: int = 0,  # further actors: `make_score(**payload, gpu=share)`
+        num_gpu_evaluators: int = 0,  # further actors, with a share of a GPU
         gpus_per_evaluator: float = 0.0,  # share of a GPU for those, in (0, 1]; 0 without them
         max_attempts: int = 3,  # tries of one candidate before it is given up as failed
         most: int | None = None,  # actors at most, where the pool follows the cluster
     ) -> None:
         """Starts the actors and returns at once.
-
-        Every actor's process calls `make_score(**payload)` once and must be able to import it. Each
-        value of the payload is stored once, unless it is a reference in Ray's store. Actors read
-        numpy arrays, also inside containers, without a copy and read-only.
 
         A try that was lost with its node does not count, up to three times `max_attempts`, nor does
         one lost to an announced preemption. A pool that follows the cluster adds actors when nodes
@@ -78,12 +75,13 @@ class RayEvaluatorPool:
         counts = {Kind(cpus_per_evaluator): num_evaluators}
         if gpus_per_evaluator:  # first, or the others would take their CPUs
             counts = {Kind(cpus_per_evaluator, gpus_per_evaluator): num_gpu_evaluators, **counts}
-        self._fleet = Fleet(make_score, payload, counts, most)
+        self._actors = actors
+        self._fleet = Fleet(actors, counts, most)
         self._max_attempts = max_attempts
         self._metrics = _Metrics()
-        self._show_at = time.monotonic()
+        self._show_at = actors.now()
         self._queue: deque[Work] = deque()
-        self._flights: dict[ray.ObjectRef, tuple[Slot, Work]] = {}
+        self._flights: dict[ObjectRef, tuple[Slot, Work]] = {}
         self._slowest: dict[Kind, float] = {}  # seconds an image, of one measurement
         self._first_patience = FIRST_HANG_S
         self._most_images = 0  # in one measurement
@@ -111,10 +109,10 @@ class RayEvaluatorPool:
         Raises:
             EvaluationError: No actor can be prepared (`make_score` fails).
         """
-        deadline = time.monotonic() + timeout
+        deadline = self._actors.now() + timeout
         measurements = self._poll(0.0)
         while not measurements and (self._queue or self._flights):
-            if (remaining := deadline - time.monotonic()) <= 0:
+            if (remaining := deadline - self._actors.now()) <= 0:
                 break
             measurements = self._poll(remaining)
         return measurements
@@ -145,10 +143,10 @@ class RayEvaluatorPool:
                 reserved += [slot] if slot else []
                 continue
             if slot.num_free == PLACES:
-                slot.answered_at = time.monotonic()
+                slot.answered_at = self._actors.now()
             slot.num_free -= work.num_places
-            work.node = slot.node
-            self._flights[slot.actor.score.remote(work.candidate, work.attempt)] = slot, work
+            work.actor, work.node = slot.actor, slot.node
+            self._flights[self._actors.score(slot.actor, work.candidate, work.attempt)] = slot, work
         self._queue.extendleft(reversed(waiting))
 
     def _poll(self, timeout: float) -> list[Measurement]:
@@ -160,13 +158,13 @@ class RayEvaluatorPool:
         finished = self._wait(timeout)
         measurements: list[Measurement] = []
         for ref in finished:
-            outcome = get_outcome(ref)
+            outcome = self._actors.outcome(ref)
             if ref in self._fleet.starting:
                 self._fleet.take_answer(ref, outcome)
                 continue
             slot, work = self._flights.pop(ref)
             slot.num_free += work.num_places
-            slot.answered_at = time.monotonic()
+            slot.answered_at = self._actors.now()
             if isinstance(outcome, Measurement):
                 self._note_speed(slot.kind, outcome)
                 if outcome.error:
@@ -182,15 +180,13 @@ class RayEvaluatorPool:
             self._dispatch()
         return measurements
 
-    def _wait(self, timeout: float) -> list[ray.ObjectRef]:
+    def _wait(self, timeout: float) -> list[ObjectRef]:
         refs = [*self._flights, *self._fleet.starting]
         if not refs:
-            time.sleep(min(timeout, RETRY_DELAY_S / 4))  # every actor waits to be tried again
+            # Every actor waits to be tried again.
+            self._actors.sleep(min(timeout, RETRY_DELAY_S / 4))
             return []
-        finished, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
-        if not finished and timeout > 0:
-            finished, _ = ray.wait(refs, timeout=min(timeout, RETRY_DELAY_S))
-        return finished
+        return self._actors.wait(refs, min(timeout, RETRY_DELAY_S))
 
     def _fail(self, slot: Slot, work: Work, error: Exception) -> list[Measurement]:
         """Queues the candidate for another actor, or gives it up."""
@@ -201,7 +197,8 @@ class RayEvaluatorPool:
             reason = f"lost with {slot.name}: {describe(error)}"
             is_preempted = isinstance(error, RayActorError) and error.preempted
             is_counted = not (is_preempted or isinstance(error, NotPreparedError))
-            slot.lose()
+            if slot.actor is work.actor:  # not replaced since
+                slot.lose(self._actors.now())
         if is_counted:
             work.tried.add(slot.name)
             work.failed_on.append(work.node)
@@ -217,7 +214,7 @@ class RayEvaluatorPool:
         """Whether the candidate failed too often, on nodes that are still there or on any."""
         if len(work.failed_on) < self._max_attempts:
             return False
-        present = read_nodes().cpus  # the node lost last may still be among them
+        present = self._actors.nodes().cpus  # the node lost last may still be among them
         is_its_fault = sum(node in present for node in work.failed_on) >= self._max_attempts
         return is_its_fault or len(work.failed_on) >= LOSSES_AN_ATTEMPT * self._max_attempts
 
@@ -239,7 +236,7 @@ class RayEvaluatorPool:
             patience = first_patience
             if slowest is not None:
                 patience = max(HANG_S, HANG_FACTOR * slowest * most)
-            if slot.is_ready and time.monotonic() - slot.answered_at > patience:
+            if slot.is_ready and self._actors.now() - slot.answered_at > patience:
                 logger.warning(
                     "%s has not answered for %.0f s: it is replaced", slot.name, patience
                 )
@@ -248,7 +245,7 @@ class RayEvaluatorPool:
                     self._first_patience = 2 * first_patience
 
     def _show(self) -> None:
-        now = time.monotonic()
+        now = self._actors.now()
         if now >= self._show_at:
             self._show_at = now + WATCH_S
             waiting, scoring = len(self._queue), len(self._flights)

@@ -49,18 +49,6 @@ class Episodes:
     top1: NDArray[np.float64]
 
 
-def save_plots(
-    plots: Sequence[tuple[str, str, Plot]], folder: Path, height: float = 4.0
-) -> list[Drawing]:
-    """Writes the figures of plots, each given as file name, title and drawing function."""
-    drawings: list[Drawing] = []
-    for name, title, plot in plots:
-        figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-        caption = plot(figure.add_subplot())
-        drawings.append(Drawing(save_figure(figure, folder, name)[0], title, caption))
-    return drawings
-
-
 def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Writes a PNG and an SVG file; equal figures are equal files, without dates or versions."""
     paths: list[Path] = []
@@ -70,6 +58,24 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
             look = {"format": kind, "dpi": DPI, "metadata": dict.fromkeys(left_out)}
             write_file(paths[-1], lambda file, look=look: figure.savefig(file, **look))
     return paths
+
+
+Save = Callable[[Figure, Path, str], list[Path]]  # as `save_figure`
+
+
+def save_plots(
+    plots: Sequence[tuple[str, str, Plot]],
+    folder: Path,
+    height: float = 4.0,
+    save: Save = save_figure,
+) -> list[Drawing]:
+    """Writes the figures of plots, each given as file name, title and drawing function."""
+    drawings: list[Drawing] = []
+    for name, title, plot in plots:
+        figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+        caption = plot(figure.add_subplot())
+        drawings.append(Drawing(save(figure, folder, name)[0], title, caption))
+    return drawings
 
 
 def read_episodes(table: pa.Table) -> Episodes:

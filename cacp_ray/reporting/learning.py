@@ -14,9 +14,11 @@ from cacp_ray.reporting.figures import (
     ORANGE,
     Drawing,
     Plot,
+    Save,
     limit_y,
     rate_colours,
     rate_legend,
+    save_figure,
     save_plots,
     style,
 )
@@ -28,7 +30,9 @@ HEIGHT = 3.3
 Line = dict[str, Any]
 
 
-def draw_learning(result: dict[str, Any], lines: Sequence[Line], folder: Path) -> list[Drawing]:
+def draw_learning(
+    result: dict[str, Any], lines: Sequence[Line], folder: Path, save: Save = save_figure
+) -> list[Drawing]:
     """Writes the PNG and SVG files of the agent's learning; none without lines."""
     if not lines:
         return []
@@ -42,7 +46,7 @@ def draw_learning(result: dict[str, Any], lines: Sequence[Line], folder: Path) -
     if points:
         title = "The policy alone, without search"
         plots.insert(1, ("learning-policy", title, lambda axes: plot_policy(axes, lines, points)))
-    return save_plots(plots, folder, HEIGHT)
+    return save_plots(plots, folder, HEIGHT, save)
 
 
 def plot_reward(axes: Axes, lines: Sequence[Line], images: int | None) -> str:

@@ -16,11 +16,13 @@ from cacp_ray.reporting.figures import (
     Drawing,
     Metrics,
     Plot,
+    Save,
     plot_accuracy,
     plot_finetuning,
     plot_latency,
     plot_progress,
     read_episodes,
+    save_figure,
     save_plots,
 )
 from cacp_ray.reporting.groups import (
@@ -39,6 +41,7 @@ from cacp_ray.reporting.summary import (
     format_macs,
     format_seconds,
     frontier_columns,
+    has_latency,
     short_columns,
     size_columns,
     standard_errors,
@@ -59,7 +62,7 @@ def report_run(run_dir: Path) -> Path:
     return write_report(run_dir, table)
 
 
-def write_report(run_dir: Path, episodes: pa.Table) -> Path:
+def write_report(run_dir: Path, episodes: pa.Table, save: Save = save_figure) -> Path:
     """Writes the report from result.json, environment.json, config.yaml, and learning.jsonl if any.
 
     The report shows the path of the run as given, and is returned as a path.
@@ -75,8 +78,9 @@ def write_report(run_dir: Path, episodes: pa.Table) -> Path:
     environment = read_object(run_dir / "environment.json", ())
     config = read_text(run_dir / "config.yaml")
     metrics = read_metrics(run_dir, result)
-    drawings = draw_figures(result, episodes, metrics, run_dir / "figures")
-    learning = draw_learning(result, read_journal(run_dir / LEARNING_FILE), run_dir / "figures")
+    folder, lines = run_dir / "figures", read_journal(run_dir / LEARNING_FILE)
+    drawings = draw_figures(result, episodes, metrics, folder, save)
+    learning = draw_learning(result, lines, folder, save)
     rows, later = summary_rows(result), list_later_answers(run_dir, result)
     return write_page(
         run_dir / "report.html",
@@ -89,6 +93,7 @@ def write_report(run_dir: Path, episodes: pa.Table) -> Path:
         frontier=_cells(frontier_columns(result), result["frontier"]),
         errors=standard_errors(result),
         words=words(result),
+        has_latency=has_latency(result),
         has_importance=any(drawing.path.stem == "importance" for drawing in drawings),
         figures=drawings,
         learning=learning,
@@ -106,24 +111,30 @@ def write_report(run_dir: Path, episodes: pa.Table) -> Path:
 
 
 def draw_figures(
-    result: dict[str, Any], episodes: pa.Table, metrics: Metrics, folder: Path
+    result: dict[str, Any],
+    episodes: pa.Table,
+    metrics: Metrics,
+    folder: Path,
+    save: Save = save_figure,
 ) -> list[Drawing]:
     """Writes the PNG and SVG files of a run."""
     scored = read_episodes(episodes)
     plots: list[tuple[str, str, Plot]] = [
         ("accuracy", "Accuracy against cost", lambda axes: plot_accuracy(axes, result, scored)),
-        ("latency", "Accuracy against speed", lambda axes: plot_latency(axes, result)),
         ("learning", "Progress of the search", lambda axes: plot_progress(axes, result, scored)),
         ("keep-ratios", "Where channels were cut", lambda axes: plot_keep_ratios(axes, result)),
         ("keep-counts", "How many channels stay", lambda axes: plot_keep_counts(axes, result)),
     ]
+    if has_latency(result):
+        speed: Plot = lambda axes: plot_latency(axes, result)  # noqa: E731
+        plots.insert(1, ("latency", "Accuracy against speed", speed))
     if metrics:
         draw: Plot = lambda axes: plot_finetuning(axes, result, metrics)  # noqa: E731
-        plots.insert(3, ("finetuning", "Fine-tuning", draw))
+        plots.insert(-2, ("finetuning", "Fine-tuning", draw))
     if (importance := fit_importance(result, episodes)) is not None:
         title = "Which channels matter"
         plots.append(("importance", title, lambda axes: plot_importance(axes, result, importance)))
-    return save_plots(plots, folder)
+    return save_plots(plots, folder, save=save)
 
 
 def read_metrics(run_dir: Path, result: dict[str, Any]) -> Metrics:

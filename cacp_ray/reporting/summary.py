@@ -95,7 +95,7 @@ def short_columns(result: dict[str, Any]) -> list[Column]:
     return [
         Column("rate", "kept", lambda row: row["label"]),
         _count_column("MACs", *_macs_unit(result["base"]["macs"])),
-        Column("speed-up", "1 image", lambda row: _format_speedup(row.get("speedup"))),
+        *_speed_columns(result)[1:2],
         Column("top-1", f"%, {split}", lambda row: format_percent(row.get(key))),
         _change_column(result, "points", split, key),
     ]
@@ -103,7 +103,6 @@ def short_columns(result: dict[str, Any]) -> list[Column]:
 
 def size_columns(result: dict[str, Any]) -> list[Column]:
     """Columns of size and speed; the base network sets the units of all rows."""
-    batch = f"{result.get('latency_batch', 'batch')} images"
     # Latency from the latency table, and as measured with the table's settings.
     from_table = [
         Column("predicted", "ms", lambda row: format_number(row.get("predicted_latency_ms"), 2)),
@@ -113,10 +112,25 @@ def size_columns(result: dict[str, Any]) -> list[Column]:
         Column("rate", "kept", lambda row: row["label"]),
         *_cost_columns(result),
         _count_column("params", *_params_unit(result["base"]["params"])),
+        *_speed_columns(result),
+        *(from_table if result.get("latency_table") else []),
+    ]
+
+
+def has_latency(result: dict[str, Any]) -> bool:
+    """Whether the latency of the run's networks was measured; `report.latency` says so."""
+    return result["base"].get("latency_ms") is not None
+
+
+def _speed_columns(result: dict[str, Any]) -> list[Column]:
+    """Latency of one image, speed-up for one image and for a batch; none where not measured."""
+    if not has_latency(result):
+        return []
+    batch = f"{result.get('latency_batch', 'batch')} images"
+    return [
         Column("latency", "ms, 1 image", lambda row: format_number(row.get("latency_ms"), 2)),
         Column("speed-up", "1 image", lambda row: _format_speedup(row.get("speedup"))),
         Column("speed-up", batch, lambda row: _format_speedup(row.get("batch_speedup"))),
-        *(from_table if result.get("latency_table") else []),
     ]
 
 

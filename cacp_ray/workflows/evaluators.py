@@ -91,18 +91,25 @@ def start_evaluators(
     setup: Setup, *, gpus: float = 0.0, num_measured: int = 0, cache: Path | None = None
 ) -> Evaluator:
     """Starts the actors in the background; with a cache, it answers what was scored alike."""
-    from cacp_ray.distributed.nodes import find_room
+    from cacp_ray.distributed.actors import RayActors
+    from cacp_ray.distributed.nodes import find_room, read_free, read_nodes
     from cacp_ray.distributed.pool import RayEvaluatorPool
 
     config, cluster = setup.config, setup.config.cluster
     # Never more than could work at once, since nodes may be started for them.
     left = max(config.evaluations - num_measured, len(config.rates))
     useful = config.round_size if config.mode == "rounds" else left
-    room = find_room(cluster.cpus_per_evaluator, gpus, cluster.max_evaluators, useful)
+    room = find_room(
+        read_nodes(),
+        read_free(),
+        cluster.cpus_per_evaluator,
+        gpus,
+        cluster.max_evaluators,
+        useful,
+    )
     logger.info(describe_evaluators(cluster, room))
     pool = RayEvaluatorPool(
-        with_same_versions(Scorer),
-        scorer_arguments(setup, gpus),
+        RayActors(with_same_versions(Scorer), scorer_arguments(setup, gpus)),
         num_evaluators=room.on_cpus,
         cpus_per_evaluator=cluster.cpus_per_evaluator,
         num_gpu_evaluators=room.on_gpus,

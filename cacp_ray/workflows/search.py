@@ -206,7 +206,9 @@ def _run_search(
                 policy = find_policy(strategy) if num_reserved(config) else None
                 answers = _ask_policy(setup, policy, loop, evaluator) if policy else []
                 reference = measure_uniform(setup, evaluator)
-                learning = None if log is None else measure_learning(log, setup, evaluator)
+                learning = None
+                if log is not None and config.report.learning:
+                    learning = measure_learning(log, setup, evaluator)
                 if policy:
                     policy.stop()
         with clock.phase("build"):
@@ -234,7 +236,8 @@ def _run_search(
             "evaluations": loop.progress.evaluations,
             "seconds": clock.seconds,
         }
-        add_latencies(result, setup, run_dir)
+        if config.report.latency:
+            add_latencies(result, setup, run_dir)
         write_json(run_dir / "result.json", result)
         if mirror is not None:
             mirror.finish(run_dir)
@@ -290,12 +293,13 @@ def _search(
 def _ask_policy(
     setup: Setup, policy: Policy, loop: SearchLoop, evaluator: Evaluator
 ) -> list[EpisodeRecord]:
-    """What the policy answers at the run's rates, its last evaluations, and from 0.2 to 0.9.
+    """What the policy answers at the run's rates, its last evaluations, and at those of a frontier.
 
     Returns:
         The records of the answers that could be measured, by rising rate.
     """
-    rates, others = setup.config.rates, frontier_rates(setup)
+    rates = setup.config.rates
+    others = frontier_rates(setup) if setup.config.report.frontier else []
     logger.info(
         "the policy answers: %d rates, of which %d count as the last evaluations",
         len(rates) + len(others),

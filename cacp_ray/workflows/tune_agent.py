@@ -156,7 +156,7 @@ def _run_trials(
 ) -> tuple[list[TrialProgress], Any, dict[str, tuple[int, int]]]:
     """Where each trial ended, how the broker answered, and by search what it asked."""
     from cacp_ray.distributed.broker import read_answers, start_broker, stop_broker
-    from cacp_ray.distributed.nodes import find_room
+    from cacp_ray.distributed.nodes import find_room, read_free, read_nodes
     from cacp_ray.tuning.agents import TRIAL_CPUS, TRIALS_SHARE, AgentTask, tune_agents
     from cacp_ray.tuning.settings import make_domain
 
@@ -165,10 +165,11 @@ def _run_trials(
     wanted = search.cluster.max_evaluators
     useful = search.evaluations * config.trials * len(config.seeds)
     gpus = find_gpu_share(setup)
-    room = find_room(cpus, gpus, wanted, useful)
+    nodes, free = read_nodes(), read_free()
+    room = find_room(nodes, free, cpus, gpus, wanted, useful)
     if wanted is not None and room.total > max(1, room.now):
         # Evaluators that wait for room would take what the trials need.
-        room = find_room(cpus, gpus, max(1, room.now), useful)
+        room = find_room(nodes, free, cpus, gpus, max(1, room.now), useful)
     num_evaluators = room.total
     max_concurrent = trials_at_once(config, num_evaluators)
     trial_cpus = min(TRIAL_CPUS, TRIALS_SHARE * cpus * num_evaluators / max_concurrent)

@@ -17,7 +17,7 @@ SECONDS = 0.1
 def make_slow():
     def score(candidate):
         time.sleep(SECONDS)
-        return Measurement(candidate.index, candidate.keep_counts[0] / 100, 1, 0.5, 10, SECONDS)
+        return Measurement(candidate.index, candidate.keep_counts[0] / 1000, 1, 0.5, 10, SECONDS)
 
     return score
 
@@ -38,9 +38,16 @@ def begin(folder, make_score=make_slow):
     )
 
 
-@pytest.fixture
-def broker(tmp_path):
-    handle = begin(tmp_path)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the measurements are kept."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def broker(ray_cluster, folder):
+    """One for all tests: each asks for widths of its own, and counts from where it begins."""
+    handle = begin(folder)
     yield handle
     ray.kill(handle)
 
@@ -67,6 +74,16 @@ def counts(broker):
     return ray.get(broker.status.remote())
 
 
+@pytest.fixture
+def before(broker):
+    """What the broker has counted, once nothing of other tests is being scored any more."""
+    while True:
+        status = counts(broker)
+        time.sleep(3 * SECONDS)
+        if counts(broker) == status:
+            return status
+
+
 def test_searches_take_turns(broker):
     greedy, modest = (BrokeredEvaluator(broker, name) for name in ("greedy", "modest"))
     submit(greedy, candidates(*range(1, 31)))
@@ -76,43 +93,46 @@ def test_searches_take_turns(broker):
     # Alone in the queue, the three would come after all thirty.
     assert len(greedy.results(0.0)) + 1 <= 12
     assert (greedy.num_alive, greedy.capacity) == (1, 2)
+    greedy.close()
 
 
-def test_what_two_want_is_scored_once_and_both_get_it_under_their_own_index(broker, tmp_path):
+def test_what_two_want_is_scored_once_and_both_get_it_under_their_own_index(broker, folder, before):
     one, other = (BrokeredEvaluator(broker, name) for name in ("one", "other"))
-    submit(one, candidates(1, 2, 3))
-    submit(other, candidates(3, 2, 1, first=70))
+    submit(one, candidates(101, 102, 103))
+    submit(other, candidates(103, 102, 101, first=70))
     accuracies = {m.index: m.top1 for m in collect(one, 3)}
-    assert accuracies == {0: 0.01, 1: 0.02, 2: 0.03}
-    assert {m.index: m.top1 for m in collect(other, 3)} == {70: 0.03, 71: 0.02, 72: 0.01}
-    assert counts(broker).scored == 3
-    assert counts(broker).joined + counts(broker).cached == 3
+    assert accuracies == {0: 0.101, 1: 0.102, 2: 0.103}
+    assert {m.index: m.top1 for m in collect(other, 3)} == {70: 0.103, 71: 0.102, 72: 0.101}
+    after = counts(broker)
+    assert after.scored - before.scored == 3
+    assert after.joined + after.cached - before.joined - before.cached == 3
     by_search = ray.get(broker.counts.remote())
-    assert sum(known for _, known in by_search.values()) == 3
-    assert sum(asked for asked, _ in by_search.values()) == 3 + counts(broker).scored
-    again = begin(tmp_path)
+    (asked, known), (asked_too, known_too) = by_search["one"], by_search["other"]
+    assert (asked + asked_too, known + known_too) == (6, 3)
+    again = begin(folder)
     third = BrokeredEvaluator(again, "third")
-    submit(third, candidates(2))
-    assert [m.top1 for m in collect(third, 1)] == [0.02]
+    submit(third, candidates(102))
+    assert [m.top1 for m in collect(third, 1)] == [0.102]
     assert (counts(again).scored, counts(again).cached) == (0, 1)
     ray.kill(again)
 
 
-def test_a_search_that_ends_or_begins_anew_leaves_nothing_in_the_queue(broker):
+def test_a_search_that_ends_or_begins_anew_leaves_nothing_in_the_queue(broker, before):
     stopped = BrokeredEvaluator(broker, "stopped")
-    submit(stopped, candidates(*range(1, 31)))
+    submit(stopped, candidates(*range(201, 231)))
     collect(stopped, 1)
     stopped.close()
     restarted = BrokeredEvaluator(broker, "restarted")
-    submit(restarted, candidates(*range(31, 61)))
+    submit(restarted, candidates(*range(231, 261)))
     restarted = BrokeredEvaluator(broker, "restarted")
-    submit(restarted, candidates(61))
-    assert [m.top1 for m in collect(restarted, 1)] == [0.61]
+    submit(restarted, candidates(261))
+    assert [m.top1 for m in collect(restarted, 1)] == [0.261]
     time.sleep(4 * SECONDS)
-    assert counts(broker).scored <= 12
+    assert counts(broker).scored - before.scored <= 12
     assert stopped.results(0.0) == []
 
 
+@pytest.mark.slow
 def test_a_scorer_that_cannot_be_built_ends_every_search(tmp_path):
     broker = begin(tmp_path, make_impossible)
     evaluator = BrokeredEvaluator(broker, "search")

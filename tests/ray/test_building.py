@@ -41,6 +41,7 @@ def _read(folder, value, deaths):
     return value
 
 
+@pytest.mark.slow
 def test_tasks_build_what_this_process_builds_though_one_of_theirs_dies(tmp_path):
     config = load_config(RunConfig, {}, ["pruning.calibration_images=300"])
     setup = Setup.create(config)
@@ -66,6 +67,7 @@ def test_tasks_build_what_this_process_builds_though_one_of_theirs_dies(tmp_path
             assert parameter.requires_grad == flags[name].requires_grad, name
 
 
+@pytest.mark.slow
 def test_processes_that_always_die_end_it(tmp_path, monkeypatch):
     monkeypatch.setattr(building, "MAX_ATTEMPTS", 2)
     deadly = ray.put(Deadly(str(tmp_path), None, deaths=99))

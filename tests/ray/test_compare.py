@@ -12,26 +12,17 @@ import yaml
 
 from cacp_ray.cli import main
 from cacp_ray.rundir.directory import RunDirectory
+from tests.small import TINY
 
 pytestmark = pytest.mark.ray
 
-SMALL = {
-    "name": "small",
-    "data": {"search": {"path": "embedded:search", "rows": [0, 150]}},
-    "rates": [0.5],
-    "evaluations": 4,
-    "mode": "rounds",
-    "round_size": 2,
-    "pruning": {"calibration_images": 64, "criterion": "l1", "sequential": False},
-    "evaluation": {"dtype": "float32"},
-}
 
-
+@pytest.mark.slow
 def test_killed_between_two_strategies_and_resumed_it_compares_all_and_measures_once(
     ray_cluster, tmp_path, monkeypatch, capsys
 ):
     folder, config = tmp_path / "runs", tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(SMALL))
+    config.write_text(yaml.safe_dump(TINY))
     command = ["search", str(config), "--run-dir", str(folder), "--strategy"]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     with subprocess.Popen(

@@ -121,7 +121,7 @@ def test_what_cannot_be_converted_is_refused(folder, tmp_path):
 def test_a_conversion_that_waits_for_cpus_says_so(folder, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="cacp_ray")  # others may have set it
     monkeypatch.setattr(converting, "SAY_SECONDS", 0.5)
-    sleepers = [ray.remote(num_cpus=1)(lambda: time.sleep(3)).remote() for _ in range(2)]
+    sleepers = [ray.remote(num_cpus=1)(lambda: time.sleep(1.5)).remote() for _ in range(2)]
     assert shard_sizes(folder, tmp_path / "out", 2) == [60, 60]
     assert "no shard for 0 s: they are large, or wait for CPUs, of which 0 are free" in caplog.text
     ray.get(sleepers)
@@ -197,24 +197,16 @@ def test_what_is_parquet_already_is_not_converted(folder, tmp_path):
         convert(str(tmp_path / "a"), str(tmp_path / "b"), 2, "train", lambda *done: None)
 
 
-def test_a_failure_is_one_line(copy, tmp_path):
-    done = subprocess.run(
-        command_line(copy, "/proc/x", "--shards", 8), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert "/proc/x: a shard cannot be written" in done.stderr
+def test_a_failure_is_one_line(copy, tmp_path, run):
+    command = ("data", "convert", "imagefolder", copy)
+    code, _, err = run(*command, "/proc/x", "--shards", 8)
+    assert (code, err.count("\n")) == (1, 1), err
+    assert "/proc/x: a shard cannot be written" in err
     for image in sorted(copy.glob("*/*.png"))[::10]:
         image.write_text("no image")
-    done = subprocess.run(
-        command_line(copy, tmp_path / "out", "--shards", 8),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert ".png: not an image" in done.stderr
+    code, _, err = run(*command, tmp_path / "out", "--shards", 8)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert ".png: not an image" in err
     assert not list(tmp_path.glob("out/*.tmp"))
 
 

@@ -15,19 +15,11 @@ import yaml
 
 from cacp_ray.rundir.directory import RunDirectory
 from tests.machines import Machines, free_port, running
+from tests.small import TINY
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-SMALL = {
-    "name": "small",
-    "data": {"search": {"path": "embedded:search", "rows": [0, 300]}},
-    "rates": [0.5],
-    "strategy": "random",
-    "evaluations": 4,
-    "pruning": {"calibration_images": 64, "criterion": "l1", "recovery": "none"},
-    "evaluation": {"images": 50, "dtype": "float32"},
-    "cluster": {"max_evaluators": 2},
-}
+ASYNC = TINY | {"mode": "async", "cluster": {"max_evaluators": 2}}
 
 # Counts the actors that are alive or wanted, and the demand that an autoscaler would see.
 COUNT = """
@@ -61,9 +53,10 @@ main()
 GREEDY = """
 import sys, time
 from cacp_ray.distributed import cluster
+from cacp_ray.distributed.actors import RayActors
 from cacp_ray.distributed.pool import RayEvaluatorPool
 cluster.connect(sys.argv[1])
-pool = RayEvaluatorPool(print, {}, num_evaluators=6, cpus_per_evaluator=1)
+pool = RayEvaluatorPool(RayActors(print, {}), num_evaluators=6, cpus_per_evaluator=1)
 time.sleep(600)
 """
 
@@ -89,7 +82,7 @@ def run(machines: Machines, *command: str | Path, seconds: float = 240):
 
 def test_auto_joins_the_cluster_of_this_machine_whose_head_scores_nothing(machines, tmp_path):
     config = tmp_path / "small.yaml"
-    config.write_text(yaml.safe_dump(SMALL))
+    config.write_text(yaml.safe_dump(ASYNC))
     folder = tmp_path / "run"
     search = ("-c", IDLE, "search", config, "--address", "auto", "--run-dir", folder)
     done = run(machines, *search)
@@ -138,7 +131,7 @@ def broken_package(folder):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        pytest.param(fake_version, r"has torch 1.0.0, this machine", marks=pytest.mark.slow),
+        (fake_version, r"has torch 1.0.0, this machine"),
         (broken_package, r"cannot score (ImportError: libcuda.so.1 is missing)"),
     ],
 )
@@ -149,7 +142,7 @@ def test_a_node_that_differs_is_named_before_anything_is_written(
     packages.mkdir()
     spoil(packages)
     config = tmp_path / "small.yaml"
-    config.write_text(yaml.safe_dump(SMALL))
+    config.write_text(yaml.safe_dump(ASYNC))
     folder = tmp_path / "run"
     search = ("-m", "cacp_ray.cli", "search", config, "--run-dir", folder)
     machines.add_nodes(1, PYTHONPATH=str(packages))
@@ -192,7 +185,6 @@ def wait_until_joined(machines, count):
 FAULTS = "--episodes 600 --score-seconds 0.5 --kill-seconds 5 --driver-kills 3"
 
 
-@pytest.mark.slow
 def test_a_search_under_kills_measures_every_candidate_once():
     done = subprocess.run(
         [sys.executable, "bench/soak.py", *FAULTS.split()],
@@ -246,7 +238,7 @@ def test_an_autoscaler_brings_what_a_search_could_use_and_takes_it_back(tmp_path
     port = free_port()
     provider = AUTOSCALING["provider"] | {"gcs_address": f"127.0.0.1:{port}"}
     file.write_text(json.dumps(AUTOSCALING | {"provider": provider}))
-    small = SMALL | {"cluster": {"max_evaluators": 3}, "evaluations": 12}
+    small = ASYNC | {"cluster": {"max_evaluators": 3}, "evaluations": 12}
     config.write_text(yaml.safe_dump(small))
     options = ("--include-dashboard=false", f"--autoscaling-config={file}")
     fake = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}

@@ -15,7 +15,7 @@ from cacp_ray.searching.env import ENV_ID
 from cacp_ray.searching.mdp import AllocationMDP
 from tests.toy import toy_cost_model, toy_score
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PAGE = Path(__file__).parents[2] / "docs" / "environment.md"
 RATES = (0.3, 0.5, 0.7)

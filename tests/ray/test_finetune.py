@@ -234,16 +234,25 @@ def test_a_trial_that_dies_goes_on_from_its_last_epoch_to_the_same_weights(tmp_p
     assert_same(weights, read_finetuned(tmp_path / "rate-0.50"))
     assert results[0.3].test_loss == results[0.5].test_loss
 
-    # A driver that is killed at the wrong moment leaves the name of a checkpoint that is gone.
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.slow
+def test_a_checkpoint_that_is_gone_is_trained_again_to_the_same_weights(tmp_path: Path) -> None:
+    """A driver that is killed at the wrong moment leaves the name of one."""
+    for name in ("rate-0.30", "rate-0.50", "teacher"):
+        save_fresh(tmp_path / name, seed=name == "teacher")
+    finetune(tmp_path)
+    weights = read_finetuned(tmp_path / "rate-0.30")
     (tmp_path / "finetune" / "chosen.json").unlink()
     for checkpoint in (tmp_path / "finetune" / "rate-0.3").glob("checkpoint_*"):
         shutil.rmtree(checkpoint)
-    events.clear()
-    finetune(tmp_path, load_subnet=load_mortal, resume=True, on_epoch=events.append)
+    events: list[FinetuneProgress] = []
+    finetune(tmp_path, resume=True, on_epoch=events.append)
     assert epochs_by_rate(events) == {0.3: [1, 2, 3], 0.5: [1, 2, 3]}
     assert_same(weights, read_finetuned(tmp_path / "rate-0.30"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_after_a_killed_trial_and_a_killed_driver_all_end_with_the_same_weights(
     tmp_path: Path,
@@ -315,6 +324,7 @@ def test_after_a_killed_trial_and_a_killed_driver_all_end_with_the_same_weights(
     assert_same(read_finetuned(tmp_path / "rate-0.30"), weights[results[0.3].best_epoch])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_trial_that_always_fails_is_named_with_its_reason_and_can_be_resumed(
     tmp_path: Path,
@@ -351,6 +361,7 @@ def test_training_that_diverged_leaves_the_subnet_as_it_was(tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.slow
 def test_the_best_variant_by_search_accuracy_is_kept(tmp_path: Path) -> None:
     save_fresh(tmp_path / "rate-0.30")
     idle = Recipe(epochs=2, batch_size=16, lr=1e-9, padding=1)
@@ -383,6 +394,7 @@ def test_the_best_variant_by_search_accuracy_is_kept(tmp_path: Path) -> None:
     assert list(trial.glob("events.out.tfevents.*"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_worse_variants_of_each_rate_stop_and_never_a_rate_for_another(tmp_path: Path) -> None:
     save_fresh(tmp_path / "rate-0.30")
@@ -403,6 +415,7 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_variants_of_a_restored_experiment_are_compared_with_those_that_had_ended(
     tmp_path: Path,
@@ -433,6 +446,7 @@ def test_variants_of_a_restored_experiment_are_compared_with_those_that_had_ende
     assert metrics["variants"]["still"]["epochs"] == 2  # the first rung
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_two_workers_train_one_model_as_one_worker_does(tmp_path: Path) -> None:
     # BN is left out, whose statistics are each worker's own; crops and flips change nothing.

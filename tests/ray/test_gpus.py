@@ -12,13 +12,9 @@ import sys
 import pytest
 import ray
 
-from cacp_ray.distributed import nodes as module
 from cacp_ray.distributed.cluster import check_room
 from cacp_ray.distributed.gpus import measure_on_gpus
-from cacp_ray.distributed.nodes import Kind, Nodes, find_share
 from cacp_ray.errors import ConfigError, EvaluationError
-from cacp_ray.evaluation.gpu import Need
-from cacp_ray.workflows.evaluators import describe_needs
 
 pytestmark = pytest.mark.ray
 
@@ -28,7 +24,8 @@ from ray.cluster_utils import Cluster
 import ray
 from cacp_ray.distributed import building
 from cacp_ray.distributed.gpus import measure_on_gpus
-from cacp_ray.distributed.nodes import find_room, find_share, read_nodes
+from cacp_ray.distributed.nodes import find_room, find_share, read_free, read_nodes
+from cacp_ray.distributed.actors import RayActors
 from cacp_ray.distributed.pool import RayEvaluatorPool
 from cacp_ray.errors import ConfigError, EvaluationError
 from cacp_ray.evaluation.gpu import Need
@@ -50,20 +47,13 @@ def is_running(process):
 def as_list(room):
     return [room.gpu_share, room.on_gpus, room.on_cpus, room.now, room.device]
 
-rooms = {
-    "all": as_list(find_room(1, 0.5, None, 100)),
-    "CPUs end first": as_list(find_room(1, 0.25, None, 100)),
-    "no GPU": as_list(find_room(1, 0.0, None, 100)),
-    "wanted": as_list(find_room(1, 0.5, 7, 100)),
-    "few useful": as_list(find_room(1, 0.5, None, 1)),
-}
 needs = measure_on_gpus(tell_need, {"gigabytes": 3, "of": 8}, 1)
 told_needs = [
     [need.evaluator, need.gpu, bool(given), is_running(process)]
     for need, given, process in needs.values()
 ]
 share = find_share({node: need for node, (need, *_) in needs.items()}, read_nodes(), 1)
-measured_room = as_list(find_room(1, share, None, 100))
+measured_room = as_list(find_room(read_nodes(), read_free(), 1, share, None, 100))
 try:
     measure_on_gpus(fail_there, {}, 1)
 except ConfigError as error:
@@ -72,8 +62,8 @@ building._build = tell_process
 processes = building.build_on_nodes([()] * 3, 0, 0, {}, cpus=1, gpus=0.5)
 built = [is_running(process) for process in processes]
 pool = RayEvaluatorPool(
-    make_told, {"top1": 0.25}, num_evaluators=1, cpus_per_evaluator=1, num_gpu_evaluators=2,
-    gpus_per_evaluator=0.5, most=100,
+    RayActors(make_told, {"top1": 0.25}), num_evaluators=1, cpus_per_evaluator=1,
+    num_gpu_evaluators=2, gpus_per_evaluator=0.5, most=100,
 )
 
 def score(count):
@@ -97,7 +87,7 @@ later = score(20)
 pool.close()
 ray.shutdown()
 cluster.shutdown()
-print(json.dumps([rooms, [told_needs, measured_room, fault, built], first, later]))
+print(json.dumps([[told_needs, measured_room, fault, built], first, later]))
 """
 
 
@@ -136,61 +126,6 @@ def tell_process(*arguments):
     return os.getpid()
 
 
-@pytest.mark.parametrize(
-    ("cpus", "gpus", "share", "room"),
-    [(8, 1, 0.25, 4), (2, 1, 0.25, 2), (16, 2, 0.6, 2), (16, 5, 0.4, 10), (8, 0, 0.5, 0)],
-)
-def test_a_share_is_never_across_two_gpus(cpus, gpus, share, room):
-    nodes = Nodes({"a": cpus}, {"a": gpus}, frozenset())
-    assert Kind(1, share).room(nodes, "a") == room
-    assert Kind(1).room(nodes, "a") == cpus
-
-
-def test_a_gpu_is_asked_for_where_a_cluster_has_none_yet(monkeypatch):
-    monkeypatch.setattr(module, "read_nodes", lambda: Nodes({"a": 4.0}, {"a": 0.0}, frozenset()))
-    monkeypatch.setattr(module.ray, "available_resources", lambda: {"CPU": 4.0})
-    room = module.find_room(1, 0.25, None, 100)
-    assert (room.on_gpus, room.on_cpus, room.device) == (1, 4, "cuda and cpu")
-
-
-@pytest.mark.parametrize(
-    ("cpus", "gpus", "needs", "number"),
-    [
-        ([8], [1], [(3, 16)], 5),
-        ([4], [1], [(3, 16)], 4),
-        ([8], [2], [(1, 16)], 4),
-        ([64], [1], [(1, 80)], 8),
-        ([8], [1], [(20, 16)], 1),
-        ([1], [4], [(1, 16)], 1),
-        ([8, 16], [1, 1], [(3, 16), (3, 7)], 2),
-    ],
-)
-def test_as_many_share_a_gpu_as_the_smallest_holds_and_has_cpus_for(cpus, gpus, needs, number):
-    names = "ab"[: len(cpus)]
-    has = [dict(zip(names, numbers, strict=True)) for numbers in (cpus, gpus)]
-    nodes = Nodes(*has, frozenset())
-    measured = {name: Need(*need) for name, need in zip(names, needs, strict=True)}
-    share = find_share(measured, nodes, 1)
-    assert share == pytest.approx(1 / number, abs=1e-4)
-    assert find_share({}, nodes, 1) == 0.0
-    fast = Kind(1, share)
-    assert sum(fast.room(nodes, name) for name in names) >= min(number, *cpus)
-
-
-@pytest.mark.parametrize("number", range(1, 9))
-def test_ray_has_room_for_all_that_share_a_gpu(number):
-    """Ray rounds shares to ten thousandths."""
-    nodes = Nodes({"a": 8.0}, {"a": 1.0}, frozenset())
-    share = find_share({"a": Need(1, number)}, nodes, 1)
-    assert round(share * 10_000) * number <= 10_000
-    assert Kind(1, share).room(nodes, "a") == number
-
-
-def test_of_a_node_that_has_left_nothing_follows():
-    share = find_share({"gone": Need(1, 4)}, Nodes({}, {}, frozenset()), 1)
-    assert "on CPUs" in describe_needs([Need(1, 4)], share)
-
-
 @pytest.mark.usefixtures("ray_cluster")
 def test_where_no_node_has_a_gpu_nothing_is_measured():
     if any(node["Resources"].get("GPU") for node in ray.nodes()):
@@ -214,6 +149,7 @@ def test_workers_that_can_never_run_at_once_are_refused_on_this_machine():
         check_room(1, 0, "local", actors=4, asked_by="trials.workers")
 
 
+@pytest.mark.slow
 def test_gpu_nodes_get_evaluators_with_shares_and_others_get_plain_ones():
     done = subprocess.run(
         [sys.executable, "-c", DRIVER],
@@ -224,14 +160,7 @@ def test_gpu_nodes_get_evaluators_with_shares_and_others_get_plain_ones():
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    rooms, measured, first, later = json.loads(done.stdout.splitlines()[-1])
-    assert rooms == {
-        "all": [0.5, 2, 1, 3, "cuda and cpu"],
-        "CPUs end first": [0.25, 2, 1, 3, "cuda and cpu"],
-        "no GPU": [0.0, 0, 3, 3, "cpu"],
-        "wanted": [0.5, 7, 0, 2, "cuda"],
-        "few useful": [0.5, 1, 0, 3, "cuda and cpu"],
-    }
+    measured, first, later = json.loads(done.stdout.splitlines()[-1])
     needs, room, fault, built = measured
     assert needs == [[3, 8, True, False]]
     assert room == [0.5, 2, 1, 3, "cuda and cpu"]  # the GPU is there to be shared

@@ -14,7 +14,7 @@ import yaml
 
 from cacp_ray.rundir.directory import RunDirectory
 from tests.machines import RAY, free_port, running
-from tests.ray.test_elastic import SMALL
+from tests.ray.test_elastic import ASYNC
 
 LONG = {
     "data": {"search": {"path": "embedded:search"}},
@@ -61,7 +61,7 @@ def jobs():
 
 def test_a_submitted_search_is_killed_and_submitted_again(jobs, tmp_path):
     config, folder = tmp_path / "small.yaml", tmp_path / "run"
-    config.write_text(yaml.safe_dump(SMALL | LONG | {"evaluations": MANY}))
+    config.write_text(yaml.safe_dump(ASYNC | LONG | {"evaluations": MANY}))
     search = [sys.executable, "-m", "cacp_ray.cli", "search", config, "--address", "auto"]
     search += ["--run-dir", folder]
     begun = jobs("submit", "--no-wait", "--submission-id", "first", "--", *search)

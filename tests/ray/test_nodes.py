@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 START = """
 import json, sys, time
@@ -17,6 +17,7 @@ import ray
 from ray._private.state import actors
 from ray.cluster_utils import Cluster
 from cacp_ray.distributed import fleet
+from cacp_ray.distributed.actors import RayActors
 from cacp_ray.distributed.pool import RayEvaluatorPool
 from cacp_ray.evaluation.measurement import Candidate
 from tests.ray.test_nodes import make_slow
@@ -46,7 +47,7 @@ ALONE = """
 fleet.MAX_RETRY_DELAY_S = 50.0
 node = cluster.add_node(num_cpus=2)
 pool = RayEvaluatorPool(
-    make_slow, {"seconds": 0.0}, num_evaluators=2, cpus_per_evaluator=1, most=3
+    RayActors(make_slow, {"seconds": 0.0}), num_evaluators=2, cpus_per_evaluator=1, most=3
 )
 wait(lambda: pool.num_alive == 2)
 fleet.WITHDRAW_S = 4.0
@@ -67,7 +68,7 @@ outcome = {"withdrawn": withdrawn, "left": left, "back": back, "most": len(pool.
 LOST = """
 node = cluster.add_node(num_cpus=1)
 pool = RayEvaluatorPool(
-    make_slow, {"seconds": 2.0}, num_evaluators=1, cpus_per_evaluator=1, max_attempts=2
+    RayActors(make_slow, {"seconds": 2.0}), num_evaluators=1, cpus_per_evaluator=1, max_attempts=2
 )
 pool.submit(Candidate(0.5, (1,), index=0))
 measurements = []
@@ -89,7 +90,7 @@ from tests.ray.test_nodes import draw, make_seen
 for _ in range(2):
     cluster.add_node(num_cpus=1)
 pool = RayEvaluatorPool(
-    make_seen, {"split": draw()}, num_evaluators=2, cpus_per_evaluator=1
+    RayActors(make_seen, {"split": draw()}), num_evaluators=2, cpus_per_evaluator=1
 )
 wait(lambda: pool.num_alive == 2)
 for index in range(12):
@@ -170,7 +171,6 @@ def test_every_node_has_the_same_search_split_to_the_bit():
     assert outcome == {"nodes": 2, "seen": 12 * [1.0]}
 
 
-@pytest.mark.slow
 def test_a_candidate_that_is_lost_with_its_nodes_is_not_blamed():
     outcome = run(LOST)
     assert outcome == {"status": "ok", "attempt": 4}

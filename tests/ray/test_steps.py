@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from cacp_ray.distributed.actors import RayActors
 from cacp_ray.distributed.pool import RayEvaluatorPool
 from cacp_ray.evaluation.measurement import Measurement
 from cacp_ray.rundir.directory import RunDirectory
@@ -18,7 +19,7 @@ from cacp_ray.searching.strategies.problem import Problem
 from cacp_ray.searching.strategies.table import make_strategy
 from tests.toy import toy_cost_model, toy_score
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 RATES = (0.3, 0.5, 0.7)
 EVALUATIONS = 120
@@ -54,7 +55,9 @@ def search(strategy, folder, num_evaluators, on_progress=None):
     budget = Budget(cost_model.macs, channels, minimum_counts(channels, 0.1, 1))
     problem = Problem(cost_model, budget, RATES, 0, EVALUATIONS, uniform_prior(8))
     pool = RayEvaluatorPool(
-        make_formula, {"seconds": 0.05}, num_evaluators=num_evaluators, cpus_per_evaluator=0.5
+        RayActors(make_formula, {"seconds": 0.05}),
+        num_evaluators=num_evaluators,
+        cpus_per_evaluator=0.5,
     )
     loop = SearchLoop(
         pool,

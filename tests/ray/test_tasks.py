@@ -71,9 +71,9 @@ def test_what_has_not_ended_in_time_is_cancelled(tmp_path: Path) -> None:
 
     task = ray.remote(num_cpus=0, max_retries=0)(write)
     list(run_tasks(begin, [0.0, 0.0]))  # workers have started
-    outcomes = run_tasks(task.remote, [0.0, 6.0], timeout=4.0)
+    outcomes = run_tasks(task.remote, [0.0, 3.0], timeout=2.0)
     assert [item for item, _ in outcomes] == [0.0]
-    time.sleep(3.0)
+    time.sleep(1.5)
     assert [path.name for path in tmp_path.iterdir()] == ["0.0"]
 
 

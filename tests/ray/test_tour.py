@@ -10,7 +10,7 @@ import yaml
 
 from cacp_ray.cli import main
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 PAGE = Path("docs/tour.md").read_text()
 BLOCKS = re.findall(r"```(bash|yaml|python)\n(.*?)```", PAGE, re.DOTALL)

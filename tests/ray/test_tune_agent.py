@@ -62,6 +62,7 @@ def read_progress(line):
     return {found[1]: int(found[2])} if found else {}
 
 
+@pytest.mark.slow
 def test_killed_tuning_resumes_to_settings_that_a_search_takes(tmp_path):
     config, folder = tmp_path / "config.yaml", tmp_path / "tuning"
     config.write_text(yaml.safe_dump(CONFIG))

@@ -77,3 +77,34 @@ def test_the_analysis_example_runs(capsys):
     block = next(b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "analyze" in b)
     exec(compile(block, "README.md", "exec"), {})
     assert "channel groups" in capsys.readouterr().out
+
+
+def slow_tests():
+    """(File, name) of every test that `make test` leaves out in whole or in part."""
+    for file in sorted(Path("tests").rglob("test_*.py")):
+        tree = ast.parse(file.read_text())
+        marked = {  # names of module level that hold the mark
+            ast.unparse(node.targets[0])
+            for node in tree.body
+            if isinstance(node, ast.Assign) and "mark.slow" in ast.unparse(node.value)
+        }
+        if "pytestmark" in marked:
+            yield file, ""
+            continue
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef):
+                words = {
+                    word for d in node.decorator_list for word in re.findall(r"\w+", ast.unparse(d))
+                }
+                if words & {"slow", "mostly_slow", *marked}:
+                    yield file, node.name
+
+
+def test_every_slow_test_has_a_row_in_the_table():
+    rows = Path("docs/development.md").read_text()
+    missing = [
+        f"{file}: {name}"
+        for file, name in slow_tests()
+        if str(file.relative_to("tests")) not in rows or name not in rows
+    ]
+    assert missing == []

@@ -19,6 +19,7 @@ from cacp_ray.models.factory import build_model
 from cacp_ray.rundir.directory import RunDirectory
 from tests.unit.exporting.folders import make_folder
 
+FEW = {"search": {"path": "embedded:search", "rows": [0, 100]}}
 MODEL = {"name": "resnet20", "weights": "embedded:resnet20_cifar10"}
 
 
@@ -26,7 +27,7 @@ MODEL = {"name": "resnet20", "weights": "embedded:resnet20_cifar10"}
 def config(tmp_path):
     def write(**values):
         path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump({"name": "x", "model": MODEL, **values}))
+        path.write_text(yaml.safe_dump({"name": "x", "model": MODEL, "data": FEW, **values}))
         return path
 
     return write
@@ -160,6 +161,7 @@ def test_resume_with_a_changed_configuration_names_the_keys(run, config, tmp_pat
     assert "holds no run" in err
 
 
+@pytest.mark.slow  # in this process: tests/ray/test_cluster.py
 def test_unreachable_address_is_refused_within_half_a_minute(config, tmp_path):
     # In a process of its own: one that is connected to Ray already would stay so.
     command = [sys.executable, "-m", "cacp_ray.cli", "search", config(), "--address", "127.0.0.1:9"]

@@ -10,6 +10,7 @@ import yaml
 from cacp_ray.config.agent_tuning import AgentTuningConfig
 from cacp_ray.config.finetune import FinetuneConfig
 from cacp_ray.config.run import RunConfig, TrainConfig, load_config, resolved
+from cacp_ray.config.saved import check_unchanged
 from cacp_ray.errors import ConfigError
 from cacp_ray.io.files import changed_keys
 
@@ -82,6 +83,15 @@ def test_changed_keys_are_named_by_path():
     old, new = (resolved(RunConfig(evaluations=n)) for n in (50, 60))
     new["agent"]["noise"] = 0.1
     assert changed_keys(old, new) == ["agent.noise", "evaluations"]
+
+
+def test_a_run_goes_on_with_more_evaluators_and_a_shorter_report_and_no_other_change():
+    saved = resolved(RunConfig())
+    for change in ("cluster.max_evaluators=9", "report.frontier=false", "report.latency=false"):
+        check_unchanged(saved, load_config(RunConfig, {}, [change]), "runs/x", "--run-dir")
+    changed = load_config(RunConfig, {}, ["seed=1", "evaluation.images=50"])
+    with pytest.raises(ConfigError, match=r"runs/x was .* changed: evaluation\.images, seed; undo"):
+        check_unchanged(saved, changed, "runs/x", "--run-dir")
 
 
 def test_a_part_of_the_fine_tuning_recipe_leaves_the_rest_as_it_was():

@@ -23,6 +23,7 @@ from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.latency_cost import Calibration
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.workflows.setup import with_latency
+from tests.small import mostly_slow
 
 
 class Small(nn.Module):
@@ -145,7 +146,10 @@ def test_devices_that_are_not_here_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet20", "torchvision:mobilenet_v2", "torchvision:resnext50_32x4d"]
+    "name",
+    mostly_slow(
+        ["resnet20", "torchvision:mobilenet_v2", "torchvision:resnext50_32x4d"], ["resnet20"]
+    ),
 )
 def test_layers_are_built_as_the_network_has_them(name):
     model = build_model(name, 10)

@@ -16,7 +16,7 @@ from cacp_ray.evaluation.racing import (
     prefixes,
 )
 from cacp_ray.evaluation.scorer import Scorer
-from tests.unit.evaluation.test_scorer import base, make  # noqa: F401 - a fixture
+from tests.unit.evaluation.test_scorer import base, prepare  # noqa: F401 - a fixture
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=300))
@@ -63,7 +63,7 @@ def test_the_estimate_is_exact_on_all_images_and_fair_on_few():
 
 
 def test_a_bad_candidate_stops_and_a_good_one_is_scored_to_the_end(base):  # noqa: F811
-    prepared = make(base, "none")
+    prepared = prepare(base, "none")
     score = Scorer(prepared, base.search, recovery="none", dtype="float32")
     whole = tuple(base.plan.cost_model.num_channels.tolist())
     first = score(Candidate(1.0, whole, index=0))

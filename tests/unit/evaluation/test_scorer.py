@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import pickle
 
 import numpy as np
@@ -26,7 +27,13 @@ def base():
     return dataclasses.replace(whole, search=whole.search.take(200))
 
 
-def make(base, recovery, criterion="l1"):
+@pytest.fixture(scope="module")
+def make(base):
+    """What all candidates share, for a recovery and a criterion; made once."""
+    return functools.cache(functools.partial(prepare, base))
+
+
+def prepare(base, recovery, criterion="l1"):
     config = load_config(
         RunConfig,
         {},
@@ -128,19 +135,18 @@ def score(base, prepared, recovery, counts):
     return scorer(Candidate(0.5, tuple(counts), index=3))
 
 
-def test_a_scorer_travels_to_another_process(base):
+def test_a_scorer_travels_to_another_process(make, base):
     split = base.search.take(100)
-    config = dataclasses.replace(base, config=configure("pruning.recovery=none"))
-    scorer = Scorer(config.prepare().prepared, split, recovery="none", dtype="float32")
+    scorer = Scorer(make("none"), split, recovery="none", dtype="float32")
     candidate = Candidate(0.5, tuple(base.plan.cost_model.num_channels.tolist()))
     again = pickle.loads(pickle.dumps(scorer))
     assert again(candidate).top1 == scorer(candidate).top1
 
 
 @pytest.mark.parametrize("recovery", ["none", "compensate"])
-def test_nothing_cut_scores_as_the_base_network(base, recovery):
+def test_nothing_cut_scores_as_the_base_network(make, base, recovery):
     counts = base.plan.cost_model.num_channels.tolist()
-    measurement = score(base, make(base, recovery), recovery, counts)
+    measurement = score(base, make(recovery), recovery, counts)
     expected = measure(base.model, *base.search.tensors())
     assert measurement.index == 3
     assert measurement.images == 200
@@ -148,16 +154,16 @@ def test_nothing_cut_scores_as_the_base_network(base, recovery):
     assert measurement.loss == pytest.approx(expected.loss, abs=0.02)
 
 
-def test_recovery_repairs_a_cut_network(base):
+def test_recovery_repairs_a_cut_network(make, base):
     counts = uniform(base.budget, [0.6], np.ones(12))[0].tolist()
-    top1 = {name: score(base, make(base, name), name, counts).top1 for name in ("none", "bn")}
-    top1["compensate"] = score(base, make(base, "compensate", "cap"), "compensate", counts).top1
+    top1 = {name: score(base, make(name), name, counts).top1 for name in ("none", "bn")}
+    top1["compensate"] = score(base, make("compensate", "cap"), "compensate", counts).top1
     assert top1["bn"] > top1["none"] + 0.1
     assert top1["compensate"] > top1["none"] + 0.3
 
 
-def test_a_prefix_of_the_split_is_scored_alone(base):
-    prepared = make(base, "none")
+def test_a_prefix_of_the_split_is_scored_alone(make, base):
+    prepared = make("none")
     scorer = Scorer(prepared, base.search, recovery="none", batch_size=64, dtype="float32")
     counts = tuple(base.plan.cost_model.num_channels.tolist())
     measurement = scorer(Candidate(1.0, counts, index=0, images=50))
@@ -166,8 +172,8 @@ def test_a_prefix_of_the_split_is_scored_alone(base):
 
 
 @pytest.mark.parametrize("recovery", ["none", "bn", "compensate"])
-def test_arrays_of_the_object_store_are_read_only_and_stay_so(base, recovery):
-    prepared = make(base, recovery)
+def test_arrays_of_the_object_store_are_read_only_and_stay_so(make, base, recovery):
+    prepared = make(recovery)
     before = {name: value.copy() for name, value in prepared.tensors.items()}
     for value in prepared.tensors.values():
         value.setflags(write=False)
@@ -194,8 +200,8 @@ def test_bad_rates_are_refused(text):
         parse_rates(text)
 
 
-def test_outputs_that_are_not_finite_are_a_failure(base):
-    prepared = make(base, "none")
+def test_outputs_that_are_not_finite_are_a_failure(make, base):
+    prepared = make("none")
     tensors = prepared.tensors | {"fc.bias": np.full_like(prepared.tensors["fc.bias"], np.nan)}
     broken = dataclasses.replace(prepared, tensors=tensors)
     counts = base.plan.cost_model.num_channels.tolist()
@@ -210,7 +216,7 @@ def test_outputs_that_are_not_finite_are_a_failure(base):
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
     ],
 )
-def test_out_of_memory_halves_the_batch_once_and_says_so(base, monkeypatch, error):
+def test_out_of_memory_halves_the_batch_once_and_says_so(make, base, monkeypatch, error):
     sizes = []
     load = FastNetwork.load
 
@@ -222,7 +228,7 @@ def test_out_of_memory_halves_the_batch_once_and_says_so(base, monkeypatch, erro
 
     monkeypatch.setattr(FastNetwork, "load", limited)
     counts = tuple(base.plan.cost_model.num_channels.tolist())
-    prepared = make(base, "none")
+    prepared = make("none")
     scorer = Scorer(prepared, base.search, recovery="none", batch_size=100, dtype="float32")
     most = 60
     measurement = scorer(Candidate(1.0, counts, index=0))

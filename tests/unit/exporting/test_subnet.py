@@ -16,6 +16,7 @@ from cacp_ray.exporting import subnet
 from cacp_ray.exporting.formats import FORMATS
 from cacp_ray.exporting.subnet import compare, export_subnet
 from cacp_ray.pruning.subnet import load_subnet
+from tests.small import mostly_slow
 from tests.unit.exporting.folders import DEPTHWISE, PER_IMAGE, make_folder
 
 NETWORKS = {
@@ -26,7 +27,7 @@ NETWORKS = {
 }
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(scope="module", params=mostly_slow(NETWORKS, ("resnet20", "depthwise", "tied")))
 def network(request, tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("subnet"), *NETWORKS[request.param])
 

@@ -12,7 +12,9 @@ from cacp_ray.training.metrics import fast_dtype, measure
     ("name", "weights", "whole_split"),
     [
         ("resnet20", "embedded:resnet20_cifar10", 0.8996),
-        ("resnet56", "tests/golden/resnet56_cifar10.safetensors", 0.9096),
+        pytest.param(
+            "resnet56", "tests/golden/resnet56_cifar10.safetensors", 0.9096, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_accuracy_on_the_test_sample_is_that_of_the_whole_test_split(name, weights, whole_split):

@@ -20,6 +20,7 @@ from cacp_ray.pruning.cutter import Cutter
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.resizable import build_subnet
 from cacp_ray.pruning.verification import count_macs
+from tests.small import mostly_slow
 
 GOLDEN = (
     "densenet121",
@@ -36,6 +37,7 @@ GOLDEN = (
     "squeezenet1_1",
     "vgg16",
 )
+FAST = ("resnet18", "mobilenet_v2", "shufflenet_v2_x1_0", "squeezenet1_1")
 PUBLISHED = {
     "densenet121": (2.83, 2.87),
     "efficientnet_b0": (0.38, 0.40),
@@ -65,7 +67,7 @@ def planned(name):
     return model, x, make_plan(model, x)
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", mostly_slow(GOLDEN, FAST))
 def test_whole_network_costs_what_torchvision_publishes(name):
     model, x, plan = planned(name)
     whole = plan.cost_model.num_channels
@@ -75,7 +77,7 @@ def test_whole_network_costs_what_torchvision_publishes(name):
     assert plan.macs(whole) == count_macs(model, x)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", mostly_slow(PUBLISHED, FAST))
 def test_whole_network_costs_what_papers_publish(name):
     low, high = PUBLISHED[name]
     plan = planned(name)[2]
@@ -83,7 +85,7 @@ def test_whole_network_costs_what_papers_publish(name):
 
 
 # VGG-16 is left out: copies of its 138 million parameters take seconds and show nothing new.
-@pytest.mark.parametrize("name", [name for name in GOLDEN if name != "vgg16"])
+@pytest.mark.parametrize("name", mostly_slow([name for name in GOLDEN if name != "vgg16"], FAST))
 def test_a_cut_network_costs_what_is_predicted(name):
     model, x, plan = planned(name)
     rng = np.random.default_rng(0)

@@ -12,10 +12,12 @@ from torchvision import models
 from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.verification import count_macs
+from tests.small import mostly_slow
 from tests.unit.pruning import networks
 
 tp = pytest.importorskip("torch_pruning")
 
+FAST = ("plain", "concat", "depthwise", "resnet20", "vgg16", "torchvision:resnet18")
 SIDES = {
     "plain": 8,
     "concat": 8,
@@ -62,7 +64,7 @@ def our_weights(group):
     return {member for member in group.members if member.rpartition(":")[0].endswith(".weight")}
 
 
-@pytest.mark.parametrize("name", SIDES)
+@pytest.mark.parametrize("name", mostly_slow(SIDES, FAST))
 def test_groups_couple_the_same_layers(name):
     model, x, plan = planned(name)
     graph = build_dependency(model, x)
@@ -71,7 +73,7 @@ def test_groups_couple_the_same_layers(name):
     assert {frozenset(our_weights(group)) for group in plan.groups} == theirs
 
 
-@pytest.mark.parametrize("name", SIDES)
+@pytest.mark.parametrize("name", mostly_slow(SIDES, FAST))
 def test_dropping_channels_of_one_group_costs_the_same(name):
     model, x, plan = planned(name)
     rng = np.random.default_rng(0)

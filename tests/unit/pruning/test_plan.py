@@ -8,6 +8,7 @@ from cacp_ray.errors import ConfigError, UnsupportedModelError
 from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.verification import count_macs
+from tests.small import mostly_slow
 
 # Multiply-accumulates as published: ResNet-20/56 (He et al., 2016: 0.27 M and 0.85 M parameters),
 # VGG-16 for CIFAR 314.59 M (CACP, table 1, with more linear layers), ResNet-50 4.09 G
@@ -21,7 +22,7 @@ GOLDEN = {
 }
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", mostly_slow(GOLDEN, ("resnet20", "vgg16")))
 def test_whole_network_costs_what_is_published(name):
     side, macs, tolerance, params = GOLDEN[name]
     model = build_model(name, 10).eval()

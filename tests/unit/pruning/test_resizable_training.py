@@ -12,6 +12,7 @@ from torchvision import models
 from cacp_ray.pruning.cutter import Cutter, reorder_weights
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.resizable import ResizableNetwork, build_subnet
+from tests.small import mostly_slow
 
 CLASSES = 4
 BATCH = 6
@@ -54,7 +55,7 @@ def backward(model, x):
     return loss.item()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", mostly_slow(NETWORKS, ["mobilenet_v2"]))
 def test_every_parameter_learns_and_the_loss_falls(name):
     small, x = cut(name)
     small.train()
@@ -69,7 +70,7 @@ def test_every_parameter_learns_and_the_loss_falls(name):
     assert min(losses) < 0.9 * losses[0]  # steps of this size oscillate on MobileNetV2
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", mostly_slow(NETWORKS, ["mobilenet_v2"]))
 def test_trained_weights_load_into_a_fresh_network(name, tmp_path):
     small, x = cut(name)
     small.eval()

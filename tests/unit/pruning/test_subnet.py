@@ -36,6 +36,7 @@ def saved(tmp_path):
     return tmp_path / "rate-0.40", net
 
 
+@pytest.mark.slow  # tests/unit/pruning/test_cutter.py has another in `make test`
 def test_new_process_gives_the_same_logits(saved, tmp_path):
     folder, net = saved
     x = torch.randn(2, 3, 32, 32)

@@ -156,9 +156,8 @@ def test_json_holds_what_the_table_shows(tmp_path):
     assert second["frontier"] == [[0.499, 0.8], [0.699, 0.88]]
 
 
-@pytest.mark.parametrize("names", [FOURTEEN[:1], FOURTEEN[:3], FOURTEEN])
-def test_figures_are_written_equal_for_equal_runs(tmp_path, names):
-    comparison = make_comparison(*(make_run(name) for name in names))
+def test_figures_are_written_equal_for_equal_runs(tmp_path):
+    comparison = make_comparison(*(make_run(name) for name in FOURTEEN[:3]))
     before = dict(mpl.rcParams)
     written = [write_comparison(comparison, tmp_path / name) for name in ("a", "b")]
     assert dict(mpl.rcParams) == before

@@ -22,7 +22,9 @@ MANY_RATES = tuple(round(0.08 * i, 2) for i in range(1, 13))
         (make_result(), 300, RATES),
         (make_result(is_finetuned=False, num_frontier=0), 0, RATES),
         (make_result((0.5,), num_groups=1), 1, (0.5,)),
-        (make_result(MANY_RATES, num_groups=60), 500, MANY_RATES),
+        pytest.param(
+            make_result(MANY_RATES, num_groups=60), 500, MANY_RATES, marks=pytest.mark.slow
+        ),
     ],
     ids=["three-rates", "nothing-measured", "one-of-each", "many"],
 )
@@ -40,16 +42,19 @@ def test_every_run_has_its_figures_as_png_and_svg(tmp_path, result, count, rates
         assert drawing.caption
 
 
-def test_equal_runs_give_equal_files(tmp_path):
+def test_what_was_not_measured_has_no_figure(tmp_path):
+    result = make_result(num_frontier=0)
+    del result["base"]["latency_ms"]
+    names = [drawing.path.stem for drawing in draw_figures(result, make_episodes(9), {}, tmp_path)]
+    assert names == ["accuracy", "learning", "keep-ratios", "keep-counts"]
+
+
+def test_equal_runs_give_equal_files_and_leave_matplotlib_as_it_was(tmp_path):
+    before = dict(mpl.rcParams)
     for name in ("a", "b"):
         draw_figures(make_result(), make_episodes(30), {}, tmp_path / name)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
-
-
-def test_settings_of_matplotlib_are_left_alone(tmp_path):
-    before = dict(mpl.rcParams)
-    draw_figures(make_result(), make_episodes(30), {}, tmp_path)
     assert dict(mpl.rcParams) == before
 
 

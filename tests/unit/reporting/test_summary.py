@@ -8,6 +8,7 @@ from cacp_ray.reporting.summary import (
     format_macs,
     format_number,
     format_seconds,
+    short_columns,
     size_columns,
     standard_errors,
     summary_rows,
@@ -77,6 +78,16 @@ def test_missing_values_are_dashes():
     ):
         assert table[head] == DASH
     assert format_number(math.nan, 2) == DASH
+
+
+def test_without_latency_no_column_of_speed():
+    result = make_result()
+    assert {"latency", "speed-up"} <= {column.head for column in size_columns(result)}
+    assert "speed-up" in {column.head for column in short_columns(result)}
+    del result["base"]["latency_ms"]
+    heads = {column.head for column in size_columns(result) + short_columns(result)}
+    assert not {"latency", "speed-up"} & heads
+    assert {"rate", "params", "top-1"} <= heads
 
 
 def test_what_no_rate_has_has_no_column_and_no_word():

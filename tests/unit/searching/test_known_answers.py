@@ -13,10 +13,12 @@ from cacp_ray.searching.loop import SearchLoop
 from cacp_ray.searching.strategies import STRATEGIES
 from cacp_ray.searching.strategies.problem import Problem
 from cacp_ray.searching.strategies.table import make_strategy
+from tests.small import mostly_slow
 from tests.toy import every_allocation, measure_by_formula, toy_cost_model, toy_score
 
 RATES = (0.3, 0.5, 0.7)
 LEARNING = ("hill_climb", "cem", "evolution", "optuna")
+FAST = ("hill_climb", "pcp", "greedy")
 
 # Costs of a channel in three groups.
 COSTS = np.array([1, 2, 5])
@@ -91,7 +93,7 @@ def share_of_optimum(name, num_seeds=4):
     return np.mean(shares)
 
 
-@pytest.mark.parametrize("name", [*LEARNING, "pcp", "greedy"])
+@pytest.mark.parametrize("name", mostly_slow([*LEARNING, "pcp", "greedy"], FAST))
 def test_nearly_all_of_the_way_from_uniform_to_the_optimum_is_found(name):
     num_seeds = 1 if name == "optuna" else 4  # it takes half a minute for four
     assert share_of_optimum(name, num_seeds) >= 0.975
@@ -101,7 +103,7 @@ def test_cap_finds_three_quarters_of_it():
     assert share_of_optimum("cap") >= 0.75
 
 
-@pytest.mark.parametrize("name", ["noise", "random"])
+@pytest.mark.parametrize("name", mostly_slow(["noise", "random"], ["random"]))
 def test_what_learns_nothing_finds_less_of_it(name):
     assert share_of_optimum(name) <= 0.95
 

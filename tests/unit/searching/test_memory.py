@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -62,6 +64,7 @@ print(nothing.told, loop.progress.evaluations, len(run.read_records()), peak)
 """
 
 
+@pytest.mark.slow
 def test_a_search_with_100_000_measurements_fits_in_two_gigabytes(tmp_path):
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

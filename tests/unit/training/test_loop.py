@@ -333,6 +333,7 @@ def test_momentum_goes_where_the_parameters_are() -> None:
     assert len(moved) == len(saved["state"]) > 0
 
 
+@pytest.mark.slow
 def test_training_does_not_import_the_compiler() -> None:
     code = (
         "import sys, torch\n"

@@ -47,8 +47,8 @@ def test_time_is_that_of_all_images_of_all_evaluations_shared_by_the_evaluators(
 
 def test_a_small_network_takes_less_time_than_a_large_one(setup):
     def measure(rate):
-        parts = estimate._parts(under(setup, load_config(RunConfig, {"rates": [rate]})), 200)
-        return min(estimate.time_image(*parts, 200, torch.float32, "cpu") for _ in range(5))
+        parts = estimate._parts(under(setup, load_config(RunConfig, {"rates": [rate]})), 50)
+        return min(estimate.time_image(*parts, 50, torch.float32, "cpu") for _ in range(5))
 
     assert 0 < measure(0.1) < measure(1.0)
 
@@ -128,13 +128,17 @@ def test_what_a_gpu_is_asked_is_measured_on_a_part_of_the_split(setup, monkeypat
     assert [device for _, device in timed] == ["cuda"]
 
 
+FEW = {"data": {"search": {"path": "embedded:search", "rows": [0, 64]}}}
+
+
 def test_where_a_cluster_has_no_gpu_yet_a_dry_run_says_so(monkeypatch, tmp_path):
     none = ({}, Nodes({"a": 2}, {"a": 0}, frozenset()))
     monkeypatch.setattr(dry_run, "read_cpus", lambda *_: [2])
     monkeypatch.setattr(dry_run, "_find_gpus", lambda *_: none)
     on_gpus, either = (
         dry_run.check_search(
-            load_config(RunConfig, {"cluster": {"gpus_per_evaluator": share}}), tmp_path / "run"
+            load_config(RunConfig, FEW | {"cluster": {"gpus_per_evaluator": share}}),
+            tmp_path / "run",
         )
         for share in (0.25, "auto")
     )
@@ -144,5 +148,5 @@ def test_where_a_cluster_has_no_gpu_yet_a_dry_run_says_so(monkeypatch, tmp_path)
     assert "of this machine" in either
     busy = ({}, Nodes({"a": 2}, {"a": 1}, frozenset()))
     monkeypatch.setattr(dry_run, "_find_gpus", lambda *_: busy)
-    config = load_config(RunConfig, {"cluster": {"gpus_per_evaluator": "auto"}})
+    config = load_config(RunConfig, FEW | {"cluster": {"gpus_per_evaluator": "auto"}})
     assert "no GPU of the cluster is free now" in dry_run.check_search(config, tmp_path / "run")

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import yaml
 
@@ -58,6 +59,7 @@ def search(config, folder):
     return load_subnet(folder / row["path"]), loop.progress.evaluations
 
 
+@pytest.mark.slow
 def test_the_page_leads_from_two_domains_to_a_subnet_for_the_target(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for part in SIZES:

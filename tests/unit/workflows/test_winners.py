@@ -36,8 +36,8 @@ def record(base, counts):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """Base; folder and row of the subnet, one-shot and sequential; accuracy of another answer."""
-    base = Setup.create(load_config(RunConfig, {}, ["pruning.calibration_images=300"])).prepare()
-    base = dataclasses.replace(base, search=base.search.take(300))
+    base = Setup.create(load_config(RunConfig, {}, ["pruning.calibration_images=128"])).prepare()
+    base = dataclasses.replace(base, search=base.search.take(200))
     counts = uniform(base.budget, [RATE], np.ones(len(base.plan.groups)))[0].tolist()
     winners = {RATE: record(base, counts)}
     # The policy answers with the winner's own counts, or with others.
@@ -83,8 +83,8 @@ def test_the_policys_answer_is_repaired_and_measured_as_the_winner_is(built):
 
 def test_a_winner_in_another_order_is_built_in_it(tmp_path):
     config = load_config(RunConfig, {}, ["strategy=adapruner", "pruning.sequential=false"])
-    base = Setup.create(load_config(RunConfig, {}, ["pruning.calibration_images=300"]))
-    base = dataclasses.replace(base, config=config, search=base.search.take(300)).prepare()
+    base = Setup.create(load_config(RunConfig, {}, ["pruning.calibration_images=128"]))
+    base = dataclasses.replace(base, config=config, search=base.search.take(200)).prepare()
     prepared = base.prepared
     assert set(prepared.others) == {"l1", "l2", "fpgm", "bn_scale"}
     score = Scorer(prepared, base.search, recovery="compensate", batch_size=100, dtype="float32")
@@ -107,7 +107,7 @@ def test_a_winner_in_another_order_is_built_in_it(tmp_path):
 
 
 def test_orders_of_a_run_are_repeated_from_its_description():
-    config = load_config(RunConfig, {}, ["strategy=cpmc", "pruning.calibration_images=300"])
+    config = load_config(RunConfig, {}, ["strategy=cpmc", "pruning.calibration_images=16"])
     setup = Setup.create(config).prepare()
     prepared = setup.prepared
     again = dataclasses.replace(setup, saved=setup.describe_model(), shared=None).prepare().prepared

@@ -1,3 +1,5 @@
+"""The conditional agent: what it learns, proposes, answers, and continues after a kill."""
+
 import dataclasses
 from collections import defaultdict
 
@@ -11,8 +13,6 @@ from cacp_ray.searching.budget import spend
 from cacp_ray.searching.settings import AgentSettings
 from tests.toy import five_group_problem, toy_problem
 from tests.toy import measure_by_formula as measure
-
-pytestmark = pytest.mark.ray
 
 RATES = (0.3, 0.5, 0.7)
 UNSEEN = (0.4, 0.6)
@@ -63,12 +63,15 @@ def optimum(mdp, score, rate) -> float:
     return best
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_policy_reaches_99_percent_of_the_optimum_within_150_episodes(build, seed):
+@pytest.mark.parametrize(
+    ("seed", "episodes"),
+    [(0, 90), *(pytest.param(seed, 150, marks=pytest.mark.slow) for seed in range(3))],
+)
+def test_the_policy_reaches_99_percent_of_the_optimum_within_150_episodes(build, seed, episodes):
     """Five groups of at most nine legal counts: the optimum is known from trying them all."""
     mdp, score, optima = five_group_problem(seed, RATES)
     agent = build(mdp, seed=seed)
-    best = np.array(list(drive(agent, score, 150).values()))
+    best = np.array(list(drive(agent, score, episodes).values()))
     policy = np.array([score(tuple(row)) for row in agent.policy(RATES)])
     prior = np.array([score(tuple(row)) for row in mdp.prior(RATES)])
     assert (best >= 0.999 * optima).all()
@@ -77,6 +80,7 @@ def test_the_policy_reaches_99_percent_of_the_optimum_within_150_episodes(build,
     assert prior.mean() < 0.97 * optima.mean()  # there is something to learn
 
 
+@pytest.mark.slow
 def test_learning_and_not_its_elites_alone_reaches_99_percent(build):
     """The control takes no gradient step: noise around the prior and around its best so far."""
     rows: dict[str, list[float]] = defaultdict(list)
@@ -146,16 +150,17 @@ def test_proposals_are_distinct_and_within_budget(build):
 
 def test_a_restored_agent_continues_bit_for_bit(build, tmp_path):
     mdp, score = toy_problem(2)
-    agent = build(mdp)
+    few = AgentSettings(hidden=(32,), batch_size=32, updates_per_episode=4)
+    agent = build(mdp, few)
     drive(agent, score, 36)
     agent.tell(measure(agent.ask(6), score, 36))  # updates are pending when it is saved
     agent.save(tmp_path / "checkpoint")
 
-    other = build(mdp, seed=9)
+    other = build(mdp, few, seed=9)
     other.restore(tmp_path / "checkpoint")
     assert other.pending_updates == agent.pending_updates > 0
     for twin in (agent, other):
-        twin.update(40)
+        twin.update(10)
         drive(twin, score, 18)
     assert agent.ask(12) == other.ask(12)
     rates = np.linspace(0.2, 0.9, 15)
