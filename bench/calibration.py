@@ -27,11 +27,11 @@ from torch import nn
 
 from cacp_ray.data.images import ImageSet, read_parquet
 from cacp_ray.evaluation.preparation import CutNetwork, Prepared, prepare
-from cacp_ray.pruning.cutter import Cutter
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.resizable import build_subnet
 from cacp_ray.pruning.statistics import collect_statistics
+from cacp_ray.pruning.surgery import Cutter
 from cacp_ray.training.loop import make_batches, make_optimizer, train_epoch
 from cacp_ray.training.metrics import fast_dtype, measure
 from cacp_ray.training.recipe import Recipe

@@ -25,11 +25,11 @@ from report import print_environment, print_table
 from torch import Tensor, nn
 
 from cacp_ray.models.factory import build_model
-from cacp_ray.pruning.cutter import Cutter, all_tensors, reorder_weights
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.resizable import ResizableNetwork, build_subnet
-from cacp_ray.pruning.verification import count_macs
+from cacp_ray.pruning.surgery import Cutter, all_tensors, reorder_weights
+from cacp_ray.pruning.verify import count_macs
 
 # Side of the traced image, which the groups do not depend on.
 NETWORKS = {"resnet56": 32, "torchvision:resnet50": 64, "torchvision:densenet121": 64}

@@ -25,11 +25,11 @@ from cacp_ray.evaluation.latency import measure_latency
 from cacp_ray.evaluation.latency_table import LatencyTable, Settings
 from cacp_ray.evaluation.layer_timing import fit_calibration, measure_table
 from cacp_ray.models.factory import default_input_shape
-from cacp_ray.pruning.cutter import Cutter, all_tensors
 from cacp_ray.pruning.latency_cost import Calibration, make_latency_cost
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.resizable import build_subnet
+from cacp_ray.pruning.surgery import Cutter, all_tensors
 from cacp_ray.searching.budget import spend
 from cacp_ray.workflows.network import load_model
 from cacp_ray.workflows.setup import make_budget, with_latency

@@ -54,10 +54,10 @@ FAULTS = {
     ),
     "mask": Fault(
         "the best channels stay",
-        "pruning/cutter.py",
+        "pruning/surgery.py",
         "index = torch.as_tensor(axis.reordered(orders))",
         "index = torch.as_tensor(axis.reordered([order[::-1].copy() for order in orders]))",
-        "unit/pruning/test_cutter.py",
+        "unit/pruning/test_surgery.py",
     ),
     "test split": Fault(
         "the test split chooses nothing",

@@ -23,10 +23,10 @@ from cacp_ray.evaluation.measurement import Candidate
 from cacp_ray.evaluation.preparation import Prepared, prepare
 from cacp_ray.evaluation.scorer import Scorer
 from cacp_ray.pruning.criteria import CRITERIA, needs, rank_channels
-from cacp_ray.pruning.cutter import all_tensors
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.statistics import Statistics, collect_statistics
+from cacp_ray.pruning.surgery import all_tensors
 from cacp_ray.training.metrics import fast_dtype, measure
 
 RECOVERIES = ("none", "bn", "compensate")

@@ -25,11 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from cacp_ray.config.run import PruningConfig
 from cacp_ray.io.environment import describe_environment
 from cacp_ray.models.factory import build_model
-from cacp_ray.pruning.cutter import Cutter, all_tensors, reorder_weights
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.resizable import ResizableNetwork
-from cacp_ray.pruning.verification import zero_channels
+from cacp_ray.pruning.surgery import Cutter, all_tensors, reorder_weights
+from cacp_ray.pruning.verify import zero_channels
 from cacp_ray.searching.strategies.random import RandomStrategy
 from cacp_ray.workflows.setup import make_budget
 from tests.coverage_networks import HELD_OUT, TIMM, torchvision_networks

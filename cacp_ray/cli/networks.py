@@ -40,6 +40,7 @@ def inspect(
             plan.cost_model,
             budget.min_counts,
             plan.fixed,
+            uncounted=plan.describe_uncounted(),
             base_channels=inspected.base_channels,
             with_members=members,
         )

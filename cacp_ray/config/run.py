@@ -148,6 +148,11 @@ class PruningConfig(Section):
     keep: tuple[str, ...] = Field(
         default=(), description="patterns of modules that stay whole: stem.*"
     )
+    uncounted: Literal["refuse", "ignore"] = Field(
+        default="refuse",
+        description="what follows where an operation has work and no cost formula, so that a rate "
+        "may keep more than it says: the search ends, or counts it as nothing",
+    )
     floor: float = Field(
         default=0.1, gt=0, le=1, description="smallest share of a group's channels kept"
     )

@@ -24,10 +24,10 @@ from cacp_ray.evaluation.latency_table import (
     make_grids,
     name_processor,
 )
-from cacp_ray.pruning.cutter import Cutter, all_tensors
 from cacp_ray.pruning.latency_cost import Calibration, Layer, LayerShape, make_latency_cost
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.resizable import build_subnet
+from cacp_ray.pruning.surgery import Cutter, all_tensors
 
 SWEEPS = 3
 NETWORKS = 24  # the calibration is fitted to these

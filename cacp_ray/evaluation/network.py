@@ -13,7 +13,7 @@ from cacp_ray.data.images import ImageSet
 from cacp_ray.data.transforms import from_shared, normalize
 from cacp_ray.evaluation.fusion import FusedNetwork, fuse
 from cacp_ray.evaluation.preparation import CutNetwork
-from cacp_ray.pruning.cutter import Cutter
+from cacp_ray.pruning.surgery import Cutter
 
 CHECKED_IMAGES = 4
 BATCH_PIXELS = 2**19  # on a CPU, larger batches are no faster and take most of the memory

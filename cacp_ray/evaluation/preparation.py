@@ -20,11 +20,11 @@ from cacp_ray.data.transforms import from_shared
 from cacp_ray.io.environment import give_back_memory
 from cacp_ray.pruning.compensation import LayerFactors, make_factors
 from cacp_ray.pruning.criteria import needs, rank_channels
-from cacp_ray.pruning.cutter import all_tensors, reorder_weights
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.recovery import make_recovery
 from cacp_ray.pruning.resizable import ResizableNetwork
 from cacp_ray.pruning.statistics import Statistics
+from cacp_ray.pruning.surgery import all_tensors, reorder_weights
 
 
 @dataclass(frozen=True)

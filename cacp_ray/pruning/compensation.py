@@ -31,9 +31,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cacp_ray.data.transforms import from_shared
-from cacp_ray.pruning.cutter import Cutter, Orders
 from cacp_ray.pruning.plan import Consumer, Plan
 from cacp_ray.pruning.statistics import InputMoments, regularized
+from cacp_ray.pruning.surgery import Cutter, Orders
 from cacp_ray.pruning.torch_types import cholesky, solve_triangular
 
 CACHE_BYTES = 128 * 2**20

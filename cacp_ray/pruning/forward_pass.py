@@ -1,4 +1,4 @@
-"""One forward pass of a network under a mode that follows its channels.
+"""Forward passes of a network under a mode that follows its channels.
 
 Every tensor carries one integer label for each element. Convolutions and linear layers make new
 labels, one for each output channel; element-wise operations unite the labels of their operands;
@@ -9,6 +9,8 @@ channels, its labels are FROZEN, with the reason, and those channels stay whole.
 `tracer` is what the pass remembers; `rules` says what each operation does to labels.
 """
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,17 +19,74 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from cacp_ray.errors import UnsupportedModelError
+from cacp_ray.pruning.flops import without_fast_paths
+from cacp_ray.pruning.inputs import (
+    Inputs,
+    call,
+    describe_shapes,
+    map_inputs,
+    repeat_batch,
+    tensors_of,
+)
 from cacp_ray.pruning.labels import FROZEN
 from cacp_ray.pruning.rules import apply_rule
+from cacp_ray.pruning.torch_types import own_random_state
 from cacp_ray.pruning.tracer import Trace, Tracer
 
 
-def trace_channels(model: nn.Module, example_input: Tensor) -> Trace:
-    """Runs `model` once in evaluation mode on (1, C, H, W) and follows its channels.
+def trace_channels(model: nn.Module, inputs: Inputs) -> Trace:
+    """Runs `model` once in evaluation mode and follows its channels.
 
     Raises:
         UnsupportedModelError: The forward pass fails, or the output is no tensor.
     """
+    tracer = Tracer(model)
+    _follow(model, inputs, tracer)
+    return tracer.trace
+
+
+def add_training_pass(model: nn.Module, inputs: Inputs, trace: Trace) -> None:
+    """Follows the channels in training mode as well, into layers that it alone runs.
+
+    Auxiliary heads, for example, then follow the channels that they take. Cost stays that of
+    evaluation mode.
+
+    Raises:
+        UnsupportedModelError: The network does not run in training mode.
+    """
+    _follow(model, repeat_batch(inputs), Tracer(model, trace), training=True)
+
+
+def _follow(model: nn.Module, inputs: Inputs, tracer: Tracer, *, training: bool = False) -> None:
+    """One pass, whose labels the tracer keeps; the network is as before afterwards."""
+    inputs = map_inputs(lambda x: x.clone(memory_format=torch.contiguous_format), inputs)
+    for tensor in tensors_of(inputs):
+        tracer.put(tensor, torch.full(tensor.shape, FROZEN))
+    mode = _Mode()
+    mode.tracer = tracer
+    with _as_it_was(model), without_fast_paths(), own_random_state():
+        model.train(training)
+        try:
+            with torch.no_grad(), mode:
+                output = call(model, inputs)
+        except Exception as error:  # the network's own code
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            how = " in training mode" if training else ""
+            raise UnsupportedModelError(
+                f"the network does not run on an input of {describe_shapes(inputs)}{how} "
+                f"({reason}): check the inputs"
+            ) from error
+    outputs = [t for t in tree_flatten(output)[0] if isinstance(t, Tensor)]
+    if not outputs:
+        raise UnsupportedModelError(f"the network returns {type(output).__name__}, not tensors")
+    for tensor in outputs:
+        tracer.trace.sets.freeze(tracer.get(tensor), "output of the network")
+    tracer.finish()
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Generator[None]:
+    """Gives modules their mode and their buffers back, in which a forward pass may have counted."""
     was_training = {module: module.training for module in model.modules()}
     buffers = {module: dict(_buffers(module)) for module in was_training}
     values = {
@@ -36,21 +95,8 @@ def trace_channels(model: nn.Module, example_input: Tensor) -> Trace:
         for buffer in own.values()
         if buffer is not None
     }
-    model.eval()
-    example_input = example_input.clone(memory_format=torch.contiguous_format)
-    tracer = Tracer(model)
-    tracer.put(example_input, torch.full(example_input.shape, FROZEN))
-    mode = _Mode()
-    mode.tracer = tracer
     try:
-        with torch.no_grad(), mode:
-            output = model(example_input)
-    except Exception as error:  # the network's own code
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UnsupportedModelError(
-            f"the network does not run on an input of shape {tuple(example_input.shape)} "
-            f"({reason}): check the input size"
-        ) from error
+        yield
     finally:
         for module, is_training in was_training.items():
             module.training = is_training
@@ -61,14 +107,7 @@ def trace_channels(model: nn.Module, example_input: Tensor) -> Trace:
         for own in buffers.values():
             for buffer in own.values():
                 if buffer is not None:
-                    buffer.copy_(values[id(buffer)])  # a forward pass may have counted in it
-    outputs = [t for t in tree_flatten(output)[0] if isinstance(t, Tensor)]
-    if not outputs:
-        raise UnsupportedModelError(f"the network returns {type(output).__name__}, not tensors")
-    for tensor in outputs:
-        tracer.trace.sets.freeze(tracer.get(tensor), "output of the network")
-    tracer.finish()
-    return tracer.trace
+                    buffer.copy_(values[id(buffer)])
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor | None]:

@@ -7,7 +7,7 @@ closed form of the keep counts.
 
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,7 +36,8 @@ class Plan:
         consumers: Layers whose input channels can be cut, in the order of the forward pass.
         normalised: Groups that some layer normalises over: it sees fewer channels after a cut.
         fixed: Name of a layer whose outputs stay whole -> the reason.
-        input_shape: (C, H, W).
+        input_shape: (C, H, W), or that of the first input without its batch.
+        uncounted: Operation with work and no cost formula -> times it ran.
     """
 
     cost_model: CostModel
@@ -45,11 +46,20 @@ class Plan:
     normalised: tuple[int, ...]
     fixed: dict[str, str]
     input_shape: tuple[int, ...]
+    uncounted: dict[str, int] = field(default_factory=dict[str, int])
 
     @property
     def groups(self) -> tuple[ChannelGroup, ...]:
         """Channel groups in the order of the forward pass."""
         return self.cost_model.groups
+
+    def describe_uncounted(self) -> str:
+        """Names the operations whose work is not counted; empty where all work is."""
+        names = [
+            name if times == 1 else f"{name} ({times} times)"
+            for name, times in self.uncounted.items()
+        ]
+        return ", ".join(names)
 
     @property
     def least_counts(self) -> NDArray[np.int64]:

@@ -1,27 +1,31 @@
 """Makes the plan of a network: traces it, groups its channels and tries the cut out."""
 
+from contextlib import suppress
+
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cacp_ray.errors import UnsupportedModelError
-from cacp_ray.pruning.forward_pass import trace_channels
+from cacp_ray.pruning.forward_pass import add_training_pass, trace_channels
 from cacp_ray.pruning.grouping import Grouping, find_groups, make_cost_model
+from cacp_ray.pruning.inputs import Inputs, tensors_of
 from cacp_ray.pruning.plan import Consumer, Plan
 from cacp_ray.pruning.tracer import Trace
-from cacp_ray.pruning.verification import find_failures
+from cacp_ray.pruning.verify import DOES_NOT_TRAIN, find_failures
 
 
-def make_plan(model: nn.Module, example_input: Tensor) -> Plan:
-    """Traces a network once, describes how it may be cut, and tries it out.
+def make_plan(model: nn.Module, inputs: Inputs) -> Plan:
+    """Traces a network, describes how it may be cut, and tries it out.
 
     Args:
         model: The network; it is not changed.
-        example_input: (1, C, H, W).
+        inputs: What it is called with: (1, C, H, W), a tuple of tensors or a dictionary of them.
 
     Raises:
         UnsupportedModelError: The network does not run, or has no prunable channels.
     """
-    trace = trace_channels(model, example_input)
+    trace = trace_channels(model, inputs)
+    knows_training = False
     while True:
         grouping = find_groups(trace)
         if not grouping.roots:
@@ -30,10 +34,15 @@ def make_plan(model: nn.Module, example_input: Tensor) -> Plan:
                 f"no prunable channels in {type(model).__name__}: "
                 f"{'; '.join(reasons[:3]) or 'it has no convolutions'}"
             )
-        plan = _assemble(model, trace, grouping, tuple(example_input.shape[1:]))
-        failures = find_failures(model, plan, example_input)
+        plan = _assemble(model, trace, grouping, tuple(tensors_of(inputs)[0].shape[1:]))
+        failures = find_failures(model, plan, inputs)
         if not failures:
             return plan
+        if not knows_training and any(r.startswith(DOES_NOT_TRAIN) for r in failures.values()):
+            knows_training = True
+            with suppress(UnsupportedModelError):
+                add_training_pass(model, inputs, trace)
+                continue  # with what follows in layers that only training runs
         for group, reason in failures.items():
             trace.sets.freeze(torch.tensor(grouping.roots[group]), reason)
 
@@ -67,4 +76,5 @@ def _assemble(
         normalised=tuple(sorted({grouping.group_of[r] for r in roots if r in grouping.group_of})),
         fixed=fixed,
         input_shape=input_shape,
+        uncounted=dict(trace.uncounted),
     )

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from cacp_ray.pruning.compensation import Compensator, LayerFactors
-from cacp_ray.pruning.cutter import Cutter
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.resizable import ResizableNetwork
+from cacp_ray.pruning.surgery import Cutter
 from cacp_ray.pruning.torch_types import BatchNorm
 
 BN_STATISTICS = ("running_mean", "running_var")

@@ -20,6 +20,24 @@ class Sizes:
     shapes: dict[str, torch.Size]  # shapes of its own parameters and buffers
 
 
+# Names of attributes that hold a number of channels: those that a block takes, those that it gives,
+# and either.
+TAKEN = {
+    "in_channels", "in_features", "in_chs", "in_ch", "in_planes", "inplanes", "in_dim", "in_width",
+    "in_chans", "input_dim", "inp",
+}  # fmt: skip
+GIVEN = {
+    "out_channels", "out_features", "out_chs", "out_ch", "out_planes", "out_dim", "out_width",
+    "output_dim", "oup", "num_features",
+}  # fmt: skip
+EITHER = {
+    "channels", "num_channels", "features", "planes", "dim", "embed_dim", "width", "num_filters",
+}  # fmt: skip
+
+# Layer -> container, its attribute, and the layer's attribute that it follows.
+Links = dict[nn.Module, list[tuple[nn.Module, str, str]]]
+
+
 class ResizableNetwork:
     """A copy of a network whose tensors are exchanged in place; each thread needs its own."""
 
@@ -34,6 +52,7 @@ class ResizableNetwork:
                 name = f"{path}.{local}" if path else local
                 owner = (module, local, sizes)
                 self._owners.setdefault(shared.setdefault(id(tensor), name), []).append(owner)
+        self._links = find_links(self.model)
 
     def load(self, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Puts tensors of any shape in place and returns the network."""
@@ -48,6 +67,9 @@ class ResizableNetwork:
                 touched[module] = sizes
         for module, sizes in touched.items():
             sync_attributes(module, sizes)
+        for module in touched.keys() & self._links.keys():
+            for container, attribute, size in self._links[module]:
+                vars(container)[attribute] = vars(module)[size]
         return self.model
 
 
@@ -101,7 +123,7 @@ def sync_attributes(module: nn.Module, whole: Sizes) -> None:
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and module.elementwise_affine:
         module.normalized_shape = tuple(module.weight.shape)
     else:
-        _sync_by_value(module, whole)
+        _sync_by_name(module, whole)
 
 
 def _sync_convolution(module: Convolution, before: Mapping[str, int], own: dict[str, Any]) -> None:
@@ -119,16 +141,48 @@ def _sync_convolution(module: Convolution, before: Mapping[str, int], own: dict[
     own["in_channels"], own["out_channels"] = second, first
 
 
-def _sync_by_value(module: nn.Module, whole: Sizes) -> None:
-    """Gives a user's own layer new sizes: attributes that equal a cut dimension follow it.
+def find_links(model: nn.Module) -> Links:
+    """Numbers of channels that blocks without tensors of their own keep for their layers.
 
-    An attribute keeps its value where two dimensions of that size were cut differently. Trying the
-    plan out finds what this gets wrong.
+    A helper that fuses or deploys a block reads them. By its name, a number is what the first layer
+    of the block takes or what the last one gives; it must be that now.
+    """
+    links: Links = {}
+    for _, block in named_modules(model):
+        if own_tensors(block) or isinstance(block, (Convolution, nn.Linear, RunningNorm)):
+            continue
+        names = {name for name, value in vars(block).items() if type(value) is int}
+        for attribute in names & (TAKEN | GIVEN):
+            is_taken, value = attribute in TAKEN, vars(block)[attribute]
+            layers = [*block.modules()] if is_taken else [*block.modules()][::-1]
+            for layer in layers:
+                size = _size_name(layer, is_taken=is_taken)
+                if size is not None and vars(layer)[size] == value:
+                    links.setdefault(layer, []).append((block, attribute, size))
+                    break
+    return links
+
+
+def _size_name(layer: nn.Module, *, is_taken: bool) -> str | None:
+    """The attribute of a layer that holds the channels that it takes, or gives."""
+    if isinstance(layer, Convolution):
+        return "in_channels" if is_taken else "out_channels"
+    if isinstance(layer, nn.Linear):
+        return "in_features" if is_taken else "out_features"
+    return "num_features" if isinstance(layer, RunningNorm) and not is_taken else None
+
+
+def _sync_by_name(module: nn.Module, whole: Sizes) -> None:
+    """Gives a user's own layer new sizes: numbers of channels that equal a cut dimension follow it.
+
+    The name of an attribute tells whether it is one. It keeps its value where two dimensions of
+    that size were cut differently. Trying the plan out finds what this gets wrong.
     """
     sizes_of: dict[int, set[int]] = {}
     for name, tensor in own_tensors(module).items():
         for old, size in zip(whole.shapes[name], tensor.shape, strict=True):
             sizes_of.setdefault(old, set()).add(size)
     for name, value in whole.attributes.items():
-        sizes = sizes_of.get(value, {value})
-        setattr(module, name, next(iter(sizes)) if value > 1 and len(sizes) == 1 else value)
+        sizes = sizes_of.get(value, set())
+        if name in TAKEN | GIVEN | EITHER and len(sizes) == 1:
+            setattr(module, name, next(iter(sizes)))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from cacp_ray.pruning.flops import is_uncounted
 from cacp_ray.pruning.labels import FROZEN, NEUTRAL, compact, split_dim, varying_dims
 from cacp_ray.pruning.layer_rules import LAYER_RULES, TAKES_WEIGHTS, Op, use_weight
 from cacp_ray.pruning.torch_types import broadcast
@@ -34,11 +35,22 @@ POINTWISE = {
     aten.hardsigmoid, aten.threshold_, aten.rrelu_with_noise, aten.rrelu_with_noise_,
 }  # fmt: skip
 SUMS = {aten.add, aten.add_, aten.sub, aten.sub_}
-PER_CHANNEL = {  # each output channel is made of the same input channel alone
-    aten.max_pool2d_with_indices, aten.avg_pool2d, aten._adaptive_avg_pool2d, aten.max_pool2d,
-    aten.adaptive_max_pool2d, aten.upsample_nearest2d, aten.upsample_bilinear2d,
-    aten.upsample_bicubic2d, aten._upsample_nearest_exact2d, aten.reflection_pad2d,
-    aten.replication_pad2d, aten._upsample_bilinear2d_aa,
+PER_CHANNEL = {  # each output channel is made of the same input channel alone -> sides of an image
+    **dict.fromkeys((
+        aten.upsample_nearest1d, aten.upsample_linear1d, aten._upsample_nearest_exact1d,
+        aten.reflection_pad1d, aten.replication_pad1d,
+    ), 1),
+    **dict.fromkeys((
+        aten.max_pool2d_with_indices, aten.avg_pool2d, aten._adaptive_avg_pool2d, aten.max_pool2d,
+        aten.adaptive_max_pool2d, aten.upsample_nearest2d, aten.upsample_bilinear2d,
+        aten.upsample_bicubic2d, aten._upsample_nearest_exact2d, aten.reflection_pad2d,
+        aten.replication_pad2d, aten._upsample_bilinear2d_aa,
+    ), 2),
+    **dict.fromkeys((
+        aten.max_pool3d_with_indices, aten.avg_pool3d, aten._adaptive_avg_pool3d,
+        aten.adaptive_max_pool3d, aten.upsample_nearest3d, aten.upsample_trilinear3d,
+        aten._upsample_nearest_exact3d, aten.reflection_pad3d, aten.replication_pad3d,
+    ), 3),
 }  # fmt: skip
 REDUCTIONS = {  # position of the argument that names the dimensions
     aten.mean: 1, aten.sum: 1, aten.amax: 1, aten.amin: 1, aten.var_mean: 1, aten.var: 1,
@@ -46,7 +58,8 @@ REDUCTIONS = {  # position of the argument that names the dimensions
 }  # fmt: skip
 MAKERS = {
     aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.new_zeros,
-    aten.new_empty, aten.new_full, aten.new_ones,
+    aten.new_empty, aten.new_full, aten.new_ones, aten.rand_like, aten.randn_like,
+    aten.bernoulli, aten.bernoulli_,
 }  # fmt: skip
 
 
@@ -94,7 +107,12 @@ def _shares_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def _freeze(tracer: Tracer, op: Op) -> None:
-    tracer.freeze_all(op.tensors, f"passes through {str(op.packet).removeprefix('aten.')}")
+    name = str(op.packet).removeprefix("aten.")
+    reason = f"passes through {name}"
+    if is_uncounted(op.packet):
+        tracer.trace.uncounted[name] += 1
+        reason += ", whose work is not counted"
+    tracer.freeze_all(op.tensors, reason)
     for tensor in op.outputs:
         tracer.put(tensor, torch.tensor(FROZEN if op.tensors else NEUTRAL).expand(tensor.shape))
     op.add_fixed_cost(tracer)
@@ -222,8 +240,8 @@ def _copy(tracer: Tracer, op: Op) -> bool:
 
 def _per_channel(tracer: Tracer, op: Op) -> bool:
     x = op.args[0]
-    dim = x.ndim - 3
-    lines = tracer.channels(x, dim).view(-1, 1, 1)
+    sides = PER_CHANNEL[op.packet]
+    lines = tracer.channels(x, x.ndim - 1 - sides).view(-1, *[1] * sides)
     for tensor in op.outputs:
         tracer.put(tensor, lines.expand(tensor.shape))
     return True
@@ -322,6 +340,7 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.native_channel_shuffle, aten.channel_shuffle), _shuffle),
     aten.constant_pad_nd: _pad,
     aten.glu: _glu,
+    aten.native_dropout: _pointwise,
     aten.roll: _roll,
     aten.as_strided_: _as_strided,
     aten.copy_: _copy,

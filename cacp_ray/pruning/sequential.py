@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from cacp_ray.pruning.cutter import Orders
 from cacp_ray.pruning.patches import PLAIN_FORWARDS, choose_places, take_inputs, take_outputs
 from cacp_ray.pruning.plan import Consumer, Plan
 from cacp_ray.pruning.resizable import ResizableNetwork
 from cacp_ray.pruning.statistics import POSITIONS, SEPARABLE_ABOVE, regularized
+from cacp_ray.pruning.surgery import Orders
 from cacp_ray.pruning.torch_types import cholesky
 
 TARGET_BYTES = 2**29

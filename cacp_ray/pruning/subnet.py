@@ -15,9 +15,9 @@ from torch import nn
 from cacp_ray.errors import ArtifactError
 from cacp_ray.io.files import check_object, read_json, write_file, write_json, write_tensors
 from cacp_ray.models.factory import build_model
-from cacp_ray.pruning.cutter import Orders, all_tensors
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.resizable import ResizableNetwork
+from cacp_ray.pruning.surgery import Orders, all_tensors
 
 SCHEMA_VERSION = 1
 README = """# Subnet at rate {rate:.2f} ({cost_kept:.2%} of the {cost} of {model} kept)

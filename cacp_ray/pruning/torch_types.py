@@ -5,6 +5,7 @@
 # base classes of its convolutions and norms.
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,16 @@ from torch import Tensor, nn
 BatchNorm = nn.modules.batchnorm._BatchNorm
 Convolution = nn.modules.conv._ConvNd  # of any dimension, transposed or not
 RunningNorm = nn.modules.batchnorm._NormBase  # batch norms and instance norms
+
+
+def own_random_state() -> AbstractContextManager[None]:
+    """Gives the random state of the CPU back afterwards."""
+    return torch.random.fork_rng(devices=[])
+
+
+def backpropagate(loss: Tensor) -> None:
+    """Adds the gradients of a loss to the parameters it was computed from."""
+    loss.backward()
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -44,13 +44,16 @@ class Trace:
     dims: dict[tuple[str, int], Tensor] = field(default_factory=dict[tuple[str, int], Tensor])
     # convolution weight -> prefix of the BN that alone takes its output
     batch_norms: dict[str, str] = field(default_factory=dict[str, str])
+    # operations with work and no cost formula -> times they ran
+    uncounted: Counter[str] = field(default_factory=Counter[str])
 
 
 class Tracer:
     """Labels tensors and parameters while the pass runs."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.trace = Trace()
+    def __init__(self, model: nn.Module, known: Trace | None = None) -> None:
+        """`known` is what an earlier pass showed: this one adds to its labels."""
+        self.trace = Trace() if known is None else Trace(known.sets, dims=known.dims)
         self.sets = self.trace.sets
         self._labels: dict[int, Tensor] = {}
         self._kept: list[Tensor] = []  # keeps ids unique while the pass runs

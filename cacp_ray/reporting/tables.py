@@ -78,6 +78,7 @@ def groups_table(
     least: NDArray[np.int64],
     fixed: Mapping[str, str],
     *,
+    uncounted: str,
     base_channels: Mapping[str, int],
     with_members: bool,
 ) -> RenderableType:
@@ -91,6 +92,7 @@ def groups_table(
         cost_model: Groups and cost.
         least: (G,) smallest counts that a search may choose.
         fixed: Layers whose outputs stay whole, with the reason.
+        uncounted: Operations with work that is not counted; empty where there are none.
         base_channels: Channels by group before the cut; empty for a network that was not cut.
         with_members: Whether to list each group with all its layers.
     """
@@ -131,6 +133,7 @@ def groups_table(
         f"{macs:,} MACs (FLOPs = 2 MACs), {params:,} parameters",
         f"{100 * (1 - unmoved / macs):.1f} % of the MACs depend on a channel that can be cut",
         f"reachable rates (share of MACs kept): {reachable:.4f} to 1",
+        *([f"not counted in MACs, for want of a formula: {uncounted}"] if uncounted else []),
         *_whole_lines(fixed, with_members=with_members),
     ]
     parts: list[RenderableType] = [

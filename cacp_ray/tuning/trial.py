@@ -17,7 +17,7 @@ from ray import tune
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.streams import ImageStream
 from cacp_ray.io.files import write_json, write_tensors
-from cacp_ray.pruning.cutter import all_tensors
+from cacp_ray.pruning.surgery import all_tensors
 from cacp_ray.training.metrics import measure_split
 from cacp_ray.tuning.train import Checkpoint, TrialTask, read_state, train_subnet
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from cacp_ray.config.run import PruningConfig
 from cacp_ray.errors import ConfigError
@@ -19,12 +19,13 @@ from cacp_ray.models.factory import (
 )
 from cacp_ray.pruning.cost import ChannelGroup
 from cacp_ray.pruning.criteria import rank_channels
-from cacp_ray.pruning.cutter import Cutter, all_tensors, reorder_weights
+from cacp_ray.pruning.inputs import Inputs, check_inputs, check_network
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.resizable import build_subnet
 from cacp_ray.pruning.statistics import Statistics
 from cacp_ray.pruning.subnet import load_subnet, read_description
+from cacp_ray.pruning.surgery import Cutter, all_tensors, reorder_weights
 from cacp_ray.searching.budget import Budget, uniform
 from cacp_ray.workflows.setup import make_budget
 
@@ -111,24 +112,22 @@ class Analysis:
         return counts.astype(np.int64)
 
 
-def analyze(model: nn.Module, example_input: Tensor, *, floor: float = 0.1) -> Analysis:
+def analyze(model: nn.Module, example_inputs: Inputs, *, floor: float = 0.1) -> Analysis:
     """Finds the channel groups of a network.
 
     Args:
-        model: Any CNN that runs on `example_input`; it is not changed.
-        example_input: (1, C, H, W).
+        model: Any CNN that runs on `example_inputs`; it is not changed.
+        example_inputs: What it is called with: a tensor (1, C, H, W), of one or three dimensions
+            instead of H and W as well, a tuple of tensors, or a dictionary of them by argument.
         floor: Smallest share of a group's channels that is kept, in (0, 1].
 
     Raises:
-        ConfigError: Not one image, or no such floor.
+        ConfigError: No such input, or no such floor.
         UnsupportedModelError: It does not run, or nothing in it can be cut.
     """
-    shape = tuple(example_input.shape)
-    if len(shape) != 4 or shape[0] != 1:
-        raise ConfigError(f"example_input of shape {shape}: give one image: (1, C, H, W)")
     if not 0 < floor <= 1:
         raise ConfigError(f"floor {floor}: it must be above 0 and at most 1")
-    plan = make_plan(model, example_input)
+    plan = make_plan(check_network(model), check_inputs(example_inputs))
     return Analysis(model, plan, make_budget(plan, "macs", PruningConfig(floor=floor)))
 
 

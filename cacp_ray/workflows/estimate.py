@@ -18,7 +18,7 @@ from cacp_ray.evaluation.preparation import CutNetwork, Prepared
 from cacp_ray.evaluation.scorer import measure_need, read_dtype
 from cacp_ray.io.environment import peak_memory
 from cacp_ray.pruning.compensation import CACHE_BYTES
-from cacp_ray.pruning.cutter import all_tensors
+from cacp_ray.pruning.surgery import all_tensors
 from cacp_ray.reporting.summary import format_seconds
 from cacp_ray.searching.budget import uniform
 from cacp_ray.searching.strategies.table import OTHER_ORDERS

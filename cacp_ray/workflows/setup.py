@@ -100,6 +100,7 @@ class Setup:
         check_splits({"train": calibration, "search": search, "test": test})
         check_padding(config.finetune, search, "finetune.padding")
         plan = make_plan(model, search.take(1).tensors()[0])
+        check_counted(plan, config)
         table = None
         if config.latency_table is not None:
             table = load_table(config.latency_table)
@@ -266,6 +267,24 @@ def with_latency(plan: Plan, table: LatencyTable) -> Plan:
     """
     latency = table.cost(plan.cost_model)
     return replace(plan, cost_model=replace(plan.cost_model, latency=latency))
+
+
+def check_counted(plan: Plan, config: RunConfig) -> None:
+    """Refuses a budget of MACs for a network with work that nothing counts, or says so.
+
+    Raises:
+        ConfigError: Rates would mean other shares than they say.
+    """
+    names = plan.describe_uncounted()
+    if not names or "macs" not in config.cost:
+        return
+    if config.pruning.uncounted == "refuse":
+        raise ConfigError(
+            f"no formula counts the work of {names}: rates would keep more than they say; register "
+            "one (torch.utils.flop_counter.register_flop_formula), limit another cost, or set "
+            "pruning.uncounted=ignore"
+        )
+    logger.warning("not counted as cost: %s; rates are shares of the rest", names)
 
 
 def make_budget(plan: Plan, cost: Limited, pruning: PruningConfig) -> Budget:

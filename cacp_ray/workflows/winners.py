@@ -243,6 +243,7 @@ def _save(
         **facts,
         "criterion": winner.criterion or config.pruning.criterion,
         "recovery": config.pruning.recovery,
+        "uncounted": setup.plan.uncounted,
         "groups": describe_kept(setup.plan, orders, winner.keep_counts),
         "search": dict(vars(built.accuracy)),
         "candidates": {name: scores.get(name) for name in ("policy_top1", "search_top1")},

@@ -16,7 +16,7 @@ import cacp_ray
 from cacp_ray.config.run import RunConfig
 from cacp_ray.config.saved import read_run_config
 from cacp_ray.errors import ArtifactError
-from cacp_ray.pruning.verification import count_macs
+from cacp_ray.pruning.verify import count_macs
 from cacp_ray.reporting.run_report import report_run
 from cacp_ray.rundir.directory import RunDirectory
 from cacp_ray.workflows.answers import answer_rates, rescore_candidate

@@ -245,7 +245,7 @@ def test_inspect_shows_a_subnet_at_its_own_widths(run, tmp_path):
         ([":net"], "cannot be imported"),
         (["math:pi"], "is a float, not a function"),
         (["tests.unit.pruning.networks:make"], "cannot be built.*must take num_classes=10"),
-        (["torchvision:vgg11", "--side", "8"], "does not run on an input.*check the input size"),
+        (["torchvision:vgg11", "--side", "8"], "does not run on an input.*check the inputs"),
         (["resnet20", "--side", "0"], "--side"),
     ],
 )

@@ -11,9 +11,9 @@ from cacp_ray.data.images import ImageSet
 from cacp_ray.evaluation.fusion import FusedConv2d, fuse
 from cacp_ray.evaluation.network import FastNetwork, put_pixels
 from cacp_ray.evaluation.preparation import CutNetwork, prepare
-from cacp_ray.pruning.cutter import all_tensors
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.statistics import collect_statistics
+from cacp_ray.pruning.surgery import all_tensors
 
 torch.manual_seed(0)
 

@@ -8,12 +8,12 @@ from torch import nn
 from cacp_ray.pruning import statistics as module_of_statistics
 from cacp_ray.pruning.compensation import Compensator, make_factors
 from cacp_ray.pruning.criteria import rank_channels
-from cacp_ray.pruning.cutter import Cutter, reorder_weights
 from cacp_ray.pruning.patches import take_inputs
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.recovery import recalibrate_bn
 from cacp_ray.pruning.resizable import ResizableNetwork, build_subnet
 from cacp_ray.pruning.statistics import collect_statistics, regularized
+from cacp_ray.pruning.surgery import Cutter, reorder_weights
 from tests.unit.pruning.networks import NAMES, make
 
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 from torchvision import models
 
-from cacp_ray.pruning.cutter import Cutter
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.resizable import build_subnet
-from cacp_ray.pruning.verification import count_macs
+from cacp_ray.pruning.surgery import Cutter
+from cacp_ray.pruning.verify import count_macs
 from tests.small import mostly_slow
 
 GOLDEN = (

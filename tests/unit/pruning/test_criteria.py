@@ -17,7 +17,6 @@ from cacp_ray.pruning.criteria import CRITERIA, get_criterion, needs, rank_chann
 from cacp_ray.pruning.criteria import score_channels as score
 from cacp_ray.pruning.criteria.common import slices
 from cacp_ray.pruning.criteria.cpmc import COMPUTATION, PARAMETERS
-from cacp_ray.pruning.cutter import Cutter, reorder_weights
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.resizable import build_subnet
 from cacp_ray.pruning.statistics import (
@@ -26,7 +25,8 @@ from cacp_ray.pruning.statistics import (
     Statistics,
     collect_statistics,
 )
-from cacp_ray.pruning.verification import count_macs
+from cacp_ray.pruning.surgery import Cutter, reorder_weights
+from cacp_ray.pruning.verify import count_macs
 from tests.unit.pruning.networks import NAMES, make
 
 WEIGHT_CRITERIA = [name for name in CRITERIA if not needs(name) and name != "random"]

@@ -15,9 +15,9 @@ from cacp_ray.pruning.criteria import (
     register,
     score_channels,
 )
-from cacp_ray.pruning.cutter import all_tensors
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.statistics import Statistics, collect_statistics
+from cacp_ray.pruning.surgery import all_tensors
 from tests.unit.pruning.networks import make
 
 HERE = "tests.unit.pruning.test_criteria_registry"

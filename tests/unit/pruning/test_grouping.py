@@ -11,7 +11,7 @@ from torchvision import models
 
 from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.planner import make_plan
-from cacp_ray.pruning.verification import count_macs
+from cacp_ray.pruning.verify import count_macs
 from tests.small import mostly_slow
 from tests.unit.pruning import networks
 

@@ -7,7 +7,7 @@ from torch import nn
 from cacp_ray.errors import ConfigError, UnsupportedModelError
 from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.planner import make_plan
-from cacp_ray.pruning.verification import count_macs
+from cacp_ray.pruning.verify import count_macs
 from tests.small import mostly_slow
 
 # Multiply-accumulates as published: ResNet-20/56 (He et al., 2016: 0.27 M and 0.85 M parameters),
@@ -65,7 +65,7 @@ def test_network_without_prunable_channels_is_refused():
 
 
 def test_wrong_input_size_is_refused_in_one_line():
-    with pytest.raises(UnsupportedModelError, match="check the input size") as caught:
+    with pytest.raises(UnsupportedModelError, match="check the inputs") as caught:
         make_plan(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(8, 4, 1)), torch.zeros(1, 3, 4, 4))
     assert "\n" not in str(caught.value)
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cacp_ray.pruning.cutter import Cutter, reorder_weights
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.resizable import ResizableNetwork, build_subnet
-from cacp_ray.pruning.verification import count_macs
+from cacp_ray.pruning.surgery import Cutter, reorder_weights
+from cacp_ray.pruning.verify import count_macs
 from tests.unit.pruning.networks import NAMES, make
 
 

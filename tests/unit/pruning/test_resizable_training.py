@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from torchvision import models
 
-from cacp_ray.pruning.cutter import Cutter, reorder_weights
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.resizable import ResizableNetwork, build_subnet
+from cacp_ray.pruning.surgery import Cutter, reorder_weights
 from tests.small import mostly_slow
 
 CLASSES = 4

@@ -9,11 +9,11 @@ from torch import nn
 
 from cacp_ray.errors import ConfigError, UnsupportedModelError
 from cacp_ray.models.factory import build_model
-from cacp_ray.pruning.cutter import Cutter, all_tensors, reorder_weights
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.resizable import ResizableNetwork
 from cacp_ray.pruning.subnet import load_subnet, save_subnet
-from cacp_ray.pruning.verification import count_macs, zero_channels
+from cacp_ray.pruning.surgery import Cutter, all_tensors, reorder_weights
+from cacp_ray.pruning.verify import count_macs, zero_channels
 from cacp_ray.workflows.analyze import analyze
 from tests.unit.pruning.couplings import COUPLINGS, NORMALISED, Fn, Net
 

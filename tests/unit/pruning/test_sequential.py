@@ -7,11 +7,11 @@ from torch import nn
 
 from cacp_ray.pruning import sequential
 from cacp_ray.pruning.compensation import Compensator, make_factors
-from cacp_ray.pruning.cutter import reorder_weights
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.resizable import build_subnet
 from cacp_ray.pruning.sequential import recover_sequentially
 from cacp_ray.pruning.statistics import collect_statistics
+from cacp_ray.pruning.surgery import reorder_weights
 from tests.unit.pruning.networks import NAMES, Twice, make
 
 

@@ -11,7 +11,7 @@ import torch
 from cacp_ray.errors import ArtifactError, InfeasibleRateError
 from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.subnet import describe_kept, load_subnet, save_subnet
-from cacp_ray.pruning.verification import count_macs
+from cacp_ray.pruning.verify import count_macs
 from cacp_ray.workflows.analyze import analyze
 
 
@@ -36,7 +36,7 @@ def saved(tmp_path):
     return tmp_path / "rate-0.40", net
 
 
-@pytest.mark.slow  # tests/unit/pruning/test_cutter.py has another in `make test`
+@pytest.mark.slow  # tests/unit/pruning/test_surgery.py has another in `make test`
 def test_new_process_gives_the_same_logits(saved, tmp_path):
     folder, net = saved
     x = torch.randn(2, 3, 32, 32)

@@ -96,7 +96,12 @@ def inspect(cost_model, fixed=None, width=80, **options):
     least = np.maximum(cost_model.num_channels // 10, 1)
     options = {"base_channels": {}, "with_members": False} | options
     table = groups_table(
-        "a net", "input 3x32x32", cost_model, least, fixed or {"fc": "output"}, **options
+        "a net",
+        "input 3x32x32",
+        cost_model,
+        least,
+        fixed or {"fc": "output"},
+        **{"uncounted": ""} | options,
     )
     return render(table, width), least
 

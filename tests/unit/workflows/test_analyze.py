@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from cacp_ray.errors import ConfigError
-from cacp_ray.pruning.verification import count_macs
+from cacp_ray.errors import ConfigError, UnsupportedModelError
+from cacp_ray.pruning.verify import count_macs
 from cacp_ray.workflows.analyze import analyze
 from tests.unit.pruning.networks import NAMES, make
 
@@ -52,10 +52,20 @@ def test_several_keep_counts_are_costed_but_not_built():
         found.build(np.ones((2, 3), dtype=np.int64))
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (0, 3, 8, 8), (3, 8, 8), ()])
-def test_the_example_is_one_image(shape):
-    with pytest.raises(ConfigError, match=r"give one image: \(1, C, H, W\)"):
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8), ()])
+def test_an_example_has_a_batch(shape):
+    with pytest.raises(ConfigError, match="the first dimension is the batch"):
         analyze(make("plain")[0], torch.zeros(shape))
+
+
+def test_an_example_without_its_batch_is_refused():
+    with pytest.raises(UnsupportedModelError, match=r"expected input.*check the inputs"):
+        analyze(make("plain")[0], torch.zeros(3, 8, 8))
+
+
+def test_cost_is_that_of_one_example_of_a_batch():
+    model, x = make("plain")
+    assert analyze(model, x.repeat(4, 1, 1, 1)).budget.total == analyze(model, x).budget.total
 
 
 @pytest.mark.parametrize("floor", [0.0, -0.1, 1.1, float("nan")])

@@ -16,7 +16,7 @@ from cacp_ray.evaluation.scorer import Scorer
 from cacp_ray.models.factory import build_model
 from cacp_ray.models.pretrained import load_weights
 from cacp_ray.pruning.subnet import load_subnet
-from cacp_ray.pruning.verification import count_macs
+from cacp_ray.pruning.verify import count_macs
 from cacp_ray.rundir.directory import RunDirectory
 from cacp_ray.searching.loop import SearchLoop
 from cacp_ray.training.metrics import measure

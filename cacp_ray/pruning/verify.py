@@ -7,6 +7,7 @@ zero. A group that fails stays whole, with the reason, rather than break a searc
 import copy
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,29 +17,41 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from cacp_ray.errors import UnsupportedModelError
-from cacp_ray.pruning.cutter import Cutter, Orders, all_tensors, reorder_weights
+from cacp_ray.pruning.flops import without_fast_paths
+from cacp_ray.pruning.inputs import Inputs, call, map_inputs, repeat_batch, tensors_of
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.resizable import ResizableNetwork
+from cacp_ray.pruning.surgery import Cutter, Orders, all_tensors, reorder_weights
+from cacp_ray.pruning.torch_types import backpropagate, own_random_state
 
 logger = logging.getLogger(__name__)
+DOES_NOT_TRAIN = "the network does not train when they are cut"
 TOLERANCE = 1e-4  # share of the largest output, in the dtype of the network
 WIDE_TOLERANCE = 1e-6  # the same in float64
 Counts = NDArray[np.int64]
 
 
-def find_failures(model: nn.Module, plan: Plan, example_input: Tensor) -> dict[int, str]:
+@dataclass(frozen=True)
+class Check:
+    """What is checked of a small network, besides that it runs and costs what was predicted."""
+
+    compares: bool = False  # its outputs, with those of the whole network with zeros
+    trains: bool = False  # a step of training
+
+
+def find_failures(model: nn.Module, plan: Plan, inputs: Inputs) -> dict[int, str]:
     """Groups that fail when they are cut -> the reason, although their labels allow the cut.
 
     Raises:
         UnsupportedModelError: The network cannot be copied, or does not answer alike twice.
     """
     try:
-        trial = _Trial(model, plan, example_input)
+        trial = _Trial(model, plan, inputs)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = _first_line(error)
         raise UnsupportedModelError(f"the network cannot be copied ({reason})") from error
     whole, least = plan.cost_model.num_channels, plan.least_counts
-    if (problem := trial.problem(whole, [], compare=True)) is not None:
+    if (problem := trial.problem(whole, [], Check(compares=True))) is not None:
         raise UnsupportedModelError(
             f"the network does not answer alike twice in evaluation mode ({problem}): switch off "
             "what is random or counts in a forward pass"
@@ -52,15 +65,14 @@ def find_failures(model: nn.Module, plan: Plan, example_input: Tensor) -> dict[i
     failures: dict[int, str] = {}
     for number, target in enumerate(targets):
         groups = [g for g in range(len(whole)) if g not in failures and target[g] < whole[g]]
-        failures |= _culprits(trial, target, groups, compare=number < 2)
+        check = Check(compares=number < 2, trains=target is least)
+        failures |= _culprits(trial, target, groups, check)
     return failures
 
 
-def _culprits(
-    trial: "_Trial", target: Counts, groups: list[int], *, compare: bool
-) -> dict[int, str]:
+def _culprits(trial: "_Trial", target: Counts, groups: list[int], check: Check) -> dict[int, str]:
     """Finds, by halving, which of `groups` fail when only they are cut to `target`."""
-    problem = trial.problem(target, groups, compare=compare) if groups else None
+    problem = trial.problem(target, groups, check) if groups else None
     if problem is None:
         return {}
     if len(groups) == 1:
@@ -70,7 +82,7 @@ def _culprits(
     failures = {
         group: reason
         for half in halves
-        for group, reason in _culprits(trial, target, half, compare=compare).items()
+        for group, reason in _culprits(trial, target, half, check).items()
     }
     return failures or {groups[-1]: problem}  # the halves fail only together
 
@@ -78,50 +90,58 @@ def _culprits(
 class _Trial:
     """Cuts one network and tells what is wrong with the result."""
 
-    def __init__(self, model: nn.Module, plan: Plan, example_input: Tensor) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, inputs: Inputs) -> None:
         self._plan = plan
         self._model = model
         self._cutter = Cutter(plan)
-        self._input = example_input
-        if bool((example_input == example_input.flatten()[0]).all()):
-            # An input of zeros would hide what goes wrong.
-            noise = torch.rand(example_input.shape, generator=torch.Generator().manual_seed(0))
-            self._input = noise.to(example_input)
+        self._inputs = map_inputs(_without_zeros, inputs)
+        self._dtype = next(
+            (x.dtype for x in tensors_of(inputs) if x.is_floating_point()), torch.float32
+        )
         rng = np.random.default_rng(1)
         self._orders = [rng.permutation(group.num_channels) for group in plan.groups]
         self._normalised = np.isin(np.arange(len(plan.groups)), plan.normalised)
         nets = _Networks(model, plan)
-        self._nets = {example_input.dtype: nets}
-        self._shapes = [output.shape for output in _run(nets.small.model, self._input)]
+        self._nets = {self._dtype: nets}
+        self._shapes = [output.shape for output in _run(nets.small.model, self._inputs)]
+        self._trains = _train_once(nets.small.model, self._inputs) is None
 
-    def problem(self, target: Counts, groups: list[int], *, compare: bool) -> str | None:
-        """Why cutting these groups fails, in one line; `compare` checks the outputs too."""
+    def problem(self, target: Counts, groups: list[int], check: Check) -> str | None:
+        """Why cutting these groups fails, in one line."""
         whole = self._plan.cost_model.num_channels
         keep_counts = whole.copy()
         keep_counts[groups] = target[groups]
-        nets = self._nets[self._input.dtype]
+        nets = self._nets[self._dtype]
         # Groups that stay whole keep their own order.
         orders = [
-            order if compare and group in groups else np.arange(len(order))
+            order if check.compares and group in groups else np.arange(len(order))
             for group, order in enumerate(self._orders)
         ]
         try:
             with FlopCounterMode(display=False) as counter:
-                small = _run(nets.cut(self._cutter, orders, keep_counts), self._input)
+                net = nets.cut(self._cutter, orders, keep_counts)
+                small = _run(net, self._inputs)
         except Exception as error:
             logger.debug("cut of groups %s: %s", groups, error)
-            return "its code fixes a size: the network does not run when they are cut"
+            return f"the network does not run when they are cut ({_first_line(error)})"
         if [t.shape for t in small] != self._shapes:
             return "the output changes its shape when they are cut"
         if counter.get_total_flops() // 2 != int(self._plan.macs(keep_counts)):
             return "the network costs other than predicted when they are cut"
-        if not compare:
+        if not check.compares:
             return None
+        if check.trains and self._trains and (fault := _train_once(net, self._inputs)) is not None:
+            return f"{DOES_NOT_TRAIN} ({fault})"
+        return self._difference(orders, keep_counts)
+
+    def _difference(self, orders: Orders, keep_counts: Counts) -> str | None:
+        """What differs between a cut and zeros in its place, if anything does."""
+        whole = self._plan.cost_model.num_channels
         # Fewer channels are normalised to other values than zeros in their place.
         counts = np.where(self._normalised, whole, keep_counts)
-        if not any(self._is_same(orders, counts, d) for d in (self._input.dtype, torch.float64)):
-            return "cutting them is not the same as zeros in their place"
-        return None
+        if any(self._is_same(orders, counts, d) for d in (self._dtype, torch.float64)):
+            return None
+        return "cutting them is not the same as zeros in their place"
 
     def _is_same(self, orders: Orders, counts: Counts, dtype: torch.dtype) -> bool:
         """Whether cut and masked networks agree; an untrained network may need float64."""
@@ -129,8 +149,9 @@ class _Trial:
             wide = copy.deepcopy(self._model).to(dtype)
             self._nets[dtype] = _Networks(wide, self._plan)
         nets = self._nets[dtype]
-        small = _run(nets.cut(self._cutter, orders, counts), self._input.to(dtype))
-        masked = _run(nets.mask(orders, counts), self._input.to(dtype))
+        inputs = map_inputs(lambda x: x.to(dtype) if x.is_floating_point() else x, self._inputs)
+        small = _run(nets.cut(self._cutter, orders, counts), inputs)
+        masked = _run(nets.mask(orders, counts), inputs)
         tolerance = WIDE_TOLERANCE if dtype == torch.float64 else TOLERANCE
         return all(
             _is_close(one, other, tolerance) for one, other in zip(small, masked, strict=True)
@@ -178,15 +199,45 @@ def zero_channels(
     return zeroed
 
 
-def _run(model: nn.Module, x: Tensor) -> list[Tensor]:
+def _without_zeros(tensor: Tensor) -> Tensor:
+    """The input, or noise where it is constant, which would hide what goes wrong."""
+    if not tensor.is_floating_point() or bool((tensor != tensor.flatten()[0]).any()):
+        return tensor
+    noise = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(0))
+    return noise.to(tensor)
+
+
+def _run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """All outputs of one pass."""
-    with torch.no_grad():
-        return [t for t in tree_flatten(model(x.clone()))[0] if isinstance(t, Tensor)]
+    with torch.no_grad(), without_fast_paths():
+        output = call(model, map_inputs(torch.clone, inputs))
+    return [t for t in tree_flatten(output)[0] if isinstance(t, Tensor)]
 
 
-def count_macs(model: nn.Module, example_input: Tensor) -> int:
+def _train_once(model: nn.Module, inputs: Inputs) -> str | None:
+    """Why a copy of a network fails in a step of training, in one line; None where it does not."""
+    net = copy.deepcopy(model).train()
+    for parameter in net.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    try:
+        with torch.enable_grad(), own_random_state():
+            output = call(net, map_inputs(torch.clone, repeat_batch(inputs)))
+            outputs = [t for t in tree_flatten(output)[0] if isinstance(t, Tensor)]
+            losses = [t.float().mean() for t in outputs if t.requires_grad]
+            if losses:
+                backpropagate(torch.stack(losses).sum())
+    except Exception as error:  # the network's own code
+        return _first_line(error)
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def count_macs(model: nn.Module, inputs: Inputs) -> int:
     """MACs for one input, counted by PyTorch in a forward pass."""
     model.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(example_input)
+    with torch.no_grad(), without_fast_paths(), FlopCounterMode(display=False) as counter:
+        call(model, inputs)
     return counter.get_total_flops() // 2

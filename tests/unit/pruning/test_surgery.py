@@ -15,17 +15,17 @@ from torch import nn
 from torchvision import models
 
 from cacp_ray.models.factory import build_model
-from cacp_ray.pruning.cutter import Cutter, reorder_weights
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.resizable import build_subnet
 from cacp_ray.pruning.subnet import describe_kept, load_subnet, save_subnet
-from cacp_ray.pruning.verification import count_macs
+from cacp_ray.pruning.surgery import Cutter, reorder_weights
+from cacp_ray.pruning.verify import count_macs
 from tests.unit.pruning import networks
 
 # Networks that a factory can name, and so can be saved: name -> (factory, classes, image side).
 FACTORIES = {
     "resnet20": ("resnet20", 10, 32),
-    "mobile": ("tests.unit.pruning.test_cutter:make_mobile", 5, 16),
+    "mobile": ("tests.unit.pruning.test_surgery:make_mobile", 5, 16),
     "plain": ("tests.unit.pruning.networks:Plain", 5, 8),
     "concat": ("tests.unit.pruning.networks:Concat", 5, 8),
     "depthwise": ("tests.unit.pruning.networks:Depthwise", 5, 8),
