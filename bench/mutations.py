@@ -47,10 +47,10 @@ FAULTS = {
     ),
     "doubled": Fault(
         "after a kill, no candidate has two rows",
-        "searching/loop.py",
-        "lost = [candidate for candidate in in_flight if candidate.index not in indices]",
-        "lost = in_flight",
-        "unit/searching/test_loop.py",
+        "rundir/directory.py",
+        "new = [dataclasses.asdict(row) for row in rows if row.index not in known]",
+        "new = [dataclasses.asdict(row) for row in rows]",
+        "unit/rundir/test_directory.py",
     ),
     "mask": Fault(
         "the best channels stay",
@@ -99,7 +99,7 @@ FAULTS = {
         "models/pretrained.py",
         "weights_only=True",
         "weights_only=False",
-        "unit/models/test_pretrained.py",
+        "unit/models/test_checkpoints.py",
     ),
 }
 

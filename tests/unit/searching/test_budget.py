@@ -39,7 +39,9 @@ def reachable_rates(budget: Budget, draw, size: int):
 
 def assert_exact(budget: Budget, counts, rates) -> None:
     limit = budget.limit(rates)
-    assert (budget.cost(counts) <= limit).all()
+    share = np.asarray(rates) * float(budget.cost(budget.num_channels))
+    assert (budget.cost(counts) <= share).all()
+    assert (limit > share - 1).all()
     assert (counts >= budget.min_counts).all()
     is_legal = (counts % budget.round_to == 0) | (counts == budget.num_channels)
     assert is_legal.all()
