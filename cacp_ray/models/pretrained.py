@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cacp_ray.errors import ArtifactError, ConfigError, nearest_names, one_line
+from cacp_ray.models.checkpoints import find_state_dict, strip_prefix
 from cacp_ray.models.factory import build_model, check_torchvision
 
 logger = logging.getLogger(__name__)
@@ -133,12 +134,10 @@ def read_pickle(file: Path) -> Mapping[str, Tensor]:
         content = torch.load(file, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises many kinds for a broken file
         raise ArtifactError(
-            f"weights {file}: not a readable state dict ({one_line(error)[:200]})"
+            f"weights {file}: not a readable state dict ({one_line(error)[:200]}); save "
+            "model.state_dict(), without other Python objects"
         ) from error
-    tensors = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
-        raise ArtifactError(f"weights {file}: holds no state dict; save model.state_dict()")
-    return tensors
+    return find_state_dict(content, str(file))
 
 
 def _find_torchvision(name: str, weights: str) -> Any:
@@ -265,7 +264,7 @@ def load_weights(model: nn.Module, path: str) -> None:
         tensors = read_pickle(file) if file.suffix in (".pth", ".pt") else load_file(file)
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"weights {file}: not a readable safetensors file ({error})") from error
-    copy_weights(model, tensors, str(file))
+    copy_weights(model, strip_prefix(tensors, model.state_dict().keys(), str(file)), str(file))
 
 
 def copy_weights(model: nn.Module, tensors: Mapping[str, Tensor], file: str) -> None:

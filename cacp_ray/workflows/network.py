@@ -6,10 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cacp_ray.config.run import ModelConfig, RunConfig
-from cacp_ray.errors import ArtifactError
+from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.evaluation.preparation import hash_weights
 from cacp_ray.io.files import read_object
 from cacp_ray.models.factory import build_model
@@ -37,6 +38,37 @@ def load_model(config: ModelConfig, num_classes: int) -> nn.Module:
     elif config.weights is not None:
         load_weights(model, config.weights)
     return model.eval()
+
+
+def check_output(model: nn.Module, image: Tensor, num_classes: int) -> None:
+    """Refuses a network that gives no class scores, which the built-in task reads.
+
+    Args:
+        model: The network, in evaluation mode.
+        image: (1, C, H, W), normalised.
+        num_classes: Classes of the data.
+
+    Raises:
+        ConfigError: It returns something else than (1, num_classes).
+    """
+    try:
+        with torch.no_grad():
+            output = model(image)
+    except Exception:  # the network's own code; making its plan tells what is wrong
+        return
+    if isinstance(output, Tensor) and output.shape == (1, num_classes):
+        return
+    if isinstance(output, Tensor):
+        given = f"a tensor of shape {tuple(output.shape)}"
+    elif isinstance(output, Mapping):
+        given = f"a dictionary with {', '.join(map(str, list(output)[:4]))}"
+    else:
+        given = f"a {type(output).__name__}"
+    raise ConfigError(
+        f"for one image, the network returns {given}: a search reads scores of shape "
+        f"(1, {num_classes}), one for each class of the data; name a factory in model.name whose "
+        "network returns them alone"
+    )
 
 
 def rebuild_model(name: str, num_classes: int, tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -32,6 +32,7 @@ from cacp_ray.searching.strategies.table import OTHER_ORDERS
 from cacp_ray.training.metrics import measure_split
 from cacp_ray.workflows.network import (
     check_hash,
+    check_output,
     describe_published,
     load_model,
     warn_of_normalisation,
@@ -99,7 +100,9 @@ class Setup:
         test = splits.read("test", 1)
         check_splits({"train": calibration, "search": search, "test": test})
         check_padding(config.finetune, search, "finetune.padding")
-        plan = make_plan(model, search.take(1).tensors()[0])
+        image = search.take(1).tensors()[0]
+        check_output(model, image, len(classes))
+        plan = make_plan(model, image)
         check_counted(plan, config)
         table = None
         if config.latency_table is not None:

@@ -48,6 +48,7 @@ def score_cap(plan: Plan, tensors: Tensors, statistics: Statistics, seed: int) -
     shared = {name for name, axis in read.items() if (axis.group != axis.group[0]).any()}
     energies = {name: output_energy(inputs[name], tensors[name]) for name in shared}
     scores: Scores = []
+    known = np.zeros(len(plan.groups), dtype=np.bool_)
     for g, group in enumerate(plan.groups):
         layers: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by rows of a channel
         for name, axis in read.items():
@@ -57,7 +58,8 @@ def score_cap(plan: Plan, tensors: Tensors, statistics: Statistics, seed: int) -
                 gram /= energies.get(name, energy)
                 layers.setdefault(block, []).append((schur, gram))
         scores.append(_select(layers, group.num_channels))
-    return fill(scores, plan, tensors)
+        known[g] = bool(layers)
+    return fill(scores, known, plan, tensors)
 
 
 def output_energy(moments: InputMoments, weight: Tensor) -> float:

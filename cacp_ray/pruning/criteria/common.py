@@ -12,6 +12,7 @@ from cacp_ray.pruning.statistics import Statistics
 
 Tensors = Mapping[str, Tensor]
 Scores = list[NDArray[np.float64]]
+Known = NDArray[np.bool_]  # (G,) whether a criterion could score a group
 Criterion = Callable[[Plan, Tensors, Statistics, int], Scores]
 
 
@@ -73,23 +74,34 @@ def weight_norms(plan: Plan, tensors: Tensors, norm: Callable[[Tensor], Tensor])
     A group that no filter makes takes slices of the weights that read it instead.
     """
     made, read = zeros(plan), zeros(plan)
+    is_made = np.zeros(len(plan.groups), dtype=np.bool_)
     for rows, axis, is_filter in slices(plan, tensors):
         add(made if is_filter else read, axis, norm(rows).numpy())
-    return [own if own.any() else other for own, other in zip(made, read, strict=True)]
+        is_made[list(axis.groups)] |= is_filter
+    return [made[g] if is_made[g] else read[g] for g in range(len(plan.groups))]
 
 
-def fill(scores: Scores, plan: Plan, tensors: Tensors) -> Scores:
-    """Gives L1 scores to groups that a criterion cannot score (all zero).
+def is_read(plan: Plan) -> Known:
+    """(G,) whether some layer mixes the group's channels."""
+    known = np.zeros(len(plan.groups), dtype=np.bool_)
+    for consumer in plan.consumers:
+        known[list(plan.axes[consumer.weight, 1].groups)] = True
+    return known
+
+
+def fill(scores: Scores, known: Known, plan: Plan, tensors: Tensors) -> Scores:
+    """Gives L1 scores to the groups that a criterion cannot score.
 
     They are scaled to the mean of all other channels, so that such a group is average in a global
-    ranking.
+    ranking. A group that is known keeps its scores, also where all of them are zero, as after
+    training towards sparsity.
     """
-    known = [score for score in scores if score.any()]
-    if len(known) == len(scores):
+    if known.all():
         return scores
-    mean = float(np.concatenate(known).mean()) if known else 1.0
+    scored = [score for score, is_known in zip(scores, known, strict=True) if is_known]
+    mean = float(np.concatenate(scored).mean()) if scored else 1.0
     norms = weight_norms(plan, tensors, lambda rows: rows.abs().sum(1))
     return [
-        score if score.any() else norm * (mean / max(norm.mean(), 1e-30))
-        for score, norm in zip(scores, norms, strict=True)
+        score if is_known else norm * (mean / max(norm.mean(), 1e-30))
+        for score, is_known, norm in zip(scores, known, norms, strict=True)
     ]

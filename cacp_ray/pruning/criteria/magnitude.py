@@ -35,12 +35,13 @@ def score_fpgm(plan: Plan, tensors: Tensors, statistics: Statistics, seed: int) 
     Source: He et al., Filter Pruning via Geometric Median (CVPR 2019), eq. 4-6. Ours: the distances
     of each layer are divided by their mean, then summed over coupled layers.
     """
-    scores = zeros(plan)
+    scores, known = zeros(plan), np.zeros(len(plan.groups), dtype=np.bool_)
     for rows, axis, is_filter in slices(plan, tensors):
         if is_filter:
+            known[list(axis.groups)] = True
             distance = _sum_distances(rows)
             add(scores, axis, (distance / distance.mean().clamp(min=1e-30)).numpy())
-    return fill(scores, plan, tensors)
+    return fill(scores, known, plan, tensors)
 
 
 def _sum_distances(rows: Tensor) -> Tensor:
@@ -66,7 +67,8 @@ def score_bn_scale(plan: Plan, tensors: Tensors, statistics: Statistics, seed: i
             add(scores, axis, tensors[name].abs().double().numpy())
             add(counts, axis, np.ones(len(axis.group)))
     means = [score / np.maximum(count, 1) for score, count in zip(scores, counts, strict=True)]
-    return fill(means, plan, tensors)
+    known = np.array([count.any() for count in counts])
+    return fill(means, known, plan, tensors)
 
 
 def score_random(plan: Plan, tensors: Tensors, statistics: Statistics, seed: int) -> Scores:

@@ -1,5 +1,6 @@
 """Criteria against their definitions, and the laws that every criterion obeys."""
 
+import dataclasses
 import re
 from functools import cache
 from pathlib import Path
@@ -267,6 +268,25 @@ def test_bn_scale_is_the_mean_gamma_and_falls_back_to_scaled_l1():
     assert np.allclose(scores["squeeze"], l1 / l1.mean() * others.mean(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("criterion", ["bn_scale", "l1", "fpgm", "taylor"])
+def test_a_group_whose_channels_are_all_dead_is_worth_nothing(criterion):
+    """Training towards sparsity leaves such groups; they must not pass for average ones."""
+    model, x = make("resnet")
+    first, parameters = make_plan(model, x).groups[0], dict(model.named_parameters())
+    with torch.no_grad():
+        for member in first.members:
+            name, _, dim = member.rpartition(":")
+            if dim == "0" and name in parameters:
+                parameters[name].zero_()
+    plan = make_plan(model, x)
+    tensors = dict(model.state_dict())
+    torch.manual_seed(0)
+    images, labels = torch.rand(16, *x.shape[1:]), torch.arange(16) % 2
+    statistics = collect_statistics(model, plan, images, labels, seed=0, kinds={"inputs", "gates"})
+    dead, *others = score(criterion, plan, tensors, statistics, 0)
+    assert dead.max() <= 1e-6 * max(other.max() for other in others)
+
+
 def test_cpmc_weighs_all_that_vanishes_with_a_channel():
     model, plan, tensors, x = load("plain")
     weight, macs, params = [], [], []
@@ -325,6 +345,8 @@ def test_groups_without_gates_take_the_l1_order_at_the_mean_of_the_others():
     _, plan, tensors, _ = load("plain")
     gates = list(invent(plan, tensors).gates)
     gates[1] = GateGradients(np.zeros(12), np.zeros(12))
+    others = [c for c in plan.consumers if 1 not in plan.axes[c.weight, 1].groups]
+    plan = dataclasses.replace(plan, consumers=tuple(others))
     l1 = rank_channels("l1", plan, tensors, Statistics(), 0)
     for criterion in ("taylor", "group_fisher"):
         scores = score(criterion, plan, tensors, Statistics(gates=tuple(gates)), 0)
