@@ -33,6 +33,7 @@ POINTWISE = {
     aten.silu_, aten.mish_, aten.celu_, aten._to_copy, aten.relu6, aten.clamp_, aten.relu_,
     aten.sigmoid_, aten.add_, aten.mul_, aten.sub_, aten.div_, aten._prelu_kernel, aten.hardswish,
     aten.hardsigmoid, aten.threshold_, aten.rrelu_with_noise, aten.rrelu_with_noise_,
+    aten.bernoulli, aten.bernoulli_,
 }  # fmt: skip
 SUMS = {aten.add, aten.add_, aten.sub, aten.sub_}
 PER_CHANNEL = {  # each output channel is made of the same input channel alone -> sides of an image
@@ -59,7 +60,6 @@ REDUCTIONS = {  # position of the argument that names the dimensions
 MAKERS = {
     aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.new_zeros,
     aten.new_empty, aten.new_full, aten.new_ones, aten.rand_like, aten.randn_like,
-    aten.bernoulli, aten.bernoulli_,
 }  # fmt: skip
 
 

@@ -51,6 +51,13 @@ class Deep(Net):
         return x + x * noise
 
 
+class Stochastic(Net):
+    """Units that fire by chance: as many as there are channels."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return x * torch.bernoulli(x.detach().sigmoid())
+
+
 class Distilled(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +76,7 @@ class Fixed(Net):
         return x + torch.zeros(16, 1, 1)
 
 
-@pytest.mark.parametrize("kind", [Auxiliary, Dropped, Deep, Distilled])
+@pytest.mark.parametrize("kind", [Auxiliary, Dropped, Deep, Stochastic, Distilled])
 def test_a_cut_network_trains_and_nothing_stays_whole_for_it(kind):
     net = kind().eval()
     analysis = cacp_ray.analyze(net, X[:1])
