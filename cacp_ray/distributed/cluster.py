@@ -1,13 +1,16 @@
 """Joins a Ray cluster, or starts Ray on this machine, quickly and quietly.
 
 `ray.init` waits 80 s and more for an address where nothing answers, so the port is tried first. A
-local Ray mostly waits for Python processes to start: see `_fast_start`.
+local Ray mostly waits for Python processes to start: see `_fast_start`. All that can talk to a Ray
+can run code in it, so a local one listens on the loopback address alone, and asks for a token that
+only this process and those of its Ray know.
 """
 
 import atexit
 import contextlib
 import logging
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,7 +21,13 @@ from urllib.parse import urlsplit
 
 import ray
 
-from cacp_ray.distributed.internals import count_cpus, use_token
+from cacp_ray.distributed.internals import (
+    LOOPBACK,
+    bound_to_loopback,
+    count_cpus,
+    read_token_again,
+    use_token,
+)
 from cacp_ray.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -49,8 +58,11 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> None:
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else ray.init warns
     if is_local(address):
-        with environment(_fast_start()):
-            session = _init("local", num_cpus=num_cpus, include_dashboard=False)
+        with environment(_fast_start() | _own_token()), bound_to_loopback():
+            read_token_again()
+            session = _init(
+                "local", num_cpus=num_cpus, include_dashboard=False, _node_ip_address=LOOPBACK
+            )
         logs = os.path.join(session, "logs")
         logger.debug("Ray's own messages: %s", logs)
         atexit.register(logger.info, "Ray's own messages: %s", logs)
@@ -99,8 +111,9 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def disconnect() -> None:
-    """Leaves the cluster; stops a local Ray."""
+    """Leaves the cluster; stops a local Ray and forgets its token."""
     ray.shutdown()
+    read_token_again()
 
 
 def check_room(
@@ -208,6 +221,10 @@ def _require_answer(address: str) -> None:
         f"no Ray cluster at {address} ({reason}): check the address with `ray status` on the head, "
         "or leave it out for a local Ray"
     )
+
+
+def _own_token() -> dict[str, str]:
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def _fast_start() -> dict[str, str]:

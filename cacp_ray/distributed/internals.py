@@ -4,13 +4,16 @@ Ray may change these in any version, which is why pyproject.toml allows 2.60 alo
 version, change that bound and run `tests/ray`. Each function says why no public one serves.
 """
 
+import contextlib
 import logging
 from collections.abc import Iterator
 
 import ray
+from ray._private import services
 from ray._private.authentication import authentication_token_setup
 from ray._private.state import state
 from ray._private.utils import get_num_cpus
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
 from ray.util.placement_group import PlacementGroup
 
@@ -29,6 +32,29 @@ def draining_nodes() -> set[str]:
     `ray.nodes` does not tell them; Ray Train reads them as this does.
     """
     return set(state.get_draining_nodes())
+
+
+LOOPBACK = "127.0.0.1"
+
+
+@contextlib.contextmanager
+def bound_to_loopback() -> Iterator[None]:
+    """Has `ray.init(_node_ip_address=LOOPBACK)` bind every port there, as on macOS and Windows.
+
+    On Linux, Ray turns the address into one that other machines reach, and binds to all of them.
+    """
+    resolve = services.resolve_ip_for_localhost
+    services.resolve_ip_for_localhost = lambda host: host
+    try:
+        yield
+    finally:
+        services.resolve_ip_for_localhost = resolve
+
+
+def read_token_again() -> None:
+    """Has Ray look at RAY_AUTH_MODE and RAY_AUTH_TOKEN anew; it reads them once a process."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def use_token() -> None:

@@ -6,21 +6,15 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
 from cacp_ray.distributed import cluster
 from cacp_ray.errors import ConfigError
 
 pytestmark = pytest.mark.ray
-
-JOIN = """
-import sys
-from cacp_ray.distributed import cluster
-cluster.connect(sys.argv[1] or None)
-print(int(cluster.ray.available_resources()["CPU"]))
-cluster.disconnect()
-"""
 
 
 @pytest.fixture
@@ -118,18 +112,53 @@ def test_auto_does_not_wait_for_a_cluster_that_is_gone(
     assert address in refused("auto")
 
 
+# A process that binds as a local Ray does, for Ray finds the node of a driver by its address.
+JOIN_LOCAL = """
+import sys, ray
+from cacp_ray.distributed import internals
+with internals.bound_to_loopback():
+    ray.init(sys.argv[1], logging_level="error", _node_ip_address=internals.LOOPBACK)
+print(int(ray.available_resources()["CPU"]))
+"""
+
+
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_second_process_joins_quietly() -> None:
-    address = ray.get_runtime_context().gcs_address
+@pytest.mark.parametrize("known", ["token", "no token", "another token"])
+def test_a_local_ray_is_closed_to_processes_that_do_not_know_its_token(known: str) -> None:
+    variables = {"RAY_AUTH_MODE": "token", "RAY_NUM_REDIS_GET_RETRIES": "1"}
+    variables["RAY_AUTH_TOKEN"] = AuthenticationTokenLoader.instance().get_raw_token()
+    if known == "no token":
+        variables["RAY_AUTH_MODE"] = "disabled"
+    elif known == "another token":
+        variables["RAY_AUTH_TOKEN"] = "0" * 64
     result = subprocess.run(
-        [sys.executable, "-c", JOIN, address],
+        [sys.executable, "-c", JOIN_LOCAL, ray.get_runtime_context().gcs_address],
         check=False,
         capture_output=True,
         text=True,
         timeout=60,
+        env=os.environ | variables,
     )
-    assert result.stdout == "2\n"
-    assert result.stderr == ""
+    if known == "token":
+        assert (result.stdout, result.stderr) == ("2\n", "")
+    else:
+        assert result.returncode != 0
+        assert result.stdout == ""
+        assert "InvalidAuthToken" in result.stderr
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_local_ray_listens_on_the_loopback_address_alone() -> None:
+    ray.get(ray.remote(lambda: None).remote())  # a worker listens too
+    driver = psutil.Process()
+    listening = {
+        connection.laddr.ip
+        for process in (driver, *driver.children(recursive=True))
+        for connection in process.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening
+    assert listening <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
 
 
 @pytest.mark.usefixtures("ray_cluster")

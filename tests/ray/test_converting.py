@@ -57,9 +57,8 @@ def shard_sizes(path, out, shards):
 
 
 def command_line(*arguments):
-    address = ray.get_runtime_context().gcs_address
     command = [sys.executable, "-m", "cacp_ray.cli", "data", "convert", "imagefolder"]
-    return [*command, *map(str, arguments), "--address", address]
+    return [*command, *map(str, arguments)]
 
 
 def test_shards_hold_the_images_of_the_folder(folder, tmp_path):

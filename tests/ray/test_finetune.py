@@ -261,11 +261,11 @@ def test_after_a_killed_trial_and_a_killed_driver_all_end_with_the_same_weights(
     whole = save_fresh(tmp_path / "rate-0.30")
     save_fresh(tmp_path / "rate-0.50")
     driver = (
-        "import ray, sys\n"
         "from pathlib import Path\n"
+        "from cacp_ray.distributed import cluster\n"
         "from cacp_ray.training.recipe import Recipe\n"
         "from tests.ray.test_finetune import finetune, load_slow\n"
-        f"ray.init(address={ray.get_runtime_context().gcs_address!r}, logging_level='error')\n"
+        "cluster.connect('local', num_cpus=2)\n"
         "def show(progress):\n"
         "    print(progress.rate, progress.epoch, flush=True)\n"
         f"finetune(Path({str(tmp_path)!r}), load_subnet=load_slow, recipe={recipe!r},\n"
