@@ -11,7 +11,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, cast
 
 import gymnasium as gym
 import numpy as np
@@ -24,9 +24,12 @@ from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.rl_module.rl_module import RLModule, RLModuleSpec
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils.checkpoints import Checkpointable
+from torch import nn
 
 from cacp_ray.agent.parts import EpisodeArrays, one_thread
+from cacp_ray.errors import ArtifactError
 from cacp_ray.evaluation.measurement import Candidate, Measurement
+from cacp_ray.io.files import read_tensors, write_tensors
 from cacp_ray.searching.budget import Ints
 from cacp_ray.searching.mdp import AllocationMDP
 from cacp_ray.searching.strategy import Counts
@@ -34,6 +37,7 @@ from cacp_ray.searching.strategy import Counts
 Settings = TypeVar("Settings")
 
 AGENT_STATE = "agent"
+POLICY_FILE = "policy.safetensors"
 SAMPLE_NOISE = 0.05
 SAMPLE_NOISE_GROWTH = 1.4  # factor after a round that finds too few
 MAX_SAMPLE_ROUNDS = 20
@@ -179,12 +183,32 @@ class PruningAgent(Algorithm):
             self.pending_updates += self.updates_per_episode * len(fresh)
 
     def save(self, folder: str | Path | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Writes an RLlib checkpoint: weights, optimizers, replay, clocks, random states."""
-        return super().save(None if folder is None else str(Path(folder).absolute()))
+        """Writes an RLlib checkpoint: weights, optimizers, replay, clocks, random states.
+
+        `POLICY_FILE` beside it holds the networks alone, for readers that open no pickle.
+        """
+        if folder is None:
+            return super().save(None)
+        saved = super().save(str(Path(folder).absolute()))
+        write_tensors(Path(folder) / POLICY_FILE, self._networks.state_dict())
+        return saved
 
     def restore(self, folder: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Restores what `save` wrote; the same calls then give the same answers."""
         super().restore(str(folder.absolute()) if isinstance(folder, Path) else folder)
+
+    def load_policy(self, file: Path) -> None:
+        """Takes the networks of a `POLICY_FILE`; told what was measured, it then answers any rate.
+
+        Raises:
+            ArtifactError: The file cannot be read, or its networks have other sizes.
+        """
+        try:
+            self._networks.load_state_dict(read_tensors(file))
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"{file}: not the networks of this agent; has config.yaml changed?"
+            ) from error
 
     # Learning.
 
@@ -252,6 +276,10 @@ class PruningAgent(Algorithm):
             samples |= {counts: None for counts in drawn if counts not in known}
             noise *= SAMPLE_NOISE_GROWTH
         return list(samples)[:count]
+
+    @property
+    def _networks(self) -> nn.Module:
+        return cast(nn.Module, self.get_module())
 
     def get_module(self, module_id: str = DEFAULT_MODULE_ID) -> RLModule | None:
         """The learner's own networks: there are no copies in env runners."""

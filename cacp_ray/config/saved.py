@@ -6,6 +6,7 @@ from typing import Any
 from cacp_ray.config.run import RunConfig, Section, load_config, resolved
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.io.files import changed_keys
+from cacp_ray.models.factory import check_origin
 
 # No measurement of the search depends on these.
 MAY_CHANGE = ("cluster.max_evaluators", "report.frontier", "report.learning", "report.latency")
@@ -64,7 +65,11 @@ def read_run_config(run_dir: Path) -> RunConfig:
 
     Raises:
         ArtifactError: The folder holds no run.
+        ConfigError: The configuration cannot be read, or names code that lies in the folder.
     """
     if not is_run(run_dir):
         raise ArtifactError(f"{run_dir} holds no run (no config.yaml): check the path")
-    return load_config(RunConfig, run_dir / "config.yaml")
+    config = load_config(RunConfig, run_dir / "config.yaml")
+    for name in (config.model.name, config.strategy, config.pruning.criterion):
+        check_origin(name, run_dir)
+    return config

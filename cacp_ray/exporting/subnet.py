@@ -77,7 +77,7 @@ def export_subnet(
         raise ArtifactError(f"{path} exists: delete it, or choose another name with --out")
     if finetuned is None:
         finetuned = (folder / "finetuned.safetensors").exists()
-    model = load_subnet(folder, finetuned=finetuned).requires_grad_(False)
+    model = load_subnet(folder, finetuned=finetuned, trust=True).requires_grad_(False)
     shape = tuple(description["input_shape"])
     note = {key: description[key] for key in NOTED if key in description}
     note["weights"] = "finetuned" if finetuned else "search"

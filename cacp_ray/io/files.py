@@ -73,6 +73,21 @@ def write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
     write_file(path, lambda temporary: temporary.write_bytes(save(plain)))
 
 
+def read_tensors(path: Path) -> dict[str, "Tensor"]:
+    """Reads a safetensors file.
+
+    Raises:
+        ArtifactError: The file is missing or cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]: untyped
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path}: not a readable safetensors file ({error})") from error
+
+
 def write_yaml(path: Path, value: Any) -> None:
     """Writes YAML in the order of the keys."""
     text = yaml.safe_dump(value, sort_keys=False)

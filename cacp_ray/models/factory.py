@@ -5,8 +5,12 @@ A name is a built-in CIFAR network (`resnet20`), `torchvision:NAME`, `timm:NAME`
 """
 
 import importlib
+import importlib.util
+import inspect
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -59,11 +63,19 @@ def default_input_shape(name: str, model: nn.Module) -> tuple[int, int, int]:
     return (channels, height, width)
 
 
-def import_function(kind: str, name: str) -> Callable[..., Any]:
-    """Imports a user's `package.module:function`; messages name its purpose, the `kind`.
+def import_function(
+    kind: str, name: str, *arguments: str, **keywords: object
+) -> Callable[..., Any]:
+    """Imports a user's `package.module:function`, to be called with these arguments.
+
+    Args:
+        kind: Purpose of the function, for messages.
+        name: The function.
+        arguments: Names of the positional arguments that it will be given.
+        keywords: Its keyword arguments.
 
     Raises:
-        ConfigError: The function cannot be imported or called.
+        ConfigError: The function cannot be imported, or does not take such arguments.
     """
     module, _, attribute = name.partition(":")
     try:
@@ -78,11 +90,53 @@ def import_function(kind: str, name: str) -> Callable[..., Any]:
             f"{kind} {name!r} is a {type(function).__name__}, not a function: write "
             "package.module:function"
         )
+    try:
+        inspect.signature(function).bind(*arguments, **keywords)
+    except (TypeError, ValueError) as error:  # ValueError: written in C, and says nothing
+        wanted = ", ".join([*arguments, *keywords])
+        raise ConfigError(
+            f"{kind} {name!r} cannot be called ({_describe(error)}): it must take ({wanted})"
+        ) from error
     return function
 
 
+def check_origin(name: str, folder: Path) -> None:
+    """Refuses a `package.module:function` whose code lies in the folder whose file names it.
+
+    Python finds it there when it was started in that folder. What was imported already is fine.
+
+    Raises:
+        ConfigError: The code lies in the folder.
+    """
+    package = package_of(name)
+    if package is None or package in sys.modules:
+        return
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return  # importing it will say why
+    places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
+    if any(place and Path(place).resolve().is_relative_to(folder.resolve()) for place in places):
+        raise ConfigError(
+            f"{folder} names {name}, and holds its code: a folder of results may not bring code; "
+            "import it yourself first, or move it elsewhere on PYTHONPATH"
+        )
+
+
+def is_known(name: str) -> bool:
+    """Whether building a network of this name runs code of known packages, or imported already."""
+    package = package_of(name)
+    return package is None or package in sys.modules
+
+
+def package_of(name: str) -> str | None:
+    """Top package of a user's `package.module:function`; None for names that we know."""
+    module, _, function = name.partition(":")
+    return module.partition(".")[0] if function and module not in IMAGENET_SOURCES else None
+
+
 def _build_from_factory(name: str, num_classes: int) -> nn.Module:
-    factory = import_function("model", name)
+    factory = import_function("model", name, num_classes=num_classes)
     try:
         model = factory(num_classes=num_classes)
     except Exception as error:  # whatever the user's function raises

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cacp_ray.errors import ArtifactError, ConfigError, nearest_names, one_line
+from cacp_ray.io.files import read_tensors
 from cacp_ray.models.checkpoints import find_state_dict, strip_prefix
 from cacp_ray.models.factory import build_model, check_torchvision
 
@@ -260,10 +259,7 @@ def load_weights(model: nn.Module, path: str) -> None:
         raise ArtifactError(
             f"weights {file}: no such file; give the path of a .safetensors or .pth file"
         )
-    try:
-        tensors = read_pickle(file) if file.suffix in (".pth", ".pt") else load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"weights {file}: not a readable safetensors file ({error})") from error
+    tensors = read_pickle(file) if file.suffix in (".pth", ".pt") else read_tensors(file)
     copy_weights(model, strip_prefix(tensors, model.state_dict().keys(), str(file)), str(file))
 
 

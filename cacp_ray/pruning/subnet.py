@@ -4,17 +4,23 @@
 small tensors. `load_subnet` builds the base network by its factory and puts the tensors in place.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]: untyped
 from torch import nn
 
-from cacp_ray.errors import ArtifactError
-from cacp_ray.io.files import check_object, read_json, write_file, write_json, write_tensors
-from cacp_ray.models.factory import build_model
+from cacp_ray.errors import ArtifactError, ConfigError
+from cacp_ray.io.files import (
+    check_object,
+    read_json,
+    read_tensors,
+    write_file,
+    write_json,
+    write_tensors,
+)
+from cacp_ray.models.factory import build_model, check_origin, is_known, package_of
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.resizable import ResizableNetwork
 from cacp_ray.pruning.surgery import Orders, all_tensors
@@ -23,9 +29,7 @@ SCHEMA_VERSION = 1
 README = """# Subnet at rate {rate:.2f} ({cost_kept:.2%} of the {cost} of {model} kept)
 
 ```python
-import cacp_ray
-
-net = cacp_ray.load_subnet("{folder}")  # the fine-tuned weights where there are some
+{code}  # the fine-tuned weights where there are some
 ```
 
 `subnet.json` says which channels of which group were kept; `model.safetensors` holds the weights
@@ -57,9 +61,18 @@ def save_subnet(folder: Path, model: nn.Module, description: Mapping[str, Any]) 
             base_sha256, cost, rate, cost_kept, keep_counts, groups, macs, params and accuracies.
     """
     write_tensors(folder / "model.safetensors", all_tensors(model))
-    text = README.format(**description, folder=folder, shape=tuple(description["input_shape"]))
+    code = loading_code(folder, description["model"])
+    text = README.format(**description, code=code, shape=tuple(description["input_shape"]))
     write_file(folder / "README.md", lambda path: path.write_text(text))
     write_json(folder / "subnet.json", {"schema_version": SCHEMA_VERSION} | dict(description))
+
+
+def loading_code(folder: Path, model: str) -> str:
+    """Lines of Python that load a subnet of a network of this name."""
+    path = json.dumps(folder.as_posix(), ensure_ascii=False)
+    package = package_of(model)
+    imports = ["import cacp_ray", *([f"import {package}"] if package else [])]
+    return "\n".join([*imports, f"net = cacp_ray.load_subnet({path})"])
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -80,27 +93,37 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def load_subnet(folder: str | Path, *, finetuned: bool | None = None) -> nn.Module:
+def load_subnet(
+    folder: str | Path, *, finetuned: bool | None = None, trust: bool = False
+) -> nn.Module:
     """A plain network in evaluation mode.
 
     Args:
         folder: Subnet folder, such as `runs/NAME/subnets/rate-0.50`.
         finetuned: Whether to read the fine-tuned weights; None reads them where there are some.
+        trust: Whether to import whatever module `subnet.json` names for the network, and call its
+            function. Otherwise networks of cacp_ray, torchvision and timm load, and those whose
+            package the caller has imported. Code that lies in the folder is never taken.
 
     Raises:
         ArtifactError: The folder is incomplete, or its files do not fit each other.
-        ConfigError: The model's factory cannot be imported.
+        ConfigError: The model's factory is not trusted, or cannot be imported.
     """
     folder = Path(folder)
     needed = ("model", "num_classes")
     description = check_object(folder / "subnet.json", read_description(folder), needed)
     use_finetuned = (folder / "finetuned.safetensors").exists() if finetuned is None else finetuned
     file = folder / ("finetuned.safetensors" if use_finetuned else "model.safetensors")
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{file}: not a readable safetensors file ({error})") from error
-    model = build_model(description["model"], description["num_classes"])
+    tensors = read_tensors(file)
+    name = description["model"]
+    check_origin(name, folder)
+    if not trust and not is_known(name):
+        raise ConfigError(
+            f"{folder} names {name} for its network, which is not imported yet: "
+            f"`import {package_of(name)}` first if that is yours, or load_subnet(..., "
+            "trust=True)"
+        )
+    model = build_model(name, description["num_classes"])
     wrong = sorted(all_tensors(model).keys() ^ tensors.keys())
     if wrong:
         raise ArtifactError(

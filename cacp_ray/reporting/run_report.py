@@ -1,7 +1,6 @@
 """The report of a finished run: report.html and its figures."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pyarrow as pa
 from cacp_ray.errors import ArtifactError
 from cacp_ray.io.files import read_object, read_text
 from cacp_ray.io.jsonl import read_journal
-from cacp_ray.pruning.subnet import read_description
+from cacp_ray.pruning.subnet import loading_code, read_description
 from cacp_ray.reporting.effort import list_facts, list_phases
 from cacp_ray.reporting.figures import (
     Drawing,
@@ -97,8 +96,8 @@ def write_report(run_dir: Path, episodes: pa.Table, save: Save = save_figure) ->
         has_importance=any(drawing.path.stem == "importance" for drawing in drawings),
         figures=drawings,
         learning=learning,
-        loading=_loading(run_dir, rows[1:]),
-        later=_loading(run_dir, later),
+        loading=_loading(run_dir, rows[1:], result["base"].get("model", "")),
+        later=_loading(run_dir, later, result["base"].get("model", "")),
         later_answers=_cells(answer_columns(result, later), later),
         has_finetuned=any(row.get("finetuned_top1") is not None for row in rows[1:]),
         phases=list_phases(result["seconds"]),
@@ -178,14 +177,12 @@ def _cells(columns: list[Column], rows: list[Row]) -> dict[str, Any]:
     return {"columns": columns, "rows": [[column.text(row) for column in columns] for row in rows]}
 
 
-def _loading(run_dir: Path, rows: list[Row]) -> list[dict[str, str]]:
+def _loading(run_dir: Path, rows: list[Row], model: str) -> list[dict[str, str]]:
     """Python code that loads the subnet of each row."""
-    loading: list[dict[str, str]] = []
-    for row in rows:
-        path = json.dumps((run_dir / row["path"]).as_posix(), ensure_ascii=False)
-        code = f"import cacp_ray\nnet = cacp_ray.load_subnet({path})"
-        loading.append({"label": f"{row['rate']:.2f}", "code": code})
-    return loading
+    return [
+        {"label": f"{row['rate']:.2f}", "code": loading_code(run_dir / row["path"], model)}
+        for row in rows
+    ]
 
 
 def _flatten(values: dict[str, Any]) -> list[tuple[str, str]]:

@@ -108,7 +108,7 @@ def finetune_subnets(
     with running_tune(
         lambda trial, metrics: on_epoch(_read_progress(trial.config, metrics, epochs))
     ):
-        tuner = _restore_tuner(trainable, space, experiment_dir)
+        tuner = _restore_tuner(trainable, space, experiment_dir) if resume else None
         for result in tuner.get_results() if tuner else ():
             if "epoch" in (result.metrics or {}):
                 progress = _read_progress(result.config, result.metrics, epochs)
@@ -205,6 +205,14 @@ def _open_experiment(experiment_dir: Path, content: dict[str, Any], *, resume: b
     """Notes what the experiment tries, or checks it: Tune would continue any other as well."""
     file = experiment_dir / "finetune.json"
     if not file.exists():
+        if experiment_dir.exists() and any(
+            path.name[0] != "."
+            for path in experiment_dir.iterdir()  # a kill leaves hidden files
+        ):
+            raise ArtifactError(
+                f"{experiment_dir} holds files, but no fine-tuning that was begun here (no "
+                "finetune.json): delete it, or move it away"
+            )
         write_json(file, content)
     elif not resume and (experiment_dir / CHOICE_FILE).exists():
         raise ArtifactError(

@@ -168,7 +168,7 @@ def inspect_model(
         if num_classes is not None:
             raise ConfigError(f"{name} has its own number of classes: leave --num-classes out")
         description = read_description(folder)
-        model = load_subnet(folder)
+        model = load_subnet(folder, trust=True)
         shape = tuple(description["input_shape"])
         num_classes = description["num_classes"]
         base_channels = {group["name"]: group["num_channels"] for group in description["groups"]}

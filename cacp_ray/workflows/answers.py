@@ -24,7 +24,7 @@ from cacp_ray.rundir.records import EpisodeRecord
 from cacp_ray.training.metrics import Accuracy, measure_split
 from cacp_ray.workflows.setup import Setup
 from cacp_ray.workflows.splits import Splits
-from cacp_ray.workflows.strategy import CONDITIONAL, Policy, find_policy, make_run_strategy
+from cacp_ray.workflows.strategy import CONDITIONAL, Policy, read_policy
 from cacp_ray.workflows.winners import as_record, build_here, build_winners, measure_candidates
 
 BEAM_WIDTH = 4  # best candidates so far, near which the next are sought
@@ -76,9 +76,9 @@ def answer_rates(
     for rate in rates:
         setup.budget.check(rate)
     setup = setup.prepare()
-    strategy = make_run_strategy(setup)
-    strategy.restore(checkpoint[0] / "strategy")
-    policy = find_policy(strategy)
+    told_in, num_told = checkpoint
+    rows = RunDirectory(run_dir).read_records()[:num_told]
+    policy = read_policy(setup, told_in, [row for row in rows if not row.is_answer])
     if policy is None:
         raise untrained
     evaluator = LocalEvaluator(_make_local_scorer(setup))
@@ -193,4 +193,4 @@ def evaluate_subnets(path: Path, split: str) -> Iterator[tuple[Path, float, Accu
                 f"{folder} has the classes {', '.join(description['classes'][:3])} ..., "
                 f"data.{split} others: give the configuration it was searched with"
             )
-        yield folder, description["rate"], measure_split(load_subnet(folder), data)
+        yield folder, description["rate"], measure_split(load_subnet(folder, trust=True), data)

@@ -225,10 +225,12 @@ def _finetune(
         larger = [rate for rate in rates if rate > group[0]]
         load_teacher = load_base_model
         if one_by_one and larger:
-            load_teacher = partial(load_subnet, job.folders[larger[-1]].resolve(), finetuned=True)
+            load_teacher = partial(
+                load_subnet, job.folders[larger[-1]].resolve(), finetuned=True, trust=True
+            )
         where = job.experiment_dir / f"rate-{group[0]:g}" if one_by_one else job.experiment_dir
         results |= finetune_subnets(
-            load_subnet=partial(load_subnet, finetuned=False),
+            load_subnet=partial(load_subnet, finetuned=False, trust=True),
             load_teacher=load_teacher,
             subnet_folders={rate: job.folders[rate] for rate in group},
             train_split=train,

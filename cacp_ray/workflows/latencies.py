@@ -23,7 +23,8 @@ def add_latencies(result: dict[str, Any], setup: Setup, run_dir: Path) -> None:
     """Measures base and subnets side by side: one image, then a batch; one thread, float32."""
     models = {"base": setup.model}
     models |= {
-        row["path"]: load_subnet(run_dir / row["path"], finetuned=False) for row in result["rates"]
+        row["path"]: load_subnet(run_dir / row["path"], finetuned=False, trust=True)
+        for row in result["rates"]
     }
     logger.info("measuring latency")
     images = setup.search.take(LATENCY_BATCH).tensors()[0]

@@ -2,14 +2,17 @@
 
 import logging
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from cacp_ray.config.run import RunConfig
+from cacp_ray.errors import ArtifactError
 from cacp_ray.pruning.criteria import needs, score_channels
 from cacp_ray.pruning.statistics import Statistics
+from cacp_ray.rundir.records import EpisodeRecord
 from cacp_ray.searching.allocation import Prior, uniform_prior
 from cacp_ray.searching.budget import Ints
 from cacp_ray.searching.mdp import AllocationMDP
@@ -49,6 +52,10 @@ class Policy(Protocol):
         """Standard deviation of the action noise at a rate."""
         ...
 
+    def load_policy(self, file: Path) -> None:
+        """Takes networks that a checkpoint has written."""
+        ...
+
     def stop(self) -> None:
         """Frees what the agent holds."""
         ...
@@ -83,6 +90,35 @@ def find_policy(strategy: Strategy) -> Policy | None:
     """The policy of a strategy; None until its prior is chosen, or where it has no policy."""
     inner = strategy.strategy if isinstance(strategy, PriorFirst) else strategy
     return inner if isinstance(inner, Policy) else None
+
+
+def read_policy(setup: Setup, checkpoint: Path, told: Sequence[EpisodeRecord]) -> Policy | None:
+    """The policy of a checkpoint; None until its prior is chosen.
+
+    No pickle is read: the strategy is told again what was measured, and takes the networks.
+
+    Raises:
+        ArtifactError: The checkpoint has no such networks.
+    """
+    from cacp_ray.agent.shell import POLICY_FILE
+
+    if setup.config.mode == "rounds":
+        told = sorted(told, key=lambda row: row.index)  # the order of telling
+    strategy = make_run_strategy(setup)
+    rows = iter([(row.candidate, row) for row in told])
+    while find_policy(strategy) is None and (row := next(rows, None)) is not None:
+        strategy.tell([row])  # one by one, until the prior is chosen
+    strategy.tell([*rows])
+    policy = find_policy(strategy)
+    if policy is not None:
+        file = next(checkpoint.rglob(POLICY_FILE), None)
+        if file is None:
+            raise ArtifactError(
+                f"{checkpoint} has no {POLICY_FILE}, as an earlier cacp_ray wrote it: run the "
+                "search again with --resume, which measures nothing anew"
+            )
+        policy.load_policy(file)
+    return policy
 
 
 def num_reserved(config: RunConfig) -> int:

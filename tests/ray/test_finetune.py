@@ -161,6 +161,14 @@ def save_trained(folder: Path) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_experiment_that_was_not_begun_here_is_refused(tmp_path: Path, resume: bool) -> None:
+    (tmp_path / "finetune").mkdir()
+    (tmp_path / "finetune" / "tuner.pkl").write_bytes(b"anything")
+    with pytest.raises(ArtifactError, match=r"no fine-tuning that was begun here \(no finetune"):
+        finetune(tmp_path, resume=resume)
+
+
 def epochs_by_rate(events: list[FinetuneProgress]) -> dict[float, list[int]]:
     """Epochs that were trained, without those shown again after a kill."""
     new = [event for event in events if not event.is_restored]

@@ -205,6 +205,14 @@ CASES = {
     "unknown strategy": (search("strategy=cacpp"), "did you mean"),
     "unknown model": (search("model.name=resnet19"), "did you mean"),
     "a model that is not installed": (search("model.name=nothing.at:all"), "cannot be imported"),
+    "a model that takes no classes": (search("model.name=os:getcwd"), r"it must take \(num_cl"),
+    "a strategy that takes no problem": (search("strategy=os:getcwd"), r"must take \(problem\)"),
+    "a criterion that takes no network": (
+        search("pruning.criterion=os:getcwd"),
+        r"must take \(plan, tensors, statistics, seed\)",
+    ),
+    "a criterion that is no function": (search("pruning.criterion=os:sep"), "is a str, not a func"),
+    "a model that is text alone": (search("model.name=:"), "unknown model"),
     # Data
     "no file": (search("data.search.path=none.parquet"), "no such file"),
     "a folder": (search("data.search.path=tests"), "neither Parquet files nor folders of images"),

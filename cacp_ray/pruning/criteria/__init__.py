@@ -115,7 +115,7 @@ def get_criterion(name: str) -> Criterion:
         ConfigError: The name is unknown, or the function cannot be imported.
     """
     if name not in CRITERIA and ":" in name:
-        return import_function("criterion", name)
+        return import_function("criterion", name, "plan", "tensors", "statistics", "seed")
     if name not in CRITERIA:
         raise ConfigError(f"unknown criterion {name!r}: {nearest_names(name, CRITERIA)}")
     return CRITERIA[name][0]

@@ -53,7 +53,7 @@ def make_strategy(name: str, problem: Problem) -> Strategy:
     if ":" in name:
         from cacp_ray.models.factory import import_function
 
-        return import_function("strategy", name)(problem)
+        return import_function("strategy", name, "problem")(problem)
     if name not in MAKERS:
         raise ConfigError(f"strategy {name}: {nearest_names(name, MAKERS)}")
     return MAKERS[name](problem)

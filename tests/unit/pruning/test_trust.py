@@ -1,0 +1,87 @@
+"""A subnet folder cannot bring code, and names only code that the caller trusts."""
+
+import sys
+
+import pytest
+
+from cacp_ray.config.run import RunConfig, resolved
+from cacp_ray.config.saved import read_run_config
+from cacp_ray.errors import ConfigError
+from cacp_ray.io.files import write_yaml
+from cacp_ray.pruning.subnet import load_subnet
+from tests.unit.exporting.folders import make_folder
+
+CODE = """
+from pathlib import Path
+from tests.unit.pruning.networks import Plain
+
+Path(__file__).with_suffix(".ran").touch()
+
+
+def make(num_classes):
+    return Plain(num_classes)
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """The name of a module that is nowhere yet; its folder `code` is on Python's path."""
+    name = "a_network_of_ones_own"
+    (tmp_path / "code").mkdir()
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    yield name
+    sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def subnet(tmp_path, module):
+    """A subnet folder that names the module's factory."""
+    folder = make_folder(tmp_path / "subnet", "tests.unit.pruning.networks:Plain", 16)
+    file = folder / "subnet.json"
+    named = file.read_text().replace("tests.unit.pruning.networks:Plain", f"{module}:make")
+    file.write_text(named)
+    return folder
+
+
+def test_code_is_imported_by_those_who_trust_it(subnet, module, tmp_path):
+    code = tmp_path / "code" / f"{module}.py"
+    code.write_text(CODE)
+    with pytest.raises(ConfigError, match=rf"`import {module}` first"):
+        load_subnet(subnet)
+    assert not code.with_suffix(".ran").exists()
+    load_subnet(subnet, trust=True)
+    assert code.with_suffix(".ran").exists()
+
+
+def test_what_the_caller_has_imported_is_trusted(subnet, module, tmp_path):
+    (tmp_path / "code" / f"{module}.py").write_text(CODE)
+    __import__(module)
+    load_subnet(subnet)
+
+
+@pytest.mark.parametrize("is_package", [False, True])
+def test_code_in_the_folder_itself_is_never_taken(subnet, module, is_package, monkeypatch):
+    code = subnet / module / "__init__.py" if is_package else subnet / f"{module}.py"
+    code.parent.mkdir(exist_ok=True)
+    code.write_text(CODE)
+    monkeypatch.chdir(subnet)
+    monkeypatch.syspath_prepend("")  # as in `python -c`, started in the folder
+    with pytest.raises(ConfigError, match="may not bring code"):
+        load_subnet(subnet, trust=True)
+    with pytest.raises(ConfigError, match="may not bring code"):
+        load_subnet(".")
+    assert not code.with_suffix(".ran").exists()
+
+
+@pytest.mark.parametrize("key", ["model.name", "strategy", "pruning.criterion"])
+def test_code_in_a_run_is_not_taken_either(key, module, tmp_path, monkeypatch):
+    values = resolved(RunConfig(name="x"))
+    section, _, name = key.rpartition(".")
+    (values[section] if section else values)[name] = f"{module}:make"
+    if key == "model.name":
+        values["model"]["weights"] = "w.safetensors"
+    write_yaml(tmp_path / "code" / "config.yaml", values)
+    read_run_config(tmp_path / "code")
+    (tmp_path / "code" / f"{module}.py").write_text(CODE)
+    with pytest.raises(ConfigError, match=f"names {module}:make, and holds its code"):
+        read_run_config(tmp_path / "code")
