@@ -6,7 +6,7 @@ import typer
 
 from cacp_ray.cli.app import app, state
 from cacp_ray.cli.options import Address
-from cacp_ray.errors import ConfigError
+from cacp_ray.errors import ArtifactError, ConfigError
 
 data_app = typer.Typer(no_args_is_help=True, help="Convert and inspect image data.")
 app.add_typer(data_app, name="data")
@@ -31,7 +31,7 @@ def inspect_data(
     summary = summarize(open_source(path), None if every else 1000)
     typer.echo("\n".join(describe(path, summary)))
     if summary.broken:
-        raise typer.Exit(2)
+        raise ArtifactError(f"data {summary.broken}: remove or replace that image")
 
 
 @data_app.command("convert")

@@ -40,11 +40,12 @@ def subnet(
     from cacp_ray.config.saved import read_run_config
     from cacp_ray.reporting.tables import answers_table, make_console
     from cacp_ray.rundir.directory import read_result
+    from cacp_ray.rundir.schema import ReportedFile
     from cacp_ray.workflows.answers import answer_rates
 
     rates = parse_rates(rate)
     read_run_config(run)
-    result = read_result(run)
+    result = read_result(run, ReportedFile)
     if out is not None and len(rates) > 1:
         raise ConfigError("--out is the folder of one subnet: give one rate")
     answers = answer_rates(run, rates, evaluations, save=len(rates) == 1, out=out)
@@ -90,9 +91,10 @@ def print_report(folder: Path) -> None:
     from cacp_ray.reporting.run_report import report_run
     from cacp_ray.reporting.tables import final_table, frontier_table, make_console
     from cacp_ray.rundir.directory import read_result
+    from cacp_ray.rundir.schema import ReportedFile
 
     read_run_config(folder)
-    result = read_result(folder)
+    result = read_result(folder, ReportedFile)
     console = make_console()
     console.print(final_table(result))
     if result["frontier"]:

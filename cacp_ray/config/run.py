@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -22,7 +21,9 @@ from pydantic import (
 )
 
 from cacp_ray.data import cifar10
-from cacp_ray.errors import ConfigError, nearest_names
+from cacp_ray.data.limits import MAX_PIXELS, MAX_SIDE
+from cacp_ray.errors import ConfigError, nearest_names, one_line
+from cacp_ray.io.files import parse_yaml
 from cacp_ray.pruning.cost import COSTS
 from cacp_ray.reporting.scalars import Logger
 from cacp_ray.searching.settings import AgentSettings, Mode, PaperSettings
@@ -90,11 +91,19 @@ class DataConfig(Section):
     search: SplitConfig = SplitConfig(path="embedded:search", rows=None)
     test: SplitConfig = SplitConfig(path="embedded:test", rows=None)
     resize: int | None = Field(
-        default=None, ge=1, description="length of the shorter side in pixels; unset: unchanged"
+        default=None,
+        ge=1,
+        le=MAX_SIDE,
+        description="length of the shorter side in pixels; unset: unchanged",
     )
-    crop: int | None = Field(default=None, ge=1, description="side of the central square in pixels")
+    crop: int | None = Field(
+        default=None, ge=1, le=MAX_SIDE, description="side of the central square in pixels"
+    )
     interpolation: Literal["bilinear", "bicubic"] = Field(
         default="bilinear", description="interpolation of data.resize"
+    )
+    max_pixels: int = Field(
+        default=MAX_PIXELS, ge=1, le=2**27, description="largest image that is decoded, in pixels"
     )
     stream: bool = Field(
         default=False,
@@ -332,12 +341,11 @@ def load_config(
     else:
         where = f"configuration {source}"
         try:
-            values = yaml.safe_load(Path(source).read_text()) or {}
+            values = parse_yaml(Path(source).read_text(encoding="utf-8")) or {}
         except OSError as error:
             raise ConfigError(f"{where}: {error.strerror}; give a YAML file") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"{where}: not valid YAML ({reason})") from error
+        except ValueError as error:
+            raise ConfigError(f"{where}: not valid YAML ({one_line(error)})") from error
         if not is_section(values):
             raise ConfigError(f"{where}: expected `key: value` lines")
     values = copy.deepcopy(defaults or {}) | values
@@ -360,8 +368,8 @@ def _override(values: dict[str, Any], text: str) -> None:
             raise ConfigError(f"--set {text}: {key} is not a section")
         values = child
     try:
-        values[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        values[last] = parse_yaml(value)
+    except ValueError as error:
         raise ConfigError(f"--set {text}: the value is not valid YAML") from error
 
 

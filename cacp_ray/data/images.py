@@ -5,6 +5,7 @@ import io
 import itertools
 import logging
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from cacp_ray.data import cifar10
+from cacp_ray.data.limits import MAX_PIXELS
 from cacp_ray.data.parquet import NO_LABEL
 from cacp_ray.data.sources import Source, open_source
 from cacp_ray.data.transforms import from_shared, to_normalized
@@ -24,6 +26,8 @@ from cacp_ray.errors import ArtifactError, ConfigError
 Interpolation = Literal["bilinear", "bicubic"]
 
 logger = logging.getLogger(__name__)
+# `Shape` has a limit of its own, and says so in one line.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 DECODED_TOGETHER = 512
 PROGRESS_SECONDS = 10.0
@@ -104,17 +108,26 @@ class Shape:
         resize: Length of the shorter side in pixels.
         crop: Side of the central square that is kept, in pixels.
         interpolation: How pixels are resampled.
+        max_pixels: Larger images are refused: decoded, a few of them would fill the memory.
     """
 
     resize: int | None = None
     crop: int | None = None
     interpolation: Interpolation = "bilinear"
+    max_pixels: int = MAX_PIXELS
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """Resizes and crops an image."""
+        """Resizes and crops an image.
+
+        Raises:
+            ValueError: It has more than `max_pixels`, before or after that.
+        """
+        check_size(*image.size, self.max_pixels)
+        image = image.convert("RGB")
         if self.resize is not None:
             shorter = min(image.size)
             width, height = (int(self.resize * side / shorter) for side in image.size)
+            check_size(width, height, self.max_pixels)
             filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
             image = image.resize((width, height), filters[self.interpolation])
         if self.crop is not None:
@@ -229,6 +242,18 @@ def _count_within(*keys: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.arange(len(begins)) - np.repeat(firsts, lengths)
 
 
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Refuses an image of more pixels.
+
+    Raises:
+        ValueError: It has more.
+    """
+    if width * height > max_pixels:
+        raise ValueError(
+            f"{width:,} x {height:,} pixels, more than data.max_pixels allows ({max_pixels:,})"
+        )
+
+
 def describe_error(error: Exception) -> str:
     """Message of an error of Pillow's, without object addresses."""
     return "no image" if isinstance(error, UnidentifiedImageError) else str(error)
@@ -245,7 +270,7 @@ def decode(source: Source, rows: NDArray[np.int64], shape: Shape) -> NDArray[np.
         row, data = item
         try:
             image = Image.open(io.BytesIO(data or b""))
-            return np.asarray(shape(image.convert("RGB")))
+            return np.asarray(shape(image))
         except DECODE_ERRORS as error:
             raise ArtifactError(
                 f"data {source.where(row)}: cannot decode the image ({describe_error(error)}); "

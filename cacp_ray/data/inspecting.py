@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cacp_ray.data.images import DECODE_ERRORS, Rows, describe_error, read_labels
+from cacp_ray.data.images import DECODE_ERRORS, Rows, check_size, describe_error, read_labels
+from cacp_ray.data.limits import MAX_PIXELS
 from cacp_ray.data.sources import Source
 
 DECODED_TOGETHER = 256
@@ -58,6 +59,7 @@ def summarize(source: Source, count: int | None) -> DataSummary:
         try:
             image = Image.open(io.BytesIO(data or b""))
             mode = image.mode
+            check_size(*image.size, MAX_PIXELS)
             image.convert("RGB")
         except DECODE_ERRORS as error:
             return f"{source.where(row)}: {describe_error(error)}"
@@ -97,5 +99,6 @@ def describe(name: str, summary: DataSummary) -> list[str]:
             f"to {high[0]} (median {middle[0]}), height {low[1]} to {high[1]} (median {middle[1]})",
             f"{summary.num_bytes / summary.decoded / 1e3:,.1f} kB an image; colours: {kinds}",
         ]
-    lines.append(f"cannot be decoded: {summary.broken}" if summary.broken else "all of them decode")
+    if not summary.broken:
+        lines.append("all of them decode")
     return lines

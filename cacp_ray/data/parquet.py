@@ -4,10 +4,9 @@ The image column is a struct of `bytes` (and `path`) or plain binary, the label 
 Class names are read from the schema metadata `huggingface` or `class_names`.
 """
 
-import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from pyarrow import fs
 
 from cacp_ray.errors import ArtifactError, first_line
+from cacp_ray.io.files import parse_json
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
@@ -66,20 +66,36 @@ class ParquetSource:
                 raise ArtifactError(
                     f"data {self.name}: labels are {labels.type}; they must be integers"
                 )
-            parts.append(labels.cast(pa.int64()).fill_null(NO_LABEL).to_numpy())
+            try:
+                parts.append(labels.cast(pa.int64()).fill_null(NO_LABEL).to_numpy())
+            except pa.ArrowInvalid as error:
+                raise ArtifactError(
+                    f"data {file}: a label is larger than 2^63 ({first_line(error)}); mend it"
+                ) from error
         return np.concatenate(parts)
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names; empty where the schema metadata has none."""
         metadata, (_, column) = self._schema.metadata or {}, self._columns
-        try:
-            if b"class_names" in metadata:
-                return tuple(json.loads(metadata[b"class_names"]))
-            features = json.loads(metadata[b"huggingface"])["info"]["features"]
-            return tuple(features[column]["names"])
-        except (KeyError, ValueError, TypeError):
+        key = next((key for key in (b"class_names", b"huggingface") if key in metadata), None)
+        if key is None:
             return ()
+        try:
+            names = parse_json(metadata[key])
+            if key == b"huggingface":
+                with suppress(KeyError, TypeError):
+                    names = names["info"]["features"][column]["names"]
+                if not isinstance(names, list):
+                    return ()  # a label that is no ClassLabel
+            if not names or not all(isinstance(name, str) for name in names):
+                raise ValueError("no list of names")
+        except ValueError as error:
+            raise ArtifactError(
+                f"data {self.files[0]}: the class names in the schema's {key.decode()} cannot be "
+                f"read ({first_line(error)}); mend them"
+            ) from error
+        return tuple(names)
 
     @cached_property
     def blocks(self) -> NDArray[np.int64]:

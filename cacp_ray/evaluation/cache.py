@@ -24,6 +24,7 @@ from cacp_ray.evaluation.computation import hash_computation
 from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement, SubnetKey
 from cacp_ray.evaluation.preparation import Prepared
 from cacp_ray.io.environment import installed_versions
+from cacp_ray.io.files import parse_json
 from cacp_ray.io.jsonl import append_line, read_lines
 
 logger = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ def _read_line(line: bytes) -> tuple[Key, Measurement]:
     Raises:
         ValueError, KeyError, TypeError: It holds no sound measurement.
     """
-    row = json.loads(line)
+    row = parse_json(line)
     measurement = Measurement(**row["measurement"])
     counts, criterion, against = tuple(row["keep_counts"]), row["criterion"], row["against"]
     is_sound = (

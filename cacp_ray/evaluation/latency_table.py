@@ -26,7 +26,7 @@ import torch
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.evaluation.latency import Clock
 from cacp_ray.io.environment import read_processor
-from cacp_ray.io.files import write_file
+from cacp_ray.io.files import parse_json, write_file
 from cacp_ray.pruning.cost import CostModel
 from cacp_ray.pruning.latency_cost import (
     Calibration,
@@ -198,7 +198,7 @@ def load_table(path: str | Path) -> LatencyTable:
             f"latency table {path}: {reason}; make one with `cacp-ray latency measure`"
         ) from error
     try:
-        about: dict[str, Any] = json.loads((parquet.schema.metadata or {})[KEY])
+        about: dict[str, Any] = parse_json((parquet.schema.metadata or {})[KEY])
         if about["version"] != VERSION:
             raise ArtifactError(
                 f"latency table {path} has version {about['version']}, this reads {VERSION}: "

@@ -71,7 +71,7 @@ def export_subnet(
         raise ConfigError(
             f"--format {format} needs {', '.join(missing)}: pip install 'cacp-ray[export]'"
         )
-    description = read_description(folder)
+    description = read_description(folder, "input_shape")
     path = Path(out) if out is not None else folder / f"subnet{kind.suffix}"
     if path.exists():
         raise ArtifactError(f"{path} exists: delete it, or choose another name with --out")

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,7 @@ def keep_trying(write: Callable[[], object], where: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON; NaN is an error."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    write_file(path, lambda temporary: temporary.write_text(text))
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
@@ -91,19 +91,33 @@ def read_tensors(path: Path) -> dict[str, "Tensor"]:
 def write_yaml(path: Path, value: Any) -> None:
     """Writes YAML in the order of the keys."""
     text = yaml.safe_dump(value, sort_keys=False)
-    write_file(path, lambda temporary: temporary.write_text(text))
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_text(path: Path) -> str:
     """Reads a text file.
 
     Raises:
-        ArtifactError: The file is missing or cannot be read.
+        ArtifactError: The file is missing, cannot be read, or is not UTF-8.
     """
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ArtifactError(f"{path}: {error.strerror}; is this the right folder?") from error
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path}: not text in UTF-8; restore it from a copy") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parses JSON that anybody may have written.
+
+    Raises:
+        ValueError: It is not JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def read_json(path: Path) -> Any:
@@ -113,33 +127,25 @@ def read_json(path: Path) -> Any:
         ArtifactError: The file is missing or is not JSON.
     """
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path))
     except ValueError as error:
         raise ArtifactError(
             f"{path}: not valid JSON ({error}); restore it from a copy, or start in a new folder"
         ) from error
 
 
-def read_object(path: Path, keys: Iterable[str]) -> dict[str, Any]:
-    """Reads a JSON object that must have these keys.
+def parse_yaml(text: str | bytes) -> Any:
+    """Parses YAML that anybody may have written, as plain values.
 
     Raises:
-        ArtifactError: The file is missing, is not JSON, or holds something else.
+        ValueError: It is not YAML, or is nested too deeply.
     """
-    return check_object(path, read_json(path), keys)
-
-
-def check_object(path: Path, value: Any, keys: Iterable[str]) -> dict[str, Any]:
-    """Checks that the content of a file is a JSON object that has these keys.
-
-    Raises:
-        ArtifactError: The content is something else.
-    """
-    missing = sorted(set(keys) - value.keys()) if isinstance(value, dict) else []
-    if missing or not isinstance(value, dict):
-        what = f"no {', '.join(missing)} in it" if missing else "no JSON object"
-        raise ArtifactError(f"{path}: {what}; restore it from a copy, or make it anew")
-    return value
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

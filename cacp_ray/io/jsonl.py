@@ -1,12 +1,12 @@
 """Files of JSON lines that grow a line at a time; a kill may cut the last line short."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from cacp_ray.errors import ArtifactError
+from cacp_ray.io.files import parse_json
 
 Row = TypeVar("Row")
 
@@ -32,7 +32,7 @@ def append_line(path: Path, text: str) -> int:
 
 
 def read_lines(
-    path: Path, parse: Callable[[bytes], Row] = json.loads
+    path: Path, parse: Callable[[bytes], Row] = parse_json
 ) -> tuple[list[Row], dict[int, Exception]]:
     """The readable rows, and what is wrong with every other line by its number, from 1.
 
@@ -51,7 +51,7 @@ def read_lines(
 
 
 def read_journal(
-    path: Path, what: str = "JSON", parse: Callable[[bytes], Row] = json.loads
+    path: Path, what: str = "JSON", parse: Callable[[bytes], Row] = parse_json
 ) -> list[Row]:
     """Reads a file whose last line alone may be cut short, and leaves that line out.
 

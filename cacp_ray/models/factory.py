@@ -92,7 +92,9 @@ def import_function(
         )
     try:
         inspect.signature(function).bind(*arguments, **keywords)
-    except (TypeError, ValueError) as error:  # ValueError: written in C, and says nothing
+    except ValueError:  # written in C, and says nothing of its arguments
+        pass
+    except TypeError as error:
         wanted = ", ".join([*arguments, *keywords])
         raise ConfigError(
             f"{kind} {name!r} cannot be called ({_describe(error)}): it must take ({wanted})"

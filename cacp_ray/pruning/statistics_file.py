@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from cacp_ray.data.images import ImageSet
-from cacp_ray.io.files import write_file
+from cacp_ray.io.files import parse_json, write_file
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.statistics import POSITIONS, GateGradients, InputMoments, Statistics
 
@@ -86,7 +86,7 @@ def load_statistics(path: Path, key: str) -> Statistics | None:
                 _unpack(arrays[f"inputs/{name}/covariance"]),
                 None if taps is None else _unpack(taps).astype(np.float64),
             )
-            for name in json.loads(metadata["inputs"])
+            for name in parse_json(metadata["inputs"])
             for taps in [arrays.get(f"inputs/{name}/taps")]
         }
         gates = tuple(

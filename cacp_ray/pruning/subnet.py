@@ -5,27 +5,30 @@ small tensors. `load_subnet` builds the base network by its factory and puts the
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any
 
+from pydantic import Field, model_validator
 from torch import nn
 
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.io.files import (
-    check_object,
     read_json,
     read_tensors,
     write_file,
     write_json,
     write_tensors,
 )
+from cacp_ray.io.schema import Content, Count, Name, Rate, Size, check_content, version_of
 from cacp_ray.models.factory import build_model, check_origin, is_known, package_of
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.resizable import ResizableNetwork
 from cacp_ray.pruning.surgery import Orders, all_tensors
 
 SCHEMA_VERSION = 1
+MAX_INPUT = 2**28  # values of one input: 1 GiB
 README = """# Subnet at rate {rate:.2f} ({cost_kept:.2%} of the {cost} of {model} kept)
 
 ```python
@@ -75,22 +78,52 @@ def loading_code(folder: Path, model: str) -> str:
     return "\n".join([*imports, f"net = cacp_ray.load_subnet({path})"])
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """The content of subnet.json.
+class KeptGroup(Content):
+    """A group of a subnet, with the channels of the base network that it kept."""
+
+    name: Name
+    num_channels: Size
+    kept: list[Annotated[int, Field(ge=0, lt=10**6)]] | None = None
+
+
+class Description(Content):
+    """subnet.json, as far as it is read."""
+
+    model: Name
+    num_classes: Size
+    input_shape: Annotated[list[Size], Field(min_length=1, max_length=5)] | None = None
+    classes: list[str] | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    rate: Rate | None = None
+    cost_kept: Rate | None = None
+    groups: list[KeptGroup] | None = None
+    macs: Count | None = None
+    params: Count | None = None
+
+    @model_validator(mode="after")
+    def _fits_memory(self) -> "Description":
+        values = math.prod(self.input_shape or ())
+        if values > MAX_INPUT:
+            raise ValueError(f"an input of {values:,} values; at most {MAX_INPUT:,} are built")
+        return self
+
+
+def read_description(folder: Path, *needed: str) -> dict[str, Any]:
+    """The content of subnet.json, with these keys.
 
     Raises:
-        ArtifactError: The file is missing, is not JSON, or has another version.
+        ArtifactError: The file is missing, is not JSON, has another version, or other content.
     """
     file = folder / "subnet.json"
     content = read_json(file)
-    description = cast("dict[str, Any]", content) if isinstance(content, dict) else {}
-    version = description.get("schema_version")
+    version = version_of(content, SCHEMA_VERSION)
     if version != SCHEMA_VERSION:
         raise ArtifactError(
-            f"{file}: schema version {version}, this cacp_ray reads "
+            f"{file}: schema version {str(version)[:20]}, this cacp_ray reads "
             f"{SCHEMA_VERSION}; use the cacp_ray that wrote it"
         )
-    return description
+    return check_content(file, content, Description, needed)
 
 
 def load_subnet(
@@ -110,8 +143,7 @@ def load_subnet(
         ConfigError: The model's factory is not trusted, or cannot be imported.
     """
     folder = Path(folder)
-    needed = ("model", "num_classes")
-    description = check_object(folder / "subnet.json", read_description(folder), needed)
+    description = read_description(folder)
     use_finetuned = (folder / "finetuned.safetensors").exists() if finetuned is None else finetuned
     file = folder / ("finetuned.safetensors" if use_finetuned else "model.safetensors")
     tensors = read_tensors(file)

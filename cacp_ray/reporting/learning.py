@@ -23,7 +23,6 @@ from cacp_ray.reporting.figures import (
     style,
 )
 
-LEARNING_FILE = "learning.jsonl"
 REWARD_WINDOW = 10  # the reward of a rate is the mean of its last candidates
 HEIGHT = 3.3
 

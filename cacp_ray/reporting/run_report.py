@@ -6,9 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from cacp_ray.errors import ArtifactError
-from cacp_ray.io.files import read_object, read_text
-from cacp_ray.io.jsonl import read_journal
+from cacp_ray.io.files import read_text
+from cacp_ray.io.schema import Content, read_checked
 from cacp_ray.pruning.subnet import loading_code, read_description
 from cacp_ray.reporting.effort import list_facts, list_phases
 from cacp_ray.reporting.figures import (
@@ -31,7 +30,7 @@ from cacp_ray.reporting.groups import (
     plot_keep_ratios,
 )
 from cacp_ray.reporting.html import write_page
-from cacp_ray.reporting.learning import LEARNING_FILE, draw_learning
+from cacp_ray.reporting.learning import draw_learning
 from cacp_ray.reporting.summary import (
     Column,
     Row,
@@ -48,13 +47,12 @@ from cacp_ray.reporting.summary import (
     words,
 )
 from cacp_ray.rundir.directory import RunDirectory, read_result
-
-RESULT_KEYS = ("base", "cost", "frontier", "rates", "seconds")
+from cacp_ray.rundir.schema import MetricsFile, ReportedFile, read_learning
 
 
 def report_run(run_dir: Path) -> Path:
     """Writes report.html and the figures of a finished search; returns the path of the report."""
-    read_result(run_dir)
+    read_result(run_dir, ReportedFile)
     # The policy's answers after the search are told apart from what it has searched.
     records = [row for row in RunDirectory(run_dir).read_records() if not row.is_answer]
     table = pa.Table.from_pylist([dataclasses.asdict(record) for record in records])
@@ -69,15 +67,11 @@ def write_report(run_dir: Path, episodes: pa.Table, save: Save = save_figure) ->
     Raises:
         ArtifactError: One of the first three files is missing or unreadable.
     """
-    if not (run_dir / "result.json").exists():
-        raise ArtifactError(
-            f"{run_dir} holds no result.json: finish the search first (search --resume)"
-        )
-    result = read_object(run_dir / "result.json", RESULT_KEYS)
-    environment = read_object(run_dir / "environment.json", ())
+    result = read_result(run_dir, ReportedFile)
+    environment = read_checked(run_dir / "environment.json", Content)
     config = read_text(run_dir / "config.yaml")
     metrics = read_metrics(run_dir, result)
-    folder, lines = run_dir / "figures", read_journal(run_dir / LEARNING_FILE)
+    folder, lines = run_dir / "figures", read_learning(run_dir)
     drawings = draw_figures(result, episodes, metrics, folder, save)
     learning = draw_learning(result, lines, folder, save)
     rows, later = summary_rows(result), list_later_answers(run_dir, result)
@@ -145,7 +139,7 @@ def read_metrics(run_dir: Path, result: dict[str, Any]) -> Metrics:
     metrics: Metrics = {}
     for row in sorted(result["rates"], key=lambda row: row["rate"]):
         file = run_dir / row["path"] / "metrics.json"
-        content = read_object(file, ("epochs",)) if file.exists() else {}
+        content = read_checked(file, MetricsFile) if file.exists() else {}
         if content and len(content.get("history", [])) == content["epochs"]:
             metrics[row["rate"]] = content
     return metrics
@@ -163,7 +157,7 @@ def list_later_answers(run_dir: Path, result: dict[str, Any]) -> list[Row]:
         path = file.parent.relative_to(run_dir).as_posix()
         if path in known:
             continue
-        description = read_description(run_dir / path)
+        description = read_description(run_dir / path, "rate", "cost_kept", "macs")
         scored = description.get("candidates", {})
         rows.append(
             {key: description[key] for key in ("rate", "cost_kept", "macs")}

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
 
-from cacp_ray.errors import ArtifactError
-from cacp_ray.io.files import read_object, read_text
+from cacp_ray.io.files import read_text
+from cacp_ray.io.schema import Content, read_checked
 from cacp_ray.reporting.figures import BLUE, GREY, ORANGE, Plot, limit_y, save_plots, style
 from cacp_ray.reporting.html import write_page
 from cacp_ray.reporting.summary import format_percent, format_seconds, format_setting
+from cacp_ray.rundir.schema import TuningFile
 
 HEIGHT = 3.0
 LOG_FACTOR = 20.0  # an axis whose ends differ by more is logarithmic
@@ -29,9 +30,7 @@ def write_tuning_report(folder: Path) -> Path:
         ArtifactError: result.json, config.yaml, best.yaml or environment.json is missing or
             unreadable, or there are no trials.
     """
-    result = read_object(folder / "result.json", ("trials", "start", "answers", "seconds"))
-    if not result["trials"]:
-        raise ArtifactError(f"{folder / 'result.json'}: no trials in it; restore it from a copy")
+    result = read_checked(folder / "result.json", TuningFile)
     importance = rank_importance(result)
     first = ("importance", "Which settings matter", lambda axes: plot_importance(axes, importance))
     plots: list[tuple[str, str, Plot]] = [first] if importance.values else []
@@ -52,7 +51,7 @@ def write_tuning_report(folder: Path) -> Path:
         best_path=(folder / "best.yaml").as_posix(),
         cache_path=(folder / "cache").as_posix(),
         config=read_text(folder / "config.yaml"),
-        environment=read_object(folder / "environment.json", ()),
+        environment=read_checked(folder / "environment.json", Content),
         figures=save_plots(plots, folder / "figures", HEIGHT),
     )
 

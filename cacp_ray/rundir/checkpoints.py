@@ -5,7 +5,6 @@ and hash of every file.
 """
 
 import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -13,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from cacp_ray.errors import ArtifactError
-from cacp_ray.io.files import write_json
+from cacp_ray.io.files import parse_json, write_json
+from cacp_ray.io.schema import find_problem, version_of
+from cacp_ray.rundir.schema import LatestFile
 
 logger = logging.getLogger(__name__)
 
@@ -71,21 +72,21 @@ def _read_latest(folder: Path) -> list[dict[str, Any]]:
         return []
     content = file.read_bytes()  # a failing disk raises: that is not damage
     try:
-        latest = json.loads(content)
-        version = latest.get("schema_version", SCHEMA_VERSION)
-        entries = [
-            {"name": str(entry["name"]), "told": int(entry["told"]), "files": dict(entry["files"])}
-            for entry in (latest["checkpoints"] if version == SCHEMA_VERSION else ())
-        ]
-    except (KeyError, TypeError, ValueError, AttributeError):
-        logger.warning("%s is damaged: the search restarts from its measurements", file)
-        return []
-    if version != SCHEMA_VERSION:
+        latest: Any = parse_json(content)
+    except ValueError:
+        latest = None
+    version = version_of(latest, SCHEMA_VERSION)
+    if isinstance(version, int) and version != SCHEMA_VERSION:
         raise ArtifactError(
             f"{file}: schema version {version}, this cacp_ray reads {SCHEMA_VERSION}; go on "
             "with the cacp_ray that wrote it"
         )
-    return entries
+    if problem := find_problem(latest, LatestFile):
+        logger.warning(
+            "%s is damaged (%s): the search restarts from its measurements", file, problem
+        )
+        return []
+    return latest["checkpoints"]
 
 
 def _is_whole(folder: Path, entry: dict[str, Any]) -> bool:

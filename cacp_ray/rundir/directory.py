@@ -22,10 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cacp_ray.errors import ArtifactError
-from cacp_ray.io.files import keep_trying, read_object, write_file, write_json, write_yaml
+from cacp_ray.io.files import keep_trying, parse_json, write_file, write_json, write_yaml
 from cacp_ray.io.jsonl import append_line, read_journal
+from cacp_ray.io.schema import Content, read_checked
 from cacp_ray.rundir.checkpoints import find_checkpoint, save_checkpoint
 from cacp_ray.rundir.records import SCHEMA, EpisodeRecord, read_record
+from cacp_ray.rundir.schema import ResultFile
 
 logger = logging.getLogger(__name__)
 
@@ -173,8 +175,8 @@ class RunDirectory:
         return read_journal(self._journal, "a measurement", _parse_line)
 
 
-def read_result(run_dir: Path) -> dict[str, Any]:
-    """Content of a run's result.json.
+def read_result(run_dir: Path, kind: type[Content] = ResultFile) -> dict[str, Any]:
+    """Content of a run's result.json, as far as `kind` says what must be there.
 
     Raises:
         ArtifactError: The search has not ended, or the file is damaged.
@@ -184,11 +186,11 @@ def read_result(run_dir: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{run_dir} has no result.json: finish the search with `cacp-ray search --resume`"
         )
-    return read_object(file, ("rates",))
+    return read_checked(file, kind)
 
 
 def _parse_line(line: bytes) -> EpisodeRecord:
-    row = json.loads(line)
+    row = parse_json(line)
     record = read_record(row)
     pa.RecordBatch.from_pylist([row], schema=SCHEMA)  # refuses values of other types
     return record

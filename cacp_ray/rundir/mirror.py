@@ -11,7 +11,6 @@ knows; a resumed search replays those.
 # pyarrow has no complete types:
 # pyright: basic
 
-import json
 import logging
 import threading
 import time
@@ -24,7 +23,7 @@ import yaml
 from pyarrow import fs
 
 from cacp_ray.errors import ArtifactError, ConfigError, one_line
-from cacp_ray.io.files import write_file
+from cacp_ray.io.files import parse_json, write_file
 from cacp_ray.io.places import open_writable
 from cacp_ray.rundir.directory import JOURNAL
 
@@ -315,6 +314,6 @@ def _copy_order(name: str) -> tuple[int, str]:
 def _newest(latest: bytes) -> str | None:
     """Name of the newest checkpoint in the content of a LATEST.json; None where it is damaged."""
     try:
-        return max((str(entry["name"]) for entry in json.loads(latest)["checkpoints"]), default="")
+        return max((str(entry["name"]) for entry in parse_json(latest)["checkpoints"]), default="")
     except (ValueError, KeyError, TypeError):
         return None

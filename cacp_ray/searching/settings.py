@@ -3,8 +3,13 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le, MinLen
+from annotated_types import Ge, Gt, Le, MaxLen, MinLen
 from pydantic import ConfigDict
+
+# Above these, networks and batches of an agent would fill the memory.
+MAX_WIDTH = 4096
+MAX_BATCH = 65_536
+Widths = Annotated[tuple[Annotated[int, Ge(1), Le(MAX_WIDTH)], ...], MinLen(1), MaxLen(8)]
 
 
 @dataclass(frozen=True)
@@ -27,15 +32,18 @@ class AgentSettings:
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    hidden: Annotated[tuple[Annotated[int, Ge(1)], ...], MinLen(1)] = (64, 64)
+    hidden: Widths = (
+        64,
+        64,
+    )
     lr: Annotated[float, Gt(0)] = 1e-3
-    batch_size: Annotated[int, Ge(1)] = 128
-    updates_per_episode: Annotated[int, Ge(0)] = 16
+    batch_size: Annotated[int, Ge(1), Le(MAX_BATCH)] = 128
+    updates_per_episode: Annotated[int, Ge(0), Le(MAX_BATCH)] = 16
     noise: Annotated[float, Ge(0)] = 0.45
     noise_decay: Annotated[float, Gt(0), Le(1)] = 0.99
     action_scale: Annotated[float, Gt(0)] = 0.8
     elite_share: Annotated[float, Ge(0), Le(1)] = 0.6
-    drafts: Annotated[int, Ge(1)] = 32
+    drafts: Annotated[int, Ge(1), Le(MAX_BATCH)] = 32
     warmup: Annotated[int, Ge(0)] = 5
 
 
@@ -68,10 +76,13 @@ class PaperSettings:
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    hidden: Annotated[tuple[Annotated[int, Ge(1)], ...], MinLen(1)] = (300, 300)
+    hidden: Widths = (
+        300,
+        300,
+    )
     actor_lr: Annotated[float, Gt(0)] = 1e-4
     critic_lr: Annotated[float, Gt(0)] = 1e-3
-    batch_size: Annotated[int, Ge(1)] = 64
+    batch_size: Annotated[int, Ge(1), Le(MAX_BATCH)] = 64
     tau: Annotated[float, Gt(0), Le(1)] = 0.01
     noise: Annotated[float, Ge(0)] = 0.5
     noise_decay: Annotated[float, Gt(0), Le(1)] = 0.95

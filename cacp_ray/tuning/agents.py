@@ -20,7 +20,7 @@ from ray.tune.experiment import Trial
 
 from cacp_ray.distributed.broker import BrokeredEvaluator
 from cacp_ray.evaluation.measurement import Evaluator
-from cacp_ray.io.files import read_json, write_json
+from cacp_ray.io.files import parse_json, read_json, write_json
 from cacp_ray.reporting.progress import TrialProgress
 from cacp_ray.tuning.experiment import (
     ReportCallback,
@@ -78,7 +78,7 @@ class AgentTask:
 def _read_progress(name: str, metrics: Any) -> TrialProgress:
     # The settings of this report; a population may have changed the trial's since.
     values = (metrics[key] for key in ("evaluations", "top1", "area", "is_whole", "since"))
-    return TrialProgress(name, json.loads(metrics["settings"]), *values)
+    return TrialProgress(name, parse_json(metrics["settings"]), *values)
 
 
 def agent_trial(config: dict[str, Any], *, task: AgentTask, broker: Any) -> None:

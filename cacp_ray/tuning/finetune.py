@@ -19,8 +19,10 @@ from torch import nn
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.streams import ImageStream
 from cacp_ray.errors import ArtifactError, ConfigError
-from cacp_ray.io.files import changed_keys, read_json, read_object, write_json
+from cacp_ray.io.files import changed_keys, read_json, write_json
+from cacp_ray.io.schema import read_checked
 from cacp_ray.reporting.progress import FinetuneProgress
+from cacp_ray.rundir.schema import MetricsFile
 from cacp_ray.training.recipe import Recipe
 from cacp_ray.tuning.experiment import (
     ReportCallback,
@@ -252,5 +254,5 @@ def _name_trial(trial: Trial) -> str:
 
 def _read_result(folder: Path) -> FinetuneResult:
     names = [field.name for field in dataclasses.fields(FinetuneResult)]
-    metrics = read_object(folder / "metrics.json", names)
+    metrics = read_checked(folder / "metrics.json", MetricsFile, names)
     return FinetuneResult(**{name: metrics[name] for name in names})

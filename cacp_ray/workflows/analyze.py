@@ -167,7 +167,7 @@ def inspect_model(
     if is_path or (folder / "subnet.json").exists():
         if num_classes is not None:
             raise ConfigError(f"{name} has its own number of classes: leave --num-classes out")
-        description = read_description(folder)
+        description = read_description(folder, "input_shape", "groups", "rate")
         model = load_subnet(folder, trust=True)
         shape = tuple(description["input_shape"])
         num_classes = description["num_classes"]

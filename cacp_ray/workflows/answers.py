@@ -186,7 +186,7 @@ def evaluate_subnets(path: Path, split: str) -> Iterator[tuple[Path, float, Accu
         raise ConfigError(f"{path} stands outside its run, whose config.yaml names the data")
     config = read_run_config(run)
     for folder in [path] if is_subnet else [run / row["path"] for row in read_result(run)["rates"]]:
-        description = read_description(folder)
+        description = read_description(folder, "classes", "rate")
         data = Splits(config.data).open(split)
         if data.classes != tuple(description["classes"]):
             raise ConfigError(

@@ -8,12 +8,14 @@ from typing import Any
 from cacp_ray.config.run import RunConfig, resolved
 from cacp_ray.config.saved import read_run_config
 from cacp_ray.errors import ArtifactError, ConfigError
-from cacp_ray.io.files import changed_keys, read_object
+from cacp_ray.io.files import changed_keys
+from cacp_ray.io.schema import read_checked
 from cacp_ray.pruning.cost import describe_cost
 from cacp_ray.reporting.comparison import ComparedRun, Comparison, Point
 from cacp_ray.reporting.comparison_figure import JSON_FILE
 from cacp_ray.rundir.directory import RunDirectory, read_result
 from cacp_ray.rundir.records import EpisodeRecord
+from cacp_ray.rundir.schema import ComparedFile, ModelFile
 from cacp_ray.searching.archive import Archive
 from cacp_ray.searching.strategies import SEPARATE
 
@@ -85,7 +87,7 @@ def _read_model(run_dir: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{run_dir} has measured nothing yet (no model.json): go on with --resume"
         )
-    return read_object(run_dir / "model.json", ("sha256",))
+    return read_checked(run_dir / "model.json", ModelFile, ("sha256",))
 
 
 def _read_settings(config: RunConfig, sha256: str) -> dict[str, Any]:
@@ -129,7 +131,7 @@ def _summarise(
         archive.add(row)
     best = {rate: archive.best(rate) for rate in config.rates}
     winners = {rate: _point(row) for rate, row in best.items() if row is not None}
-    result = read_result(path) if (path / "result.json").exists() else None
+    result = read_result(path, ComparedFile) if (path / "result.json").exists() else None
     if result is None:
         search = {rate: None if row is None else row.top1 for rate, row in best.items()}
         evaluations = len({row.key for row in records})

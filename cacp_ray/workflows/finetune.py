@@ -23,6 +23,7 @@ from cacp_ray.io.files import read_json, write_json
 from cacp_ray.pruning.subnet import load_subnet, read_description
 from cacp_ray.reporting.progress import FinetuneProgress
 from cacp_ray.rundir.directory import read_result
+from cacp_ray.rundir.schema import ReportedFile
 from cacp_ray.training.metrics import measure_split
 from cacp_ray.workflows.network import check_weights, load_model, make_rebuild
 from cacp_ray.workflows.splits import Splits, check_padding, check_splits
@@ -106,12 +107,12 @@ def _finetune_run(
 ) -> dict[str, Any]:
     """Fine-tunes the subnet of every rate and completes result.json, whose content it returns."""
     clock = Clock()
-    result = read_result(run_dir)
     if (settings.model, settings.data) != (config.model, config.data):
         raise ConfigError(
             f"{run_dir} was searched with another `model` or `data`: leave both out of --config "
             "and --set"
         )
+    result = read_result(run_dir, ReportedFile)
     check_weights(config, run_dir)
     job = Job(
         {row["rate"]: run_dir / row["path"] for row in result["rates"]},
@@ -144,7 +145,7 @@ def _finetune_run(
 
 def _make_subnet_job(folder: Path, settings: FinetuneConfig) -> Job:
     """One subnet folder, wherever it lies; Tune's files go into its `finetune`."""
-    description = read_description(folder)
+    description = read_description(folder, "rate")
     if settings.data is None:
         raise ConfigError(f"{folder} lies in no run: give its data by --config, in `data`")
     if settings.finetune.teacher == "larger":

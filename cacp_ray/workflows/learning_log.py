@@ -18,10 +18,11 @@ import numpy as np
 
 from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement
 from cacp_ray.io.files import write_file
-from cacp_ray.io.jsonl import append_line, read_journal
-from cacp_ray.reporting.learning import LEARNING_FILE, REWARD_WINDOW, Line
+from cacp_ray.io.jsonl import append_line
+from cacp_ray.reporting.learning import REWARD_WINDOW, Line
 from cacp_ray.reporting.scalars import ScalarLog
 from cacp_ray.rundir.records import EpisodeRecord
+from cacp_ray.rundir.schema import LEARNING_FILE, read_learning
 from cacp_ray.searching.budget import Budget
 from cacp_ray.searching.loop import SearchLoop
 from cacp_ray.searching.strategy import Strategy
@@ -87,7 +88,7 @@ class LearningLog:
         self._shown = sorted({*rates, *unseen})
         self._total = evaluations
         self._path = run_dir / LEARNING_FILE
-        self.lines = read_journal(self._path)
+        self.lines = read_learning(run_dir)
         if self._path.exists():
             text = "".join(f"{_encode(line)}\n" for line in self.lines)
             write_file(self._path, lambda temporary: temporary.write_text(text))

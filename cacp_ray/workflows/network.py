@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cacp_ray.config.run import ModelConfig, RunConfig
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.evaluation.preparation import hash_weights
-from cacp_ray.io.files import read_object
+from cacp_ray.io.schema import read_checked
 from cacp_ray.models.factory import build_model
 from cacp_ray.models.pretrained import (
     copy_weights,
@@ -21,6 +21,7 @@ from cacp_ray.models.pretrained import (
     load_weights,
     read_weights,
 )
+from cacp_ray.rundir.schema import ModelFile
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def check_weights(config: RunConfig, run_dir: Path) -> None:
     Raises:
         ArtifactError: The hashes differ.
     """
-    saved = read_object(run_dir / "model.json", ("sha256", "classes"))
+    saved = read_checked(run_dir / "model.json", ModelFile, ("sha256", "classes"))
     model = load_model(config.model, len(saved["classes"]))
     check_hash(hash_weights(model.state_dict()), saved, run_dir)
 

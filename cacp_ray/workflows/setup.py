@@ -20,13 +20,14 @@ from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.evaluation.latency_table import LatencyTable, load_table
 from cacp_ray.evaluation.preparation import Prepared, hash_weights, needed_kinds, prepare
 from cacp_ray.io.environment import give_back_memory
-from cacp_ray.io.files import read_object
+from cacp_ray.io.schema import read_checked
 from cacp_ray.pruning.cost import Limited, describe_total
 from cacp_ray.pruning.criteria import get_criterion
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.statistics import Statistics, collect_statistics
 from cacp_ray.pruning.statistics_file import load_statistics, save_statistics, statistics_key
+from cacp_ray.rundir.schema import ModelFile
 from cacp_ray.searching.budget import Budget, minimum_counts
 from cacp_ray.searching.strategies.table import OTHER_ORDERS
 from cacp_ray.training.metrics import measure_split
@@ -117,7 +118,7 @@ class Setup:
         setup = cls(config, model, sha256, plan, budget, calibration, search, table, run_dir)
         if run_dir is None or not (run_dir / "model.json").exists():
             return setup
-        saved = read_object(run_dir / "model.json", ("sha256", "groups", "base"))
+        saved = read_checked(run_dir / "model.json", ModelFile, ("sha256", "groups", "base"))
         _check_base(setup, saved, run_dir)
         return replace(setup, saved=saved)
 
@@ -130,7 +131,7 @@ class Setup:
                 weights or another latency table than are there now.
         """
         config = read_run_config(run_dir)
-        read_object(run_dir / "model.json", ("groups",))
+        read_checked(run_dir / "model.json", ModelFile, ("groups",))
         return cls.create(config, run_dir).prepare()
 
     @property
@@ -324,3 +325,9 @@ def _check_base(setup: Setup, saved: Mapping[str, Any], run_dir: Path) -> None:
             f"{total:,} now: put the latency table back, or search again in another --run-dir"
         )
     check_hash(setup.sha256, saved, run_dir)
+    groups = [(group.name, group.num_channels) for group in setup.plan.groups]
+    if groups != [(group["name"], group["num_channels"]) for group in saved["groups"]]:
+        raise ArtifactError(
+            f"{run_dir / 'model.json'} has other groups than the network has now: go on with the "
+            "code that the search began with, or search again in another --run-dir"
+        )

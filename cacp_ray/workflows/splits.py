@@ -21,7 +21,7 @@ class Splits:
     def __init__(self, data: DataConfig) -> None:
         """Opens nothing yet."""
         self._data = data
-        self._shape = Shape(data.resize, data.crop, data.interpolation)
+        self._shape = Shape(data.resize, data.crop, data.interpolation, data.max_pixels)
         self._sources: dict[str, Source] = {}
 
     def read(self, name: str, count: int | None = None) -> ImageSet:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -50,10 +50,6 @@ class Policy(Protocol):
 
     def noise(self, rate: float) -> float:
         """Standard deviation of the action noise at a rate."""
-        ...
-
-    def load_policy(self, file: Path) -> None:
-        """Takes networks that a checkpoint has written."""
         ...
 
     def stop(self) -> None:
@@ -117,7 +113,7 @@ def read_policy(setup: Setup, checkpoint: Path, told: Sequence[EpisodeRecord]) -
                 f"{checkpoint} has no {POLICY_FILE}, as an earlier cacp_ray wrote it: run the "
                 "search again with --resume, which measures nothing anew"
             )
-        policy.load_policy(file)
+        cast(Any, policy).load_policy(file)
     return policy
 
 

@@ -2,6 +2,7 @@
 and files from elsewhere never run code."""
 
 import ast
+import io
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cacp_ray.config.run import RunConfig, load_config, resolved
@@ -105,6 +107,39 @@ def broken_image(data):
     return pa.array(images, type=data["img"].type)
 
 
+ROW = {
+    **{"rate": 0.5, "cost_kept": 0.5, "macs": 20_000_000, "params": 100_000},
+    **{"keep_counts": [8, 8], "path": "subnets/rate-0.50"},
+}
+
+
+GROUPS = [{"name": name, "num_channels": 16, "is_residual": False} for name in "ab"]
+RESULT = json.dumps(
+    {
+        **{"name": "x", "strategy": "cacp", "cost": "macs", "evaluations": 9, "rates": [ROW]},
+        **{"base": {"macs": 40_000_000, "params": 200_000}, "groups": GROUPS},
+        **{"frontier": [], "seconds": {"search": 1.0}},
+    }
+)
+
+
+def enormous_image(data):
+    images = data["img"].to_pylist()
+    file = io.BytesIO()
+    Image.new("1", (13_000, 13_000)).save(file, "PNG")
+    images[7] = {**images[7], "bytes": file.getvalue()}
+    return pa.array(images, type=data["img"].type)
+
+
+def enormous_label(data):
+    labels = pa.array([2**64 - 1, *data["label"].to_pylist()[1:]], pa.uint64())
+    return data.set_column(data.schema.names.index("label"), "label", labels)
+
+
+def named(text):
+    return lambda data: data.replace_schema_metadata({"class_names": text})
+
+
 def run_folder(folder, **files):
     """A run that was begun; `files` replaces some of its files."""
     path = folder / "run"
@@ -112,7 +147,8 @@ def run_folder(folder, **files):
     content = {
         "config.yaml": yaml.safe_dump(config),
         "model.json": json.dumps({"sha256": "0" * 64, "groups": [], "base": {}}),
-        "result.json": json.dumps({"rates": []}),
+        "result.json": RESULT,
+        "environment.json": "{}",
         **{name.replace("__", "/"): text for name, text in files.items()},
     }
     for name, text in content.items():
@@ -184,6 +220,30 @@ def taken_storage(folder, content=OTHER):
     return [*search()(folder), "--storage", folder / "copy"]
 
 
+def with_text(key, text):
+    """Replaces a value of subnet.json by JSON text that Python might not write."""
+
+    def change(path):
+        file = path / "subnet.json"
+        marked = json.dumps(json.loads(file.read_text()) | {key: "HERE"})
+        file.write_text(marked.replace('"HERE"', text))
+
+    return change
+
+
+GROUP = {**GROUPS[0], "num_channels": 2, "members": ["a.weight:0"], "order": [1, 0]}
+
+
+def reported(key, text):
+    marked = json.dumps(json.loads(RESULT) | {key: "HERE"}).replace('"HERE"', text)
+    return on_run("report", **{"result.json": marked})
+
+
+def saved_base(key, text):
+    saved = {"sha256": "0" * 64, "groups": [GROUP], "base": {}, key: "HERE"}
+    return resume(**{"model.json": json.dumps(saved).replace('"HERE"', text)})
+
+
 CASES = {
     # Configuration
     "not YAML": (config_file(b"a: ["), "not valid YAML"),
@@ -212,7 +272,17 @@ CASES = {
         r"must take \(plan, tensors, statistics, seed\)",
     ),
     "a criterion that is no function": (search("pruning.criterion=os:sep"), "is a str, not a func"),
-    "a model that is text alone": (search("model.name=:"), "unknown model"),
+    "YAML nested deeply": (config_file(b"a: " + b"[" * 10_000), "not valid YAML"),
+    "YAML with a number of 5,000 digits": (config_file(b"seed: " + b"1" * 5_000), "not valid YAML"),
+    "a value nested deeply": (search("rates=" + "[" * 10_000), "the value is not valid YAML"),
+    "an agent of enormous networks": (
+        search("agent.hidden=[1000000000,1000000000]"),
+        r"agent\.hidden\.0: .*4096",
+    ),
+    "an agent of enormous batches": (
+        search("paper.batch_size=1000000000000"),
+        r"paper\.batch_size: .*65536",
+    ),
     # Data
     "no file": (search("data.search.path=none.parquet"), "no such file"),
     "a folder": (search("data.search.path=tests"), "neither Parquet files nor folders of images"),
@@ -248,6 +318,23 @@ CASES = {
         search_with(table(replace("img", broken_image)), "data.search.path"),
         "row 7: cannot decode the image",
     ),
+    "an enormous image": (
+        search_with(table(replace("img", enormous_image)), "data.search.path"),
+        r"row 7: cannot decode the image \(13,000 x 13,000 pixels, more than data.max_pixels",
+    ),
+    "labels beyond 64 bits": (
+        search_with(table(enormous_label), "data.search.path"),
+        r"a label is larger than 2\^63",
+    ),
+    "class names nested deeply": (
+        search_with(table(named("[" * 10_000 + "]" * 10_000)), "data.search.path"),
+        "class_names cannot be read .nested too deeply.",
+    ),
+    "class names that are numbers": (
+        search_with(table(named("[1, 2]")), "data.search.path"),
+        "class_names cannot be read .no list of names.",
+    ),
+    "enormous crops": (search("data.crop=1000000000"), "data.crop: .*8192"),
     # Weights
     "weights cut short": (search_with(cut_weights, "model.weights"), "not a readable safetensors"),
     "weights that are a pickle": (
@@ -317,7 +404,7 @@ CASES = {
     "a damaged result": (on_run("report", **{"result.json": "{"}), "not valid JSON"),
     "a result of something else": (
         on_run("report", **{"result.json": "{}"}),
-        r"result\.json: no rates in it; restore it",
+        r"result\.json: no base, .*rates, seconds in it; restore it",
     ),
     "an empty configuration in a run": (
         on_run("evaluate", "--index", "1", **{"config.yaml": ""}),
@@ -336,10 +423,86 @@ CASES = {
     "a subnet of an unknown network": (subnet(describe_otherwise(model="resnet21")), "unknown"),
     "a description that lacks something": (
         subnet(lambda path: (path / "subnet.json").write_text('{"schema_version": 1}')),
-        r"subnet\.json: no model, num_classes in it",
+        r"subnet\.json: no input_shape, model, num_classes in it",
     ),
     "a description cut short": (subnet(cut("subnet.json")), "not valid JSON"),
     "small weights cut short": (subnet(cut("model.safetensors")), "not a readable safetensors"),
+    **{
+        f"a subnet whose {key} is {text}": (subnet(with_text(key, text)), rf"subnet\.json: {key}")
+        for key, text in (
+            *(("model", text) for text in ("5", "[5]", "{}", '""', f'"{"x" * 301}"')),
+            *(("num_classes", text) for text in ('"10"', "-1", "true", "1.5", "1e12", "1e30")),
+            ("num_classes", "1000000000000"),
+            *(("input_shape", text) for text in ('"3"', "[3, -1, 8]", "[3, 0.5, 8]", "[]", "{}")),
+            ("rate", '"a half"'),
+            ("groups", "[5]"),
+            ("classes", '{"0": "cat"}'),
+            ("params", "NaN"),
+        )
+    },
+    "a subnet without an input": (
+        subnet(with_text("input_shape", "null")),
+        r"subnet\.json: no input_shape in it",
+    ),
+    "a subnet of enormous images": (
+        subnet(with_text("input_shape", "[3, 100000, 100000]")),
+        "30,000,000,000 values; at most",
+    ),
+    "a subnet nested deeply": (
+        subnet(with_text("groups", "[" * 10_000 + "]" * 10_000)),
+        r"subnet\.json: not valid JSON \(nested too deeply\)",
+    ),
+    "a subnet with a number of 5,000 digits": (
+        subnet(with_text("num_classes", "1" * 5_000)),
+        r"subnet\.json: not valid JSON",
+    ),
+    "a subnet that is not text": (
+        subnet(lambda path: (path / "subnet.json").write_bytes(b"\xff\xfe{")),
+        "not text in UTF-8",
+    ),
+    # Results
+    **{
+        f"a result whose {key} is {text}": (reported(key, text), rf"result\.json: {where or key}")
+        for key, text, where in (
+            ("rates", '"0.5"', ""),
+            ("rates", "[]", ""),
+            ("rates", '[{"rate": "0.5"}]', "rates.0.rate"),
+            ("rates", json.dumps([ROW | {"path": "../../elsewhere"}]), "rates.0.path"),
+            ("rates", json.dumps([ROW | {"path": "/tmp"}]), "rates.0.path"),
+            ("rates", json.dumps([ROW | {"keep_counts": [1]}]), "rate 0.5: keep_counts do not"),
+            ("rates", json.dumps([ROW | {"keep_counts": [1, 99]}]), "rate 0.5: keep_counts do not"),
+            ("rates", json.dumps([ROW | {"top1": "all"}]), "rates.0.top1"),
+            ("seconds", '{"search": "long"}', "seconds.search"),
+            ("seconds", "5", ""),
+            ("frontier", '["0.5"]', "frontier.0"),
+            ("base", "[1]", ""),
+            ("base", '{"macs": 1e30, "params": 1}', "base.macs"),
+            ("groups", '[{"name": "conv1"}]', "groups.0.num_channels"),
+            ("learning", '{"policy_top1": [1]}', "learning.policy_top1.0"),
+        )
+    },
+    "learning of something else": (
+        on_run("report", **{"learning.jsonl": "[1]\n[2]\n"}),
+        r"learning\.jsonl: line 1 is not about the agent's learning",
+    ),
+    "a fine-tuning of something else": (
+        on_run(
+            "report",
+            **{"subnets__rate-0.50__metrics.json": '{"epochs": "many"}'},
+        ),
+        r"metrics\.json: epochs",
+    ),
+    **{
+        f"a base network whose {key} is {text}": (saved_base(key, text), rf"model\.json: {where}")
+        for key, text, where in (
+            ("base", '"resnet20"', "base"),
+            ("groups", '"none"', "groups"),
+            ("groups", json.dumps([GROUP | {"order": "upwards"}]), "groups.0.order"),
+            ("groups", json.dumps([GROUP | {"order": [0, 7]}]), "groups.0.order: no order"),
+            ("groups", json.dumps([GROUP | {"num_channels": 3}]), "groups.0: .* orders 2 of 3"),
+            ("orders", '{"l1": [[1]]}', "orders.l1.0: no order of channels"),
+        )
+    },
     # Options
     "a file where the cache should be": (occupied, "name a folder"),
     "unknown storage": (storage("ftp://host/x"), "write s3://BUCKET/FOLDER"),

@@ -38,11 +38,12 @@ def test_classes_sizes_and_colours_are_counted(folder):
 def test_the_first_broken_image_is_named_and_the_command_fails(folder, run):
     (folder / "cat" / "1.png").write_bytes(b"nothing")
     (folder / "cat" / "2.png").write_bytes(b"")
-    code, out, _ = run("data", "inspect", folder, "--all")
+    code, out, err = run("data", "inspect", folder, "--all")
     assert code == 2
-    assert "cannot be decoded: " in out
-    assert "cat/1.png" in out
-    assert "2.png" not in out
+    assert "all of them decode" not in out
+    assert "cat/1.png" in err
+    assert "2.png" not in err
+    assert err.count("\n") == 1
 
 
 def test_the_embedded_sample_is_whole(run):

@@ -18,6 +18,7 @@ from tests.unit.reporting.synthetic import (
 
 MANY_RATES = tuple(round(0.08 * i, 2) for i in range(1, 13))
 DESCRIPTION = {
+    "num_classes": 10,
     "model": "resnet20",
     "cost": "macs",
     "rate": 0.42,

@@ -80,7 +80,7 @@ def make_run(folder: Path, config: dict, *, records=None, result=None, sha256: s
 def make_result(rates=(0.3, 0.5, 0.7), *, policy: float | None = None, shift: float = 0.0) -> dict:
     rows = []
     for rate in rates:
-        rows.append({"rate": rate, "search_top1": 0.5 + 0.4 * rate + shift})
+        rows.append({"rate": rate, "path": "subnet", "search_top1": 0.5 + 0.4 * rate + shift})
         if policy is not None:
             rows[-1]["policy_top1"] = policy + 0.1 * rate
     return {

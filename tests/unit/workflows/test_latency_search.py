@@ -171,7 +171,8 @@ def test_the_base_is_described_by_its_latency(table_path):
 def test_a_run_is_not_continued_with_another_table(table_path, tmp_path):
     config = read_config(table_path, "latency")
     setup = Setup.create(config)
-    described = {"sha256": setup.sha256, "groups": [], "base": {"cost": setup.budget.total}}
+    groups = setup.prepare().describe_model()["groups"]
+    described = {"sha256": setup.sha256, "groups": groups, "base": {"cost": setup.budget.total}}
     (tmp_path / "model.json").write_text(json.dumps(described))
     assert Setup.create(config, tmp_path).saved == described
     table = load_table(table_path)

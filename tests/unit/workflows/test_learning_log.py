@@ -11,9 +11,9 @@ from tensorboardX.proto import event_pb2
 
 from cacp_ray.evaluation.measurement import Measurement
 from cacp_ray.io.jsonl import read_journal
-from cacp_ray.reporting.learning import LEARNING_FILE
 from cacp_ray.reporting.scalars import ScalarLog
 from cacp_ray.rundir.records import EpisodeRecord
+from cacp_ray.rundir.schema import LEARNING_FILE
 from cacp_ray.searching.budget import Budget
 from cacp_ray.workflows.learning_log import (
     NUM_LINES,

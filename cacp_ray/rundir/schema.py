@@ -1,0 +1,291 @@
+"""What the JSON files of a run hold, as far as commands read it.
+
+A command names the keys that it needs (`read_checked`); the models say what they must be.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from cacp_ray.io.files import parse_json
+from cacp_ray.io.jsonl import read_journal
+from cacp_ray.io.schema import (
+    Content,
+    Count,
+    InnerPath,
+    Name,
+    Rate,
+    Seconds,
+    Share,
+    Size,
+    find_problem,
+)
+
+LEARNING_FILE = "learning.jsonl"
+
+SHA256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Measured(Content):
+    """An accuracy on a split."""
+
+    top1: Share
+    images: Count
+
+
+class SavedBase(Content):
+    """The whole network, as a search found it."""
+
+    cost: Count | None = None
+    search: Measured | None = None
+
+
+class Base(Content):
+    """The whole network, with all that a report shows."""
+
+    macs: Count
+    params: Count
+    cost: Count | None = None
+    model: Name | None = None
+    search: Measured | None = None
+    test: Measured | None = None
+    latency_ms: Seconds | None = None
+
+
+class Group(Content):
+    """Channels that are cut together."""
+
+    name: Name
+    num_channels: Size
+    is_residual: bool
+
+
+def _is_order(order: list[int]) -> list[int]:
+    if sorted(order) != list(range(len(order))):
+        raise ValueError("no order of channels")
+    return order
+
+
+Order = Annotated[list[int], AfterValidator(_is_order)]
+
+
+class OrderedGroup(Group):
+    """A group with the importance order that a search used."""
+
+    members: list[Name]
+    order: Order
+
+    @model_validator(mode="after")
+    def _fits(self) -> "OrderedGroup":
+        if len(self.order) != self.num_channels:
+            raise ValueError(f"{self.name} orders {len(self.order)} of {self.num_channels}")
+        return self
+
+
+class ModelFile(Content):
+    """model.json."""
+
+    model: Name | None = None
+    sha256: str | None = None
+    input_shape: Annotated[list[Size], Field(min_length=1, max_length=5)] | None = None
+    classes: Annotated[list[str], Field(min_length=1)] | None = None
+    groups: list[OrderedGroup] | None = None
+    orders: dict[str, list[Order]] | None = None
+    base: SavedBase | None = None
+
+
+class RateRow(Content):
+    """The subnet of a rate."""
+
+    rate: Rate
+    path: InnerPath
+
+
+class ResultFile(Content):
+    """result.json of a search, as far as its subnets are read."""
+
+    rates: Annotated[list[RateRow], Field(min_length=1)]
+
+
+class ReportedRow(RateRow):
+    """The subnet of a rate, with all that a report shows."""
+
+    cost_kept: Rate
+    macs: Count
+    params: Count
+    keep_counts: list[Size]
+    search_top1: Share | None = None
+    search_images: Count | None = None
+    policy_top1: Share | None = None
+    top1: Share | None = None
+    uniform_top1: Share | None = None
+    finetuned_top1: Share | None = None
+    test_top1: Share | None = None
+    test_images: Count | None = None
+    latency_ms: Seconds | None = None
+    speedup: Seconds | None = None
+
+
+class FrontierRow(Content):
+    """An answer of the policy."""
+
+    rate: Rate
+    cost_kept: Rate
+    macs: Count
+    top1: Share
+
+
+class PolicyPoint(Content):
+    """What the policy was worth amid a search."""
+
+    evaluations: Count
+    rate: Rate
+    seen: bool
+    top1: Share
+    images: Count
+
+
+class Learning(Content):
+    """How the policy learned."""
+
+    images: Count | None = None
+    policy_top1: list[PolicyPoint] | None = None
+
+
+class ReportedFile(Content):
+    """result.json of a search, with all that a report shows."""
+
+    rates: Annotated[list[ReportedRow], Field(min_length=1)]
+    cost: str
+    groups: list[Group]
+    base: Base
+    frontier: list[FrontierRow]
+    learning: Learning | None = None
+    seconds: dict[str, Seconds | None]
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ReportedFile":
+        whole = [group.num_channels for group in self.groups]
+        for row in self.rates:
+            fits = len(row.keep_counts) == len(whole) and all(
+                kept <= channels for kept, channels in zip(row.keep_counts, whole, strict=True)
+            )
+            if not fits:
+                raise ValueError(f"rate {row.rate:g}: keep_counts do not fit the groups")
+        return self
+
+
+class ComparedRow(Content):
+    """The subnet of a rate, with what a comparison shows."""
+
+    rate: Rate
+    search_top1: Share | None = None
+    policy_top1: Share | None = None
+
+
+class ComparedPoint(Content):
+    """An answer of the policy, likewise."""
+
+    rate: Rate
+    cost_kept: Rate
+    top1: Share
+
+
+class ComparedFile(Content):
+    """result.json of a search, with what a comparison shows."""
+
+    rates: Annotated[list[ComparedRow], Field(min_length=1)]
+    evaluations: Count
+    frontier: list[ComparedPoint]
+    seconds: dict[str, Seconds | None]
+
+
+class FileEntry(Content):
+    """A file of a checkpoint."""
+
+    size: Count
+    sha256: SHA256
+
+
+class CheckpointEntry(Content):
+    """A checkpoint."""
+
+    name: Annotated[str, Field(pattern=r"^checkpoint-\d{6}$")]
+    told: Count
+    files: dict[InnerPath, FileEntry]
+
+
+class LatestFile(Content):
+    """checkpoints/LATEST.json."""
+
+    checkpoints: list[CheckpointEntry]
+
+
+class LearningLine(Content):
+    """A line of learning.jsonl."""
+
+    evaluations: Count
+    critic_loss: float | None
+    noise: dict[str, float | None]
+    cached_share: Share | None
+    reward: dict[str, float | None]
+    policy: dict[str, list[Size] | None]
+
+
+def read_learning(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of `learning.jsonl`; a last one that a kill cut short is left out.
+
+    Raises:
+        ArtifactError: An earlier line is damaged.
+    """
+    return read_journal(run_dir / LEARNING_FILE, "about the agent's learning", _parse_learning)
+
+
+def _parse_learning(line: bytes) -> dict[str, Any]:
+    content = parse_json(line)
+    if problem := find_problem(content, LearningLine):
+        raise ValueError(problem)
+    return content
+
+
+class Epoch(Content):
+    """An epoch of a training."""
+
+    search_top1: Share
+
+
+class MetricsFile(Content):
+    """metrics.json of a fine-tuned subnet."""
+
+    epochs: Count
+    rate: Rate | None = None
+    search_top1: Share | None = None
+    search_images: Count | None = None
+    test_top1: Share | None = None
+    test_images: Count | None = None
+    history: list[Epoch] | None = None
+
+
+class TrialRow(Content):
+    """A trial of a tuning of the agent."""
+
+    name: Name
+    top1: Share
+    area: Share
+    evaluations: Count
+    is_whole: bool
+    since: Count = 0
+    known: Share | None = None
+    settings: dict[str, Any]
+
+
+class TuningFile(Content):
+    """result.json of a tuning of the agent."""
+
+    name: Name
+    objective: Literal["top1", "area"]
+    start: dict[str, Any]
+    trials: Annotated[list[TrialRow], Field(min_length=1)]
+    answers: dict[str, Count]
+    seconds: dict[str, Seconds]
