@@ -95,8 +95,9 @@ class Score(NamedTuple):
 class Watched:
     """What the driver and its evaluators have written so far."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, machines: Machines) -> None:
+        self.folder = machines.folder
+        self._machines = machines
 
     def scores(self, since: float = 0.0) -> list[Score]:
         """Every score begun at or after a moment."""
@@ -120,6 +121,7 @@ class Watched:
                 if len(seen) >= evaluators:
                     return score.moment - start
             time.sleep(0.2)
+            self._machines.restart_failed()
         raise TimeoutError(f"{evaluators} evaluators are not busy after {PATIENCE_SECONDS:.0f} s")
 
 
@@ -171,7 +173,7 @@ def main() -> None:
 
 def soak(machines: Machines, options: argparse.Namespace) -> dict[str, Any]:
     """Runs both parts; `broken` names the promises that were not kept."""
-    watched = Watched(machines.folder)
+    watched = Watched(machines)
     command = [sys.executable, str(Path(__file__)), "--drive", str(machines.folder)]
     command += [machines.address, "--episodes", str(options.episodes)]
     command += ["--score-seconds", str(options.score_seconds)]

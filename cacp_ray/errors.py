@@ -13,6 +13,8 @@ The first four are bad input (exit code 2), the last is a failed run (exit code 
 import difflib
 from collections.abc import Iterable
 
+OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "bad allocation")
+
 
 class CacpError(Exception):
     """Base of all errors that a user can act on."""
@@ -40,6 +42,15 @@ class EvaluationError(CacpError):
     """A candidate that could not be measured."""
 
     exit_code = 1
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, a GPU's, or that of torch, which has no type for it."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY))
+    )
 
 
 def nearest_names(name: str, known: Iterable[str]) -> str:

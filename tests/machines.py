@@ -72,9 +72,18 @@ class Machines:
         """Starts nodes of one CPU, one by one: at once, they would choose the same socket."""
         for _ in range(count):
             before = self._num_sockets()
-            command = [*RAY, "start", f"--address={self.address}", "--num-cpus=1"]
-            self.nodes.append(self.spawn(command, **variables))
+            self.nodes.append(self._start_node(**variables))
             self._wait_for_sockets(before + 1)
+
+    def restart_failed(self) -> None:
+        """Starts nodes again whose start has failed, as a cloud does."""
+        for index, node in enumerate(self.nodes):
+            if node.poll() is not None:
+                self.nodes[index] = self._start_node()
+
+    def _start_node(self, **variables: str) -> subprocess.Popen[bytes]:
+        command = [*RAY, "start", f"--address={self.address}", "--num-cpus=1"]
+        return self.spawn(command, **variables)
 
     def lose_node(self, index: int) -> None:
         """Kills a node, as a spot node is taken away unannounced."""

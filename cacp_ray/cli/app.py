@@ -1,12 +1,15 @@
 """The application, its settings, and its exit codes."""
 
+import errno
+import io
 import logging
+import os
 import sys
 from typing import Annotated
 
 import typer
 
-from cacp_ray.errors import CacpError
+from cacp_ray.errors import CacpError, is_out_of_memory
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,6 +20,11 @@ app = typer.Typer(
 )
 state = {"quiet": False}
 INTERRUPTED = 130  # exit code
+# What a disk answers that takes no more.
+UNWRITABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EIO),
+)
 RESUMABLE = ("demo", "search", "train", "finetune", "tune-agent")
 
 
@@ -45,13 +53,20 @@ def setup(
 
 def main() -> None:
     """Entry point: one line and exit code 2 for bad input, 1 for a failed run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # for terminals and pipes that are not UTF-8
     try:
         code = app(standalone_mode=False) or 0
         if code == INTERRUPTED:  # typer turns Ctrl-C into this exit code
             command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
             step = "; go on with --resume" if command in RESUMABLE else ""
             typer.echo(f"cacp-ray: interrupted{step}", err=True)
+        sys.stdout.flush()
         sys.exit(code)
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         if "--debug" in sys.argv:
             raise
@@ -70,4 +85,12 @@ def _explain(error: Exception) -> tuple[int, str]:
         text = usage()
         return 2, text if "\n" in text else f"cacp-ray: {text} See cacp-ray --help."
     reason = " ".join(str(error).split())
+    if is_out_of_memory(error):
+        return 1, f"cacp-ray: memory ran out ({reason}): free some, or use a machine with more"
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        where = str(error.filename or "standard output").encode(errors="replace").decode()
+        return 1, (
+            f"cacp-ray: {where} cannot be read or written ({error.strerror}): make room, or name "
+            "another place; a command with --resume goes on from what is there"
+        )
     return 1, f"cacp-ray: {type(error).__name__}: {reason} (cacp-ray --debug shows where)"

@@ -5,7 +5,7 @@ from typing import Any
 
 from cacp_ray.config.run import RunConfig, Section, load_config, resolved
 from cacp_ray.errors import ArtifactError, ConfigError
-from cacp_ray.io.files import changed_keys
+from cacp_ray.io.files import changed_keys, check_writable
 from cacp_ray.models.factory import check_origin
 
 # No measurement of the search depends on these.
@@ -21,10 +21,20 @@ def open_folder(run_dir: Path, config: Section, *, resume: bool) -> None:
     """
     saved = run_dir / "config.yaml"
     if not resume:
-        # A kill during the first write leaves a hidden file.
-        if run_dir.exists() and (
-            not run_dir.is_dir() or any(path.name[0] != "." for path in run_dir.iterdir())
-        ):
+        try:
+            # A kill during the first write leaves a hidden file.
+            is_taken = run_dir.exists() and (
+                not run_dir.is_dir() or any(path.name[0] != "." for path in run_dir.iterdir())
+            )
+            if not is_taken:
+                check_writable(run_dir)
+        except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+            reason = getattr(error, "strerror", None) or str(error)
+            raise ArtifactError(
+                f"{ascii(str(run_dir))[:100]} cannot be written ({reason}): choose another "
+                "--run-dir, or another name"
+            ) from error
+        if is_taken:
             raise ArtifactError(
                 f"{run_dir} exists: pass --resume to continue it, or choose another --run-dir"
             )

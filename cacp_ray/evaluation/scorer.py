@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.transforms import from_shared
-from cacp_ray.errors import EvaluationError
+from cacp_ray.errors import EvaluationError, is_out_of_memory
 from cacp_ray.evaluation import racing
 from cacp_ray.evaluation.gpu import (
     TRIED_IMAGES,
@@ -36,13 +36,6 @@ from cacp_ray.training.metrics import fast_dtype, find_hits, score_logits
 TRIM_SECONDS = 1.0
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device ran out of memory; the CPU's allocator has no error type of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
 
 
 def read_dtype(name: str, device: str = "cpu") -> torch.dtype:

@@ -1,5 +1,7 @@
 """Files that are whole or absent: everything is written to a temporary name, then renamed."""
 
+import contextlib
+import errno
 import json
 import logging
 import os
@@ -22,14 +24,51 @@ RETRY_SECONDS = 1.0
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary path in the same folder, then renames the result to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Calls `write` with a temporary path in the same folder, then renames the result to `path`.
+
+    Raises:
+        OSError: It cannot be written; `filename` is `path`.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        # Python names no file where a write itself fails, as on a full disk.
+        reason = error.strerror or str(error)
+        raise OSError(error.errno or errno.EIO, reason, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8; what no text holds, such as bytes of a file's name, is written as an escape."""
+    content = text.encode("utf-8", "backslashreplace")
+    write_file(path, lambda temporary: temporary.write_bytes(content))
+
+
+def check_writable(folder: Path) -> None:
+    """Tries whether a file can be written into a folder, and leaves everything as it was.
+
+    Raises:
+        OSError, ValueError: It cannot.
+    """
+    made: list[Path] = []
+    try:
+        for place in (*reversed(folder.parents), folder):
+            if not place.exists():
+                place.mkdir()
+                made.append(place)
+        trial = folder / f".{os.getpid()}.tmp"
+        try:
+            trial.write_bytes(b"x")
+        finally:
+            trial.unlink(missing_ok=True)
+    finally:
+        for place in reversed(made):
+            place.rmdir()
 
 
 def keep_trying(write: Callable[[], object], where: Path) -> None:
@@ -62,7 +101,7 @@ def keep_trying(write: Callable[[], object], where: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON; NaN is an error."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, text)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
@@ -91,7 +130,7 @@ def read_tensors(path: Path) -> dict[str, "Tensor"]:
 def write_yaml(path: Path, value: Any) -> None:
     """Writes YAML in the order of the keys."""
     text = yaml.safe_dump(value, sort_keys=False)
-    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, text)
 
 
 def read_text(path: Path) -> str:

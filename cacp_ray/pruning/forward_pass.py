@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from cacp_ray.errors import UnsupportedModelError
+from cacp_ray.errors import UnsupportedModelError, is_out_of_memory
 from cacp_ray.pruning.flops import without_fast_paths
 from cacp_ray.pruning.inputs import (
     Inputs,
@@ -70,6 +70,8 @@ def _follow(model: nn.Module, inputs: Inputs, tracer: Tracer, *, training: bool 
             with torch.no_grad(), mode:
                 output = call(model, inputs)
         except Exception as error:  # the network's own code
+            if is_out_of_memory(error):
+                raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             how = " in training mode" if training else ""
             raise UnsupportedModelError(

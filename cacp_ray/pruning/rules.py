@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from cacp_ray.errors import is_out_of_memory
 from cacp_ray.pruning.flops import is_uncounted
 from cacp_ray.pruning.labels import FROZEN, NEUTRAL, compact, split_dim, varying_dims
 from cacp_ray.pruning.layer_rules import LAYER_RULES, TAKES_WEIGHTS, Op, use_weight
@@ -89,6 +90,8 @@ def _label(tracer: Tracer, op: Op) -> None:
         rule = _rule_of(tracer, op)
         is_known = rule is not None and rule(tracer, op)
     except Exception as error:  # the rule does not foresee this form of the operation
+        if is_out_of_memory(error):
+            raise
         logger.debug("%s: %s", op.func, error)
         is_known = False
     if not is_known:

@@ -8,6 +8,7 @@ another key is not used.
 # pyright: basic
 # Basic: safetensors has no types.
 
+import errno
 import hashlib
 import json
 import logging
@@ -64,7 +65,14 @@ def save_statistics(path: Path, statistics: Statistics, key: str) -> None:
         arrays[f"gates/{number}/square"] = gate.square.astype(np.float32)
     order = json.dumps(list(statistics.inputs))
     metadata = {"key": key, "inputs": order, "gates": str(len(statistics.gates))}
-    write_file(path, lambda temporary: save_file(arrays, temporary, metadata))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(arrays, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error)) from error
+
+    write_file(path, write)
 
 
 def load_statistics(path: Path, key: str) -> Statistics | None:

@@ -17,9 +17,9 @@ from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.io.files import (
     read_json,
     read_tensors,
-    write_file,
     write_json,
     write_tensors,
+    write_text,
 )
 from cacp_ray.io.schema import Content, Count, Name, Rate, Size, check_content, version_of
 from cacp_ray.models.factory import build_model, check_origin, is_known, package_of
@@ -66,7 +66,7 @@ def save_subnet(folder: Path, model: nn.Module, description: Mapping[str, Any]) 
     write_tensors(folder / "model.safetensors", all_tensors(model))
     code = loading_code(folder, description["model"])
     text = README.format(**description, code=code, shape=tuple(description["input_shape"]))
-    write_file(folder / "README.md", lambda path: path.write_text(text))
+    write_text(folder / "README.md", text)
     write_json(folder / "subnet.json", {"schema_version": SCHEMA_VERSION} | dict(description))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
-from cacp_ray.errors import UnsupportedModelError
+from cacp_ray.errors import UnsupportedModelError, is_out_of_memory
 from cacp_ray.pruning.flops import without_fast_paths
 from cacp_ray.pruning.inputs import Inputs, call, map_inputs, repeat_batch, tensors_of
 from cacp_ray.pruning.plan import Plan
@@ -48,6 +48,8 @@ def find_failures(model: nn.Module, plan: Plan, inputs: Inputs) -> dict[int, str
     try:
         trial = _Trial(model, plan, inputs)
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         reason = _first_line(error)
         raise UnsupportedModelError(f"the network cannot be copied ({reason})") from error
     whole, least = plan.cost_model.num_channels, plan.least_counts
@@ -122,6 +124,8 @@ class _Trial:
                 net = nets.cut(self._cutter, orders, keep_counts)
                 small = _run(net, self._inputs)
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             logger.debug("cut of groups %s: %s", groups, error)
             return f"the network does not run when they are cut ({_first_line(error)})"
         if [t.shape for t in small] != self._shapes:
@@ -227,6 +231,8 @@ def _train_once(model: nn.Module, inputs: Inputs) -> str | None:
             if losses:
                 backpropagate(torch.stack(losses).sum())
     except Exception as error:  # the network's own code
+        if is_out_of_memory(error):
+            raise
         return _first_line(error)
     return None
 

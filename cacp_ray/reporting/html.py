@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from cacp_ray.io.files import write_file
+from cacp_ray.io.files import write_text
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:
@@ -20,5 +20,5 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
     css = Markup(folder.joinpath("report.css").read_text("utf-8"))
     text = folder.joinpath(template).read_text("utf-8")
     page = environment.from_string(text).render(css=css, **values)
-    write_file(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    write_text(path, page)
     return path

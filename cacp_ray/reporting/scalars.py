@@ -95,7 +95,7 @@ class ScalarLog:
         return file.read_text().strip() if file.exists() else None
 
     def _keep_id(self, name: str, value: str) -> None:
-        (self._folder / f"{name}_run").write_text(value + "\n")
+        (self._folder / f"{name}_run").write_text(value + "\n", encoding="utf-8")
 
 
 OPEN = {

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement
-from cacp_ray.io.files import write_file
+from cacp_ray.io.files import write_text
 from cacp_ray.io.jsonl import append_line
 from cacp_ray.reporting.learning import REWARD_WINDOW, Line
 from cacp_ray.reporting.scalars import ScalarLog
@@ -91,7 +91,7 @@ class LearningLog:
         self.lines = read_learning(run_dir)
         if self._path.exists():
             text = "".join(f"{_encode(line)}\n" for line in self.lines)
-            write_file(self._path, lambda temporary: temporary.write_text(text))
+            write_text(self._path, text)
         self._figures: dict[str, list[float]] = {"critic_loss": [], "policy_value": []}
         self._updates: int | None = None
 

@@ -4,6 +4,7 @@ and files from elsewhere never run code."""
 import ast
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -374,6 +375,26 @@ CASES = {
         r"model\.json: no base, groups in it",
     ),
     "a model.json that is a list": (resume(**{"model.json": "[]"}), r"model\.json: no JSON object"),
+    "a run at a dangling link": (
+        lambda folder: ((folder / "run").symlink_to("/nowhere/at/all"), search()(folder))[1],
+        "cannot be written .File exists.: choose another --run-dir",
+    ),
+    "a run where nothing can be": (
+        lambda folder: [*search()(folder)[:-1], "/proc/run"],
+        "cannot be written .No such file or directory.: choose another --run-dir",
+    ),
+    "a run with a long name": (
+        lambda folder: [*search()(folder)[:-1], folder / ("n" * 300)],
+        "cannot be written .File name too long.",
+    ),
+    "a run with a NUL in its name": (
+        lambda folder: [*search()(folder)[:-1], f"{folder}/a\0b"],
+        "embedded null byte",
+    ),
+    "a run with half a character in its name": (
+        lambda folder: [*search()(folder)[:-1], f"{folder}/a\ud800"],
+        "surrogates not allowed",
+    ),
     "nothing to resume": (lambda folder: [*search()(folder), "--resume"], "holds no run"),
     "a file where the run should be": (
         lambda folder: ((folder / "run").write_text("x"), search()(folder))[1],
@@ -523,11 +544,14 @@ CASES = {
 
 
 def snapshot(folder):
-    return {path: path.is_dir() or path.read_bytes() for path in sorted(folder.rglob("*"))}
+    def content(path):
+        return os.readlink(path) if path.is_symlink() else path.is_dir() or path.read_bytes()
+
+    return {path: content(path) for path in sorted(folder.rglob("*"))}
 
 
 def test_the_table_is_long():
-    assert len(CASES) >= 40
+    assert len(CASES) >= 140
 
 
 @pytest.mark.parametrize("case", CASES)
