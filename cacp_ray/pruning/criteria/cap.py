@@ -31,6 +31,7 @@ from cacp_ray.pruning.torch_types import cholesky, solve_triangular, tensordot, 
 
 MOST_TRIES = 60  # each try has ten times the noise: more than any finite covariance needs
 STEP = 72  # rows; 48 to 144 are equally fast
+SILENT = 1e-12  # mean variance of a dead group: not more than the noise that is added to it
 LEAST_GAIN = 1e-12  # keeps scores strictly decreasing where nothing is left to explain
 
 
@@ -38,10 +39,10 @@ def score_cap(plan: Plan, tensors: Tensors, statistics: Statistics, seed: int) -
     """Share of the consumers' output energy that is unexplained when the channel is chosen.
 
     Shares are summed over consumers: a stream that ten layers read starts at 10, or less where
-    other channels feed the same layers. Scores are comparable across groups: one threshold for all
-    groups leaves the same unexplained share in each. An SE squeeze layer, which reads the pooled
-    channels, counts as any consumer. A group without consumers takes its L1 scores, scaled to the
-    mean of the others.
+    other channels feed the same layers. A group whose channels never change explains nothing.
+    Scores are comparable across groups: one threshold for all groups leaves the same unexplained
+    share in each. An SE squeeze layer, which reads the pooled channels, counts as any consumer. A
+    group without consumers takes its L1 scores, scaled to the mean of the others.
     """
     inputs = statistics.inputs
     read = {c.weight: plan.axes[c.weight, 1] for c in plan.consumers if c.weight in inputs}
@@ -125,6 +126,8 @@ def _make_layer(
     covariance, between, flat = _as_tensors(part, columns)
     cross = tensordot(covariance, flat)  # (D, N, T)
     gram = (cross @ between).flatten(1) @ cross.flatten(1).T
+    if part.covariance.diagonal().mean() <= SILENT:
+        gram.zero_()  # else the share of the ridge's own noise would be told
     return covariance, gram, _energy(cross, between, flat)
 
 

@@ -9,7 +9,9 @@ passes.
 Source: after Progressive Channel Pruning (Guo et al., TCSVT 2021, arXiv 2507.04792), of which only
 the abstract was available: attempt, select, prune in rounds, several layers a round. Ours: the size
 of an attempt, the loss in place of the paper's accuracy, sorting by cost, the sets that are
-compared, one descent through all rates, and exact budgets.
+compared, one descent through all rates, and exact budgets. In all rounds the importance order and
+the recovery are those of the uncut network: only keep counts go on from round to round, where the
+paper prunes the pruned network on.
 """
 
 import math

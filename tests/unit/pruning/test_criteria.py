@@ -129,6 +129,22 @@ def test_every_criterion_gives_finite_scores_and_permutations(name, is_dead):
             assert (np.diff(values[order]) <= 0).all()
 
 
+@pytest.mark.parametrize("name", ["plain", "resnet", "concat"])
+def test_channels_that_never_change_explain_nothing(name):
+    _, plan, tensors, _ = load(name)
+    statistics = invent(plan, tensors)
+    dead = 1
+    for consumer in plan.consumers:
+        axis, moments = plan.axes[consumer.weight, 1], statistics.inputs[consumer.weight]
+        alive = np.repeat(axis.group != dead, len(moments.covariance) // len(axis.group))
+        covariance = moments.covariance * np.outer(alive, alive)
+        statistics.inputs[consumer.weight] = InputMoments(moments.mean, covariance)
+    scores = score("cap", plan, tensors, statistics, 0)
+    least = min(values.min() for g, values in enumerate(scores) if g != dead)
+    assert scores[dead].max() < 1e-6
+    assert scores[dead].max() < least
+
+
 @pytest.mark.parametrize("name", [*NAMES, *OTHERS])
 def test_scores_follow_the_channels_when_they_change_places(name):
     _, plan, tensors, _ = load(name)
