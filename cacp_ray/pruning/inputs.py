@@ -89,6 +89,12 @@ def check_network(model: Any) -> nn.Module:
         raise ConfigError("the network is TorchScript: give the nn.Module that it was made from")
     if isinstance(model, torch.fx.GraphModule) and "train" in vars(model):  # it replaces it
         raise ConfigError("the network is an exported program: give the nn.Module it was made from")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ConfigError(
+                f"{name} of the network is on the meta device, without values: load its weights "
+                "first (load_state_dict(..., assign=True))"
+            )
     for name, module in model.named_modules():
         if fault := _fault_of(module):
             where = f"layer {name}" if name else "the network"

@@ -1,14 +1,15 @@
 """Makes the plan of a network: traces it, groups its channels and tries the cut out."""
 
+import copy
 from contextlib import suppress
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cacp_ray.errors import UnsupportedModelError
 from cacp_ray.pruning.forward_pass import add_training_pass, trace_channels
 from cacp_ray.pruning.grouping import Grouping, find_groups, make_cost_model
-from cacp_ray.pruning.inputs import Inputs, tensors_of
+from cacp_ray.pruning.inputs import Inputs, map_inputs, tensors_of
 from cacp_ray.pruning.plan import Consumer, Plan
 from cacp_ray.pruning.tracer import Trace
 from cacp_ray.pruning.verify import DOES_NOT_TRAIN, find_failures
@@ -18,12 +19,13 @@ def make_plan(model: nn.Module, inputs: Inputs) -> Plan:
     """Traces a network, describes how it may be cut, and tries it out.
 
     Args:
-        model: The network; it is not changed.
+        model: The network, on any device; it is not changed.
         inputs: What it is called with: (1, C, H, W), a tuple of tensors or a dictionary of them.
 
     Raises:
         UnsupportedModelError: The network does not run, or has no prunable channels.
     """
+    model, inputs = _on_cpu(model, inputs)
     trace = trace_channels(model, inputs)
     knows_training = False
     while True:
@@ -45,6 +47,14 @@ def make_plan(model: nn.Module, inputs: Inputs) -> Plan:
                 continue  # with what follows in layers that only training runs
         for group, reason in failures.items():
             trace.sets.freeze(torch.tensor(grouping.roots[group]), reason)
+
+
+def _on_cpu(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
+    """The network and its inputs where labels are: what a GPU adds up differs from run to run."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        model = copy.deepcopy(model).cpu()
+    return model, map_inputs(Tensor.cpu, inputs)
 
 
 def _assemble(

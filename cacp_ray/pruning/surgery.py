@@ -27,7 +27,7 @@ def reorder_weights(plan: Plan, tensors: Mapping[str, Tensor], orders: Orders) -
     result = dict(tensors)
     for (name, dim), axis in plan.axes.items():
         index = torch.as_tensor(axis.reordered(orders))
-        result[name] = result[name].index_select(dim, index)
+        result[name] = result[name].index_select(dim, index.to(result[name].device))
     return result
 
 

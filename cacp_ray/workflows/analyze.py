@@ -88,7 +88,8 @@ class Analysis:
         if counts.ndim != 1:
             raise ConfigError(f"keep counts of shape {counts.shape}: give one for each group")
         tensors = all_tensors(self.model)
-        orders = rank_channels(criterion, self.plan, tensors, Statistics(), seed=0)
+        at_hand = {name: tensor.cpu() for name, tensor in tensors.items()}  # as criteria take them
+        orders = rank_channels(criterion, self.plan, at_hand, Statistics(), seed=0)
         ordered = reorder_weights(self.plan, tensors, orders)
         cut = Cutter(self.plan)(ordered, counts.tolist())
         return build_subnet(self.model, ordered | cut)
@@ -116,7 +117,8 @@ def analyze(model: nn.Module, example_inputs: Inputs, *, floor: float = 0.1) -> 
     """Finds the channel groups of a network.
 
     Args:
-        model: Any CNN that runs on `example_inputs`; it is not changed.
+        model: Any CNN that runs on `example_inputs`; it is not changed. On another device than the
+            CPU, a copy of it is analysed on the CPU, where an answer is the same twice.
         example_inputs: What it is called with: a tensor (1, C, H, W), of one or three dimensions
             instead of H and W as well, a tuple of tensors, or a dictionary of them by argument.
         floor: Smallest share of a group's channels that is kept, in (0, 1].

@@ -90,6 +90,10 @@ NETWORKS = {
     "traced": (lambda: torch.jit.trace(net(), X), "TorchScript"),
     "scripted": (lambda: torch.jit.script(net()), "TorchScript"),
     "exported": (lambda: torch.export.export(net(), (X,)).module(), "exported program"),
+    "without values": (
+        lambda: nn.Conv2d(3, 8, 3, device="meta"),
+        r"weight of the network is on the meta device.*load its weights",
+    ),
     "lazy": (lambda: nn.Sequential(nn.LazyConv2d(8, 3), nn.Flatten()), "layer 0 is lazy"),
     "masked": (masked, "pruning mask on its weight: call prune.remove"),
     "weight norm": (lambda: normed(parametrizations.weight_norm), "remove_parametrizations"),

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision import models
 
 from cacp_ray.models.factory import build_model
@@ -158,6 +159,18 @@ def test_saved_network_loads_to_the_same_weights_and_logits(name, data):
         assert all(torch.equal(tensors[key], value) for key, value in small.state_dict().items())
         # The last bit of a convolution may depend on where its weights are in memory.
         assert torch.allclose(loaded(x), small(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_indices_are_where_the_tensors_are(name):
+    _, _, plan, tensors = prepared(name)
+    whole = plan.cost_model.num_channels
+    orders = [np.arange(n)[::-1].copy() for n in whole]
+    with FakeTensorMode():  # knows sizes and devices, and refuses two devices in one operation
+        on_gpu = {key: torch.empty(value.shape, device="cuda") for key, value in tensors.items()}
+        ordered = reorder_weights(plan, on_gpu, orders)
+        small = Cutter(plan)(ordered, np.maximum(1, whole // 2).tolist())
+        assert {tensor.device.type for tensor in (ordered | small).values()} == {"cuda"}
 
 
 def test_new_process_loads_them_to_the_same_logits(tmp_path):
