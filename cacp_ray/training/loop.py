@@ -14,13 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 from cacp_ray.data.batches import Augmentation, ImageBatches
 from cacp_ray.data.streams import ImageStream, StreamBatches
+from cacp_ray.errors import EvaluationError
 from cacp_ray.training.metrics import Accuracy, Split, fast_dtype, find_device, measure_split
 from cacp_ray.training.optimizer import SGD
 from cacp_ray.training.recipe import Recipe
 
+AUXILIARY = 0.3  # weight of the loss of an auxiliary head (Szegedy et al., 2015, section 5)
 Batches = ImageBatches | StreamBatches
 
 
@@ -97,11 +100,12 @@ def train_epoch(
         with autocast:
             if other is not None:
                 x = share * x + (1 - share) * x[other]
-            logits = model(x).float()
-        loss = cross_entropy(logits, y)
-        if other is not None:
-            mixed = cross_entropy(logits, y[other])
-            loss = share * loss + (1 - share) * mixed
+            logits, *auxiliary = read_scores(model(x))
+        loss = torch.zeros((), device=device)
+        for weight, scores in [(1.0, logits), *((AUXILIARY, scores) for scores in auxiliary)]:
+            loss = loss + weight * share * cross_entropy(scores, y)
+            if other is not None:
+                loss = loss + weight * (1 - share) * cross_entropy(scores, y[other])
         if teacher is not None and recipe.distillation > 0:
             with torch.no_grad(), autocast:
                 target = teacher(x).float()
@@ -116,6 +120,25 @@ def train_epoch(
         total += loss.item() * len(y)
         num_images += len(y)
     return total / num_images
+
+
+def read_scores(output: Any) -> list[Tensor]:
+    """Class scores (N, C) in float32 from what a network returns in training mode.
+
+    The first are those that it returns in evaluation mode; the others are of auxiliary heads, as of
+    GoogLeNet, which returns a named tuple of them.
+
+    Raises:
+        EvaluationError: There are none.
+    """
+    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.ndim == 2]
+    scores = [tensor.float() for tensor in tensors if tensor.shape == tensors[0].shape]
+    if not scores:
+        raise EvaluationError(
+            f"in training mode the network returns a {type(output).__name__} without class scores "
+            "of shape (images, classes): train it by your own code"
+        )
+    return scores
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

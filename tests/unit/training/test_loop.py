@@ -4,6 +4,7 @@ import io
 import itertools
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.nn import functional
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.transforms import augment, erase, to_normalized
+from cacp_ray.errors import EvaluationError
 from cacp_ray.training.loop import (
     EpochResult,
     distillation_loss,
@@ -309,6 +311,45 @@ def test_the_teacher_counts_by_its_weight(monkeypatch: pytest.MonkeyPatch) -> No
         soft = distillation_loss(model(images), teacher(images), 2.0)
     assert loss == pytest.approx(float(0.75 * hard + 0.25 * soft), rel=1e-5)
     assert float(soft) != pytest.approx(float(hard), rel=0.1)
+
+
+class WithHeads(nn.Module):
+    """Returns scores of two auxiliary heads as well, in training mode alone."""
+
+    def __init__(self, wrap: Callable[..., Any]) -> None:
+        super().__init__()
+        self.main, self.first, self.second = make_model(0), make_model(1), make_model(2)
+        self.wrap = wrap
+
+    def forward(self, x: Tensor) -> Any:
+        main = self.main(x)
+        return self.wrap(main, self.first(x), self.second(x)) if self.training else main
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda *scores: scores,
+        lambda main, *others: {"out": main, "aux": list(others)},
+        lambda main, *others: (main, torch.zeros(3), others),
+    ],
+)
+def test_auxiliary_heads_are_trained_at_their_weight(wrap: Callable[..., Any]) -> None:
+    model = WithHeads(wrap)
+    recipe = dataclasses.replace(RECIPE, epochs=1, lr=1e-9, label_smoothing=0.0, padding=0)
+    batches = make_batches(make_images(16, 0), recipe)
+    (x, y), *_ = batches.epoch(0)
+    heads = [copy.deepcopy(head).train() for head in (model.main, model.first, model.second)]
+    expected = [float(functional.cross_entropy(head(x), y).detach()) for head in heads]
+    found = train_epoch(model, make_optimizer(model, recipe), batches, recipe, 0)
+    assert found == pytest.approx(expected[0] + 0.3 * (expected[1] + expected[2]), rel=0.02)
+    assert all(next(head.parameters()).grad is not None for head in model.children())
+
+
+def test_an_output_without_scores_is_refused_in_one_line() -> None:
+    model = WithHeads(lambda main, *others: {"boxes": main[0]})
+    with pytest.raises(EvaluationError, match="returns a dict without class scores"):
+        train(model, make_batches(make_images(16, 0), RECIPE), make_images(16, 1), RECIPE)
 
 
 def test_a_long_gradient_is_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
