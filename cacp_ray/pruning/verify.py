@@ -8,6 +8,7 @@ import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ DOES_NOT_TRAIN = "the network does not train when they are cut"
 TOLERANCE = 1e-4  # share of the largest output, in the dtype of the network
 WIDE_TOLERANCE = 1e-6  # the same in float64
 Counts = NDArray[np.int64]
+Shapes = list[torch.Size]
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class _Trial:
         self._normalised = np.isin(np.arange(len(plan.groups)), plan.normalised)
         nets = _Networks(model, plan)
         self._nets = {self._dtype: nets}
+        self._varying: set[tuple[int, int]] = set()  # outputs and dimensions whose size varies
         self._shapes = [output.shape for output in _run(nets.small.model, self._inputs)]
         self._trains = _train_once(nets.small.model, self._inputs) is None
 
@@ -128,7 +131,7 @@ class _Trial:
                 raise
             logger.debug("cut of groups %s: %s", groups, error)
             return f"the network does not run when they are cut ({_first_line(error)})"
-        if [t.shape for t in small] != self._shapes:
+        if not self._is_expected([t.shape for t in small], orders, keep_counts):
             return "the output changes its shape when they are cut"
         if counter.get_total_flops() // 2 != int(self._plan.macs(keep_counts)):
             return "the network costs other than predicted when they are cut"
@@ -137,6 +140,25 @@ class _Trial:
         if check.trains and self._trains and (fault := _train_once(net, self._inputs)) is not None:
             return f"{DOES_NOT_TRAIN} ({fault})"
         return self._difference(orders, keep_counts)
+
+    def _is_expected(self, shapes: Shapes, orders: Orders, keep_counts: Counts) -> bool:
+        """Whether outputs have the sizes of the whole network, but for those that depend on data.
+
+        A detector returns as many boxes as it finds. What depends on data shows where zeros in
+        place of the channels, or other inputs, change a size as well.
+        """
+        if shapes == self._shapes:
+            return True
+        net = self._nets[self._dtype].mask(orders, keep_counts)
+        inputs = [
+            self._inputs,
+            *(map_inputs(partial(_noise, seed=i), self._inputs) for i in (1, 2)),
+        ]
+        seen = [self._shapes, *([t.shape for t in _run(net, x)] for x in inputs)]
+        if len(shapes) != len(self._shapes):
+            return len(shapes) in map(len, seen[1:])
+        self._varying |= {place for other in seen[1:] for place in _changes(self._shapes, other)}
+        return _changes(self._shapes, shapes) <= self._varying
 
     def _difference(self, orders: Orders, keep_counts: Counts) -> str | None:
         """What differs between a cut and zeros in its place, if anything does."""
@@ -157,12 +179,23 @@ class _Trial:
         small = _run(nets.cut(self._cutter, orders, counts), inputs)
         masked = _run(nets.mask(orders, counts), inputs)
         tolerance = WIDE_TOLERANCE if dtype == torch.float64 else TOLERANCE
-        return all(
-            _is_close(one, other, tolerance) for one, other in zip(small, masked, strict=True)
-        )
+        return len(small) == len(masked) and all(map(partial(_is_close, tolerance), small, masked))
 
 
-def _is_close(one: Tensor, other: Tensor, tolerance: float) -> bool:
+def _changes(one: Shapes, other: Shapes) -> set[tuple[int, int]]:
+    """Outputs and dimensions whose sizes differ; dimension -1 where their number does."""
+    changes: set[tuple[int, int]] = set()
+    for number, (first, second) in enumerate(zip(one, other, strict=False)):
+        if len(first) != len(second):
+            changes.add((number, -1))
+        else:
+            changes |= {(number, d) for d in range(len(first)) if first[d] != second[d]}
+    return changes
+
+
+def _is_close(tolerance: float, one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
     if not torch.equal(one.isfinite(), other.isfinite()):
         return False
     one, other = (t.nan_to_num(0.0, 0.0, 0.0).double() for t in (one, other))
@@ -203,12 +236,18 @@ def zero_channels(
     return zeroed
 
 
+def _noise(tensor: Tensor, seed: int) -> Tensor:
+    """Another input of the same kind."""
+    if not tensor.is_floating_point():
+        return tensor
+    return torch.rand(tensor.shape, generator=torch.Generator().manual_seed(seed)).to(tensor)
+
+
 def _without_zeros(tensor: Tensor) -> Tensor:
     """The input, or noise where it is constant, which would hide what goes wrong."""
     if not tensor.is_floating_point() or bool((tensor != tensor.flatten()[0]).any()):
         return tensor
-    noise = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(0))
-    return noise.to(tensor)
+    return _noise(tensor, seed=0)
 
 
 def _run(model: nn.Module, inputs: Inputs) -> list[Tensor]:

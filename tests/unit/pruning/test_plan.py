@@ -84,3 +84,36 @@ def test_unknown_operations_freeze_their_channels_with_a_reason():
     plan = make_plan(Sorted(), torch.zeros(1, 3, 4, 4))
     assert [group.name for group in plan.groups] == ["b"]
     assert "sort" in plan.fixed["a"]
+
+
+class Finds(nn.Module):
+    """Returns as many scores as are above their mean: their number depends on the data."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 8, 3), nn.ReLU())
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        scores = self.head(self.body(x)).flatten(1)[0]
+        return {"scores": scores[scores > scores.mean()]}
+
+
+class Assumes(Finds):
+    """Assumes eight channels: the first size of its output changes when they are cut."""
+
+    def forward(self, x):
+        return self.body(x).reshape(-1, 8, 4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_output_whose_size_depends_on_data_freezes_nothing(seed):
+    torch.manual_seed(seed)
+    plan = make_plan(Finds(), torch.rand(1, 3, 10, 10))
+    assert [group.num_channels for group in plan.groups] == [12, 8]
+
+
+def test_an_output_whose_size_depends_on_channels_freezes_them():
+    torch.manual_seed(0)
+    plan = make_plan(Assumes(), torch.rand(1, 3, 10, 10))
+    assert [group.num_channels for group in plan.groups] == [12]
