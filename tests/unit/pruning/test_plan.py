@@ -87,7 +87,7 @@ def test_unknown_operations_freeze_their_channels_with_a_reason():
 
 
 class Finds(nn.Module):
-    """Returns as many scores as are above their mean: their number depends on the data."""
+    """Returns the scores that stand out: how many they are depends on the data."""
 
     def __init__(self):
         super().__init__()
@@ -96,7 +96,7 @@ class Finds(nn.Module):
 
     def forward(self, x):
         scores = self.head(self.body(x)).flatten(1)[0]
-        return {"scores": scores[scores > scores.mean()]}
+        return {"scores": scores[scores > scores.mean() + scores.std()]}
 
 
 class Assumes(Finds):
