@@ -139,7 +139,7 @@ def _move(tracer: Tracer, op: Op) -> bool:
         if isinstance(op.args[1], torch.dtype):
             return False
         labels = tracer.get(source).reshape(op.args[1])
-        _tie_parts(tracer, tracer.get(source), labels)
+        _tie_parts(tracer, tracer.get(source), labels, op.args[1])
     else:
         labels = op.func(*tree_map_only(Tensor, tracer.get, op.args), **op.kwargs)
     for tensor, label in zip(op.outputs, tree_flatten(labels)[0], strict=True):
@@ -147,10 +147,17 @@ def _move(tracer: Tracer, op: Op) -> bool:
     return True
 
 
-def _tie_parts(tracer: Tracer, before: Tensor, after: Tensor) -> None:
-    """Unites the parts of channels viewed as parts x lanes: the view fits if all keep one set."""
-    varying = varying_dims(after)
-    for dim in varying[: len(varying) - len(varying_dims(before))]:
+def _tie_parts(tracer: Tracer, before: Tensor, after: Tensor, sizes: Sequence[int]) -> None:
+    """Unites the parts of channels viewed as parts x lanes: the view fits if all keep one set.
+
+    Where the code leaves the number of parts open, as `view(n, -1, 8, 8)` does with a linear
+    layer's outputs, parts stay or go whole.
+    """
+    varying, old = varying_dims(after), varying_dims(before)
+    dims = varying[: len(varying) - len(old)]
+    if len(old) == 1 and -1 in sizes and sizes.index(-1) in dims:
+        dims = [dim for dim in varying if dim != sizes.index(-1)]
+    for dim in dims:
         tracer.sets.unite_along(after, dim)
 
 

@@ -125,6 +125,10 @@ def radix(self: nn.Module, x: Tensor) -> Tensor:
     return (parts * gate.unsqueeze(1)).sum(1)
 
 
+def decode(self: nn.Module, x: Tensor) -> Tensor:
+    return self.linear(x.mean((2, 3))).view(x.shape[0], -1, 4, 4)
+
+
 # name -> (network, groups, layers that stay whole although something follows them)
 COUPLINGS: dict[str, tuple[Callable[[], nn.Module], set[str], set[str]]] = {
     "many narrow parts": (
@@ -194,6 +198,9 @@ COUPLINGS: dict[str, tuple[Callable[[], nn.Module], set[str], set[str]]] = {
         lambda: Net(Fn(pooled_attention, mask=conv(8, 1, 1), conv=conv(8, 8, 1))),
         {"first", "last"}, {"between.mask"}),
     "size in the code": (lambda: Net(Fn(hard_coded)), {"last"}, {"first"}),
+    "maps from a linear layer": (
+        lambda: Net(Fn(decode, linear=nn.Linear(8, 6 * 16)), width=6),
+        {"first", "between.linear", "last"}, set()),
     "branches of one layer": (
         lambda: Net(Fn(radix, conv=conv(8, 16))), {"first", "between.conv", "last"}, set()),
 }  # fmt: skip
