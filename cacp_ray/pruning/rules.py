@@ -231,7 +231,7 @@ def _pad(tracer: Tracer, op: Op) -> bool:
 def _shuffle(tracer: Tracer, op: Op) -> bool:
     labels = tracer.get(op.args[0])
     parts = split_dim(labels, 1, op.args[1])
-    _tie_parts(tracer, labels, parts)
+    _tie_parts(tracer, labels, parts, ())
     tracer.put(op.outputs[0], parts.transpose(1, 2).flatten(1, 2))
     return True
 

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import logging
 import sys
 
 import pytest
@@ -14,9 +15,12 @@ from cacp_ray.workflows.analyze import analyze
 
 
 def call(monkeypatch, *arguments):
+    """As the fixture `run` does, without its own standard output and error."""
+    level = logging.getLogger("cacp_ray").level
     monkeypatch.setattr(sys, "argv", ["cacp-ray", *arguments])
     with pytest.raises(SystemExit) as caught:
         main()
+    logging.getLogger("cacp_ray").setLevel(level)
     return caught.value.code
 
 
