@@ -7,7 +7,7 @@ SIDE_BY_SIDE := --numprocesses 3 --no-loadscope-reorder
 # With it, every process would compile torch and Ray anew, in 10 s each time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all check bench
+.PHONY: demo test test-all test-lowest check bench
 
 demo: $(READY)
 	$(BIN)/cacp-ray demo
@@ -19,6 +19,12 @@ test: $(READY)
 test-all: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" $(SIDE_BY_SIDE) tests/unit
 	$(BIN)/python -m pytest -m "not gpu" tests/ray
+
+# The lowest versions that pyproject.toml allows, in an environment of their own.
+test-lowest: $(READY)
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .lowest
+	$(BIN)/uv pip install --quiet --python .lowest/bin/python --resolution lowest-direct --editable ".[dev]"
+	OMP_NUM_THREADS=1 .lowest/bin/python -m pytest -m "not slow and not gpu" --numprocesses 2 tests/unit
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -2,8 +2,10 @@
 
 Every network is traced once and cut to random keep counts at three rates, and to one channel a
 group. Each small network must run, give the right output shape, cost what was predicted (MACs by
-PyTorch's own counter, parameters by counting) and answer like the whole network with zeros for the
-cut channels, except where something is normalised over the channels.
+PyTorch's own counter, with gradients and without, parameters by counting) and answer like the whole
+network with zeros for the cut channels, except where something is normalised over the channels. The
+smallest takes a step of training where the whole network does, and answers the same after the
+network's own helper for deployment has fused its branches, where there is one.
 """
 
 import argparse
@@ -25,11 +27,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from cacp_ray.config.run import PruningConfig
 from cacp_ray.io.environment import describe_environment
 from cacp_ray.models.factory import build_model
+from cacp_ray.pruning.flops import without_fast_paths
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.resizable import ResizableNetwork
 from cacp_ray.pruning.surgery import Cutter, all_tensors, reorder_weights
-from cacp_ray.pruning.verify import zero_channels
+from cacp_ray.pruning.verify import _train_once, zero_channels
 from cacp_ray.searching.strategies.random import RandomStrategy
 from cacp_ray.workflows.setup import make_budget
 from tests.coverage_networks import HELD_OUT, TIMM, torchvision_networks
@@ -38,6 +41,7 @@ RATES = (0.3, 0.5, 0.7)
 SIDE = 128  # pixels
 SECONDS = 600  # time limit for a network
 FULL_SIZE = ("bat_resnext26ts", "halonet26t")  # attention over blocks of 8 positions
+FUSED_TOLERANCE = 1e-3  # difference of a fused network, likewise
 TOLERANCE = 1e-4  # difference of masked and cut networks, relative to the largest output
 
 
@@ -52,6 +56,7 @@ class Row:
         rates: Reachable ones of RATES.
         error: Largest difference of masked and cut networks, relative to the largest output.
         is_exact: Whether nothing is normalised over pruned channels.
+        checks: What else was checked: `trains`, `fuses`.
         seconds: Duration of the analysis.
         problem: Reason of a failure, None if there is none.
     """
@@ -62,6 +67,7 @@ class Row:
     rates: tuple[float, ...] = ()
     error: float = 0.0
     is_exact: bool = True
+    checks: tuple[str, ...] = ()
     seconds: float = 0.0
     problem: str | None = None
 
@@ -97,9 +103,10 @@ def check_network(name: str, make: Callable[[], tuple[nn.Module, Tensor]]) -> Ro
             raise AssertionError(f"output {tuple(output.shape)} instead of {tuple(expected)}")
         if not torch.isfinite(output).all():
             raise AssertionError("NaN or infinity in the output")
-        counted, predicted = counter.get_total_flops() // 2, int(plan.macs(counts))
-        if counted != predicted:
-            raise AssertionError(f"{counted} MACs, predicted {predicted}")
+        predicted = int(plan.macs(counts))
+        for counted in (counter.get_total_flops() // 2, count_with_gradients(small, x)):
+            if counted != predicted:
+                raise AssertionError(f"{counted} MACs, predicted {predicted}")
         if (counted := sum(p.numel() for p in small.parameters())) != int(plan.params(counts)):
             raise AssertionError(f"{counted} parameters, predicted {int(plan.params(counts))}")
         if plan.normalised:
@@ -112,7 +119,41 @@ def check_network(name: str, make: Callable[[], tuple[nn.Module, Tensor]]) -> Ro
         row.error = max(row.error, error)
     if row.error > TOLERANCE:
         raise AssertionError(f"masked and cut networks differ by {row.error:.1e}")
+    small = copy.deepcopy(cut(plan, model, resizable, plan.least_counts))
+    row.checks = (*check_training(model, small, x), *check_fusing(model, small, x))
     return row
+
+
+def count_with_gradients(model: nn.Module, x: Tensor) -> int:
+    """MACs of a pass whose inputs need gradients, for which PyTorch takes no fused kernels."""
+    with torch.enable_grad(), without_fast_paths(), FlopCounterMode(display=False) as counter:
+        model(x.clone().requires_grad_())
+    return counter.get_total_flops() // 2
+
+
+def check_training(model: nn.Module, small: nn.Module, x: Tensor) -> tuple[str, ...]:
+    """Takes a step of training with the small network, if the whole one can."""
+    if _train_once(model, x) is not None:
+        return ()
+    if (problem := _train_once(small, x)) is not None:
+        raise AssertionError(f"the small network does not train: {problem}")
+    return ("trains",)
+
+
+def check_fusing(model: nn.Module, small: nn.Module, x: Tensor) -> tuple[str, ...]:
+    """Fuses the branches of both networks by the helpers that they bring along."""
+    if not any(hasattr(module, "reparameterize") for module in model.modules()):
+        return ()
+    from timm.utils import reparameterize_model
+
+    for net in (model, small):
+        before = flat(net.eval()(x))
+        after = flat(reparameterize_model(net).eval()(x))
+        if (error := compare(after, before)) > FUSED_TOLERANCE:
+            if net is model:
+                return ()  # random weights are too rough for the helper itself
+            raise AssertionError(f"the fused small network differs by {error:.1e}")
+    return ("fuses",)
 
 
 def compare(output: Tensor, reference: Tensor) -> float:
@@ -199,20 +240,20 @@ def _timeout(*_: object) -> None:
 
 MAKERS = {"torchvision": make_torchvision, "timm": make_timm}
 HEADER = (
-    "| network | groups | MACs prunable | rates run | masked = cut | analysis (s) | |\n"
-    "|---|---|---|---|---|---|---|"
+    "| network | groups | MACs prunable | rates run | masked = cut | also | analysis (s) | |\n"
+    "|---|---|---|---|---|---|---|---|"
 )
 
 
 def format_row(row: Row) -> str:
     """A line of the Markdown table."""
     if row.problem:
-        return f"| {row.name} | | | | | | fails: {row.problem} |"
+        return f"| {row.name} | | | | | | | fails: {row.problem} |"
     rates = ", ".join(f"{rate:.1f}" for rate in row.rates) or "-"
     same = f"{row.error:.0e}" if row.is_exact else "normalised"
     return (
         f"| {row.name} | {row.groups} | {100 * row.prunable:.1f} % | {rates} | {same} | "
-        f"{row.seconds:.2f} | |"
+        f"{', '.join(row.checks) or '-'} | {row.seconds:.2f} | |"
     )
 
 

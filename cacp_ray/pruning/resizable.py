@@ -21,7 +21,7 @@ class Sizes:
 
 
 # Names of attributes that hold a number of channels: those that a block takes, those that it gives,
-# and either.
+# and either; and of those that hold the number of parts of a block's convolutions.
 TAKEN = {
     "in_channels", "in_features", "in_chs", "in_ch", "in_planes", "inplanes", "in_dim", "in_width",
     "in_chans", "input_dim", "inp",
@@ -33,6 +33,7 @@ GIVEN = {
 EITHER = {
     "channels", "num_channels", "features", "planes", "dim", "embed_dim", "width", "num_filters",
 }  # fmt: skip
+PARTS = {"groups", "conv_groups"}
 
 # Layer -> container, its attribute, and the layer's attribute that it follows.
 Links = dict[nn.Module, list[tuple[nn.Module, str, str]]]
@@ -145,31 +146,35 @@ def find_links(model: nn.Module) -> Links:
     """Numbers of channels that blocks without tensors of their own keep for their layers.
 
     A helper that fuses or deploys a block reads them. By its name, a number is what the first layer
-    of the block takes or what the last one gives; it must be that now.
+    of the block takes, what the last one gives, or the parts of its first convolution; it must be
+    that now.
     """
     links: Links = {}
     for _, block in named_modules(model):
         if own_tensors(block) or isinstance(block, (Convolution, nn.Linear, RunningNorm)):
             continue
         names = {name for name, value in vars(block).items() if type(value) is int}
-        for attribute in names & (TAKEN | GIVEN):
-            is_taken, value = attribute in TAKEN, vars(block)[attribute]
-            layers = [*block.modules()] if is_taken else [*block.modules()][::-1]
+        for attribute in names & (TAKEN | GIVEN | EITHER | PARTS):
+            value = vars(block)[attribute]
+            layers = [*block.modules()][:: -1 if attribute in GIVEN else 1]
             for layer in layers:
-                size = _size_name(layer, is_taken=is_taken)
+                size = _size_name(layer, attribute)
                 if size is not None and vars(layer)[size] == value:
                     links.setdefault(layer, []).append((block, attribute, size))
                     break
     return links
 
 
-def _size_name(layer: nn.Module, *, is_taken: bool) -> str | None:
-    """The attribute of a layer that holds the channels that it takes, or gives."""
+def _size_name(layer: nn.Module, attribute: str) -> str | None:
+    """The attribute of a layer that holds what an attribute of this name says of its block."""
     if isinstance(layer, Convolution):
-        return "in_channels" if is_taken else "out_channels"
-    if isinstance(layer, nn.Linear):
-        return "in_features" if is_taken else "out_features"
-    return "num_features" if isinstance(layer, RunningNorm) and not is_taken else None
+        if attribute in PARTS:
+            return "groups"
+        return "out_channels" if attribute in GIVEN else "in_channels"
+    if isinstance(layer, nn.Linear) and attribute not in PARTS:
+        return "out_features" if attribute in GIVEN else "in_features"
+    # A block may consist of a norm alone, with a part for each channel.
+    return "num_features" if isinstance(layer, RunningNorm) else None
 
 
 def _sync_by_name(module: nn.Module, whole: Sizes) -> None:

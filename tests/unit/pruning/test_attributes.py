@@ -80,3 +80,53 @@ def test_a_block_that_was_cut_fuses_to_what_it_computes():
     fused = small[1].fuse()
     assert fused.weight.shape[:2] == small[1].large.weight.shape[:2]
     torch.testing.assert_close(fused(inside).relu(), small[1](inside))
+
+
+class Parts(nn.Module):
+    """A depthwise branch beside the input's own norm; both fuse, with a part for each channel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.dim, self.groups, self.in_chs = channels, channels, channels
+        self.mixer = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.norm = Norm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mixer(x) + self.norm(x)
+
+    def fuse(self) -> nn.Conv2d:
+        fused = nn.Conv2d(self.in_chs, self.dim, 3, padding=1, groups=self.groups)
+        kernel, bias = self.norm.kernel()
+        with torch.no_grad():
+            fused.weight.copy_(self.mixer.weight + kernel)
+            fused.bias.copy_(self.mixer.bias + bias)
+        return fused
+
+
+class Norm(nn.Module):
+    """A block that consists of a norm alone, and knows its channels and parts."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.in_chs, self.out_chs, self.groups = channels, channels, channels
+        self.bn = nn.BatchNorm2d(channels)
+        nn.init.uniform_(self.bn.weight, 0.5, 1.5)
+        self.bn.running_var.uniform_(0.5, 1.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(x)
+
+    def kernel(self) -> tuple[Tensor, Tensor]:
+        kernel = torch.zeros(self.out_chs, self.in_chs // self.groups, 3, 3)
+        scale = self.bn.weight / (self.bn.running_var + self.bn.eps).sqrt()
+        kernel[:, 0, 1, 1] = scale
+        return kernel, self.bn.bias - self.bn.running_mean * scale
+
+
+def test_blocks_of_a_part_a_channel_fuse_after_a_cut():
+    torch.manual_seed(0)
+    net = nn.Sequential(Conv(3, 16), Parts(16), *head(16)).eval()
+    analysis = cacp_ray.analyze(net, X)
+    small = analysis.build([5])
+    inside = small[0](X)
+    torch.testing.assert_close(small[1].fuse()(inside), small[1](inside))
