@@ -283,6 +283,14 @@ def _first_line(error: Exception) -> str:
 def count_macs(model: nn.Module, inputs: Inputs) -> int:
     """MACs for one input, counted by PyTorch in a forward pass."""
     model.eval()
-    with torch.no_grad(), without_fast_paths(), FlopCounterMode(display=False) as counter:
-        call(model, inputs)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        # PyTorch's counter fails at views of parameters that are trained.
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with torch.no_grad(), without_fast_paths(), FlopCounterMode(display=False) as counter:
+            call(model, inputs)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_()
     return counter.get_total_flops() // 2

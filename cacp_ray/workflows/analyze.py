@@ -129,7 +129,8 @@ def analyze(model: nn.Module, example_inputs: Inputs, *, floor: float = 0.1) -> 
     """
     if not 0 < floor <= 1:
         raise ConfigError(f"floor {floor}: it must be above 0 and at most 1")
-    plan = make_plan(check_network(model), check_inputs(example_inputs))
+    model = check_network(model)  # without the wrapper of torch.compile
+    plan = make_plan(model, check_inputs(example_inputs))
     return Analysis(model, plan, make_budget(plan, "macs", PruningConfig(floor=floor)))
 
 
