@@ -91,6 +91,10 @@ class Setup:
         get_criterion(config.pruning.criterion)
         if config.model.weights is None:
             raise ConfigError("model.weights is missing: a search starts from a trained network")
+        file = None if run_dir is None else run_dir / "model.json"
+        saved = None
+        if file is not None and file.exists():
+            saved = read_checked(file, ModelFile, ("sha256", "groups", "base"))
         warn_of_normalisation(config)
         # The network first: images of a large data set take minutes.
         splits = Splits(config.data)
@@ -116,9 +120,8 @@ class Setup:
             budget.check(rate)
         sha256 = hash_weights(model.state_dict())
         setup = cls(config, model, sha256, plan, budget, calibration, search, table, run_dir)
-        if run_dir is None or not (run_dir / "model.json").exists():
+        if run_dir is None or saved is None:
             return setup
-        saved = read_checked(run_dir / "model.json", ModelFile, ("sha256", "groups", "base"))
         _check_base(setup, saved, run_dir)
         return replace(setup, saved=saved)
 

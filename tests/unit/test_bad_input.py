@@ -2,10 +2,14 @@
 and files from elsewhere never run code."""
 
 import ast
+import atexit
+import functools
 import io
 import json
 import os
 import re
+import shutil
+import tempfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -175,12 +179,21 @@ def newer(version):
     return json.dumps({"schema_version": version, "checkpoints": []})
 
 
+@functools.cache
+def whole_subnet():
+    """A subnet folder, made once for all cases that spoil a copy."""
+    folder = Path(tempfile.mkdtemp()) / "subnet"
+    atexit.register(shutil.rmtree, folder.parent)
+    return make_folder(folder, "resnet20", 32, num_classes=10)
+
+
 def subnet(change):
     """Evaluates a subnet folder that `change` has spoiled."""
 
     def arguments(folder):
         run = run_folder(folder)
-        path = make_folder(run / "subnets" / "rate-0.50", "resnet20", 32, num_classes=10)
+        path = run / "subnets" / "rate-0.50"
+        shutil.copytree(whole_subnet(), path)
         change(path)
         return ["export", path, "--format", "state-dict", "--out", folder / "out.safetensors"]
 
