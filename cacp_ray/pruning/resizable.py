@@ -1,9 +1,10 @@
 """A network whose tensors may take any sizes; sizes that layers remember follow their tensors."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,10 @@ EITHER = {
 }  # fmt: skip
 PARTS = {"groups", "conv_groups"}
 
-# Layer -> container, its attribute, and the layer's attribute that it follows.
-Links = dict[nn.Module, list[tuple[nn.Module, str, str]]]
+Role = Literal["takes", "gives", "parts"]
+Size = tuple[nn.Module, str]  # a layer and its attribute
+# Layer -> container, its attribute, and what reads its value now.
+Links = dict[nn.Module, list[tuple[nn.Module, str, Callable[[], int]]]]
 
 
 class ResizableNetwork:
@@ -69,8 +72,8 @@ class ResizableNetwork:
         for module, sizes in touched.items():
             sync_attributes(module, sizes)
         for module in touched.keys() & self._links.keys():
-            for container, attribute, size in self._links[module]:
-                vars(container)[attribute] = vars(module)[size]
+            for container, attribute, read in self._links[module]:
+                vars(container)[attribute] = read()
         return self.model
 
 
@@ -147,34 +150,50 @@ def find_links(model: nn.Module) -> Links:
 
     A helper that fuses or deploys a block reads them. By its name, a number is what the first layer
     of the block takes, what the last one gives, or the parts of its first convolution; it must be
-    that now.
+    that now. One that may be either is both, or stays.
     """
     links: Links = {}
     for _, block in named_modules(model):
         if own_tensors(block) or isinstance(block, (Convolution, nn.Linear, RunningNorm)):
             continue
-        names = {name for name, value in vars(block).items() if type(value) is int}
-        for attribute in names & (TAKEN | GIVEN | EITHER | PARTS):
-            value = vars(block)[attribute]
-            layers = [*block.modules()][:: -1 if attribute in GIVEN else 1]
-            for layer in layers:
-                size = _size_name(layer, attribute)
-                if size is not None and vars(layer)[size] == value:
-                    links.setdefault(layer, []).append((block, attribute, size))
-                    break
+        for attribute, value in vars(block).items():
+            if type(value) is int and (roles := _roles_of(attribute)):
+                found = [_find_size(block, role, value) for role in roles]
+                sizes = [size for size in found if size is not None]
+                read = partial(_read_same, sizes, value)
+                for layer, _ in sizes if len(sizes) == len(roles) else ():
+                    links.setdefault(layer, []).append((block, attribute, read))
     return links
 
 
-def _size_name(layer: nn.Module, attribute: str) -> str | None:
-    """The attribute of a layer that holds what an attribute of this name says of its block."""
-    if isinstance(layer, Convolution):
-        if attribute in PARTS:
-            return "groups"
-        return "out_channels" if attribute in GIVEN else "in_channels"
-    if isinstance(layer, nn.Linear) and attribute not in PARTS:
-        return "out_features" if attribute in GIVEN else "in_features"
-    # A block may consist of a norm alone, with a part for each channel.
-    return "num_features" if isinstance(layer, RunningNorm) else None
+def _roles_of(attribute: str) -> tuple[Role, ...]:
+    """What a number of this name is of the block that keeps it."""
+    if attribute in EITHER:
+        return ("takes", "gives")
+    roles: dict[Role, Set[str]] = {"takes": TAKEN, "gives": GIVEN, "parts": PARTS}
+    return tuple(role for role, names in roles.items() if attribute in names)
+
+
+def _find_size(block: nn.Module, role: Role, value: int) -> Size | None:
+    """The layer of a block whose size is this number, the last one of what it gives."""
+    layers = [*block.modules()]
+    for layer in layers[::-1] if role == "gives" else layers:
+        attribute = None
+        if isinstance(layer, Convolution):
+            attribute = {"takes": "in_channels", "gives": "out_channels", "parts": "groups"}[role]
+        elif isinstance(layer, nn.Linear) and role != "parts":
+            attribute = "in_features" if role == "takes" else "out_features"
+        elif isinstance(layer, RunningNorm):  # a block may be a norm alone, each channel a part
+            attribute = "num_features"
+        if attribute is not None and vars(layer)[attribute] == value:
+            return layer, attribute
+    return None
+
+
+def _read_same(sizes: Sequence[Size], value: int) -> int:
+    """The number that all these attributes hold now; the old one where they differ."""
+    now = {vars(layer)[attribute] for layer, attribute in sizes}
+    return now.pop() if len(now) == 1 else value
 
 
 def _sync_by_name(module: nn.Module, whole: Sizes) -> None:

@@ -567,6 +567,7 @@ def test_the_table_is_long():
     assert len(CASES) >= 130
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_is_one_line_and_changes_nothing(case, run, tmp_path):
     make, message = CASES[case]

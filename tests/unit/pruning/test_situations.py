@@ -4,6 +4,8 @@ import pytest
 
 from tests.situations import SITUATIONS, describe
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # of PyTorch, about what these networks use
+
 EXPECTED = {
     "U-Net: skips are concatenated": "4 groups",
     "FPN: levels are added, one head for all": "3 groups",
