@@ -20,10 +20,10 @@ app = typer.Typer(
 )
 state = {"quiet": False}
 INTERRUPTED = 130  # exit code
-# What a disk answers that takes no more.
+# Why a place cannot be used: full, read-only, forbidden, or no such place.
 UNWRITABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EIO),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.ENOENT, errno.EIO),
 )
 RESUMABLE = ("demo", "search", "train", "finetune", "tune-agent")
 
@@ -62,10 +62,11 @@ def main() -> None:
             command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
             step = "; go on with --resume" if command in RESUMABLE else ""
             typer.echo(f"cacp-ray: interrupted{step}", err=True)
-        sys.stdout.flush()
+        if isinstance(sys.stdout, io.TextIOBase):  # None where the caller has closed it
+            sys.stdout.flush()
         sys.exit(code)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except Exception as error:
         if "--debug" in sys.argv:
@@ -80,7 +81,7 @@ def main() -> None:
 def _explain(error: Exception) -> tuple[int, str]:
     """The exit code of an error and the text to print."""
     if isinstance(error, CacpError):
-        return error.exit_code, f"cacp-ray: {error}"
+        return error.exit_code, f"cacp-ray: {' '.join(str(error).splitlines())}"
     if (usage := getattr(error, "format_message", None)) is not None:  # typer's: wrong usage
         text = usage()
         return 2, text if "\n" in text else f"cacp-ray: {text} See cacp-ray --help."

@@ -6,7 +6,7 @@ Class names are read from the schema metadata `huggingface` or `class_names`.
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -84,11 +84,15 @@ class ParquetSource:
         try:
             names = parse_json(metadata[key])
             if key == b"huggingface":
-                with suppress(KeyError, TypeError):
+                try:
                     names = names["info"]["features"][column]["names"]
-                if not isinstance(names, list):
+                except (KeyError, TypeError):
                     return ()  # a label that is no ClassLabel
-            if not names or not all(isinstance(name, str) for name in names):
+            if (
+                not isinstance(names, list)
+                or not names
+                or not all(isinstance(name, str) for name in names)
+            ):
                 raise ValueError("no list of names")
         except ValueError as error:
             raise ArtifactError(

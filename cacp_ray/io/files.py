@@ -157,6 +157,10 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except ValueError as error:
+        if "set_int_max_str_digits" in str(error):
+            raise ValueError("a number of thousands of digits") from None
+        raise
 
 
 def read_json(path: Path) -> Any:

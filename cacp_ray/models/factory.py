@@ -7,6 +7,7 @@ A name is a built-in CIFAR network (`resnet20`), `torchvision:NAME`, `timm:NAME`
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -102,39 +103,52 @@ def import_function(
     return function
 
 
-def check_origin(name: str, folder: Path) -> None:
-    """Refuses a `package.module:function` whose code lies in the folder whose file names it.
+def check_origin(name: str, *folders: Path) -> None:
+    """Refuses a network or function whose code lies in the folders whose files name it.
 
-    Python finds it there when it was started in that folder. What was imported already is fine.
+    Python finds it there when it was started in such a folder. A link in the folder counts as code
+    there. A module that was imported already is fine.
 
     Raises:
-        ConfigError: The code lies in the folder.
+        ConfigError: The code lies in one of the folders.
     """
-    package = package_of(name)
-    if package is None or package in sys.modules:
-        return
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):
-        return  # importing it will say why
-    places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
-    if any(place and Path(place).resolve().is_relative_to(folder.resolve()) for place in places):
-        raise ConfigError(
-            f"{folder} names {name}, and holds its code: a folder of results may not bring code; "
-            "import it yourself first, or move it elsewhere on PYTHONPATH"
-        )
+    module = name.partition(":")[0] if ":" in name else ""
+    parts = module.split(".")
+    for end in range(1, len(parts) + 1):
+        part = ".".join(parts[:end])
+        if not part or part in sys.modules:
+            continue
+        try:
+            spec = importlib.util.find_spec(part)  # imports what is above it, checked before
+        except (ImportError, ValueError, AttributeError):
+            return  # importing it will say why
+        if spec is None or spec.origin is None:
+            continue  # a folder of packages without code of its own
+        for folder in folders:
+            if _lies_in(spec.origin, folder):
+                raise ConfigError(
+                    f"{folder} names {name}, and holds its code: a folder of results may not bring "
+                    "code; import it yourself first, or move it elsewhere on PYTHONPATH"
+                )
+
+
+def _lies_in(file: str, folder: Path) -> bool:
+    """Whether a file lies in a folder, by its own path or by where links lead."""
+    return Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder)) or (
+        Path(file).resolve().is_relative_to(folder.resolve())
+    )
 
 
 def is_known(name: str) -> bool:
-    """Whether building a network of this name runs code of known packages, or imported already."""
-    package = package_of(name)
-    return package is None or package in sys.modules
+    """Whether a network of this name is ours, torchvision's, timm's, or of an imported module."""
+    module, _, function = name.partition(":")
+    return not function or module in IMAGENET_SOURCES or module in sys.modules
 
 
 def package_of(name: str) -> str | None:
-    """Top package of a user's `package.module:function`; None for names that we know."""
+    """The module of a user's `package.module:function`; None for names that we know."""
     module, _, function = name.partition(":")
-    return module.partition(".")[0] if function and module not in IMAGENET_SOURCES else None
+    return module if function and module not in IMAGENET_SOURCES else None
 
 
 def _build_from_factory(name: str, num_classes: int) -> nn.Module:

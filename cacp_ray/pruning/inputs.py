@@ -34,6 +34,8 @@ def check_inputs(inputs: Any, name: str = "example_inputs") -> Inputs:
     if isinstance(inputs, dict) and not all(isinstance(key, str) for key in inputs):
         raise ConfigError(f"{name} has keys that are no names of arguments")
     for tensor in tensors:
+        if tensor.is_meta:
+            raise ConfigError(f"{name} has a tensor on the meta device: give one with values")
         if tensor.ndim == 0 or tensor.shape[0] == 0:
             raise ConfigError(
                 f"{name} has a tensor of shape {tuple(tensor.shape)}: the first dimension is the "

@@ -35,6 +35,8 @@ EITHER = {
     "channels", "num_channels", "features", "planes", "dim", "embed_dim", "width", "num_filters",
 }  # fmt: skip
 PARTS = {"groups", "conv_groups"}
+# Methods that build a block's layers anew from its numbers.
+HELPERS = ("reparameterize", "fuse", "switch_to_deploy", "convert_to_deploy", "merge_kernel")
 
 Role = Literal["takes", "gives", "parts"]
 Size = tuple[nn.Module, str]  # a layer and its attribute
@@ -156,8 +158,9 @@ def find_links(model: nn.Module) -> Links:
     for _, block in named_modules(model):
         if own_tensors(block) or isinstance(block, (Convolution, nn.Linear, RunningNorm)):
             continue
+        has_helper = any(hasattr(block, helper) for helper in HELPERS)
         for attribute, value in vars(block).items():
-            if type(value) is int and (roles := _roles_of(attribute)):
+            if type(value) is int and (roles := _roles_of(attribute, has_helper=has_helper)):
                 found = [_find_size(block, role, value) for role in roles]
                 sizes = [size for size in found if size is not None]
                 read = partial(_read_same, sizes, value)
@@ -166,10 +169,16 @@ def find_links(model: nn.Module) -> Links:
     return links
 
 
-def _roles_of(attribute: str) -> tuple[Role, ...]:
-    """What a number of this name is of the block that keeps it."""
+def _roles_of(attribute: str, *, has_helper: bool) -> tuple[Role, ...]:
+    """What a number of this name is of the block that keeps it.
+
+    Names that also stand for other things, such as a scale of a forward pass, count only in blocks
+    that have a helper for deployment.
+    """
     if attribute in EITHER:
-        return ("takes", "gives")
+        return ("takes", "gives") if has_helper else ()
+    if attribute in PARTS and not has_helper:
+        return ()
     roles: dict[Role, Set[str]] = {"takes": TAKEN, "gives": GIVEN, "parts": PARTS}
     return tuple(role for role, names in roles.items() if attribute in names)
 

@@ -21,7 +21,7 @@ from cacp_ray.io.files import (
     write_tensors,
     write_text,
 )
-from cacp_ray.io.schema import Content, Count, Name, Rate, Size, check_content, version_of
+from cacp_ray.io.schema import Content, Count, Name, Rate, Share, Size, check_content, version_of
 from cacp_ray.models.factory import build_model, check_origin, is_known, package_of
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.resizable import ResizableNetwork
@@ -86,6 +86,14 @@ class KeptGroup(Content):
     kept: list[Annotated[int, Field(ge=0, lt=10**6)]] | None = None
 
 
+class Scores(Content):
+    """Accuracies of a search."""
+
+    top1: Share | None = None
+    policy_top1: Share | None = None
+    search_top1: Share | None = None
+
+
 class Description(Content):
     """subnet.json, as far as it is read."""
 
@@ -98,6 +106,8 @@ class Description(Content):
     rate: Rate | None = None
     cost_kept: Rate | None = None
     groups: list[KeptGroup] | None = None
+    search: Scores = Scores()
+    candidates: Scores = Scores()
     macs: Count | None = None
     params: Count | None = None
 
@@ -148,7 +158,8 @@ def load_subnet(
     file = folder / ("finetuned.safetensors" if use_finetuned else "model.safetensors")
     tensors = read_tensors(file)
     name = description["model"]
-    check_origin(name, folder)
+    run = folder.absolute().parents[1:2] if folder.absolute().parent.name == "subnets" else ()
+    check_origin(name, folder, *run)
     if not trust and not is_known(name):
         raise ConfigError(
             f"{folder} names {name} for its network, which is not imported yet: "

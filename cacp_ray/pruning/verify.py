@@ -144,20 +144,17 @@ class _Trial:
     def _is_expected(self, shapes: Shapes, orders: Orders, keep_counts: Counts) -> bool:
         """Whether outputs have the sizes of the whole network, but for those that depend on data.
 
-        A detector returns as many boxes as it finds. What depends on data shows where zeros in
-        place of the channels, or other inputs, change a size as well.
+        A detector returns as many boxes as it finds. A size depends on data if the whole network
+        changes it too, with zeros in place of the channels or with other inputs.
         """
         if shapes == self._shapes:
             return True
         net = self._nets[self._dtype].mask(orders, keep_counts)
-        inputs = [
-            self._inputs,
-            *(map_inputs(partial(_noise, seed=i), self._inputs) for i in (1, 2)),
-        ]
-        seen = [self._shapes, *([t.shape for t in _run(net, x)] for x in inputs)]
+        others = [map_inputs(partial(_noise, seed=seed), self._inputs) for seed in (1, 2)]
+        seen = [[t.shape for t in _run(net, x)] for x in (self._inputs, *others)]
         if len(shapes) != len(self._shapes):
-            return len(shapes) in map(len, seen[1:])
-        self._varying |= {place for other in seen[1:] for place in _changes(self._shapes, other)}
+            return len(shapes) in map(len, seen)
+        self._varying |= {place for other in seen for place in _changes(self._shapes, other)}
         return _changes(self._shapes, shapes) <= self._varying
 
     def _difference(self, orders: Orders, keep_counts: Counts) -> str | None:

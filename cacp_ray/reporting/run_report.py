@@ -49,6 +49,9 @@ from cacp_ray.reporting.summary import (
 from cacp_ray.rundir.directory import RunDirectory, read_result
 from cacp_ray.rundir.schema import MetricsFile, ReportedFile, read_learning
 
+# What the figure and the facts of a fine-tuning read.
+SHOWN_METRICS = ("best_epoch", "search_top1_before", "seconds", "history")
+
 
 def report_run(run_dir: Path) -> Path:
     """Writes report.html and the figures of a finished search; returns the path of the report."""
@@ -72,9 +75,9 @@ def write_report(run_dir: Path, episodes: pa.Table, save: Save = save_figure) ->
     config = read_text(run_dir / "config.yaml")
     metrics = read_metrics(run_dir, result)
     folder, lines = run_dir / "figures", read_learning(run_dir)
+    rows, later = summary_rows(result), list_later_answers(run_dir, result)
     drawings = draw_figures(result, episodes, metrics, folder, save)
     learning = draw_learning(result, lines, folder, save)
-    rows, later = summary_rows(result), list_later_answers(run_dir, result)
     return write_page(
         run_dir / "report.html",
         "report.html.jinja",
@@ -139,7 +142,7 @@ def read_metrics(run_dir: Path, result: dict[str, Any]) -> Metrics:
     metrics: Metrics = {}
     for row in sorted(result["rates"], key=lambda row: row["rate"]):
         file = run_dir / row["path"] / "metrics.json"
-        content = read_checked(file, MetricsFile) if file.exists() else {}
+        content = read_checked(file, MetricsFile, SHOWN_METRICS) if file.exists() else {}
         if content and len(content.get("history", [])) == content["epochs"]:
             metrics[row["rate"]] = content
     return metrics

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from cacp_ray.errors import ArtifactError
 from cacp_ray.io.files import parse_json
 from cacp_ray.io.jsonl import read_journal
 from cacp_ray.io.schema import (
@@ -38,7 +39,22 @@ class SavedBase(Content):
     """The whole network, as a search found it."""
 
     cost: Count | None = None
+    macs: Count | None = None
     search: Measured | None = None
+
+
+class ComparedBase(Content):
+    """The same, with what a comparison needs."""
+
+    macs: Count
+    search: Measured
+
+
+class ComparedModel(Content):
+    """model.json, with what a comparison needs."""
+
+    sha256: str
+    base: ComparedBase
 
 
 class Base(Content):
@@ -47,8 +63,11 @@ class Base(Content):
     macs: Count
     params: Count
     cost: Count | None = None
-    model: Name | None = None
+    model: Name
     search: Measured | None = None
+    batch_latency_ms: Seconds | None = None
+    predicted_latency_ms: Seconds | None = None
+    measured_latency_ms: Seconds | None = None
     test: Measured | None = None
     latency_ms: Seconds | None = None
 
@@ -123,8 +142,14 @@ class ReportedRow(RateRow):
     finetuned_top1: Share | None = None
     test_top1: Share | None = None
     test_images: Count | None = None
+    search_recovered_top1: Share | None = None
+    policy_recovered_top1: Share | None = None
     latency_ms: Seconds | None = None
     speedup: Seconds | None = None
+    batch_latency_ms: Seconds | None = None
+    batch_speedup: Seconds | None = None
+    predicted_latency_ms: Seconds | None = None
+    measured_latency_ms: Seconds | None = None
 
 
 class FrontierRow(Content):
@@ -157,6 +182,10 @@ class ReportedFile(Content):
     """result.json of a search, with all that a report shows."""
 
     rates: Annotated[list[ReportedRow], Field(min_length=1)]
+    name: Name
+    strategy: Name
+    evaluations: Count
+    latency_batch: Count | None = None
     cost: str
     groups: list[Group]
     base: Base
@@ -229,7 +258,7 @@ class LearningLine(Content):
     critic_loss: float | None
     noise: dict[str, float | None]
     cached_share: Share | None
-    reward: dict[str, float | None]
+    reward: Annotated[dict[str, float | None], Field(min_length=1)]
     policy: dict[str, list[Size] | None]
 
 
@@ -237,9 +266,14 @@ def read_learning(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of `learning.jsonl`; a last one that a kill cut short is left out.
 
     Raises:
-        ArtifactError: An earlier line is damaged.
+        ArtifactError: An earlier line is damaged, or lines are of different rates.
     """
-    return read_journal(run_dir / LEARNING_FILE, "about the agent's learning", _parse_learning)
+    file = run_dir / LEARNING_FILE
+    lines = read_journal(file, "about the agent's learning", _parse_learning)
+    for key in ("reward", "noise", "policy"):
+        if len({tuple(sorted(line[key])) for line in lines}) > 1:
+            raise ArtifactError(f"{file}: {key} is of different rates in its lines; restore it")
+    return lines
 
 
 def _parse_learning(line: bytes) -> dict[str, Any]:
@@ -258,7 +292,10 @@ class Epoch(Content):
 class MetricsFile(Content):
     """metrics.json of a fine-tuned subnet."""
 
-    epochs: Count
+    epochs: Annotated[int, Field(ge=1, le=10**6)]
+    best_epoch: Annotated[int, Field(ge=1, le=10**6)] | None = None
+    search_top1_before: Share | None = None
+    seconds: Seconds | None = None
     rate: Rate | None = None
     search_top1: Share | None = None
     search_images: Count | None = None

@@ -19,8 +19,8 @@ from torch import nn
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.streams import ImageStream
 from cacp_ray.errors import ArtifactError, ConfigError
-from cacp_ray.io.files import changed_keys, read_json, write_json
-from cacp_ray.io.schema import read_checked
+from cacp_ray.io.files import changed_keys, write_json
+from cacp_ray.io.schema import Content, read_checked
 from cacp_ray.reporting.progress import FinetuneProgress
 from cacp_ray.rundir.schema import MetricsFile
 from cacp_ray.training.recipe import Recipe
@@ -224,7 +224,7 @@ def _open_experiment(experiment_dir: Path, content: dict[str, Any], *, resume: b
         raise ArtifactError(
             f"{experiment_dir} holds a fine-tuning: pass --resume to continue it, or delete it"
         )
-    elif (saved := read_json(file)) != content:
+    elif (saved := read_checked(file, Content)) != content:
         # The recipe of an experiment without variants has an empty name.
         changed = ", ".join(changed_keys(saved, content)).replace("..", ".")
         raise ConfigError(

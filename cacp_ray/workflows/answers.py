@@ -65,6 +65,8 @@ def answer_rates(
         )
     untrained = ArtifactError(f"{run_dir} has no trained policy yet: continue it with --resume")
     checkpoint = RunDirectory(run_dir).find_checkpoint()
+    if checkpoint is None and (latest := run_dir / "checkpoints" / "LATEST.json").exists():
+        raise ArtifactError(f"{latest}: names no whole checkpoint; continue the run with --resume")
     if checkpoint is None:
         raise untrained
     for rate in rates if save else ():

@@ -15,7 +15,7 @@ from cacp_ray.reporting.comparison import ComparedRun, Comparison, Point
 from cacp_ray.reporting.comparison_figure import JSON_FILE
 from cacp_ray.rundir.directory import RunDirectory, read_result
 from cacp_ray.rundir.records import EpisodeRecord
-from cacp_ray.rundir.schema import ComparedFile, ModelFile
+from cacp_ray.rundir.schema import ComparedFile, ComparedModel
 from cacp_ray.searching.archive import Archive
 from cacp_ray.searching.strategies import SEPARATE
 
@@ -87,7 +87,7 @@ def _read_model(run_dir: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{run_dir} has measured nothing yet (no model.json): go on with --resume"
         )
-    return read_checked(run_dir / "model.json", ModelFile, ("sha256",))
+    return read_checked(run_dir / "model.json", ComparedModel)
 
 
 def _read_settings(config: RunConfig, sha256: str) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def _finetune_run(
 
     with clock.phase("finetune"):
         tuned, test = _finetune(job, settings, resume, address, note)
-        if result["base"]["test"] is None:
+        if result["base"].get("test") is None:
             base = load_model(config.model, len(test.classes))
             result["base"]["test"] = dict(vars(measure_split(base, test)))
     for row in result["rates"]:
@@ -167,7 +167,7 @@ def _make_subnet_job(folder: Path, settings: FinetuneConfig) -> Job:
             f"{folder} was searched on other classes than data.search has: give the data of its run"
         )
     height, width = first.images.shape[1:3]
-    if description.get("input_shape", [3, height, width])[1:] != [height, width]:
+    if (description.get("input_shape") or [3, height, width])[1:] != [height, width]:
         raise ConfigError(
             f"{folder} was searched on images of {description['input_shape'][1:]} pixels, "
             f"data.search has {[height, width]}: set data.resize and data.crop as in its run"

@@ -263,7 +263,7 @@ class Setup:
 
 def read_orders(saved: Mapping[str, Any]) -> dict[str, list[list[int]]]:
     """Importance orders in the content of model.json, by criterion; the run's own under ""."""
-    return {"": [group["order"] for group in saved["groups"]], **saved.get("orders", {})}
+    return {"": [group["order"] for group in saved["groups"]], **(saved.get("orders") or {})}
 
 
 def with_latency(plan: Plan, table: LatencyTable) -> Plan:
@@ -321,7 +321,7 @@ def describe_accuracy(saved: Mapping[str, Any]) -> str:
 def _check_base(setup: Setup, saved: Mapping[str, Any], run_dir: Path) -> None:
     """Refuses to go on with other weights, or another latency table, than a run began with."""
     total = setup.budget.total
-    cost = saved["base"].get("cost", total)
+    cost = saved["base"].get("cost") or total
     if cost != total:
         raise ArtifactError(
             f"{run_dir}: the whole network cost {cost:,} when the search began and costs "

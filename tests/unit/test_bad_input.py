@@ -122,7 +122,7 @@ GROUPS = [{"name": name, "num_channels": 16, "is_residual": False} for name in "
 RESULT = json.dumps(
     {
         **{"name": "x", "strategy": "cacp", "cost": "macs", "evaluations": 9, "rates": [ROW]},
-        **{"base": {"macs": 40_000_000, "params": 200_000}, "groups": GROUPS},
+        **{"base": {"model": "resnet20", "macs": 40_000_000, "params": 200_000}, "groups": GROUPS},
         **{"frontier": [], "seconds": {"search": 1.0}},
     }
 )
@@ -251,6 +251,19 @@ GROUP = {**GROUPS[0], "num_channels": 2, "members": ["a.weight:0"], "order": [1,
 def reported(key, text):
     marked = json.dumps(json.loads(RESULT) | {key: "HERE"}).replace('"HERE"', text)
     return on_run("report", **{"result.json": marked})
+
+
+def learning(*rates):
+    """Lines of an agent's learning, each of its rates."""
+    values = [dict.fromkeys(names, 0.5) for names in rates]
+    rest = {"evaluations": 5, "critic_loss": None, "cached_share": 0.0, "policy": {}}
+    return "".join(json.dumps(rest | {"reward": v, "noise": v}) + "\n" for v in values)
+
+
+def later(key, text):
+    described = {"schema_version": 1, "model": "resnet20", "num_classes": 10, "rate": 0.41}
+    described |= {"cost_kept": 0.41, "macs": 1, key: "HERE"}
+    return json.dumps(described).replace('"HERE"', text)
 
 
 def saved_base(key, text):
@@ -438,7 +451,7 @@ CASES = {
     "a damaged result": (on_run("report", **{"result.json": "{"}), "not valid JSON"),
     "a result of something else": (
         on_run("report", **{"result.json": "{}"}),
-        r"result\.json: no base, .*rates, seconds in it; restore it",
+        r"result\.json: no base, .*rates, seconds.* in it; restore it",
     ),
     "an empty configuration in a run": (
         on_run("evaluate", "--index", "1", **{"config.yaml": ""}),
@@ -515,6 +528,25 @@ CASES = {
             ("learning", '{"policy_top1": [1]}', "learning.policy_top1.0"),
         )
     },
+    "learning at other rates in its last line": (
+        on_run("report", **{"learning.jsonl": learning(["0.30", "0.50"], ["0.30"])}),
+        r"learning\.jsonl: reward is of different rates",
+    ),
+    **{
+        f"a later subnet whose {key} is {text}": (
+            on_run("report", **{"subnets__rate-0.41__subnet.json": later(key, text)}),
+            rf"subnet\.json: {key}",
+        )
+        for key, text in (("search", '"good"'), ("candidates", "[1]"), ("search", '{"top1": "x"}'))
+    },
+    "a metrics.json of one number": (
+        on_run("report", **{"subnets__rate-0.50__metrics.json": '{"epochs": 1}'}),
+        r"metrics\.json: no best_epoch, history, search_top1_before, seconds in it",
+    ),
+    "class names that are one text": (
+        search_with(table(named('"abc"')), "data.search.path"),
+        "class_names cannot be read .no list of names.",
+    ),
     "learning of something else": (
         on_run("report", **{"learning.jsonl": "[1]\n[2]\n"}),
         r"learning\.jsonl: line 1 is not about the agent's learning",
@@ -524,7 +556,7 @@ CASES = {
             "report",
             **{"subnets__rate-0.50__metrics.json": '{"epochs": "many"}'},
         ),
-        r"metrics\.json: epochs",
+        r"metrics\.json: no best_epoch",
     ),
     **{
         f"a base network whose {key} is {text}": (saved_base(key, text), rf"model\.json: {where}")

@@ -96,7 +96,7 @@ class Parts(nn.Module):
 
     def fuse(self) -> nn.Conv2d:
         fused = nn.Conv2d(self.in_chs, self.dim, 3, padding=1, groups=self.groups)
-        kernel, bias = self.norm.kernel()
+        kernel, bias = self.norm.fuse()
         with torch.no_grad():
             fused.weight.copy_(self.mixer.weight + kernel)
             fused.bias.copy_(self.mixer.bias + bias)
@@ -116,7 +116,7 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(x)
 
-    def kernel(self) -> tuple[Tensor, Tensor]:
+    def fuse(self) -> tuple[Tensor, Tensor]:
         kernel = torch.zeros(self.out_chs, self.in_chs // self.groups, 3, 3)
         scale = self.bn.weight / (self.bn.running_var + self.bn.eps).sqrt()
         kernel[:, 0, 1, 1] = scale

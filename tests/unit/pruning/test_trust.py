@@ -1,6 +1,7 @@
 """A subnet folder cannot bring code, and names only code that the caller trusts."""
 
 import sys
+import types
 
 import pytest
 
@@ -71,6 +72,40 @@ def test_code_in_the_folder_itself_is_never_taken(subnet, module, is_package, mo
     with pytest.raises(ConfigError, match="may not bring code"):
         load_subnet(".")
     assert not code.with_suffix(".ran").exists()
+
+
+@pytest.mark.parametrize("place", ["subnet", "run"])
+@pytest.mark.parametrize("form", ["a link", "a part of a package", "timm"])
+def test_no_way_of_bringing_code_works(form, place, module, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    folder = run / "subnets" / "rate-0.50"
+    make_folder(folder, "tests.unit.pruning.networks:Plain", 16)
+    home = folder if place == "subnet" else run
+    ran = tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'w')\n" + CODE.replace("Path(__file__)", "Path('x')")
+    if form == "a link":
+        (tmp_path / "elsewhere.py").write_text(code)
+        (home / f"{module}.py").symlink_to(tmp_path / "elsewhere.py")
+        name = f"{module}:make"
+    elif form == "a part of a package":  # `module` is a package without code, known already
+        (home / module).mkdir()
+        (home / module / "evil.py").write_text(code)
+        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+        sys.modules[module].__path__ = [str(home / module)]
+        name = f"{module}.evil:make"
+    else:
+        (home / "timm.py").write_text(code)
+        monkeypatch.delitem(sys.modules, "timm", raising=False)
+        name = "timm:resnet18"
+    file = folder / "subnet.json"
+    file.write_text(file.read_text().replace("tests.unit.pruning.networks:Plain", name))
+    monkeypatch.chdir(home)
+    monkeypatch.syspath_prepend("")
+    with pytest.raises(ConfigError, match=r"may not bring code|first if that is yours"):
+        load_subnet(folder)
+    with pytest.raises(ConfigError, match="may not bring code"):
+        load_subnet(folder, trust=True)
+    assert not ran.exists()
 
 
 @pytest.mark.parametrize("key", ["model.name", "strategy", "pruning.criterion"])
