@@ -23,6 +23,7 @@ from cacp_ray.training.metrics import Accuracy, Split, fast_dtype, find_device, 
 from cacp_ray.training.optimizer import SGD
 from cacp_ray.training.recipe import Recipe
 
+MAIN = ("out", "logits")  # names of the main head's scores in a dictionary
 AUXILIARY = 0.3  # weight of the loss of an auxiliary head (Szegedy et al., 2015, section 5)
 Batches = ImageBatches | StreamBatches
 
@@ -100,7 +101,7 @@ def train_epoch(
         with autocast:
             if other is not None:
                 x = share * x + (1 - share) * x[other]
-            logits, *auxiliary = read_scores(model(x))
+            logits, *auxiliary = read_scores(model(x), partial(count_classes, model, x[:1]))
         loss = torch.zeros((), device=device)
         for weight, scores in [(1.0, logits), *((AUXILIARY, scores) for scores in auxiliary)]:
             loss = loss + weight * share * cross_entropy(scores, y)
@@ -122,17 +123,32 @@ def train_epoch(
     return total / num_images
 
 
-def read_scores(output: Any) -> list[Tensor]:
+def count_classes(model: nn.Module, x: Tensor) -> int:
+    """Columns of the class scores that a network returns in evaluation mode."""
+    model.eval()
+    with torch.no_grad():
+        output = model(x)
+    model.train()
+    return int(output.shape[-1])
+
+
+def read_scores(output: Any, num_classes: Callable[[], int]) -> list[Tensor]:
     """Class scores (N, C) in float32 from what a network returns in training mode.
 
-    The first are those that it returns in evaluation mode; the others are of auxiliary heads, as of
-    GoogLeNet, which returns a named tuple of them.
+    The main head's come first: of a dictionary those named `out` or `logits`, else the first with a
+    column for each class. The others are of auxiliary heads, as of GoogLeNet, which returns a named
+    tuple of them.
 
     Raises:
         EvaluationError: There are none.
     """
-    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.ndim == 2]
-    scores = [tensor.float() for tensor in tensors if tensor.shape == tensors[0].shape]
+    if isinstance(output, Tensor):
+        return [output.float()]
+    if isinstance(output, dict):  # sorted sorts what is False first
+        output = [output[key] for key in sorted(output, key=lambda key: key not in MAIN)]
+    leaves, columns = tree_leaves(output), num_classes()
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim == 2]
+    scores = [tensor.float() for tensor in tensors if tensor.shape[1] == columns]
     if not scores:
         raise EvaluationError(
             f"in training mode the network returns a {type(output).__name__} without class scores "

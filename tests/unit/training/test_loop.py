@@ -332,6 +332,8 @@ class WithHeads(nn.Module):
         lambda *scores: scores,
         lambda main, *others: {"out": main, "aux": list(others)},
         lambda main, *others: (main, torch.zeros(3), others),
+        lambda main, *others: {"aux": list(others), "out": main},
+        lambda main, *others: (torch.zeros(len(main), 16), main, *others),
     ],
 )
 def test_auxiliary_heads_are_trained_at_their_weight(wrap: Callable[..., Any]) -> None:
@@ -348,7 +350,7 @@ def test_auxiliary_heads_are_trained_at_their_weight(wrap: Callable[..., Any]) -
 
 def test_an_output_without_scores_is_refused_in_one_line() -> None:
     model = WithHeads(lambda main, *others: {"boxes": main[0]})
-    with pytest.raises(EvaluationError, match="returns a dict without class scores"):
+    with pytest.raises(EvaluationError, match="returns a list without class scores"):
         train(model, make_batches(make_images(16, 0), RECIPE), make_images(16, 1), RECIPE)
 
 
