@@ -375,13 +375,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="Markdown file that the table is added to")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    lines = ["## Situations that users of pruning tools report", "",
+    about = "`python -m tests.situations --out docs/coverage.md` wrote this table."
+    lines = ["## Situations that users of pruning tools report", "", about, "",
              "| situation, rebuilt small | what happens |", "|---|---|"]  # fmt: skip
     lines += [f"| {name} | {describe(make)} |" for name, make in SITUATIONS.items()]
     text = "\n".join(lines) + "\n"
     print(text)
     if options.out:
-        options.out.write_text(options.out.read_text() + "\n" + text)
+        page, *_ = options.out.read_text().partition(lines[0])
+        options.out.write_text(f"{page.rstrip()}\n\n{text}")
 
 
 if __name__ == "__main__":
