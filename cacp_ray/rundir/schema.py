@@ -293,7 +293,7 @@ class MetricsFile(Content):
     """metrics.json of a fine-tuned subnet."""
 
     epochs: Annotated[int, Field(ge=1, le=10**6)]
-    best_epoch: Annotated[int, Field(ge=1, le=10**6)] | None = None
+    best_epoch: Count | None = None
     search_top1_before: Share | None = None
     seconds: Seconds | None = None
     rate: Rate | None = None
