@@ -5,11 +5,13 @@ group. Each small network must run, give the right output shape, cost what was p
 PyTorch's own counter, with gradients and without, parameters by counting) and answer like the whole
 network with zeros for the cut channels, except where something is normalised over the channels. The
 smallest takes a step of training where the whole network does, and answers the same after the
-network's own helper for deployment has fused its branches, where there is one.
+network's own helper for deployment has fused its branches, where there is one. As a check that
+knows nothing of operations, the MACs must explain the time that the whole network takes.
 """
 
 import argparse
 import copy
+import math
 import signal
 import sys
 import time
@@ -40,6 +42,10 @@ from tests.coverage_networks import HELD_OUT, TIMM, torchvision_networks
 RATES = (0.3, 0.5, 0.7)
 SIDE = 128  # pixels
 SECONDS = 600  # time limit for a network
+MATRIX = 1024  # side of the matrices whose product tells the speed of this machine
+# Bounds of MACs a second, as a share of that product's. Small and depthwise convolutions reach
+# little of it; Winograd's convolutions save up to 2.25 of the multiplications that are counted.
+SLOWEST, FASTEST = 1 / 200, 2.5
 FULL_SIZE = ("bat_resnext26ts", "halonet26t")  # attention over blocks of 8 positions
 FUSED_TOLERANCE = 1e-3  # difference of a fused network, likewise
 TOLERANCE = 1e-4  # difference of masked and cut networks, relative to the largest output
@@ -57,6 +63,7 @@ class Row:
         error: Largest difference of masked and cut networks, relative to the largest output.
         is_exact: Whether nothing is normalised over pruned channels.
         checks: What else was checked: `trains`, `fuses`.
+        speed: MACs a second of the whole network, as a share of a product of matrices.
         seconds: Duration of the analysis.
         problem: Reason of a failure, None if there is none.
     """
@@ -68,6 +75,7 @@ class Row:
     error: float = 0.0
     is_exact: bool = True
     checks: tuple[str, ...] = ()
+    speed: float = 0.0
     seconds: float = 0.0
     problem: str | None = None
 
@@ -86,6 +94,7 @@ def check_network(name: str, make: Callable[[], tuple[nn.Module, Tensor]]) -> Ro
     row.groups = len(channels)
     row.is_exact = not plan.normalised
     whole = int(plan.macs(channels))
+    row.speed = check_speed(model, x, whole)
     row.prunable = 1 - int(plan.macs(plan.least_counts)) / whole
     budget = make_budget(plan, "macs", PruningConfig(floor=1e-6))
     row.rates = tuple(r for r in RATES if budget.limit(r) >= budget.smallest)
@@ -129,6 +138,21 @@ def count_with_gradients(model: nn.Module, x: Tensor) -> int:
     with torch.enable_grad(), without_fast_paths(), FlopCounterMode(display=False) as counter:
         model(x.clone().requires_grad_())
     return counter.get_total_flops() // 2
+
+
+def check_speed(model: nn.Module, x: Tensor, macs: int) -> float:
+    """MACs a second as a share of a product of matrices, timed in turn, each at its fastest."""
+    matrix = torch.ones(MATRIX, MATRIX)
+    seconds = {model: math.inf, torch.mm: math.inf}
+    for _ in range(3):
+        for function, inputs in ((model, (x,)), (torch.mm, (matrix, matrix))):
+            started = time.perf_counter()
+            function(*inputs)
+            seconds[function] = min(seconds[function], time.perf_counter() - started)
+    speed = macs / seconds[model] / (MATRIX**3 / seconds[torch.mm])
+    if not SLOWEST <= speed <= FASTEST:
+        raise AssertionError(f"{macs:,} MACs do not explain {1e3 * seconds[model]:.1f} ms")
+    return speed
 
 
 def check_training(model: nn.Module, small: nn.Module, x: Tensor) -> tuple[str, ...]:
@@ -240,20 +264,20 @@ def _timeout(*_: object) -> None:
 
 MAKERS = {"torchvision": make_torchvision, "timm": make_timm}
 HEADER = (
-    "| network | groups | MACs prunable | rates run | masked = cut | also | analysis (s) | |\n"
-    "|---|---|---|---|---|---|---|---|"
+    "| network | groups | MACs prunable | rates run | masked = cut | also | speed | analysis (s) | |\n"
+    "|---|---|---|---|---|---|---|---|---|"
 )
 
 
 def format_row(row: Row) -> str:
     """A line of the Markdown table."""
     if row.problem:
-        return f"| {row.name} | | | | | | | fails: {row.problem} |"
+        return f"| {row.name} | | | | | | | | fails: {row.problem} |"
     rates = ", ".join(f"{rate:.1f}" for rate in row.rates) or "-"
     same = f"{row.error:.0e}" if row.is_exact else "normalised"
     return (
         f"| {row.name} | {row.groups} | {100 * row.prunable:.1f} % | {rates} | {same} | "
-        f"{', '.join(row.checks) or '-'} | {row.seconds:.2f} | |"
+        f"{', '.join(row.checks) or '-'} | {row.speed:.2g} | {row.seconds:.2f} | |"
     )
 
 
