@@ -264,7 +264,8 @@ def _timeout(*_: object) -> None:
 
 MAKERS = {"torchvision": make_torchvision, "timm": make_timm}
 HEADER = (
-    "| network | groups | MACs prunable | rates run | masked = cut | also | speed | analysis (s) | |\n"
+    "| network | groups | MACs prunable | rates run | masked = cut | also | speed | analysis (s) "
+    "| |\n"
     "|---|---|---|---|---|---|---|---|---|"
 )
 

@@ -203,8 +203,11 @@ class PruningAgent(Algorithm):
         Raises:
             ArtifactError: The file cannot be read, or its networks have other sizes.
         """
+        tensors = read_tensors(file)
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ArtifactError(f"{file}: holds values that are not finite; restore it from a copy")
         try:
-            self._networks.load_state_dict(read_tensors(file))
+            self._networks.load_state_dict(tensors)
         except RuntimeError as error:
             raise ArtifactError(
                 f"{file}: not the networks of this agent; has config.yaml changed?"

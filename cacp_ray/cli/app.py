@@ -59,9 +59,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False) or 0
         if code == INTERRUPTED:  # typer turns Ctrl-C into this exit code
-            command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-            step = "; go on with --resume" if command in RESUMABLE else ""
-            typer.echo(f"cacp-ray: interrupted{step}", err=True)
+            typer.echo(f"cacp-ray: interrupted{_advice()}", err=True)
         if isinstance(sys.stdout, io.TextIOBase):  # None where the caller has closed it
             sys.stdout.flush()
         sys.exit(code)
@@ -71,15 +69,21 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        code, text = _explain(error)
+        code, text = _explain(error, _advice())
         if code == 2:  # the line says it all; Ray's messages are no help
             logging.getLogger("cacp_ray").setLevel(logging.ERROR)
         typer.echo(text, err=True)
         sys.exit(code)
 
 
-def _explain(error: Exception) -> tuple[int, str]:
-    """The exit code of an error and the text to print."""
+def _advice() -> str:
+    """How to go on with the command; empty where nothing of it is kept."""
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    return "; go on with --resume" if command in RESUMABLE else ""
+
+
+def _explain(error: Exception, advice: str) -> tuple[int, str]:
+    """The exit code of an error and the text to print; `advice` says how to go on."""
     if isinstance(error, CacpError):
         return error.exit_code, f"cacp-ray: {' '.join(str(error).splitlines())}"
     if (usage := getattr(error, "format_message", None)) is not None:  # typer's: wrong usage
@@ -92,6 +96,6 @@ def _explain(error: Exception) -> tuple[int, str]:
         where = str(error.filename or "standard output").encode(errors="replace").decode()
         return 1, (
             f"cacp-ray: {where} cannot be read or written ({error.strerror}): make room, or name "
-            "another place; a command with --resume goes on from what is there"
+            f"another place{advice}"
         )
     return 1, f"cacp-ray: {type(error).__name__}: {reason} (cacp-ray --debug shows where)"

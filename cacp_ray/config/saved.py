@@ -21,27 +21,38 @@ def open_folder(run_dir: Path, config: Section, *, resume: bool) -> None:
     """
     saved = run_dir / "config.yaml"
     if not resume:
-        try:
-            # A kill during the first write leaves a hidden file.
-            is_taken = run_dir.exists() and (
-                not run_dir.is_dir() or any(path.name[0] != "." for path in run_dir.iterdir())
-            )
-            if not is_taken:
-                check_writable(run_dir)
-        except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
-            reason = getattr(error, "strerror", None) or str(error)
-            raise ArtifactError(
-                f"{ascii(str(run_dir))[:100]} cannot be written ({reason}): choose another "
-                "--run-dir, or another name"
-            ) from error
-        if is_taken:
-            raise ArtifactError(
-                f"{run_dir} exists: pass --resume to continue it, or choose another --run-dir"
-            )
+        check_new(run_dir, "pass --resume to continue it", "choose another --run-dir")
         return
     if not saved.exists():
         raise ArtifactError(f"{run_dir} holds no run (no config.yaml): start it without --resume")
     check_unchanged(saved, config, f"{run_dir}", "--run-dir")
+
+
+def check_new(folder: Path, use: str, other: str) -> None:
+    """Tries whether a new folder can be filled at a place, and leaves everything as it was.
+
+    Args:
+        folder: The place.
+        use: What to do with the folder that is there already, for messages.
+        other: How to name another place, for messages.
+
+    Raises:
+        ArtifactError: Files lie there, or nothing can be written there.
+    """
+    try:
+        # A kill during the first write leaves a hidden file.
+        is_taken = folder.exists() and (
+            not folder.is_dir() or any(path.name[0] != "." for path in folder.iterdir())
+        )
+        if not is_taken:
+            check_writable(folder)
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ArtifactError(
+            f"{ascii(str(folder))[:100]} cannot be written ({reason}): {other}"
+        ) from error
+    if is_taken:
+        raise ArtifactError(f"{folder} exists: {use}, or {other}")
 
 
 def check_unchanged(saved: Path | dict[str, Any], config: Section, where: str, option: str) -> None:

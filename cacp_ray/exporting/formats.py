@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from cacp_ray.errors import UnsupportedModelError, first_line
@@ -126,7 +126,7 @@ def write_state_dict(model: nn.Module, example: Tensor, note: str, path: Path) -
 def read_state_dict(path: Path, model: nn.Module) -> Network:
     """A copy of the network with the tensors of the file."""
     network = copy.deepcopy(model)
-    network.load_state_dict(load_file(path), strict=True)
+    network.load_state_dict(load(path.read_bytes()), strict=True)
     return network
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError, nearest_names
+from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError, first_line, nearest_names
 from cacp_ray.exporting.formats import FORMATS, Network
 from cacp_ray.io.files import write_file
 from cacp_ray.pruning.subnet import load_subnet, read_description
@@ -79,6 +79,7 @@ def export_subnet(
         finetuned = (folder / "finetuned.safetensors").exists()
     model = load_subnet(folder, finetuned=finetuned, trust=True).requires_grad_(False)
     shape = tuple(description["input_shape"])
+    _check_input(model, shape, folder)
     note = {key: description[key] for key in NOTED if key in description}
     note["weights"] = "finetuned" if finetuned else "search"
     results: list[tuple[int | None, float]] = []
@@ -96,6 +97,17 @@ def export_subnet(
         ) from error
     opset, max_error = results[0]
     return Exported(path, finetuned, path.stat().st_size, opset, max_error)
+
+
+def _check_input(model: nn.Module, shape: tuple[int, ...], folder: Path) -> None:
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, *shape))
+    except Exception as error:  # the network's own code
+        raise ArtifactError(
+            f"{folder / 'subnet.json'}: the network does not run on its input_shape {shape} "
+            f"({first_line(error)[:100]}); restore it from a copy"
+        ) from error
 
 
 def compare(model: nn.Module, exported: Network, shape: tuple[int, ...]) -> float:

@@ -119,12 +119,21 @@ def read_tensors(path: Path) -> dict[str, "Tensor"]:
         ArtifactError: The file is missing or cannot be read.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]: untyped
+    from safetensors.torch import load, load_file  # pyright: ignore[reportUnknownVariableType]
 
     try:
-        return load_file(path)
+        return load_file(path) if _is_text(path) else load(path.read_bytes())
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a path can be told to a library that is not written in Python."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # bytes that are no UTF-8
+        return False
+    return True
 
 
 def write_yaml(path: Path, value: Any) -> None:

@@ -31,7 +31,8 @@ def _stay_inside(path: str) -> str:
 
 Name = Annotated[str, Field(min_length=1, max_length=300)]
 InnerPath = Annotated[str, Field(max_length=300), AfterValidator(_stay_inside)]
-Size = Annotated[int, Field(ge=1, le=10**6)]  # channels, classes, pixels of a side
+Size = Annotated[int, Field(ge=1, le=10**6)]  # channels, pixels of a side
+Classes = Annotated[int, Field(ge=1, le=10**5)]  # a layer of 2,000 inputs then takes 0.8 GB
 Count = Annotated[int, Field(ge=0, le=10**15)]  # operations, parameters, images, bytes
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]

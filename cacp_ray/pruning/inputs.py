@@ -4,6 +4,7 @@
 # Basic: anything may be handed in, and hooks of torch are private.
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -76,6 +77,15 @@ def describe_shapes(inputs: Inputs) -> str:
     """Shapes of all tensors, for messages."""
     shapes = [str(tuple(tensor.shape)) for tensor in tensors_of(inputs)]
     return f"shape {shapes[0]}" if len(shapes) == 1 else f"shapes {', '.join(shapes)}"
+
+
+def as_written(model: nn.Module) -> AbstractContextManager[Any]:
+    """Runs layers as they were written where `compile` was called on them; compiling takes long."""
+    is_compiled = any(
+        module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+        for module in model.modules()
+    )
+    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
 
 def check_network(model: Any) -> nn.Module:

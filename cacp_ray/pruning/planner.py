@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from cacp_ray.errors import UnsupportedModelError
 from cacp_ray.pruning.forward_pass import add_training_pass, trace_channels
 from cacp_ray.pruning.grouping import Grouping, find_groups, make_cost_model
-from cacp_ray.pruning.inputs import Inputs, map_inputs, tensors_of
+from cacp_ray.pruning.inputs import Inputs, as_written, map_inputs, tensors_of
 from cacp_ray.pruning.plan import Consumer, Plan
 from cacp_ray.pruning.tracer import Trace
 from cacp_ray.pruning.verify import DOES_NOT_TRAIN, find_failures
@@ -25,7 +25,11 @@ def make_plan(model: nn.Module, inputs: Inputs) -> Plan:
     Raises:
         UnsupportedModelError: The network does not run, or has no prunable channels.
     """
-    model, inputs = _on_cpu(model, inputs)
+    with as_written(model):
+        return _make_plan(*_on_cpu(model, inputs))
+
+
+def _make_plan(model: nn.Module, inputs: Inputs) -> Plan:
     trace = trace_channels(model, inputs)
     knows_training = False
     while True:

@@ -21,7 +21,17 @@ from cacp_ray.io.files import (
     write_tensors,
     write_text,
 )
-from cacp_ray.io.schema import Content, Count, Name, Rate, Share, Size, check_content, version_of
+from cacp_ray.io.schema import (
+    Classes,
+    Content,
+    Count,
+    Name,
+    Rate,
+    Share,
+    Size,
+    check_content,
+    version_of,
+)
 from cacp_ray.models.factory import build_model, check_origin, is_known, package_of
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.resizable import ResizableNetwork
@@ -98,7 +108,7 @@ class Description(Content):
     """subnet.json, as far as it is read."""
 
     model: Name
-    num_classes: Size
+    num_classes: Classes
     input_shape: Annotated[list[Size], Field(min_length=1, max_length=5)] | None = None
     classes: list[str] | None = None
     mean: list[float] | None = None

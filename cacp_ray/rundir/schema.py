@@ -40,7 +40,7 @@ class SavedBase(Content):
 
     cost: Count | None = None
     macs: Count | None = None
-    search: Measured | None = None
+    search: Measured
 
 
 class ComparedBase(Content):
@@ -112,6 +112,14 @@ class ModelFile(Content):
     groups: list[OrderedGroup] | None = None
     orders: dict[str, list[Order]] | None = None
     base: SavedBase | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ModelFile":
+        sizes = [group.num_channels for group in self.groups or ()]
+        for criterion, orders in (self.orders or {}).items():
+            if [len(order) for order in orders] != sizes:
+                raise ValueError(f"orders of {criterion} do not fit the groups")
+        return self
 
 
 class RateRow(Content):
@@ -302,6 +310,13 @@ class MetricsFile(Content):
     test_top1: Share | None = None
     test_images: Count | None = None
     history: list[Epoch] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "MetricsFile":
+        history, best = self.history, self.best_epoch
+        if history is not None and best is not None and best > len(history):
+            raise ValueError(f"best_epoch {best} of {len(history)} in its history")
+        return self
 
 
 class TrialRow(Content):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cacp_ray.config.saved import is_run, read_run_config
+from cacp_ray.config.saved import check_new, is_run, read_run_config
 from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError
 from cacp_ray.evaluation.measurement import (
     Candidate,
@@ -71,8 +71,7 @@ def answer_rates(
         raise untrained
     for rate in rates if save else ():
         folder = out or run_dir / "subnets" / f"rate-{rate:.2f}"
-        if folder.exists():
-            raise ArtifactError(f"{folder} exists: load it, or give another folder (--out)")
+        check_new(folder, "load it", "give another folder (--out)")
     logger.info("loading network, images and agent")
     setup = Setup.create(config, run_dir)
     for rate in rates:

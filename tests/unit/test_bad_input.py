@@ -151,7 +151,9 @@ def run_folder(folder, **files):
     config = resolved(load_config(RunConfig, {"name": "x"}))
     content = {
         "config.yaml": yaml.safe_dump(config),
-        "model.json": json.dumps({"sha256": "0" * 64, "groups": [], "base": {}}),
+        "model.json": json.dumps(
+            {"sha256": "0" * 64, "groups": [], "base": {"search": {"top1": 0.9, "images": 9}}}
+        ),
         "result.json": RESULT,
         "environment.json": "{}",
         **{name.replace("__", "/"): text for name, text in files.items()},
@@ -245,6 +247,10 @@ def with_text(key, text):
     return change
 
 
+LATE = {  # its best epoch comes after its last
+    **{"epochs": 1, "best_epoch": 3, "history": [{"search_top1": 0.5}]},
+    **{"search_top1_before": 0.4, "seconds": 1.0},
+}
 GROUP = {**GROUPS[0], "num_channels": 2, "members": ["a.weight:0"], "order": [1, 0]}
 
 
@@ -267,7 +273,8 @@ def later(key, text):
 
 
 def saved_base(key, text):
-    saved = {"sha256": "0" * 64, "groups": [GROUP], "base": {}, key: "HERE"}
+    base = {"search": {"top1": 0.9, "images": 100}}
+    saved = {"sha256": "0" * 64, "groups": [GROUP], "base": base, key: "HERE"}
     return resume(**{"model.json": json.dumps(saved).replace('"HERE"', text)})
 
 
@@ -543,6 +550,10 @@ CASES = {
         on_run("report", **{"subnets__rate-0.50__metrics.json": '{"epochs": 1}'}),
         r"metrics\.json: no best_epoch, history, search_top1_before, seconds in it",
     ),
+    "a best epoch after the last": (
+        on_run("report", **{"subnets__rate-0.50__metrics.json": json.dumps(LATE)}),
+        r"metrics\.json: best_epoch 3 of 1 in its history",
+    ),
     "class names that are one text": (
         search_with(table(named('"abc"')), "data.search.path"),
         "class_names cannot be read .no list of names.",
@@ -567,6 +578,8 @@ CASES = {
             ("groups", json.dumps([GROUP | {"order": [0, 7]}]), "groups.0.order: no order"),
             ("groups", json.dumps([GROUP | {"num_channels": 3}]), "groups.0: .* orders 2 of 3"),
             ("orders", '{"l1": [[1]]}', "orders.l1.0: no order of channels"),
+            ("orders", '{"l1": [[0]]}', "orders of l1 do not fit the groups"),
+            ("base", '{"macs": 1}', "base.search: Field required"),
         )
     },
     # Options

@@ -158,6 +158,18 @@ def test_a_folder_that_cannot_be_written_is_bad_input(folder):
         export_subnet(folder, "state-dict", out=blocker / "net.safetensors")
 
 
+def test_an_input_of_another_size_names_the_file(folder):
+    file = folder / "subnet.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"input_shape": [1, 8, 8]}))
+    with pytest.raises(ArtifactError, match=r"subnet.json: the network does not run on its input"):
+        export_subnet(folder, "state-dict")
+
+
+def test_a_path_that_is_no_text_is_written(folder):
+    out = folder / "\udcff.safetensors"  # a byte that is no UTF-8
+    assert export_subnet(folder, "state-dict", out=out).path.stat().st_size > 0
+
+
 def test_a_broken_folder_is_refused(folder):
     shutil.copy(folder / "README.md", folder / "model.safetensors")
     with pytest.raises(ArtifactError, match="not a readable safetensors file"):

@@ -172,7 +172,8 @@ def test_a_run_is_not_continued_with_another_table(table_path, tmp_path):
     config = read_config(table_path, "latency")
     setup = Setup.create(config)
     groups = setup.prepare().describe_model()["groups"]
-    described = {"sha256": setup.sha256, "groups": groups, "base": {"cost": setup.budget.total}}
+    base = {"cost": setup.budget.total, "search": {"top1": 0.9, "images": 9}}
+    described = {"sha256": setup.sha256, "groups": groups, "base": base}
     (tmp_path / "model.json").write_text(json.dumps(described))
     assert Setup.create(config, tmp_path).saved == described
     table = load_table(table_path)
