@@ -236,7 +236,7 @@ def measure(evaluator: Evaluator, rates: Sequence[float], counts: Any) -> dict[f
     answers = {}
     for rate, row in zip(rates, counts.tolist(), strict=True):
         evaluator.submit(Candidate(rate, tuple(row), index=0))
-        answers[rate] = (evaluator.results(0)[0].top1, (tuple(row), ""))
+        answers[rate] = (evaluator.results(0)[0].score, (tuple(row), ""))
     return answers
 
 
@@ -280,7 +280,7 @@ def find_winners(
         # A cheaper candidate serves a larger rate too.
         for rate in rates:
             if record.cost_kept <= rate + 1e-9 and record.status == "ok":
-                best[rate] = max(best.get(rate, NONE), (record.top1, record.key))
+                best[rate] = max(best.get(rate, NONE), (record.score, record.key))
     return {rate: max(best[rate], answers.get(rate, NONE)) for rate in rates}
 
 

@@ -86,7 +86,7 @@ def read(folder: Path, num_channels: Array) -> tuple[list[EpisodeRecord], Replay
         offsets=offsets,
         log_ratios=log_ratios,
         shares=np.zeros_like(log_ratios),
-        top1=[row.top1 for row in rows],
+        score=[row.score for row in rows],
         loss=[row.loss for row in rows],
         images=[row.images for row in rows],
     )
@@ -99,7 +99,7 @@ def first_of(replay: Replay, count: int, *, loss: bool = True) -> Replay:
     columns = {name: rows for name, rows in vars(replay).items() if name != "num_added"}
     part.add(**{name: rows[:count] for name, rows in columns.items()})
     if not loss:
-        part.loss = np.zeros_like(part.loss)
+        part.loss = np.full_like(part.loss, np.nan)
     return part
 
 
@@ -124,7 +124,7 @@ def main() -> None:
     correlations: dict[str, list[float]] = {}
     for folder in options.runs:
         rows, replay, offsets = read(folder, num_channels)
-        top1 = np.array([row.top1 for row in rows])
+        top1 = np.array([row.score for row in rows])
         rate = replay.rates
         of_rate = np.column_stack([rate, offsets])
         ratios = INPUT_SCALE * (replay.log_ratios.astype(float) - INPUT_CENTRE)

@@ -115,9 +115,11 @@ def search_and_finetune(
     resume = (folder / "finetune").exists()
     result = cacp_ray.finetune(folder, config=recipe, resume=resume, on_epoch=on_epoch)
     seconds = sum(result["seconds"].values()) - result["seconds"]["finetune"]
-    keys = ("rate", "path", "cost_kept", "macs", "top1", "finetuned_top1", "test_top1")
+    keys = ("rate", "path", "cost_kept", "macs")
+    scores = ("top1", "finetuned_top1", "test_top1")
     return [
         {key: row[key] for key in keys}
+        | {name: row[name.replace("top1", "score")] for name in scores}
         | {
             "search_seconds": round(seconds, 1),  # for all rates, since the search was last started
             "finetune_seconds": round(
@@ -155,9 +157,9 @@ def train_on(
             "path": whole.name,
             "cost_kept": 1.0,
             "macs": None,
-            "top1": metrics["search_top1_before"],
-            "finetuned_top1": metrics["search_top1"],
-            "test_top1": metrics["test_top1"],
+            "top1": metrics["search_score_before"],
+            "finetuned_top1": metrics["search_score"],
+            "test_top1": metrics["test_score"],
             "search_seconds": 0.0,
             "finetune_seconds": round(metrics["seconds"], 1),
         }

@@ -99,7 +99,7 @@ def score_missing(options: argparse.Namespace, model: nn.Module, search: ImageSe
                 if (cell["criterion"], cell["recovery"]) == (criterion, recovery):
                     keep = tuple(counts[cell["groups"]][RATES.index(cell["rate"])].tolist())
                     scored = score(Candidate(cell["rate"], keep, index=0))
-                    figures = {"top1": scored.top1, "loss": scored.loss, "seconds": scored.seconds}
+                    figures = {"top1": scored.score, "loss": scored.loss, "seconds": scored.seconds}
                     kept = int(plan.macs(keep)) / whole
                     append_row(options.log, {"cell": cell, "macs_kept": kept, **figures})
 

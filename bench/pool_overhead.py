@@ -19,7 +19,7 @@ KEEP_COUNTS = tuple(range(16, 48))
 def make_sleeping(seconds: float) -> ScoreFunction:
     def score(candidate: Candidate) -> Measurement:
         time.sleep(seconds)
-        return Measurement(candidate.index, 0.9, 0.99, 0.3, images=5000, seconds=seconds)
+        return Measurement(index=candidate.index, score=0.9, images=5000, seconds=seconds)
 
     return score
 

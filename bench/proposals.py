@@ -51,8 +51,8 @@ def main() -> None:
         middle = time.process_time()
         results = []
         for index, proposal in enumerate(proposals, start=BATCH * turn):
-            top1 = float(np.mean(proposal.keep_counts / channels))
-            results.append((proposal, Measurement(index, top1, 0, 0, 1, 0)))
+            score = float(np.mean(proposal.keep_counts / channels))
+            results.append((proposal, Measurement(index=index, score=score, images=1, seconds=0)))
         agent.tell(results)
         updates += agent.update(agent.pending_updates)
         if turn >= 2:  # the first episodes are noise around the prior, without drafts

@@ -29,7 +29,7 @@ def draw(rows: list[EpisodeRecord], number: int) -> list[Candidate]:
     for i in np.linspace(0, len(rows) - 1, min(number, len(rows))).astype(int):
         row, told = rows[i], rows[: i // ROUND_SIZE * ROUND_SIZE]
         rivals = [rival for rival in told if rival.rate == row.rate]
-        best = max(rivals, key=lambda rival: (rival.top1, -rival.index)).hits if rivals else ""
+        best = max(rivals, key=lambda rival: (rival.score, -rival.index)).hits if rivals else ""
         candidates.append(dataclasses.replace(row.candidate, opponent=best))
     return candidates
 

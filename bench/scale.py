@@ -53,8 +53,8 @@ def pretend(candidate: Candidate, mean_seconds: float) -> Measurement:
     spread = float(np.random.default_rng(candidate.index).uniform(*SPREAD))
     seconds = mean_seconds * spread
     kept = np.log(np.array(candidate.keep_counts, float))
-    top1 = float(1 / (1 + np.exp(2 - kept.mean())))
-    return Measurement(candidate.index, top1, 1.0, 1 - top1, images=5000, seconds=seconds)
+    score = float(1 / (1 + np.exp(2 - kept.mean())))
+    return Measurement(index=candidate.index, score=score, images=5000, seconds=seconds)
 
 
 def measure_bytes(candidate: Candidate, num_images: int) -> tuple[int, int]:

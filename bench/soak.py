@@ -52,8 +52,8 @@ def make_formula(folder: str, seconds: float) -> ScoreFunction:
         with (Path(folder) / "scored.log").open("a") as log:
             log.write(line)
         time.sleep(seconds)
-        top1 = score_of(candidate.keep_counts)
-        return Measurement(candidate.index, top1, 1.0, 1 - top1, images=100, seconds=seconds)
+        score = score_of(candidate.keep_counts)
+        return Measurement(index=candidate.index, score=score, images=100, seconds=seconds)
 
     return score
 

@@ -283,7 +283,7 @@ def search(
     won = loop.progress.best[rate]
     assert won is not None
     top1 = accuracies(CutNetwork(setup.prepared, "compensate").load(won.keep_counts), domains)
-    figures = {"evaluations": loop.progress.evaluations, "search": won.top1, "seconds": seconds}
+    figures = {"evaluations": loop.progress.evaluations, "search": won.score, "seconds": seconds}
     row = {"cell": cell, **figures, **top1, "keep_counts": won.keep_counts}
     append_row(log_file(options), row)
     print(f"seed {seed}, {name}: {top1}, {seconds:.0f} s", flush=True)

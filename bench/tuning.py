@@ -147,8 +147,8 @@ def print_searches(results: dict[tuple[str, int], dict[str, Any]], search: RunCo
     """Accuracy of the winners by settings and seed."""
     rows = []
     for (name, seed), result in sorted(results.items()):
-        scored = [100 * row["search_top1"] for row in result["rates"]]
-        repaired = [100 * row["top1"] for row in result["rates"]]
+        scored = [100 * row["search_score"] for row in result["rates"]]
+        repaired = [100 * row["score"] for row in result["rates"]]
         means = [statistics.mean(scored), statistics.mean(repaired)]
         figures = [*scored, *means, 100 * statistics.mean(result["test"])]
         rows.append([name, f"{seed}", *(f"{value:.2f}" for value in figures)])

@@ -16,6 +16,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from cacp_ray.distributed.evaluator import NotPreparedError
 from cacp_ray.distributed.nodes import Kind, Nodes
 from cacp_ray.evaluation.measurement import Candidate, Measurement
+from tests.small import measurement_of
 
 CRASH, HANG = "crash", "hang"  # what a score function may do instead of an answer
 
@@ -53,7 +54,7 @@ class Actor:
 
 def measure(candidate: Candidate, actor: Actor) -> Answer:
     """A score function: top-1 is the candidate's index."""
-    return Measurement(candidate.index, float(candidate.index), 1.0, 0.5, 10, 1.0)
+    return measurement_of(candidate.index, float(candidate.index), 1.0, 0.5, 10, 1.0)
 
 
 class FakeCluster:

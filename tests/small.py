@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from cacp_ray.evaluation.measurement import Measurement
+
 SMALL: dict[str, Any] = {
     "name": "small",
     "data": {
@@ -36,3 +38,12 @@ TINY: dict[str, Any] = SMALL | {
 def mostly_slow(names: Iterable[Any], fast: Collection[Any]) -> list[Any]:
     """Parameters of a test, of which `make test` tries those in `fast`."""
     return [n if n in fast else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+def measurement_of(index, score, top5=0.0, loss=0.0, images=1, seconds=0.0, status="ok", **others):
+    """A measurement of the built-in task."""
+    figures = {"top1": score, "top5": top5, "loss": loss}
+    return Measurement(
+        index=index, score=score, figures=figures, images=images, seconds=seconds, status=status,
+        **others,
+    )  # fmt: skip

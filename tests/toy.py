@@ -20,6 +20,7 @@ from cacp_ray.searching.allocation import uniform_prior
 from cacp_ray.searching.budget import Budget, minimum_counts
 from cacp_ray.searching.mdp import AllocationMDP
 from cacp_ray.searching.strategies.problem import Scores
+from tests.small import measurement_of
 
 NUM_CLASSES = 10
 
@@ -166,7 +167,7 @@ def measure_by_formula(
         candidate = Candidate(
             proposal.rate, proposal.keep_counts, criterion=proposal.criterion, index=i
         )
-        results.append((candidate, Measurement(i, top1, 0.0, 1 - top1, 1000, 0.0, status=status)))
+        results.append((candidate, measurement_of(i, top1, 0.0, 1 - top1, 1000, 0.0, status)))
     return results
 
 

@@ -97,9 +97,9 @@ def finetune(
         print_report(folder)
         return
     typer.echo(
-        f"search split {100 * result['search_top1']:.2f} % (before "
-        f"{100 * result['search_top1_before']:.2f} %), test split "
-        f"{100 * result['test_top1']:.2f} %: {folder / 'finetuned.safetensors'}"
+        f"search split {100 * result['search_score']:.2f} % (before "
+        f"{100 * result['search_score_before']:.2f} %), test split "
+        f"{100 * result['test_score']:.2f} %: {folder / 'finetuned.safetensors'}"
     )
 
 

@@ -74,7 +74,7 @@ def evaluate(
             raise ConfigError("--index re-scores on the search split: leave --split out")
         record, accuracy = rescore_candidate(path, index)
         typer.echo(f"candidate {index}, rate {record.rate:.2f}, search split: {_percent(accuracy)}")
-        typer.echo(f"recorded: {100 * record.top1:.2f} %")
+        typer.echo(f"recorded: {100 * record.score:.2f} %")
         return
     for folder, rate, accuracy in evaluate_subnets(path, split):
         typer.echo(f"{folder}: rate {rate:.2f}, {split} split {_percent(accuracy)}")

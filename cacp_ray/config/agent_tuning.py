@@ -64,10 +64,10 @@ class AgentTuningConfig(Section):
     seeds: tuple[NonNegativeInt, ...] = Field(
         default=(0, 1), min_length=1, description="each trial searches once a seed"
     )
-    objective: Literal["top1", "area"] = Field(
-        default="top1",
-        description="top1: best accuracy after all evaluations, a mean over rates and seeds; area: "
-        "its mean over the evaluations",
+    objective: Literal["score", "area"] = Field(
+        default="score",
+        description="score: the best after all evaluations, a mean over rates and seeds; area: its "
+        "mean over the evaluations",
     )
     algorithm: Literal["random", "optuna"] = Field(
         default="random", description="how settings are drawn; optuna: by its TPE"

@@ -21,7 +21,7 @@ from cacp_ray.distributed.evaluator import NotPreparedError
 from cacp_ray.distributed.fleet import PLACES, RETRY_DELAY_S, WATCH_S, Fleet, Slot
 from cacp_ray.distributed.nodes import Kind
 from cacp_ray.distributed.tasks import describe
-from cacp_ray.evaluation.measurement import Candidate, Measurement
+from cacp_ray.evaluation.measurement import FAILED, Candidate, Measurement
 
 logger = logging.getLogger(__name__)
 
@@ -281,10 +281,7 @@ class _Metrics:
 def _failed_measurement(work: Work, evaluator: str, reason: str) -> Measurement:
     return Measurement(
         index=work.candidate.index,
-        top1=0.0,
-        top5=0.0,
-        loss=0.0,
-        images=0,
+        score=FAILED,
         seconds=0.0,
         status="failed",
         error=reason,

@@ -7,11 +7,11 @@ from torch import nn
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.transforms import from_shared
-from cacp_ray.evaluation.measurement import SubnetKey
+from cacp_ray.evaluation.classification import measure_accuracy
+from cacp_ray.evaluation.measurement import Scored, SubnetKey
 from cacp_ray.evaluation.preparation import Prepared, cut_networks
 from cacp_ray.pruning.resizable import build_subnet
 from cacp_ray.pruning.sequential import recover_sequentially
-from cacp_ray.training.metrics import Accuracy, measure_split
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Built:
     """A subnet as it would be saved."""
 
     net: nn.Module  # independent network on the CPU, in float32
-    accuracy: Accuracy  # on the whole search split
+    scored: Scored  # on the whole search split
     is_sequential: bool  # whether sequential recovery made it
 
 
@@ -49,7 +49,7 @@ class Builder:
         keep_counts, order = subnet
         prepared, cut_network = self._prepared.with_order(order), self._cut_network(order)
         tensors = cut_network.cut(keep_counts)
-        accuracy = self._measure(cut_network.resizable.load(tensors))
+        scored = self._measure(cut_network.resizable.load(tensors))
         is_sequential = False
         if self._is_sequential:
             repaired = recover_sequentially(
@@ -61,19 +61,14 @@ class Builder:
                 prepared.calibration.tensors()[0],
                 seed=self._seed,
             )
-            repaired_accuracy = self._measure(cut_network.resizable.load(repaired))
-            is_sequential = _rank(repaired_accuracy) > _rank(accuracy)
+            repaired_scored = self._measure(cut_network.resizable.load(repaired))
+            is_sequential = repaired_scored.rank > scored.rank
             if is_sequential:
-                tensors, accuracy = repaired, repaired_accuracy
+                tensors, scored = repaired, repaired_scored
         whole = {name: from_shared(value) for name, value in prepared.tensors.items()}
-        return Built(build_subnet(prepared.model, whole | tensors), accuracy, is_sequential)
+        return Built(build_subnet(prepared.model, whole | tensors), scored, is_sequential)
 
-    def _measure(self, net: nn.Module) -> Accuracy:
+    def _measure(self, net: nn.Module) -> Scored:
         if self._device == "cpu":
-            return measure_split(net, self._split)
-        return measure_split(copy.deepcopy(net).to(self._device), self._split)
-
-
-def _rank(accuracy: Accuracy) -> tuple[float, float]:
-    """Orders accuracies by top-1, then by loss; higher is better."""
-    return accuracy.top1, -accuracy.loss
+            return measure_accuracy(net, self._split)
+        return measure_accuracy(copy.deepcopy(net).to(self._device), self._split)

@@ -29,7 +29,7 @@ from cacp_ray.io.jsonl import append_line, read_lines
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3  # raise it when the same candidate scores otherwise, or a line has other fields
+VERSION = 4  # raise it when the same candidate scores otherwise, or a line has other fields
 
 # The subnet, with the images that scored it, or the hash of the opponent that stopped it.
 Key = tuple[SubnetKey, int | str]
@@ -153,9 +153,8 @@ def _read_line(line: bytes) -> tuple[Key, Measurement]:
         all(isinstance(count, int) for count in counts)
         and isinstance(criterion, str)
         and isinstance(row["measurement"]["images"], int)
-        and measurement.images > 0
-        and all(0 <= share <= 1 for share in (measurement.top1, measurement.top5))
-        and math.isfinite(measurement.loss)
+        and measurement.images >= 0
+        and all(map(math.isfinite, (measurement.score, *dict(measurement.figures).values())))
         and measurement.status == ("stopped" if against else "ok")
     )
     if not is_sound:

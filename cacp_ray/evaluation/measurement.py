@@ -1,8 +1,9 @@
 """What travels between the search and the evaluators: a few hundred bytes each way."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, Protocol
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 Status = Literal["ok", "failed", "stopped"]
 SubnetKey = tuple[tuple[int, ...], str]  # keep counts and criterion: what tells candidates apart
@@ -35,16 +36,49 @@ class Candidate:
         return self.keep_counts, self.criterion
 
 
-@dataclass(frozen=True)
-class Measurement:
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What a network is worth by its task.
+
+    Attributes:
+        score: What networks are judged by: higher is better, on any scale. Top-1 as a share of the
+            images for the built-in task.
+        figures: The task's other figures by name. The built-in task has `top1` and `top5` as shares
+            of the images, and `loss`, the mean cross-entropy in nats.
+        images: Images scored; 0 where the task does not count them.
+    """
+
+    score: float
+    figures: Mapping[str, float] = field(default_factory=dict[str, float], hash=False)
+    images: int = 0
+
+    @property
+    def loss(self) -> float:
+        """The task's `loss`, lower is better and finer than many scores; else minus the score."""
+        loss = self.figures.get("loss", -self.score)
+        return math.inf if math.isnan(loss) else loss
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Orders networks: by score, then by the lower loss."""
+        return self.score, -self.loss
+
+    def describe(self) -> dict[str, Any]:
+        """All figures side by side, for a file."""
+        return {**self.figures, "score": self.score, "images": self.images}
+
+
+FAILED = -1e30  # score of a network that could not be measured; finite, as JSON has no infinity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement(Scored):
     """What scoring a candidate returned.
+
+    Its score is FAILED where scoring failed, and an estimate where it was stopped.
 
     Attributes:
         index: Index of the candidate.
-        top1: Share of images in [0, 1]; 0 where scoring failed, an estimate where it was stopped.
-        top5: Share of images in [0, 1].
-        loss: Mean cross-entropy in nats.
-        images: Images scored.
         seconds: Spent scoring, on the evaluator.
         status: `ok`, `failed`, or `stopped` because it fell behind (`cacp_ray.evaluation.racing`).
         error: Reason of a failure, one line; or a remark about an unusual success.
@@ -57,10 +91,6 @@ class Measurement:
     """
 
     index: int
-    top1: float
-    top5: float
-    loss: float
-    images: int
     seconds: float
     status: Status = "ok"
     error: str = ""

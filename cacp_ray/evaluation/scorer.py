@@ -16,6 +16,7 @@ from cacp_ray.data.images import ImageSet
 from cacp_ray.data.transforms import from_shared
 from cacp_ray.errors import EvaluationError, is_out_of_memory
 from cacp_ray.evaluation import racing
+from cacp_ray.evaluation.classification import as_scored
 from cacp_ray.evaluation.gpu import (
     TRIED_IMAGES,
     Need,
@@ -137,10 +138,7 @@ class Scorer:
             raise EvaluationError(f"the network's outputs are not finite (loss {accuracy.loss})")
         measurement = Measurement(
             index=candidate.index,
-            top1=accuracy.top1,
-            top5=accuracy.top5,
-            loss=accuracy.loss,
-            images=accuracy.images,
+            **vars(as_scored(accuracy)),
             seconds=time.perf_counter() - started,
             finished_at=time.time(),
         )
@@ -148,8 +146,8 @@ class Scorer:
         if images == self._default_images:
             return dataclasses.replace(measurement, hits=racing.encode_hits(hits))
         if images < wanted:
-            top1 = racing.estimate(hits, racing.decode_hits(candidate.opponent))
-            return dataclasses.replace(measurement, top1=top1, status="stopped")
+            score = racing.estimate(hits, racing.decode_hits(candidate.opponent))
+            return dataclasses.replace(measurement, score=score, status="stopped")
         return measurement
 
 

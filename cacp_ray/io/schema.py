@@ -34,6 +34,7 @@ InnerPath = Annotated[str, Field(max_length=300), AfterValidator(_stay_inside)]
 Size = Annotated[int, Field(ge=1, le=10**6)]  # channels, pixels of a side
 Classes = Annotated[int, Field(ge=1, le=10**5)]  # a layer of 2,000 inputs then takes 0.8 GB
 Count = Annotated[int, Field(ge=0, le=10**15)]  # operations, parameters, images, bytes
+Score = float  # of any scale
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Seconds = Annotated[float, Field(ge=0)]

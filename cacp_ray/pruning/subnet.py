@@ -27,7 +27,7 @@ from cacp_ray.io.schema import (
     Count,
     Name,
     Rate,
-    Share,
+    Score,
     Size,
     check_content,
     version_of,
@@ -99,9 +99,9 @@ class KeptGroup(Content):
 class Scores(Content):
     """Accuracies of a search."""
 
-    top1: Share | None = None
-    policy_top1: Share | None = None
-    search_top1: Share | None = None
+    score: Score | None = None
+    policy_score: Score | None = None
+    search_score: Score | None = None
 
 
 class Description(Content):

@@ -24,10 +24,10 @@ class ComparedRun:
     asked: int  # distinct candidates that the configuration grants
     known: int  # how many of `evaluations` a measurement of another run answered
     seconds: float | None  # duration of the search phase; None where it has not ended
-    search_top1: ByRate  # best candidate within the budget of each rate, before fine-tuning
-    policy_top1: ByRate  # the trained policy's own answers; empty where there are none
-    winners: dict[float, Point]  # of `search_top1`
-    policy_points: dict[float, Point]  # of `policy_top1`
+    search_score: ByRate  # best candidate within the budget of each rate, before fine-tuning
+    policy_score: ByRate  # the trained policy's own answers; empty where there are none
+    winners: dict[float, Point]  # of `search_score`
+    policy_points: dict[float, Point]  # of `policy_score`
     frontier: tuple[Point, ...]  # best measured at each cost or below; both coordinates rise
 
 
@@ -36,7 +36,7 @@ class Comparison:
     """Runs on the same network, data, cost, order, recovery and evaluation settings."""
 
     cost: str  # what a rate limits
-    base_top1: float  # of the whole network on the whole search split
+    base_score: float  # of the whole network on the whole search split
     base_images: int  # images of the whole search split
     images: int  # images that scored each candidate
     runs: tuple[ComparedRun, ...]  # in the order given
@@ -44,16 +44,16 @@ class Comparison:
     @property
     def rates(self) -> tuple[float, ...]:
         """Rates of all runs together, the smallest first."""
-        return tuple(sorted({rate for run in self.runs for rate in run.search_top1}))
+        return tuple(sorted({rate for run in self.runs for rate in run.search_score}))
 
     @property
     def common_rates(self) -> tuple[float, ...]:
         """Rates that every run has; means can be compared only over these."""
-        return tuple(r for r in self.rates if all(r in run.search_top1 for run in self.runs))
+        return tuple(r for r in self.rates if all(r in run.search_score for run in self.runs))
 
-    def mean(self, top1: ByRate) -> float | None:
+    def mean(self, score: ByRate) -> float | None:
         """Mean over the common rates; None where a value is missing."""
-        values = [top1.get(rate) for rate in self.common_rates]
+        values = [score.get(rate) for rate in self.common_rates]
         known = [value for value in values if value is not None]
         return sum(known) / len(known) if known and len(known) == len(values) else None
 
@@ -66,7 +66,7 @@ class Comparison:
         """
         errors: dict[float, float] = {}
         for rate in self.rates if self.images else ():
-            values = [run.search_top1.get(rate) for run in self.runs]
+            values = [run.search_score.get(rate) for run in self.runs]
             known = [value for value in values if value is not None]
             if known:
                 mean = sum(known) / len(known)
@@ -78,14 +78,14 @@ class Comparison:
         runs = []
         for run in self.runs:
             values = dataclasses.asdict(run)
-            for key in ("search_top1", "policy_top1", "winners", "policy_points"):
+            for key in ("search_score", "policy_score", "winners", "policy_points"):
                 values[key] = {f"{rate:.2f}": value for rate, value in values[key].items()}
-            values["mean_search_top1"] = self.mean(run.search_top1)
-            values["mean_policy_top1"] = self.mean(run.policy_top1)
+            values["mean_search_score"] = self.mean(run.search_score)
+            values["mean_policy_score"] = self.mean(run.policy_score)
             runs.append(values)
         return {
             "cost": self.cost,
-            "base_top1": self.base_top1,
+            "base_score": self.base_score,
             "base_images": self.base_images,
             "images": self.images,
             "rates": list(self.rates),

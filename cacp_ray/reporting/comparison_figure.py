@@ -90,25 +90,25 @@ def draw_comparison(comparison: Comparison) -> Figure:
 
 def plot_frontiers(axes: Axes, comparison: Comparison) -> None:
     """Plots the best at each cost, the winner of every rate, and the policies' own answers."""
-    base = 100 * comparison.base_top1
+    base = 100 * comparison.base_score
     if comparison.images == comparison.base_images:  # otherwise the images differ
         axes.axhline(base, color="black", linestyle=":", linewidth=1.3, label="base network")
     points: list[Point] = []
     for number, run in enumerate(comparison.runs):
         colour, marker, line = _look(number)
         if run.frontier:
-            cost, top1 = 100 * np.array([*run.frontier, (1.0, run.frontier[-1][1])]).T
+            cost, score = 100 * np.array([*run.frontier, (1.0, run.frontier[-1][1])]).T
             look = {"color": colour, "linestyle": line, "linewidth": 1.2, "alpha": 0.7}
-            axes.plot(cost, top1, drawstyle="steps-post", **look)
+            axes.plot(cost, score, drawstyle="steps-post", **look)
         for by_rate, face in ((run.policy_points, "white"), (run.winners, colour)):
             if by_rate:
-                cost, top1 = 100 * np.array(list(by_rate.values())).T
-                axes.plot(cost, top1, linestyle="", marker=marker, zorder=3, **_fill(colour, face))
+                cost, score = 100 * np.array(list(by_rate.values())).T
+                axes.plot(cost, score, linestyle="", marker=marker, zorder=3, **_fill(colour, face))
                 points += by_rate.values()
     if points:
-        cost, top1 = 100 * np.array(points).T
-        margin = max(0.06 * (base - min(top1)), 1.0)
-        axes.set_ylim(max(0.0, min(top1) - margin), min(100.5, max(base, *top1) + margin))
+        cost, score = 100 * np.array(points).T
+        margin = max(0.06 * (base - min(score)), 1.0)
+        axes.set_ylim(max(0.0, min(score) - margin), min(100.5, max(base, *score) + margin))
         span = max(max(cost) - min(cost), 5.0)
         axes.set_xlim(max(0.0, min(cost) - 0.08 * span), min(100.5, max(cost) + 0.12 * span))
     key: list[tuple[str, dict[str, Any]]] = [
@@ -127,13 +127,15 @@ def plot_frontiers(axes: Axes, comparison: Comparison) -> None:
 def plot_rate(axes: Axes, comparison: Comparison, rate: float) -> None:
     """Plots each run's best at one rate and its policy's own answer, the first run on top."""
     runs = comparison.runs
-    best = max((top1 for run in runs if (top1 := run.search_top1.get(rate)) is not None), default=0)
+    best = max(
+        (score for run in runs if (score := run.search_score.get(rate)) is not None), default=0
+    )
     error = comparison.standard_errors.get(rate, 0.0)
     axes.axvspan(100 * (best - error), 100 * best, color=GREY, alpha=0.15, linewidth=0)
     for number, run in enumerate(runs):
         colour, marker, _ = _look(number)
-        for top1, face in ((run.policy_top1, "white"), (run.search_top1, colour)):
-            if (value := top1.get(rate)) is not None:
+        for score, face in ((run.policy_score, "white"), (run.search_score, colour)):
+            if (value := score.get(rate)) is not None:
                 axes.plot(100 * value, number, linestyle="", marker=marker, **_fill(colour, face))
     names = [run.label if run.is_finished else f"{run.label} {UNFINISHED}" for run in runs]
     axes.set_yticks(range(len(runs)), names, parse_math=False)

@@ -49,9 +49,9 @@ def comparison_columns(comparison: Comparison) -> tuple[Column, list[Column], li
         Column("evalua-", "tions", lambda row: f"{row['evaluations']:,}"),
         Column("search", "time", lambda row: format_seconds(row["seconds"])),
     ]
-    blocks = [_accuracy_columns(comparison, "best", "search_top1")]
-    if any(run.policy_top1 for run in comparison.runs):
-        blocks.append(_accuracy_columns(comparison, "policy", "policy_top1"))
+    blocks = [_accuracy_columns(comparison, "best", "search_score")]
+    if any(run.policy_score for run in comparison.runs):
+        blocks.append(_accuracy_columns(comparison, "policy", "policy_score"))
     return name, effort, blocks
 
 
@@ -76,9 +76,9 @@ def _width(table: Table) -> int:
 def comparison_notes(comparison: Comparison) -> list[str]:
     """Notes below the table, a sentence or two in each line."""
     runs, common = comparison.runs, comparison.common_rates
-    has_policy = any(run.policy_top1 for run in runs)
+    has_policy = any(run.policy_score for run in runs)
     notes = [
-        f"Base network: {format_percent(comparison.base_top1)} %. Best: of all candidates within "
+        f"Base network: {format_percent(comparison.base_score)} %. Best: of all candidates within "
         "the budget, as the search scored them"
         f"{'; policy: what it answers by itself' if has_policy else ''}."
     ]

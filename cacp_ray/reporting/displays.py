@@ -21,7 +21,7 @@ LIVE_SECONDS = 0.2
 BAR_WIDTH = 30
 MOST_TRIALS = 12
 
-Objective = Literal["top1", "area"]
+Objective = Literal["score", "area"]
 
 
 class Display:
@@ -157,7 +157,7 @@ def search_panel(progress: SearchProgress) -> RenderableType:
     for rate, best in sorted(progress.best.items()):
         cells = [DASH] * 3
         if best is not None:
-            cells = [format_percent(best.top1), format_percent(best.cost_kept), f"{best.index:,}"]
+            cells = [format_percent(best.score), format_percent(best.cost_kept), f"{best.index:,}"]
         table.add_row(f"{rate:.2f}", *cells)
     total, done = max(progress.total, 1), progress.evaluations
     status = Table.grid(padding=(0, 1))
@@ -168,7 +168,7 @@ def search_panel(progress: SearchProgress) -> RenderableType:
 def search_line(progress: SearchProgress) -> str:
     """State of the search in one line."""
     best = "  ".join(
-        f"{rate:.2f}: {format_percent(None if record is None else record.top1)}"
+        f"{rate:.2f}: {format_percent(None if record is None else record.score)}"
         for rate, record in sorted(progress.best.items())
     )
     return f"search {_search_status(progress)}  best top-1 in %: {best}"
@@ -184,7 +184,7 @@ def finetune_panel(latest: Sequence[FinetuneProgress]) -> RenderableType:
             f"{trial.epoch}/{trial.epochs}",
             ProgressBar(trial.epochs, trial.epoch, width=BAR_WIDTH),
             f"{trial.train_loss:.3f}",
-            format_percent(trial.search_top1),
+            format_percent(trial.search_score),
             f"{trial.seconds:.1f}",
             format_seconds(trial.seconds * (trial.epochs - trial.epoch)),
         )
@@ -196,7 +196,7 @@ def finetune_line(progress: FinetuneProgress) -> str:
     left = format_seconds(progress.seconds * (progress.epochs - progress.epoch))
     return (
         f"fine-tune rate {_trial_name(progress)}  epoch {progress.epoch}/{progress.epochs}  "
-        f"loss {progress.train_loss:.3f}  search split {format_percent(progress.search_top1)} %  "
+        f"loss {progress.train_loss:.3f}  search split {format_percent(progress.search_score)} %  "
         f"{format_seconds(progress.seconds)}  {left} left"
         f"{', from before' if progress.is_restored else ''}"
     )
@@ -207,7 +207,7 @@ def tuning_panel(ranked: Sequence[TrialProgress]) -> RenderableType:
     table = _table("trial", "evaluations", "best top-1\n(%, mean)", "mean over\ntime (%)")
     table.add_column("settings")
     for trial in ranked[:MOST_TRIALS]:
-        accuracy = format_percent(trial.top1), format_percent(trial.area)
+        accuracy = format_percent(trial.score), format_percent(trial.area)
         table.add_row(trial.name, f"{trial.evaluations:,}", *accuracy, _settings(trial))
     return table
 
@@ -216,7 +216,7 @@ def tuning_line(progress: TrialProgress) -> str:
     """A trial's round in one line."""
     return (
         f"{progress.name}  {progress.evaluations:,} evaluations  "
-        f"best top-1 {format_percent(progress.top1)} %  {_settings(progress)}"
+        f"best top-1 {format_percent(progress.score)} %  {_settings(progress)}"
     )
 
 

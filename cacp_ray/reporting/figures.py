@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from cacp_ray.io.files import write_file
-from cacp_ray.reporting.summary import base_top1, cost_name, search_images
+from cacp_ray.reporting.summary import base_score, cost_name, search_images
 
 # Narrow figures with large letters stay readable on a phone.
 WIDTH, DPI = 5.8, 170
@@ -46,7 +46,7 @@ class Episodes:
 
     rate: NDArray[np.float64]
     cost_kept: NDArray[np.float64]
-    top1: NDArray[np.float64]
+    score: NDArray[np.float64]
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
@@ -82,17 +82,17 @@ def read_episodes(table: pa.Table) -> Episodes:
     """The measurements that succeeded."""
     if table.num_rows == 0:
         return Episodes(np.empty(0), np.empty(0), np.empty(0))
-    columns = [table[name].to_numpy() for name in ("rate", "cost_kept", "top1", "status")]
-    rate, cost_kept, top1, status = columns
+    columns = [table[name].to_numpy() for name in ("rate", "cost_kept", "score", "status")]
+    rate, cost_kept, score, status = columns
     is_ok = status == "ok"
-    return Episodes(rate[is_ok], cost_kept[is_ok], top1[is_ok])
+    return Episodes(rate[is_ok], cost_kept[is_ok], score[is_ok])
 
 
 def plot_accuracy(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str:
     """Plots top-1 on the search split against cost kept; returns the caption."""
     rates = sorted(result["rates"], key=lambda row: row["cost_kept"])
     frontier = sorted(result["frontier"], key=lambda row: row["cost_kept"])
-    top1 = base_top1(result, "search")
+    score = base_score(result, "search")
     shown: list[float] = []
 
     def draw(rows: list[dict[str, Any]], key: str, **look: Any) -> None:
@@ -103,29 +103,29 @@ def plot_accuracy(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str
             shown.extend(y)
 
     axes.scatter(
-        100 * episodes.cost_kept, 100 * episodes.top1, s=9, c=GREY, alpha=0.25, linewidths=0,
+        100 * episodes.cost_kept, 100 * episodes.score, s=9, c=GREY, alpha=0.25, linewidths=0,
         rasterized=True,  # also in the SVG: there are thousands of dots
     )  # fmt: skip
-    if top1 is not None:
-        shown.append(100 * top1)
+    if score is not None:
+        shown.append(100 * score)
         axes.axhline(shown[-1], color="black", linestyle=":", linewidth=1.3, label="base")
-    draw(rates, "uniform_top1", color=GREY, marker="x", linestyle=":", label="uniform")
-    draw(frontier, "top1", color=GREEN, linewidth=1.5, linestyle="--", label="policy alone")
-    draw(rates, "top1", color=BLUE, marker="o", label="before fine-tuning")
-    draw(rates, "finetuned_top1", color=ORANGE, marker="s", label="after fine-tuning")
-    num_hidden = limit_y(axes, np.array(shown), 100 * episodes.top1)
+    draw(rates, "uniform_score", color=GREY, marker="x", linestyle=":", label="uniform")
+    draw(frontier, "score", color=GREEN, linewidth=1.5, linestyle="--", label="policy alone")
+    draw(rates, "score", color=BLUE, marker="o", label="before fine-tuning")
+    draw(rates, "finetuned_score", color=ORANGE, marker="s", label="after fine-tuning")
+    num_hidden = limit_y(axes, np.array(shown), 100 * episodes.score)
     style(axes, f"cost kept (% of {cost_name(result['cost'])})", "top-1, search split (%)")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=10, frameon=False, loc="lower right")
     below = f" {num_hidden:,} of them lie below the axis." if num_hidden else ""
-    return f"Dots: the {len(episodes.top1):,} episodes of the search.{below}{_scored_on(result)}"
+    return f"Dots: the {len(episodes.score):,} episodes of the search.{below}{_scored_on(result)}"
 
 
 def plot_latency(axes: Axes, result: dict[str, Any]) -> str:
     """Plots the last top-1 on the search split against speed-up; returns the caption."""
     rates = sorted(result["rates"], key=lambda row: row["rate"])
-    is_finetuned = all(row.get("finetuned_top1") is not None for row in rates)
-    key = "finetuned_top1" if is_finetuned else "top1"
+    is_finetuned = all(row.get("finetuned_score") is not None for row in rates)
+    key = "finetuned_score" if is_finetuned else "score"
     batch = f"{result.get('latency_batch', 'a batch of')} images"
     looks: list[tuple[str, str, dict[str, Any]]] = [
         ("", "1 image", {"color": BLUE, "marker": "o"}),
@@ -140,9 +140,9 @@ def plot_latency(axes: Axes, result: dict[str, Any]) -> str:
             for row, *place in zip(known if not prefix else [], x, y, strict=False):
                 name, point = f"{row['rate']:.2f}", (place[0], place[1])
                 axes.annotate(name, point, (4, 4), textcoords="offset points", fontsize=9)
-    top1 = base_top1(result, "search")
-    if top1 is not None:
-        axes.plot([1], [100 * top1], color="black", marker="*", linestyle="", label="base")
+    score = base_score(result, "search")
+    if score is not None:
+        axes.plot([1], [100 * score], color="black", marker="*", linestyle="", label="base")
     style(axes, "speed-up against the base (times)", "top-1, search split (%)")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=10, frameon=False)
@@ -156,19 +156,19 @@ def plot_latency(axes: Axes, result: dict[str, Any]) -> str:
 def plot_progress(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str:
     """Plots the best so far and the running mean of every rate; returns the caption."""
     rates = sorted(row["rate"] for row in result["rates"])
-    if len(episodes.top1) == 0:
+    if len(episodes.score) == 0:
         axes.set_axis_off()
         axes.text(0.5, 0.5, "no candidate was measured", ha="center", transform=axes.transAxes)
         return "No candidate was measured."
-    window = max(5, len(episodes.top1) // (10 * max(1, len(rates))))
+    window = max(5, len(episodes.score) // (10 * max(1, len(rates))))
     shown: list[float] = []
     for rate, colour in zip(rates, rate_colours(len(rates)), strict=True):
         # A cheaper candidate serves this rate too, whichever rate it was proposed for.
         fits = np.flatnonzero(episodes.cost_kept <= rate + 1e-9)
         own = np.flatnonzero(np.isclose(episodes.rate, rate))
-        best = np.maximum.accumulate(100 * episodes.top1[fits])
-        mean = _running_mean(100 * episodes.top1[own], window)
-        end = len(episodes.top1)
+        best = np.maximum.accumulate(100 * episodes.score[fits])
+        mean = _running_mean(100 * episodes.score[own], window)
+        end = len(episodes.score)
         steps = np.append(fits + 1, end) if len(fits) else fits
         values = np.append(best, best[-1:])
         marker = "o" if end == 1 else None
@@ -191,23 +191,23 @@ def plot_finetuning(axes: Axes, result: dict[str, Any], metrics: Metrics) -> str
     shown: list[float] = []
     epochs = 0
     for (rate, content), colour in zip(metrics.items(), rate_colours(len(metrics)), strict=True):
-        values = [100 * content["search_top1_before"]]
-        values += [100 * epoch["search_top1"] for epoch in content["history"]]
+        values = [100 * content["search_score_before"]]
+        values += [100 * epoch["search_score"] for epoch in content["history"]]
         axes.plot(range(len(values)), values, color=colour, label=f"{rate:.2f}")
         best = content["best_epoch"]
         axes.plot([best], [values[best]], color=colour, marker="o")
         shown += values
         epochs = max(epochs, len(values) - 1)
-    top1 = base_top1(result, "search")
-    if top1 is not None:
-        axes.axhline(100 * top1, color="black", linestyle=":", linewidth=1.3)
-        shown.append(100 * top1)
+    score = base_score(result, "search")
+    if score is not None:
+        axes.axhline(100 * score, color="black", linestyle=":", linewidth=1.3)
+        shown.append(100 * score)
     limit_y(axes, np.array(shown), np.empty(0))
     axes.set_xlim(0, max(1, epochs) * 1.02)
     style(axes, "epochs", "top-1, search split (%)")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
     rate_legend(axes)
-    whole = " Dotted: the base network." if top1 is not None else ""
+    whole = " Dotted: the base network." if score is not None else ""
     return f"Epoch 0: the network of the search. Dot: the epoch whose weights are kept.{whole}"
 
 

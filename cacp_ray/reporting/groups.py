@@ -79,12 +79,15 @@ def fit_importance(result: dict[str, Any], table: pa.Table) -> GroupImportance |
     if len(ok) > MAX_FITTED:
         ok = ok[np.linspace(0, len(ok) - 1, MAX_FITTED).astype(np.int64)]
     table = table.take(ok)
-    counts, top1 = np.array(table["keep_counts"].to_pylist(), np.float64), table["top1"].to_numpy()
+    counts, score = (
+        np.array(table["keep_counts"].to_pylist(), np.float64),
+        table["score"].to_numpy(),
+    )
     whole = np.array([group["num_channels"] for group in result["groups"]])
     if len(counts) < 3 * len(whole):
         return None
     x = np.log(counts / whole)  # (N, G)
-    y = np.log((top1 + 1e-3) / (1 - top1 + 1e-3))
+    y = np.log((score + 1e-3) / (1 - score + 1e-3))
     rng = np.random.default_rng(0)
     fold = rng.permutation(len(y)) % FOLDS
     errors = np.zeros(len(y))
@@ -95,7 +98,7 @@ def fit_importance(result: dict[str, Any], table: pa.Table) -> GroupImportance |
     r2 = 1 - float(np.mean(errors**2)) / max(float(y.var()), 1e-12)
     if r2 < MIN_R2:
         return None
-    mean = top1.mean()
+    mean = score.mean()
     points = -100 * mean * (1 - mean) * np.log(0.9)  # points of top-1 for a slope of 1
     draws = [rng.integers(len(y), size=len(y)) for _ in range(RESAMPLES)]
     slopes = np.array([_fit(x[rows], y[rows])[0] for rows in draws])

@@ -36,7 +36,7 @@ def draw_learning(
     if not lines:
         return []
     learning = result.get("learning") or {}
-    points, images = learning.get("policy_top1") or [], learning.get("images")
+    points, images = learning.get("policy_score") or [], learning.get("images")
     plots: list[tuple[str, str, Plot]] = [
         ("learning-reward", "Reward", lambda axes: plot_reward(axes, lines, images)),
         ("learning-critic", "Loss of the critics", lambda axes: plot_critic(axes, lines)),
@@ -73,7 +73,7 @@ def plot_policy(axes: Axes, lines: Sequence[Line], points: Sequence[dict[str, An
         own = [point for point in points if f"{point['rate']:.2f}" == rate]
         if own:
             steps = [point["evaluations"] for point in own]
-            values = 100 * np.array([point["top1"] for point in own])
+            values = 100 * np.array([point["score"] for point in own])
             look = {"linestyle": "-" if own[0]["seen"] else "--", "color": colour, "label": rate}
             axes.plot(steps, values, marker="o", markersize=3, **look)
             shown.append(values)

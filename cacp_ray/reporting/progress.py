@@ -28,19 +28,19 @@ class FinetuneProgress:
     epoch: int  # finished epochs, in [1, epochs]
     epochs: int
     train_loss: float  # mean over the epoch
-    search_top1: float  # share of the search split in [0, 1]
+    search_score: float  # share of the search split in [0, 1]
     seconds: float  # duration of this epoch
     is_restored: bool = False  # whether this repeats the last epoch before an interruption
 
 
 @dataclass(frozen=True)
 class TrialProgress:
-    """State of an agent-tuning trial; `top1`, `area` are means over rates and seeds, in [0, 1]."""
+    """State of an agent-tuning trial; `score`, `area` are means over rates and seeds, in [0, 1]."""
 
     name: str
     settings: Mapping[str, Any]  # values that the trial tries, by key path of the configuration
     evaluations: int  # in each of its searches
-    top1: float  # best so far
-    area: float  # mean of `top1` over the evaluations so far
+    score: float  # best so far
+    area: float  # mean of `score` over the evaluations so far
     is_whole: bool  # whether its searches have reached their end; False where Tune stopped it
     since: int = 0  # evaluations when it got these settings; above 0 only in a population

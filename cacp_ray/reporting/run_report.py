@@ -50,7 +50,7 @@ from cacp_ray.rundir.directory import RunDirectory, read_result
 from cacp_ray.rundir.schema import MetricsFile, ReportedFile, read_learning
 
 # What the figure and the facts of a fine-tuning read.
-SHOWN_METRICS = ("best_epoch", "search_top1_before", "seconds", "history")
+SHOWN_METRICS = ("best_epoch", "search_score_before", "seconds", "history")
 
 
 def report_run(run_dir: Path) -> Path:
@@ -96,7 +96,7 @@ def write_report(run_dir: Path, episodes: pa.Table, save: Save = save_figure) ->
         loading=_loading(run_dir, rows[1:], result["base"].get("model", "")),
         later=_loading(run_dir, later, result["base"].get("model", "")),
         later_answers=_cells(answer_columns(result, later), later),
-        has_finetuned=any(row.get("finetuned_top1") is not None for row in rows[1:]),
+        has_finetuned=any(row.get("finetuned_score") is not None for row in rows[1:]),
         phases=list_phases(result["seconds"]),
         total_seconds=format_seconds(sum(s for s in result["seconds"].values() if s is not None)),
         facts=list_facts(result, episodes, metrics),
@@ -164,8 +164,11 @@ def list_later_answers(run_dir: Path, result: dict[str, Any]) -> list[Row]:
         scored = description.get("candidates", {})
         rows.append(
             {key: description[key] for key in ("rate", "cost_kept", "macs")}
-            | {"policy_top1": scored.get("policy_top1"), "scored_top1": scored.get("search_top1")}
-            | {"path": path, "top1": description.get("search", {}).get("top1")}
+            | {
+                "policy_score": scored.get("policy_score"),
+                "scored_score": scored.get("search_score"),
+            }
+            | {"path": path, "score": description.get("search", {}).get("score")}
         )
     return rows
 

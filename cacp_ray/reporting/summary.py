@@ -14,12 +14,12 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 
 # Keys of accuracies on the whole search split.
 ON_SEARCH = (
-    "uniform_top1",
-    "policy_top1",
-    "policy_recovered_top1",
-    "search_recovered_top1",
-    "top1",
-    "finetuned_top1",
+    "uniform_score",
+    "policy_score",
+    "policy_recovered_score",
+    "search_recovered_score",
+    "score",
+    "finetuned_score",
 )
 
 Row = dict[str, Any]
@@ -80,8 +80,8 @@ def summary_rows(result: dict[str, Any]) -> list[Row]:
     whole = base | {
         "label": "base",
         "cost_kept": 1.0,
-        "top1": base_top1(result, "search"),
-        "test_top1": base_top1(result, "test"),
+        "score": base_score(result, "search"),
+        "test_score": base_score(result, "test"),
         "speedup": None if base.get("latency_ms") is None else 1.0,
         "batch_speedup": None if base.get("batch_latency_ms") is None else 1.0,
     }
@@ -91,7 +91,7 @@ def summary_rows(result: dict[str, Any]) -> list[Row]:
 
 def short_columns(result: dict[str, Any]) -> list[Column]:
     """The result in five columns; accuracy is on the test split once fine-tuned, else on search."""
-    split, key = ("test", "test_top1") if _has(result, "test_top1") else ("search", "top1")
+    split, key = ("test", "test_score") if _has(result, "test_score") else ("search", "score")
     return [
         Column("rate", "kept", lambda row: row["label"]),
         _count_column("MACs", *_macs_unit(result["base"]["macs"])),
@@ -140,32 +140,32 @@ def accuracy_columns(result: dict[str, Any]) -> list[Column]:
     `words` explains the heads. A number that no rate has, such as a policy's, gets no column.
     """
     measured = [
-        ("uniform", "scored", "uniform_top1"),
-        ("policy", "scored", "policy_top1"),
-        ("search", "scored", "search_top1"),
+        ("uniform", "scored", "uniform_score"),
+        ("policy", "scored", "policy_score"),
+        ("search", "scored", "search_score"),
     ]
-    if _has(result, "policy_top1"):  # without a policy, the winner comes from the search
-        measured.append(("policy", "final", "policy_recovered_top1"))
-        measured.append(("search", "final", "search_recovered_top1"))
+    if _has(result, "policy_score"):  # without a policy, the winner comes from the search
+        measured.append(("policy", "final", "policy_recovered_score"))
+        measured.append(("search", "final", "search_recovered_score"))
     return [
         *(_accuracy_column(*column) for column in measured if _has(result, column[-1])),
-        _accuracy_column("winner", "final", "top1"),
-        _accuracy_column("tuned", "on search", "finetuned_top1"),
-        _accuracy_column("tuned", "on test", "test_top1"),
-        _change_column(result, "on test", "test", "test_top1"),
+        _accuracy_column("winner", "final", "score"),
+        _accuracy_column("tuned", "on search", "finetuned_score"),
+        _accuracy_column("tuned", "on test", "test_score"),
+        _change_column(result, "on test", "test", "test_score"),
     ]
 
 
 def words(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The heads of `accuracy_columns` in this run, each with its meaning."""
-    has_policy, has_search = _has(result, "policy_top1"), _has(result, "search_top1")
+    has_policy, has_search = _has(result, "policy_score"), _has(result, "search_score")
     layers = any(row.get("sequential") for row in result["rates"])
     repaired = "repaired layer by layer where that is better" if layers else "repaired alike"
     images = search_images(result)
     part = f", on {images:,} images" if images else ""
     as_scored = "as the search scores candidates"
     known = [
-        ("uniform", "every group keeps the same share.", _has(result, "uniform_top1")),
+        ("uniform", "every group keeps the same share.", _has(result, "uniform_score")),
         ("policy", "what the trained policy itself answers.", has_policy),
         ("search", f"the best candidate of the search{part}.", has_search),
         ("winner", "the better of the two when repaired, which is saved.", has_policy),
@@ -183,27 +183,27 @@ def frontier_columns(result: dict[str, Any]) -> list[Column]:
     return [
         Column("rate", "kept", lambda row: f"{row['rate']:.2f}"),
         *_cost_columns(result),
-        _accuracy_column("policy", "scored", "top1"),
+        _accuracy_column("policy", "scored", "score"),
     ]
 
 
 def answer_columns(result: dict[str, Any], answers: Sequence[Row]) -> list[Column]:
     """Columns of `cacp-ray subnet`: the policy's answer, the best around it, the saved network."""
     columns = frontier_columns(result)[:-1]
-    columns.append(_accuracy_column("policy", "scored", "policy_top1"))
-    if any(row["scored_top1"] != row["policy_top1"] for row in answers):
-        columns.append(_accuracy_column("best", "scored", "scored_top1"))
+    columns.append(_accuracy_column("policy", "scored", "policy_score"))
+    if any(row["scored_score"] != row["policy_score"] for row in answers):
+        columns.append(_accuracy_column("best", "scored", "scored_score"))
     if any("path" in row for row in answers):
-        columns.append(_accuracy_column("saved", "final", "top1"))
+        columns.append(_accuracy_column("saved", "final", "score"))
     return columns
 
 
 def standard_errors(result: dict[str, Any]) -> list[str]:
     """Binomial standard errors of the accuracies in the tables, one text for each split."""
-    on_search = ON_SEARCH if search_images(result) else (*ON_SEARCH, "search_top1")
+    on_search = ON_SEARCH if search_images(result) else (*ON_SEARCH, "search_score")
     texts: list[str] = []
-    for split, keys in (("search", on_search), ("test", ("test_top1",))):
-        shares = [base_top1(result, split)]
+    for split, keys in (("search", on_search), ("test", ("test_score",))):
+        shares = [base_score(result, split)]
         shares += [row.get(key) for row in result["rates"] for key in keys]
         known = [share for share in shares if share is not None]
         images = _images(result, split)
@@ -249,9 +249,9 @@ def search_images(result: dict[str, Any]) -> int | None:
     return images if 0 < images < (_images(result, "search") or 0) else None
 
 
-def base_top1(result: dict[str, Any], split: str) -> float | None:
+def base_score(result: dict[str, Any], split: str) -> float | None:
     """Top-1 of the base network on a split; None where it was not measured."""
-    return (result["base"].get(split) or {}).get("top1")
+    return (result["base"].get(split) or {}).get("score")
 
 
 def _has(result: dict[str, Any], key: str) -> bool:
@@ -269,7 +269,7 @@ def _format_speedup(factor: float | None) -> str:
 
 
 def _change_column(result: dict[str, Any], unit: str, split: str, key: str) -> Column:
-    base = base_top1(result, split)
+    base = base_score(result, split)
 
     def change(row: Row) -> str:
         if row["label"] == "base" or row.get(key) is None or base is None:

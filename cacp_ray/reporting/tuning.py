@@ -68,7 +68,7 @@ def tuning_rows(result: dict[str, Any]) -> list[list[str]]:
     return [
         [
             row["name"].removeprefix("trial-") + (" (as it was)" * is_start(row, result)),
-            format_percent(row["top1"]),
+            format_percent(row["score"]),
             format_percent(row["area"]),
             f"{row['evaluations']:,}",
             "-" if row.get("known") is None else format_percent(row["known"], 0),  # none asked for

@@ -7,7 +7,6 @@ in both places, so `read_records` takes each index once.
 # pyarrow has no complete types:
 # pyright: basic
 
-import dataclasses
 import fcntl
 import json
 import logging
@@ -26,7 +25,7 @@ from cacp_ray.io.files import keep_trying, parse_json, write_file, write_json, w
 from cacp_ray.io.jsonl import append_line, read_journal
 from cacp_ray.io.schema import Content, read_checked
 from cacp_ray.rundir.checkpoints import find_checkpoint, save_checkpoint
-from cacp_ray.rundir.records import SCHEMA, EpisodeRecord, read_record
+from cacp_ray.rundir.records import SCHEMA, EpisodeRecord, as_row, read_record
 from cacp_ray.rundir.schema import ResultFile
 
 logger = logging.getLogger(__name__)
@@ -87,7 +86,7 @@ class RunDirectory:
         Raises:
             ArtifactError: The storage fails for longer.
         """
-        line = json.dumps(dataclasses.asdict(record))
+        line = json.dumps(as_row(record))
 
         def write() -> None:
             size = self._check_size()
@@ -109,7 +108,7 @@ class RunDirectory:
         for part in self._parts():
             try:
                 stored += [read_record(row) for row in _read_part(part).to_pylist()]
-            except (KeyError, TypeError) as error:
+            except (KeyError, TypeError, ValueError) as error:
                 raise ArtifactError(
                     f"{part}: other columns than those of measurements; restore it from a copy, or "
                     "start again in a new folder"
@@ -144,7 +143,7 @@ class RunDirectory:
         parts = self._parts()
         # Only the last part can hold rows that are still in the journal.
         known = set(_read_indices(parts[-1])) if parts else set()
-        new = [dataclasses.asdict(row) for row in rows if row.index not in known]
+        new = [as_row(row) for row in rows if row.index not in known]
         if new:
             table = pa.Table.from_pylist(new, schema=SCHEMA)
             number = int(parts[-1].stem.removeprefix("part-")) + 1 if parts else 0

@@ -5,6 +5,7 @@
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,10 @@ import pyarrow as pa
 from cacp_ray.evaluation.measurement import Candidate, Measurement, SubnetKey
 from cacp_ray.pruning.cost import CostModel, Limited
 
+# Figures with columns of their own: those of the built-in task.
+COLUMNS = ("top1", "top5", "loss")
 ARROW_TYPES = {
+    Mapping[str, float]: pa.map_(pa.string(), pa.float64()),
     int: pa.int64(),
     float: pa.float64(),
     bool: pa.bool_(),
@@ -64,12 +68,14 @@ def _arrow_type(annotation: Any) -> pa.DataType:
     return ARROW_TYPES[str if is_choice else annotation]
 
 
-SCHEMA = pa.schema(
-    [
-        (name, _arrow_type(annotation))
-        for name, annotation in typing.get_type_hints(EpisodeRecord).items()
-    ]
-)
+def _make_schema() -> pa.Schema:
+    hints = typing.get_type_hints(EpisodeRecord)
+    names = sorted(hints, key=lambda name: name != "index")  # the index first
+    own = [(name, _arrow_type(hints[name])) for name in names]
+    return pa.schema([*own, *((name, pa.float64()) for name in COLUMNS)])
+
+
+SCHEMA = _make_schema()
 
 
 def make_record(
@@ -92,15 +98,27 @@ def make_record(
         macs=int(cost_model.macs(counts)),
         params=int(cost_model.params(counts)),
         cost_kept=int(limited(counts)) / int(limited(cost_model.num_channels)),
-        reward=measurement.top1,
+        reward=measurement.score,
         is_answer=is_answer,
     )
+
+
+def as_row(record: EpisodeRecord) -> dict[str, Any]:
+    """A line of the journal and a row of `episodes/`; `read_record` reads both."""
+    figures = dict(record.figures)
+    own = {name: figures.pop(name, None) for name in COLUMNS}
+    return {**dataclasses.asdict(record), "figures": figures, **own}
 
 
 def read_record(row: dict[str, Any]) -> EpisodeRecord:
     """The record in a line of the journal or a row of `episodes/`.
 
     Raises:
-        KeyError, TypeError: The row has other columns.
+        KeyError, TypeError, ValueError: The row has other columns.
     """
-    return EpisodeRecord(**{**row, "keep_counts": tuple(row["keep_counts"])})
+    values = dict(row)
+    own = {name: value for name in COLUMNS if (value := values.pop(name)) is not None}
+    figures = {**dict(values["figures"]), **own}
+    return EpisodeRecord(
+        **{**values, "figures": figures, "keep_counts": tuple(values["keep_counts"])}
+    )

@@ -17,6 +17,7 @@ from cacp_ray.io.schema import (
     InnerPath,
     Name,
     Rate,
+    Score,
     Seconds,
     Share,
     Size,
@@ -31,7 +32,7 @@ SHA256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 class Measured(Content):
     """An accuracy on a split."""
 
-    top1: Share
+    score: Score
     images: Count
 
 
@@ -142,16 +143,16 @@ class ReportedRow(RateRow):
     macs: Count
     params: Count
     keep_counts: list[Size]
-    search_top1: Share | None = None
+    search_score: Score | None = None
     search_images: Count | None = None
-    policy_top1: Share | None = None
-    top1: Share | None = None
-    uniform_top1: Share | None = None
-    finetuned_top1: Share | None = None
-    test_top1: Share | None = None
+    policy_score: Score | None = None
+    score: Score | None = None
+    uniform_score: Score | None = None
+    finetuned_score: Score | None = None
+    test_score: Score | None = None
     test_images: Count | None = None
-    search_recovered_top1: Share | None = None
-    policy_recovered_top1: Share | None = None
+    search_recovered_score: Score | None = None
+    policy_recovered_score: Score | None = None
     latency_ms: Seconds | None = None
     speedup: Seconds | None = None
     batch_latency_ms: Seconds | None = None
@@ -166,7 +167,7 @@ class FrontierRow(Content):
     rate: Rate
     cost_kept: Rate
     macs: Count
-    top1: Share
+    score: Score
 
 
 class PolicyPoint(Content):
@@ -175,7 +176,7 @@ class PolicyPoint(Content):
     evaluations: Count
     rate: Rate
     seen: bool
-    top1: Share
+    score: Score
     images: Count
 
 
@@ -183,7 +184,7 @@ class Learning(Content):
     """How the policy learned."""
 
     images: Count | None = None
-    policy_top1: list[PolicyPoint] | None = None
+    policy_score: list[PolicyPoint] | None = None
 
 
 class ReportedFile(Content):
@@ -217,8 +218,8 @@ class ComparedRow(Content):
     """The subnet of a rate, with what a comparison shows."""
 
     rate: Rate
-    search_top1: Share | None = None
-    policy_top1: Share | None = None
+    search_score: Score | None = None
+    policy_score: Score | None = None
 
 
 class ComparedPoint(Content):
@@ -226,7 +227,7 @@ class ComparedPoint(Content):
 
     rate: Rate
     cost_kept: Rate
-    top1: Share
+    score: Score
 
 
 class ComparedFile(Content):
@@ -294,7 +295,7 @@ def _parse_learning(line: bytes) -> dict[str, Any]:
 class Epoch(Content):
     """An epoch of a training."""
 
-    search_top1: Share
+    search_score: Score
 
 
 class MetricsFile(Content):
@@ -302,12 +303,12 @@ class MetricsFile(Content):
 
     epochs: Annotated[int, Field(ge=1, le=10**6)]
     best_epoch: Count | None = None
-    search_top1_before: Share | None = None
+    search_score_before: Score | None = None
     seconds: Seconds | None = None
     rate: Rate | None = None
-    search_top1: Share | None = None
+    search_score: Score | None = None
     search_images: Count | None = None
-    test_top1: Share | None = None
+    test_score: Score | None = None
     test_images: Count | None = None
     history: list[Epoch] | None = None
 
@@ -323,7 +324,7 @@ class TrialRow(Content):
     """A trial of a tuning of the agent."""
 
     name: Name
-    top1: Share
+    score: Score
     area: Share
     evaluations: Count
     is_whole: bool
@@ -336,7 +337,7 @@ class TuningFile(Content):
     """result.json of a tuning of the agent."""
 
     name: Name
-    objective: Literal["top1", "area"]
+    objective: Literal["score", "area"]
     start: dict[str, Any]
     trials: Annotated[list[TrialRow], Field(min_length=1)]
     answers: dict[str, Count]

@@ -11,9 +11,9 @@ Rank = tuple[float, float, int, int]
 class Archive:
     """Keeps the frontier: measurements that no cheaper or equally costly one beats.
 
-    Higher top1 is better, then lower loss, then lower cost, then the earlier index, so the content
-    does not depend on the order in which measurements arrive. A measurement serves every rate
-    whose budget it fits, whatever rate it was proposed for. Failed measurements never enter.
+    A higher score is better, then a lower loss, then a lower cost, then the earlier index, so the
+    content does not depend on the order in which measurements arrive. A measurement serves every
+    rate whose budget it fits, whatever rate it was proposed for. Failed ones never enter.
     """
 
     def __init__(self, total: int) -> None:
@@ -28,8 +28,7 @@ class Archive:
         if record.status != "ok" or record.is_answer:
             return
         cost = round(record.cost_kept * self._total)
-        loss = math.inf if math.isnan(record.loss) else record.loss
-        rank = (record.top1, -loss, -cost, -record.index)
+        rank = (*record.rank, -cost, -record.index)
         end = bisect.bisect_right(self._costs, cost)
         if end and self._ranks[end - 1] >= rank:
             return
@@ -46,9 +45,9 @@ class Archive:
 
     @property
     def frontier(self) -> tuple[EpisodeRecord, ...]:
-        """Measurements with a higher top1 than every cheaper one, by rising cost."""
+        """Measurements with a higher score than every cheaper one, by rising cost."""
         frontier: list[EpisodeRecord] = []
         for record in self._records:
-            if not frontier or record.top1 > frontier[-1].top1:
+            if not frontier or record.score > frontier[-1].score:
                 frontier.append(record)
         return tuple(frontier)

@@ -95,7 +95,7 @@ class SearchLoop:
         self._on_progress = on_progress
         self._on_checkpoint = on_checkpoint
 
-        # By rate: top1, the negative index that decides ties, and the hits.
+        # By rate: score, the negative index that decides ties, and the hits.
         self._best: dict[float, tuple[float, int, str]] = {}
         self._is_restored = False
         self._next_index = 0
@@ -374,7 +374,7 @@ class SearchLoop:
     def _note_best(self, results: Sequence[Result]) -> None:
         """Keeps what candidates race against; probes at other rates than the run's never do."""
         for candidate, measurement in results if self._races else ():
-            rank = measurement.top1, -candidate.index, measurement.hits
+            rank = measurement.score, -candidate.index, measurement.hits
             if measurement.hits and candidate.rate in self._rates:
                 self._best[candidate.rate] = max(rank, self._best.get(candidate.rate, rank))
 

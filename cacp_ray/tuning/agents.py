@@ -48,7 +48,7 @@ class Search(Protocol):
         ...
 
     @property
-    def top1(self) -> float:
+    def score(self) -> float:
         """Mean over rates of the best accuracy so far; a rate without a candidate counts as 0."""
         ...
 
@@ -77,7 +77,7 @@ class AgentTask:
 
 def _read_progress(name: str, metrics: Any) -> TrialProgress:
     # The settings of this report; a population may have changed the trial's since.
-    values = (metrics[key] for key in ("evaluations", "top1", "area", "is_whole", "since"))
+    values = (metrics[key] for key in ("evaluations", "score", "area", "is_whole", "since"))
     return TrialProgress(name, parse_json(metrics["settings"]), *values)
 
 
@@ -91,7 +91,7 @@ def agent_trial(config: dict[str, Any], *, task: AgentTask, broker: Any) -> None
         if checkpoint is not None:
             with checkpoint.as_directory() as saved:
                 shutil.copytree(saved, folder, dirs_exist_ok=True)
-            curve = [(number, top1) for number, top1 in read_json(folder / CURVE_FILE)]
+            curve = [(number, score) for number, score in read_json(folder / CURVE_FILE)]
         since = note_settings(folder / SETTINGS_FILE, config, curve[-1][0] if curve else 0)
         searches: list[Search] = []
         for seed in task.seeds:
@@ -103,12 +103,12 @@ def agent_trial(config: dict[str, Any], *, task: AgentTask, broker: Any) -> None
                 if not search.is_done:
                     search.advance()
             evaluations = min(search.evaluations for search in searches)
-            curve.append((evaluations, float(np.mean([search.top1 for search in searches]))))
+            curve.append((evaluations, float(np.mean([search.score for search in searches]))))
             write_json(folder / CURVE_FILE, curve)
             is_whole = all(search.is_done for search in searches)
             metrics = {
                 "evaluations": evaluations,
-                "top1": curve[-1][1],
+                "score": curve[-1][1],
                 "area": measure_area(curve, task.evaluations if is_whole else evaluations),
                 "is_whole": is_whole,
                 "settings": json.dumps(config),
@@ -131,8 +131,8 @@ def measure_area(curve: Sequence[tuple[int, float]], until: int) -> float:
 
     The curve has pairs of evaluations and accuracy; the last accuracy holds `until` evaluations.
     """
-    numbers, top1 = np.array([*curve, (max(until, curve[-1][0]), curve[-1][1])], dtype=float).T
-    return float(np.diff(numbers, prepend=0.0) @ top1 / numbers[-1])
+    numbers, score = np.array([*curve, (max(until, curve[-1][0]), curve[-1][1])], dtype=float).T
+    return float(np.diff(numbers, prepend=0.0) @ score / numbers[-1])
 
 
 def tune_agents(
@@ -142,7 +142,7 @@ def tune_agents(
     space: Mapping[str, Any],  # domains of Tune by key path, see `make_domain`
     start: Settings,  # settings of the first trial
     trials: int,  # the first included
-    objective: str,  # `top1` or `area`, see `TrialProgress`
+    objective: str,  # `score` or `area`, see `TrialProgress`
     algorithm: Algorithm,
     scheduler: Scheduler,
     seed: int,

@@ -139,7 +139,7 @@ def finetune_subnets(
         for rate in subnet_folders
     }
     best = {  # the first of equals
-        rate: max(variants, key=lambda result: result.metrics["best_top1"])
+        rate: max(variants, key=lambda result: result.metrics["best_score"])
         for rate, variants in trials.items()
     }
     kept = _keep_best(task, trials, best, len(search_split), test_split)
@@ -176,7 +176,7 @@ def _read_progress(config: Any, metrics: Any, epochs: Mapping[str, int]) -> Fine
         epoch=metrics["epoch"],
         epochs=epochs[config["variant"]],
         train_loss=metrics["train_loss"],
-        search_top1=metrics["search_top1"],
+        search_score=metrics["search_score"],
         seconds=metrics["epoch_seconds"],
     )
 
@@ -186,7 +186,7 @@ def _summarize(variants: Sequence[Any]) -> dict[str, Any]:
     return {
         result.config["variant"]: {
             "epochs": result.metrics["epoch"],
-            "search_top1": result.metrics["best_top1"],
+            "search_score": result.metrics["best_score"],
         }
         for result in variants
     }

@@ -60,7 +60,7 @@ class SchedulerPerRate(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Decides whether the trial goes on."""
-        told = {key: result[key] for key in ("epoch", "search_top1") if key in result}
+        told = {key: result[key] for key in ("epoch", "search_score") if key in result}
         append_line(_journal(tune_controller), json.dumps({"trial": trial.trial_id, **told}))
         return self._of(trial).on_trial_result(tune_controller, trial, result)
 
@@ -86,7 +86,7 @@ def make_asha(epochs: int) -> TrialScheduler:
     """ASHA for one rate: the better half goes on at a third of the epochs, at twice that ..."""
     return ASHAScheduler(
         time_attr="epoch",
-        metric="search_top1",
+        metric="search_score",
         mode="max",
         max_t=epochs,
         grace_period=max(1, epochs // 3),

@@ -89,7 +89,7 @@ def train_subnet(
     if state is None:
         before = measure_split(model, search_split, dtype=fast_dtype(device.type)).top1
         weights = measured_weights({"model": model.state_dict()})
-        best = {"model": weights, "epoch": 0, "top1": before}
+        best = {"model": weights, "epoch": 0, "score": before}
         seconds = 0.0
         history = []
     else:
@@ -99,17 +99,17 @@ def train_subnet(
     def finish_epoch(result: EpochResult, training: dict[str, Any]) -> None:
         nonlocal best, seconds, started
         epoch = result.epoch + 1
-        if result.search.top1 > best["top1"]:
+        if result.search.top1 > best["score"]:
             weights = measured_weights(training)
-            best = {"model": weights, "epoch": epoch, "top1": result.search.top1}
+            best = {"model": weights, "epoch": epoch, "score": result.search.top1}
         now = time.monotonic()
         elapsed, started = now - started, now
         seconds += elapsed
         metrics = {
             "epoch": epoch,
             "train_loss": result.train_loss,
-            "search_top1": result.search.top1,
-            "best_top1": best["top1"],
+            "search_score": result.search.top1,
+            "best_score": best["score"],
             "epoch_seconds": elapsed,
             "workers": shard[1],
         }

@@ -32,10 +32,10 @@ class FinetuneResult:
     variant: str  # the best on the search split; empty where there was only one recipe
     epochs: int  # epochs trained
     best_epoch: int  # epoch whose weights are kept, from 1; 0 for the subnet as it was
-    search_top1_before: float  # before training
-    search_top1: float  # with the kept weights, which were chosen by it
+    search_score_before: float  # before training
+    search_score: float  # with the kept weights, which were chosen by it
     search_images: int
-    test_top1: float  # with the kept weights, in float32
+    test_score: float  # with the kept weights, in float32
     test_top5: float
     test_loss: float  # mean cross-entropy in nats
     test_images: int
@@ -87,10 +87,10 @@ def keep_best(
         variant=config["variant"],
         epochs=state["epoch"] + 1,
         best_epoch=state["best"]["epoch"],
-        search_top1_before=state["before"],
-        search_top1=state["best"]["top1"],
+        search_score_before=state["before"],
+        search_score=state["best"]["score"],
         search_images=search_images,
-        test_top1=test.top1,
+        test_score=test.top1,
         test_top5=test.top5,
         test_loss=test.loss,
         test_images=test.images,

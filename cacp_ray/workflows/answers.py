@@ -89,7 +89,7 @@ def answer_rates(
     for rate in rates:
         rng = np.random.default_rng([config.seed, round(1e4 * rate)])
         results = _measure_around_policy(policy, evaluator, rate, max(1, evaluations), rng)
-        chosen, measurement = max(results, key=lambda result: (result[1].top1, -result[1].loss))
+        chosen, measurement = max(results, key=lambda result: result[1].rank)
         record = as_record(setup, chosen, measurement)
         best[rate] = record
         greedy.append(as_record(setup, *results[0]))
@@ -100,15 +100,15 @@ def answer_rates(
                 "macs": record.macs,
                 "params": record.params,
                 "keep_counts": list(record.keep_counts),
-                "policy_top1": greedy[-1].top1,
-                "scored_top1": record.top1,
-                "top1": record.top1,
+                "policy_score": greedy[-1].score,
+                "scored_score": record.score,
+                "score": record.score,
             }
         )
     policy.stop()
     if save:
         winners = build_winners(setup, best, run_dir, build_here(setup), greedy, out=out)
-        names = ("cost_kept", "macs", "params", "keep_counts", "top1", "path")
+        names = ("cost_kept", "macs", "params", "keep_counts", "score", "path")
         for answer, row in zip(answers, winners, strict=True):
             answer |= {name: row[name] for name in names}
     return answers
@@ -133,7 +133,7 @@ def _measure_around_policy(
     results: list[tuple[Candidate, Measurement]] = []
     stops = sorted({1, *(math.ceil(evaluations * share) for share in (0.5, 0.75, 1))})
     for stop in stops:
-        best = sorted(results, key=lambda result: -result[1].top1)[:BEAM_WIDTH]
+        best = sorted(results, key=lambda result: -result[1].score)[:BEAM_WIDTH]
         drawn = policy.policy_samples(
             rate,
             stop - len(results),
@@ -153,7 +153,7 @@ def _measure_around_policy(
     return results
 
 
-def rescore_candidate(run_dir: Path, index: int) -> tuple[EpisodeRecord, Accuracy]:
+def rescore_candidate(run_dir: Path, index: int) -> tuple[EpisodeRecord, Measurement]:
     """Rebuilds a recorded candidate and scores it again as the evaluators do.
 
     Raises:
@@ -167,8 +167,7 @@ def rescore_candidate(run_dir: Path, index: int) -> tuple[EpisodeRecord, Accurac
     measurement = score(records[index].candidate)
     if measurement.status != "ok":
         raise EvaluationError(f"candidate {index}: {measurement.error}")
-    accuracy = Accuracy(measurement.top1, measurement.top5, measurement.loss, measurement.images)
-    return records[index], accuracy
+    return records[index], measurement
 
 
 def evaluate_subnets(path: Path, split: str) -> Iterator[tuple[Path, float, Accuracy]]:

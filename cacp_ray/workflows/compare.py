@@ -79,7 +79,7 @@ def compare(runs: Iterable[str | Path]) -> Comparison:
     base = models[first]["base"]
     images = max((row.images for rows in records.values() for row in rows), default=0)
     cost, accuracy = describe_cost(configs[first].cost), base["search"]
-    return Comparison(cost, accuracy["top1"], accuracy["images"], images, tuple(compared))
+    return Comparison(cost, accuracy["score"], accuracy["images"], images, tuple(compared))
 
 
 def _read_model(run_dir: Path) -> dict[str, Any]:
@@ -133,15 +133,15 @@ def _summarise(
     winners = {rate: _point(row) for rate, row in best.items() if row is not None}
     result = read_result(path, ComparedFile) if (path / "result.json").exists() else None
     if result is None:
-        search = {rate: None if row is None else row.top1 for rate, row in best.items()}
+        search = {rate: None if row is None else row.score for rate, row in best.items()}
         evaluations = len({row.key for row in records})
         policy, policy_points = {}, {}
     else:
         rows = {row["rate"]: row for row in result["rates"]}
-        search = {rate: rows[rate].get("search_top1") for rate in rows}
+        search = {rate: rows[rate].get("search_score") for rate in rows}
         evaluations = result["evaluations"]
-        policy = {rate: row["policy_top1"] for rate, row in rows.items() if "policy_top1" in row}
-        answers = {row["rate"]: (row["cost_kept"], row["top1"]) for row in result["frontier"]}
+        policy = {rate: row["policy_score"] for rate, row in rows.items() if "policy_score" in row}
+        answers = {row["rate"]: (row["cost_kept"], row["score"]) for row in result["frontier"]}
         policy_points = {rate: answers[rate] for rate in policy if rate in answers}
     own = {row.key for row in records if not row.cached}
     return ComparedRun(
@@ -154,8 +154,8 @@ def _summarise(
         asked=config.evaluations,
         known=len({row.key for row in records} - own),
         seconds=None if result is None else result["seconds"].get("search"),
-        search_top1=search,
-        policy_top1=policy,
+        search_score=search,
+        policy_score=policy,
         winners=winners,
         policy_points=policy_points,
         frontier=tuple(_point(row) for row in archive.frontier),
@@ -163,4 +163,4 @@ def _summarise(
 
 
 def _point(row: EpisodeRecord) -> Point:
-    return row.cost_kept, row.top1
+    return row.cost_kept, row.score

@@ -18,13 +18,13 @@ from cacp_ray.config.saved import is_run, read_run_config
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.streams import ImageStream
 from cacp_ray.errors import ArtifactError, ConfigError
+from cacp_ray.evaluation.classification import measure_accuracy
 from cacp_ray.io.clock import Clock
 from cacp_ray.io.files import read_json, write_json
 from cacp_ray.pruning.subnet import load_subnet, read_description
 from cacp_ray.reporting.progress import FinetuneProgress
 from cacp_ray.rundir.directory import read_result
 from cacp_ray.rundir.schema import ReportedFile
-from cacp_ray.training.metrics import measure_split
 from cacp_ray.workflows.network import check_weights, load_model, make_rebuild
 from cacp_ray.workflows.splits import Splits, check_padding, check_splits
 
@@ -132,10 +132,10 @@ def _finetune_run(
         tuned, test = _finetune(job, settings, resume, address, note)
         if result["base"].get("test") is None:
             base = load_model(config.model, len(test.classes))
-            result["base"]["test"] = dict(vars(measure_split(base, test)))
+            result["base"]["test"] = measure_accuracy(base, test).describe()
     for row in result["rates"]:
-        row["finetuned_top1"] = tuned[row["rate"]].search_top1
-        row["test_top1"] = tuned[row["rate"]].test_top1
+        row["finetuned_score"] = tuned[row["rate"]].search_score
+        row["test_score"] = tuned[row["rate"]].test_score
         row["test_images"] = tuned[row["rate"]].test_images
     if trained or "finetune" not in result["seconds"]:  # else it had been finished before
         result["seconds"] |= clock.seconds

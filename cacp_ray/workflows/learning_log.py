@@ -119,7 +119,7 @@ class LearningLog:
         for evaluations in sorted({point["evaluations"] for point in points}):
             self._scalars.write(
                 {
-                    f"policy_top1/{point['rate']:.2f}": point["top1"]
+                    f"policy_score/{point['rate']:.2f}": point["score"]
                     for point in points
                     if point["evaluations"] == evaluations
                 },
@@ -164,7 +164,7 @@ def is_moment(before: int, evaluations: int, total: int) -> bool:
 
 def recent_reward(records: Sequence[EpisodeRecord], rate: float) -> float | None:
     """Mean top-1 of the rate's last candidates that were measured; None where there is none."""
-    own = [row.top1 for row in records if row.rate == rate and row.status == "ok"]
+    own = [row.score for row in records if row.rate == rate and row.status == "ok"]
     return _plain(np.mean(own[-REWARD_WINDOW:])) if own else None
 
 
@@ -204,7 +204,7 @@ def measure_answers(
                 "evaluations": evaluations,
                 "rate": rate,
                 "seen": rate in rates,
-                "top1": _plain(measurement.top1),
+                "score": _plain(measurement.score),
                 "images": measurement.images,
             }
         )
@@ -218,7 +218,7 @@ def measure_learning(log: LearningLog, setup: Setup, evaluator: Evaluator) -> di
         log.lines, setup.config.rates, images, partial(measure_candidates, evaluator)
     )
     log.close(points)
-    return {"images": images, "policy_top1": points}
+    return {"images": images, "policy_score": points}
 
 
 def log_best(scalars: ScalarLog, loop: SearchLoop, shown: int) -> int:
@@ -228,7 +228,7 @@ def log_best(scalars: ScalarLog, loop: SearchLoop, shown: int) -> int:
         return shown
     scalars.write(
         {
-            f"best_top1/{rate:.2f}": None if best is None else best.top1
+            f"best_score/{rate:.2f}": None if best is None else best.score
             for rate, best in progress.best.items()
         }
         | {"evaluations_per_second": progress.evaluations_per_second},

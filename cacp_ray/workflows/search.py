@@ -229,7 +229,7 @@ def _run_search(
             "base": saved["base"],
             "rates": rows,
             "frontier": [
-                {name: getattr(answer, name) for name in ("rate", "cost_kept", "macs", "top1")}
+                {name: getattr(answer, name) for name in ("rate", "cost_kept", "macs", "score")}
                 for answer in answers
             ],
             "learning": learning,

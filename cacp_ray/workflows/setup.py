@@ -17,6 +17,7 @@ from cacp_ray.config.run import PruningConfig, RunConfig
 from cacp_ray.config.saved import read_run_config
 from cacp_ray.data.images import ImageSet
 from cacp_ray.errors import ArtifactError, ConfigError
+from cacp_ray.evaluation.classification import measure_accuracy
 from cacp_ray.evaluation.latency_table import LatencyTable, load_table
 from cacp_ray.evaluation.preparation import Prepared, hash_weights, needed_kinds, prepare
 from cacp_ray.io.environment import give_back_memory
@@ -30,7 +31,6 @@ from cacp_ray.pruning.statistics_file import load_statistics, save_statistics, s
 from cacp_ray.rundir.schema import ModelFile
 from cacp_ray.searching.budget import Budget, minimum_counts
 from cacp_ray.searching.strategies.table import OTHER_ORDERS
-from cacp_ray.training.metrics import measure_split
 from cacp_ray.workflows.network import (
     check_hash,
     check_output,
@@ -223,7 +223,7 @@ class Setup:
 
     def describe_model(self) -> dict[str, Any]:
         """The content of model.json; measures the base network on the search split in float32."""
-        accuracy = measure_split(self.model, self.search)
+        scored = measure_accuracy(self.model, self.search)
         counts = self.plan.cost_model.num_channels
         return {
             "model": self.config.model.name,
@@ -250,7 +250,7 @@ class Setup:
                 "macs": int(self.plan.macs(counts)),
                 "params": int(self.plan.params(counts)),
                 "cost": self.budget.total,
-                "search": dict(vars(accuracy)),
+                "search": scored.describe(),
                 "test": None,
                 "latency_ms": None,
             },
@@ -313,7 +313,7 @@ def describe_accuracy(saved: Mapping[str, Any]) -> str:
     """One line about the base network's measured accuracy, from the content of model.json."""
     accuracy = saved["base"]["search"]
     return (
-        f"base network: {100 * accuracy['top1']:.2f} % top-1 on the search split "
+        f"base network: {100 * accuracy['score']:.2f} % top-1 on the search split "
         f"({accuracy['images']:,} images)"
     )
 

@@ -43,10 +43,10 @@ class TrialSearch:
         return self._loop.progress.evaluations
 
     @property
-    def top1(self) -> float:
+    def score(self) -> float:
         """Mean over rates of the best so far; 0 for a rate that has none."""
         best = self._loop.progress.best.values()
-        return float(np.mean([0.0 if record is None else record.top1 for record in best]))
+        return float(np.mean([0.0 if record is None else record.score for record in best]))
 
     @property
     def is_done(self) -> bool:

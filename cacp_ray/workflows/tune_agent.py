@@ -234,7 +234,7 @@ def _write_table(rows: list[dict[str, Any]], path: Path) -> None:
         {
             "name": row["name"],
             **row["settings"],
-            **{k: row[k] for k in ("evaluations", "is_whole", "top1", "area", "known", "since")},
+            **{k: row[k] for k in ("evaluations", "is_whole", "score", "area", "known", "since")},
         }
         for row in rows
     ]

@@ -72,7 +72,7 @@ def measure_uniform(setup: Setup, evaluator: Evaluator) -> dict[float, float]:
     rates = setup.config.rates
     rows = uniform(setup.budget, rates, np.ones(len(setup.budget.num_channels)))
     answers = measure_outside(setup, rates, rows, evaluator)
-    return {answer.rate: answer.top1 for answer in answers}
+    return {answer.rate: answer.score for answer in answers}
 
 
 def drop_failed(records: Iterable[EpisodeRecord]) -> list[EpisodeRecord]:
@@ -152,9 +152,9 @@ def build_winners(
         out: Folder of the subnet of a single rate; by default `subnets/rate-R` in the run.
 
     Returns:
-        What result.json says of each rate: `top1` of the saved subnet, `search_top1`,
-        `policy_top1` and `uniform_top1` as candidates are scored, `policy_recovered_top1` and
-        `search_recovered_top1` of both repaired as the saved one.
+        What result.json says of each rate: `score` of the saved subnet, `search_score`,
+        `policy_score` and `uniform_score` as candidates are scored, `policy_recovered_score` and
+        `search_recovered_score` of both repaired as the saved one.
 
     Raises:
         EvaluationError: A rate has no candidate.
@@ -172,7 +172,7 @@ def build_winners(
     rows: list[dict[str, Any]] = []
     for rate, best in searched.items():
         built = {key: next(networks) for key in contenders[rate]}
-        won = max(built, key=lambda key: (built[key].accuracy.top1, -built[key].accuracy.loss))
+        won = max(built, key=lambda key: built[key].scored.rank)
         folder = Path("subnets") / f"rate-{rate:.2f}" if out is None else out.absolute()
         facts = {"rate": rate} | _describe(contenders[rate][won], built[won])
         scores = _compare(best, own.get(rate), built)
@@ -182,15 +182,15 @@ def build_winners(
                 **facts,
                 **scores,
                 "path": str(folder),
-                "top1": built[won].accuracy.top1,
-                "uniform_top1": (reference or {}).get(rate),
-                "finetuned_top1": None,
-                "test_top1": None,
+                "score": built[won].scored.score,
+                "uniform_score": (reference or {}).get(rate),
+                "finetuned_score": None,
+                "test_score": None,
                 "test_images": None,
             }
         )
         logger.info(
-            "rate %.2f: %.2f %% on the search split, saved", rate, 100 * built[won].accuracy.top1
+            "rate %.2f: %.2f %% on the search split, saved", rate, 100 * built[won].scored.score
         )
     return rows
 
@@ -211,13 +211,13 @@ def _compare(
 ) -> dict[str, Any]:
     """Figures of the search's best and, where there is one, of the policy's answer."""
     scores: dict[str, Any] = {
-        "search_top1": None if best is None else best.top1,
-        "search_recovered_top1": None if best is None else built[best.key].accuracy.top1,
+        "search_score": None if best is None else best.score,
+        "search_recovered_score": None if best is None else built[best.key].scored.score,
         "search_images": None if best is None else best.images,
     }
     if answer is not None:
-        scores["policy_top1"] = answer.top1
-        scores["policy_recovered_top1"] = built[answer.key].accuracy.top1
+        scores["policy_score"] = answer.score
+        scores["policy_recovered_score"] = built[answer.key].scored.score
     return scores
 
 
@@ -245,7 +245,7 @@ def _save(
         "recovery": config.pruning.recovery,
         "uncounted": setup.plan.uncounted,
         "groups": describe_kept(setup.plan, orders, winner.keep_counts),
-        "search": dict(vars(built.accuracy)),
-        "candidates": {name: scores.get(name) for name in ("policy_top1", "search_top1")},
+        "search": built.scored.describe(),
+        "candidates": {name: scores.get(name) for name in ("policy_score", "search_score")},
     }
     save_subnet(folder, built.net, description)

@@ -7,7 +7,8 @@ import ray
 
 from cacp_ray.distributed.broker import BrokeredEvaluator, start_broker
 from cacp_ray.errors import EvaluationError
-from cacp_ray.evaluation.measurement import Candidate, Measurement
+from cacp_ray.evaluation.measurement import Candidate
+from tests.small import measurement_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -17,7 +18,7 @@ SECONDS = 0.1
 def make_slow():
     def score(candidate):
         time.sleep(SECONDS)
-        return Measurement(candidate.index, candidate.keep_counts[0] / 1000, 1, 0.5, 10, SECONDS)
+        return measurement_of(candidate.index, candidate.keep_counts[0] / 1000, 1, 0.5, 10, SECONDS)
 
     return score
 
@@ -100,9 +101,9 @@ def test_what_two_want_is_scored_once_and_both_get_it_under_their_own_index(brok
     one, other = (BrokeredEvaluator(broker, name) for name in ("one", "other"))
     submit(one, candidates(101, 102, 103))
     submit(other, candidates(103, 102, 101, first=70))
-    accuracies = {m.index: m.top1 for m in collect(one, 3)}
+    accuracies = {m.index: m.score for m in collect(one, 3)}
     assert accuracies == {0: 0.101, 1: 0.102, 2: 0.103}
-    assert {m.index: m.top1 for m in collect(other, 3)} == {70: 0.103, 71: 0.102, 72: 0.101}
+    assert {m.index: m.score for m in collect(other, 3)} == {70: 0.103, 71: 0.102, 72: 0.101}
     after = counts(broker)
     assert after.scored - before.scored == 3
     assert after.joined + after.cached - before.joined - before.cached == 3
@@ -112,7 +113,7 @@ def test_what_two_want_is_scored_once_and_both_get_it_under_their_own_index(brok
     again = begin(folder)
     third = BrokeredEvaluator(again, "third")
     submit(third, candidates(102))
-    assert [m.top1 for m in collect(third, 1)] == [0.102]
+    assert [m.score for m in collect(third, 1)] == [0.102]
     assert (counts(again).scored, counts(again).cached) == (0, 1)
     ray.kill(again)
 
@@ -126,7 +127,7 @@ def test_a_search_that_ends_or_begins_anew_leaves_nothing_in_the_queue(broker, b
     submit(restarted, candidates(*range(231, 261)))
     restarted = BrokeredEvaluator(broker, "restarted")
     submit(restarted, candidates(261))
-    assert [m.top1 for m in collect(restarted, 1)] == [0.261]
+    assert [m.score for m in collect(restarted, 1)] == [0.261]
     time.sleep(4 * SECONDS)
     assert counts(broker).scored - before.scored <= 12
     assert stopped.results(0.0) == []

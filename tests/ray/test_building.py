@@ -55,11 +55,11 @@ def test_tasks_build_what_this_process_builds_though_one_of_theirs_dies(tmp_path
     built = list(build_on_nodes(subnets, deadly, split, settings, cpus=1, gpus=0.5))
     assert len(os.listdir(tmp_path)) == 1
     expected = list(build_here(dataclasses.replace(setup, search=images))(subnets))
-    assert built[0].accuracy.top1 != built[1].accuracy.top1
+    assert built[0].scored.score != built[1].scored.score
     for one, other in zip(built, expected, strict=True):
         assert one.is_sequential == other.is_sequential
-        assert one.accuracy.top1 == pytest.approx(other.accuracy.top1, abs=0.01)
-        assert one.accuracy.images == 200
+        assert one.scored.score == pytest.approx(other.scored.score, abs=0.01)
+        assert one.scored.images == 200
         tensors, flags = one.net.state_dict(), dict(other.net.named_parameters())
         for name, value in other.net.state_dict().items():
             assert torch.allclose(tensors[name], value, rtol=1e-2, atol=1e-3), name

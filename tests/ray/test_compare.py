@@ -54,9 +54,9 @@ def test_killed_between_two_strategies_and_resumed_it_compares_all_and_measures_
     for run in found["runs"]:
         result = json.loads((folder / run["strategy"] / "result.json").read_text())
         (row,) = result["rates"]
-        assert run["search_top1"] == {"0.50": row["search_top1"]}
+        assert run["search_score"] == {"0.50": row["search_score"]}
         assert run["evaluations"] == result["evaluations"]
-        assert f"{100 * row['search_top1']:.2f}" in out
+        assert f"{100 * row['search_score']:.2f}" in out
 
     # `noise` starts from the uniform candidates, which `uniform` has measured.
     measured = {row.key: row for row in RunDirectory(folder / "uniform").read_records()}
@@ -66,4 +66,4 @@ def test_killed_between_two_strategies_and_resumed_it_compares_all_and_measures_
     assert found["runs"][2]["evaluations"] == 4
     for row in shared:
         assert row.cached
-        assert (row.top1, row.loss) == (measured[row.key].top1, measured[row.key].loss)
+        assert (row.score, row.loss) == (measured[row.key].score, measured[row.key].loss)

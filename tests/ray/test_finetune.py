@@ -208,15 +208,15 @@ def test_the_best_weights_by_search_accuracy_are_kept_and_tested_once(
         model = make_model()
         model.load_state_dict(read_finetuned(folder))
         test = measure(model, *SPLITS["test_split"].tensors())
-        assert (result.test_top1, result.test_images) == (test.top1, TEST_IMAGES)
+        assert (result.test_score, result.test_images) == (test.top1, TEST_IMAGES)
         assert result.test_loss == pytest.approx(test.loss)
         evaluated = (folder / "evaluated").read_text().split()
         assert evaluated == ["32"] * 4 + [str(TEST_IMAGES)]
-        reached = [event.search_top1 for event in events if event.rate == rate]
-        accuracies = [result.search_top1_before, *reached]
-        assert result.search_top1 == max(accuracies)
+        reached = [event.search_score for event in events if event.rate == rate]
+        accuracies = [result.search_score_before, *reached]
+        assert result.search_score == max(accuracies)
         assert result.best_epoch == accuracies.index(max(accuracies))
-        assert [epoch["search_top1"] for epoch in metrics["history"]] == reached
+        assert [epoch["search_score"] for epoch in metrics["history"]] == reached
     # Training improves the fresh network; the trained one was perfect and stays as it was.
     assert results[0.3].best_epoch > 0
     assert results[0.5].best_epoch == 0
@@ -362,7 +362,7 @@ def test_training_that_diverged_leaves_the_subnet_as_it_was(tmp_path: Path) -> N
     recipe = dataclasses.replace(RECIPE, distillation=0.0, lr=1e30)
     (result,) = finetune(tmp_path, rates=(0.3,), recipe=recipe).values()
     assert result.best_epoch == 0
-    assert result.search_top1 == result.search_top1_before
+    assert result.search_score == result.search_score_before
     metrics = json.loads((tmp_path / "rate-0.30" / "metrics.json").read_text())
     assert [row["epoch"] for row in metrics["history"]] == [1, 2, 3]
     assert metrics["history"][-1]["train_loss"] is None  # JSON has no NaN
@@ -389,11 +389,11 @@ def test_the_best_variant_by_search_accuracy_is_kept(tmp_path: Path) -> None:
         *(("able", epoch, 3) for epoch in (1, 2, 3)),
     }
     best = {
-        name: max(e.search_top1 for e in events if e.variant == name) for name in ("idle", "able")
+        name: max(e.search_score for e in events if e.variant == name) for name in ("idle", "able")
     }
     assert best["able"] > best["idle"]
     assert results[0.3].variant == "able"
-    assert results[0.3].search_top1 == best["able"]
+    assert results[0.3].search_score == best["able"]
     metrics = json.loads((tmp_path / "rate-0.30" / "metrics.json").read_text())
     assert (metrics["variant"], metrics["recipe"]["optimizer"]) == ("able", "adamw")
     trial = tmp_path / "finetune" / "rate-0.3-able"

@@ -46,7 +46,7 @@ def test_a_subnet_outside_its_run_is_trained_by_a_file_with_its_data(subnet, tmp
     assert code == 0, errors
     assert "epoch 1/1" in printed
     metrics = json.loads((subnet / "metrics.json").read_text())
-    assert f"test split {100 * metrics['test_top1']:.2f} %" in printed
+    assert f"test split {100 * metrics['test_score']:.2f} %" in printed
     assert (metrics["rate"], metrics["epochs"], metrics["test_images"]) == (0.5, 1, 120)
     before, after = (load_file(subnet / f"{name}.safetensors") for name in ("model", "finetuned"))
     assert before.keys() == after.keys()

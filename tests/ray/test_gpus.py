@@ -15,6 +15,7 @@ import ray
 from cacp_ray.distributed.cluster import check_room
 from cacp_ray.distributed.gpus import measure_on_gpus
 from cacp_ray.errors import ConfigError, EvaluationError
+from tests.small import measurement_of
 
 pytestmark = pytest.mark.ray
 
@@ -62,7 +63,7 @@ building._build = tell_process
 processes = building.build_on_nodes([()] * 3, 0, 0, {}, cpus=1, gpus=0.5)
 built = [is_running(process) for process in processes]
 pool = RayEvaluatorPool(
-    RayActors(make_told, {"top1": 0.25}), num_evaluators=1, cpus_per_evaluator=1,
+    RayActors(make_told, {"share": 0.25}), num_evaluators=1, cpus_per_evaluator=1,
     num_gpu_evaluators=2, gpus_per_evaluator=0.5, most=100,
 )
 
@@ -72,7 +73,7 @@ def score(count):
     measured = []
     while len(measured) < count:
         measured += pool.results(60.0)
-    return sorted([m.evaluator, m.loss, m.top1] for m in measured)
+    return sorted([m.evaluator, m.loss, m.score] for m in measured)
 
 while pool.num_alive < 3:
     pool.results(0.1)
@@ -91,18 +92,18 @@ print(json.dumps([[told_needs, measured_room, fault, built], first, later]))
 """
 
 
-def make_told(top1, gpu=0.0):
+def make_told(share, gpu=0.0):
     """Reports the share as the loss; 100 if Ray gave the process no GPU that it was told of."""
     import os
     import time
-
-    from cacp_ray.evaluation.measurement import Measurement
 
     is_given = bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
 
     def score(candidate):
         time.sleep(0.05)
-        return Measurement(candidate.index, top1, 1.0, gpu if is_given == (gpu > 0) else 100, 1, 0)
+        return measurement_of(
+            candidate.index, share, 1.0, gpu if is_given == (gpu > 0) else 100, 1, 0
+        )
 
     return score
 
@@ -170,6 +171,6 @@ def test_gpu_nodes_get_evaluators_with_shares_and_others_get_plain_ones():
     assert built == [False] * 3  # processes, which would keep a GPU's memory
     told = {(name, share) for name, share, _ in first}
     assert told == {("evaluator-0", 0.5), ("evaluator-1", 0.5), ("evaluator-2", 0.0)}
-    assert all(top1 == 0.25 for _, _, top1 in first)
+    assert all(score == 0.25 for _, _, score in first)
     shares = {name: share for name, share, _ in later}
     assert sorted(shares.values()) == [0.0, 0.5, 0.5, 0.5, 0.5]

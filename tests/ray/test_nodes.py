@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from tests.small import measurement_of
+
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 START = """
@@ -99,7 +101,7 @@ measurements = []
 while len(measurements) < 12:
     measurements += pool.results(10.0)
 nodes = {slot.node for slot in pool._fleet.slots}
-outcome = {"nodes": len(nodes), "seen": [m.top1 for m in measurements]}
+outcome = {"nodes": len(nodes), "seen": [m.score for m in measurements]}
 probe_nodes([Path(".")])
 try:
     probe_nodes([Path("nowhere")])
@@ -120,25 +122,23 @@ def draw():
 
 def make_seen(split):
     """Scores 1 if the images sent are bit for bit those that this node draws itself."""
-    from cacp_ray.evaluation.measurement import Measurement
 
     own = draw()
     is_same = (own.images == split.images).all() and (own.labels == split.labels).all()
 
     def score(candidate):
         time.sleep(0.05)
-        return Measurement(candidate.index, float(is_same), 1.0, 1.0, len(split), 0.05)
+        return measurement_of(candidate.index, float(is_same), 1.0, 1.0, len(split), 0.05)
 
     return score
 
 
 def make_slow(seconds):
     """Takes that many seconds to score."""
-    from cacp_ray.evaluation.measurement import Measurement
 
     def score(candidate):
         time.sleep(seconds)
-        return Measurement(candidate.index, 0.5, 0.5, 1.0, 1, seconds)
+        return measurement_of(candidate.index, 0.5, 0.5, 1.0, 1, seconds)
 
     return score
 

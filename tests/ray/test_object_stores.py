@@ -86,7 +86,7 @@ def test_from_a_bucket_of_images_to_a_run_in_a_bucket(scheme, tmp_path, monkeypa
         assert is_there(filesystem, "bucket/runs/far/result.json")
         call("finetune second")
         (row,) = json.loads((tmp_path / "second/result.json").read_text())["rates"]
-        assert row["test_top1"] > 0
+        assert row["test_score"] > 0
 
 
 def upload(path, filesystem, folder):

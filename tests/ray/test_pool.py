@@ -19,6 +19,7 @@ from cacp_ray.distributed.actors import RayActors
 from cacp_ray.distributed.pool import RayEvaluatorPool
 from cacp_ray.distributed.tasks import share
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
+from tests.small import measurement_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -31,9 +32,9 @@ def make_noted(folder: str, images: NDArray[np.float32], parts: dict[str, Any]) 
 
     def score(candidate: Candidate) -> Measurement:
         time.sleep(0.03)
-        top1 = float(images[candidate.index])
+        score = float(images[candidate.index])
         threads = float(os.environ["OMP_NUM_THREADS"])
-        return Measurement(candidate.index, top1, float(is_shared), threads, 10, 0.0)
+        return measurement_of(candidate.index, score, float(is_shared), threads, 10, 0.0)
 
     return score
 
@@ -93,7 +94,7 @@ def test_a_killed_evaluator_loses_nothing_and_the_payload_is_shared(
     os.kill(before[0], signal.SIGKILL)
     measured += collect(pool, 40 - len(measured))
     assert sorted(m.index for m in measured) == list(range(40))
-    assert all((m.status, m.top1, m.top5) == ("ok", m.index, 1.0) for m in measured)
+    assert all((m.status, m.score, m.figures["top5"]) == ("ok", m.index, 1.0) for m in measured)
     assert {m.loss for m in measured} == {1.0}  # half a CPU: one thread
     assert {m.attempt for m in measured} == {1, 2}
     assert all(m.finished_at > 0 and m.node not in ("", "local") for m in measured)
@@ -123,7 +124,7 @@ def make_locating(split: ImageSet) -> ScoreFunction:
 
     def score(candidate: Candidate) -> Measurement:
         time.sleep(0.2)
-        return Measurement(candidate.index, 0.5, 0.5, 0.5, 10, 0.2, error=place)
+        return measurement_of(candidate.index, 0.5, 0.5, 0.5, 10, 0.2, error=place)
 
     return score
 

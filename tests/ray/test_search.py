@@ -29,7 +29,7 @@ from tests.small import SMALL, TINY
 
 pytestmark = pytest.mark.ray
 
-SAME = ("index", "strategy", "rate", "keep_counts", "macs", "params", "top1", "top5", "loss")
+SAME = ("index", "strategy", "rate", "keep_counts", "macs", "params", "score", "loss")
 
 
 def rows(folder):
@@ -95,7 +95,7 @@ def test_a_report_measures_only_what_it_is_told_to(finished):
 
 def test_recorded_accuracy_is_measured_again_from_the_keep_counts(finished):
     record, found = rescore_candidate(finished.path, 7)
-    assert found.top1 == record.top1
+    assert found.score == record.score
     with pytest.raises(ArtifactError, match="no candidate 999"):
         rescore_candidate(finished.path, 999)
 
@@ -104,7 +104,7 @@ def test_policy_answers_a_rate_that_was_never_searched(finished, tmp_path):
     path = shutil.copytree(finished.path, tmp_path / "run")
     answers = answer_rates(path, [0.55], 3, save=True)
     assert 0.53 < answers[0]["cost_kept"] <= 0.55
-    assert answers[0]["top1"] > 0.3
+    assert answers[0]["score"] > 0.3
     assert cacp_ray.load_subnet(path / answers[0]["path"]) is not None
     with pytest.raises(ArtifactError, match=r"rate-0\.55 exists"):
         answer_rates(path, [0.55], 0, save=True)
@@ -159,8 +159,8 @@ def test_a_beam_at_a_searched_rate_is_saved_elsewhere_and_no_worse_than_the_poli
         )[0]
         for number in (0, 6)
     }
-    assert saved[6]["scored_top1"] >= saved[6]["policy_top1"] == saved[0]["scored_top1"]
-    assert saved[6]["top1"] >= saved[0]["top1"]  # after the repair, too
+    assert saved[6]["scored_score"] >= saved[6]["policy_score"] == saved[0]["scored_score"]
+    assert saved[6]["score"] >= saved[0]["score"]  # after the repair, too
     assert cacp_ray.load_subnet(tmp_path / "of-6") is not None
 
 
@@ -194,7 +194,7 @@ def test_killed_search_resumes_to_the_same_rows(finished, tmp_path):
     resumed = cacp_ray.search(SMALL, folder, resume=True)
     assert rows(resumed.path) == rows(finished.path)
     found, expected = resumed.result["rates"], finished.result["rates"]
-    keys = ("rate", "keep_counts", "macs", "top1", "uniform_top1")
+    keys = ("rate", "keep_counts", "macs", "score", "uniform_score")
     assert [[a[k] for k in keys] for a in found] == [[a[k] for k in keys] for a in expected]
 
 
@@ -204,11 +204,11 @@ def test_fine_tuning_completes_the_result_and_the_report(finished, tmp_path):
     found = cacp_ray.finetune(path)
     assert found["base"]["test"]["images"] == 200
     for row in found["rates"]:
-        assert 0.5 < row["test_top1"] <= 1
-        assert row["finetuned_top1"] >= row["top1"] - 0.05
+        assert 0.5 < row["test_score"] <= 1
+        assert row["finetuned_score"] >= row["score"] - 0.05
         assert (path / row["path"] / "finetuned.safetensors").exists()
         metrics = json.loads((path / row["path"] / "metrics.json").read_text())
-        assert metrics["test_top1"] == row["test_top1"]
+        assert metrics["test_score"] == row["test_score"]
     # What was finished is not done again, and nothing of its result is lost.
     assert cacp_ray.finetune(path, resume=True) == found
     assert cacp_ray.search(SMALL, path, resume=True).result == found

@@ -10,13 +10,13 @@ import pytest
 
 from cacp_ray.distributed.actors import RayActors
 from cacp_ray.distributed.pool import RayEvaluatorPool
-from cacp_ray.evaluation.measurement import Measurement
 from cacp_ray.rundir.directory import RunDirectory
 from cacp_ray.searching.allocation import uniform_prior
 from cacp_ray.searching.budget import Budget, minimum_counts
 from cacp_ray.searching.loop import SearchLoop
 from cacp_ray.searching.strategies.problem import Problem
 from cacp_ray.searching.strategies.table import make_strategy
+from tests.small import measurement_of
 from tests.toy import toy_cost_model, toy_score
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -38,12 +38,12 @@ search(sys.argv[1], Path(sys.argv[2]), 2)
 
 
 def make_formula(seconds):
-    score = toy_score(toy_cost_model())
+    find_score = toy_score(toy_cost_model())
 
     def measure(candidate):
         time.sleep(seconds)
-        top1 = score(candidate.keep_counts)
-        return Measurement(candidate.index, top1, 0.0, 1 - top1, 100, seconds)
+        score = find_score(candidate.keep_counts)
+        return measurement_of(candidate.index, score, 0.0, 1 - score, 100, seconds)
 
     return measure
 
@@ -81,7 +81,7 @@ def read(folder):
 
 def measured(folder):
     """The distinct scores of candidates; async mode may record one twice after a kill."""
-    return {(row.keep_counts, row.rate, row.top1, row.loss, row.status) for row in read(folder)}
+    return {(row.keep_counts, row.rate, row.score, row.loss, row.status) for row in read(folder)}
 
 
 @pytest.fixture(scope="module", params=STRATEGIES)

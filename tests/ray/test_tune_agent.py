@@ -18,12 +18,13 @@ from cacp_ray.config.agent_tuning import AgentTuningConfig, with_settings
 from cacp_ray.config.run import RunConfig, load_config
 from cacp_ray.errors import ArtifactError
 from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache
-from cacp_ray.evaluation.measurement import LocalEvaluator, Measurement
+from cacp_ray.evaluation.measurement import LocalEvaluator
 from cacp_ray.io.files import read_json
 from cacp_ray.rundir.directory import RunDirectory
 from cacp_ray.workflows.setup import Setup
 from cacp_ray.workflows.strategy import find_policy
 from cacp_ray.workflows.trial_search import TrialSearch
+from tests.small import measurement_of
 
 pytestmark = pytest.mark.ray
 
@@ -105,7 +106,7 @@ def test_killed_tuning_resumes_to_settings_that_a_search_takes(tmp_path):
     assert plain["evaluations"] == 24
     with (folder / "trials.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [float(row["top1"]) for row in rows] == [row["top1"] for row in result["trials"]]
+    assert [float(row["score"]) for row in rows] == [row["score"] for row in result["trials"]]
     report = (folder / "report.html").read_text()
     assert "agent.lr" in report
     assert "as it was" in report
@@ -140,8 +141,8 @@ def test_population_and_optuna_end_with_settings_and_what_they_found(tmp_path, c
 def score(candidate):
     """A formula: wide early layers are good."""
     counts = candidate.keep_counts
-    top1 = sum(count / (i + 1) for i, count in enumerate(counts)) / 300
-    return Measurement(candidate.index, top1, 1.0, 1 - top1, images=10, seconds=0.0)
+    score = sum(count / (i + 1) for i, count in enumerate(counts)) / 300
+    return measurement_of(candidate.index, score, 1.0, 1 - score, images=10, seconds=0.0)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -158,11 +159,11 @@ def test_a_search_goes_on_from_anothers_folder_with_other_settings(tmp_path):
     first = begin("first", {})
     while first.evaluations < 40:
         first.advance()
-    before = first.top1, first.evaluations
+    before = first.score, first.evaluations
     shutil.copytree(tmp_path / "first", tmp_path / "second")
     changes = {"agent.lr": 0.005, "agent.noise": 0.9, "agent.drafts": 4}
     second = begin("second", changes)
-    assert (second.top1, second.evaluations) == before
+    assert (second.score, second.evaluations) == before
     agent = find_policy(second._strategy)
     assert dataclasses.asdict(agent.config.settings)["drafts"] == 4
     assert agent.noise(0.5) == pytest.approx(2 * find_policy(first._strategy).noise(0.5))

@@ -152,7 +152,7 @@ def run_folder(folder, **files):
     content = {
         "config.yaml": yaml.safe_dump(config),
         "model.json": json.dumps(
-            {"sha256": "0" * 64, "groups": [], "base": {"search": {"top1": 0.9, "images": 9}}}
+            {"sha256": "0" * 64, "groups": [], "base": {"search": {"score": 0.9, "images": 9}}}
         ),
         "result.json": RESULT,
         "environment.json": "{}",
@@ -248,8 +248,8 @@ def with_text(key, text):
 
 
 LATE = {  # its best epoch comes after its last
-    **{"epochs": 1, "best_epoch": 3, "history": [{"search_top1": 0.5}]},
-    **{"search_top1_before": 0.4, "seconds": 1.0},
+    **{"epochs": 1, "best_epoch": 3, "history": [{"search_score": 0.5}]},
+    **{"search_score_before": 0.4, "seconds": 1.0},
 }
 GROUP = {**GROUPS[0], "num_channels": 2, "members": ["a.weight:0"], "order": [1, 0]}
 
@@ -273,7 +273,7 @@ def later(key, text):
 
 
 def saved_base(key, text):
-    base = {"search": {"top1": 0.9, "images": 100}}
+    base = {"search": {"score": 0.9, "images": 100}}
     saved = {"sha256": "0" * 64, "groups": [GROUP], "base": base, key: "HERE"}
     return resume(**{"model.json": json.dumps(saved).replace('"HERE"', text)})
 
@@ -525,14 +525,14 @@ CASES = {
             ("rates", json.dumps([ROW | {"path": "/tmp"}]), "rates.0.path"),
             ("rates", json.dumps([ROW | {"keep_counts": [1]}]), "rate 0.5: keep_counts do not"),
             ("rates", json.dumps([ROW | {"keep_counts": [1, 99]}]), "rate 0.5: keep_counts do not"),
-            ("rates", json.dumps([ROW | {"top1": "all"}]), "rates.0.top1"),
+            ("rates", json.dumps([ROW | {"score": "all"}]), "rates.0.score"),
             ("seconds", '{"search": "long"}', "seconds.search"),
             ("seconds", "5", ""),
             ("frontier", '["0.5"]', "frontier.0"),
             ("base", "[1]", ""),
             ("base", '{"macs": 1e30, "params": 1}', "base.macs"),
             ("groups", '[{"name": "conv1"}]', "groups.0.num_channels"),
-            ("learning", '{"policy_top1": [1]}', "learning.policy_top1.0"),
+            ("learning", '{"policy_score": [1]}', "learning.policy_score.0"),
         )
     },
     "learning at other rates in its last line": (
@@ -544,11 +544,11 @@ CASES = {
             on_run("report", **{"subnets__rate-0.41__subnet.json": later(key, text)}),
             rf"subnet\.json: {key}",
         )
-        for key, text in (("search", '"good"'), ("candidates", "[1]"), ("search", '{"top1": "x"}'))
+        for key, text in (("search", '"good"'), ("candidates", "[1]"), ("search", '{"score": "x"}'))
     },
     "a metrics.json of one number": (
         on_run("report", **{"subnets__rate-0.50__metrics.json": '{"epochs": 1}'}),
-        r"metrics\.json: no best_epoch, history, search_top1_before, seconds in it",
+        r"metrics\.json: no best_epoch, history, search_score_before, seconds in it",
     ),
     "a best epoch after the last": (
         on_run("report", **{"subnets__rate-0.50__metrics.json": json.dumps(LATE)}),

@@ -81,14 +81,14 @@ class CACP(PruningAgent):
             offsets=offsets,
             log_ratios=space.log_ratios(counts),
             shares=space.cost_shares(counts),
-            top1=[measurement.top1 for measurement in measurements],
+            score=[measurement.score for measurement in measurements],
             # A stopped candidate's loss would say more about its images than about the network.
-            loss=np.where(status == "ok", [measurement.loss for measurement in measurements], 0),
+            loss=np.where(status == "ok", [m.loss for m in measurements], np.nan),
             images=np.where(status != "failed", [m.images for m in measurements], 0),
         )
         for row, (candidate, measurement) in zip(offsets, results, strict=True):
             if measurement.status == "ok" and candidate.images is None:
-                self._behaviour.adopt(candidate, measurement.top1, row)
+                self._behaviour.adopt(candidate, measurement.score, row)
 
     def update(self, max_updates: int) -> int:
         """Takes no steps on the first few episodes, which would lead below the prior."""

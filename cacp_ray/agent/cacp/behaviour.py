@@ -41,7 +41,7 @@ Value = Callable[[Ints | Floats], Float32s]  # keep counts (N, G) -> (N,)
 class Elite:
     """A good allocation."""
 
-    top1: float
+    score: float
     keep_counts: Counts
     offsets: Float32s  # (P,)
 
@@ -135,12 +135,12 @@ class Behaviour:
         columns = [np.interp(np.asarray(rates), known, column) for column in means.T]
         return np.stack(columns, axis=1).astype(np.float32)
 
-    def adopt(self, candidate: Candidate, top1: float, offsets: Float32s) -> None:
+    def adopt(self, candidate: Candidate, score: float, offsets: Float32s) -> None:
         """Offers a measured candidate with its offsets (P,) to the elites of its rate."""
         known = self.elites.setdefault(candidate.rate, [])
         if all(elite.keep_counts != candidate.keep_counts for elite in known):
-            known.append(Elite(top1, candidate.keep_counts, offsets))
-            known.sort(key=lambda elite: -elite.top1)
+            known.append(Elite(score, candidate.keep_counts, offsets))
+            known.sort(key=lambda elite: -elite.score)
             del known[NUM_ELITES:]
 
     def _rank(

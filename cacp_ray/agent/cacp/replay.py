@@ -1,15 +1,18 @@
 """All measured episodes: plain arrays, one row an episode.
 
-Accuracy and loss are stored raw and made values when sampled. The critics learn one scale for all
+Scores and losses are stored raw and made values when sampled. The critics learn one scale for all
 rates, and the actor's gradient is divided by the spread of its own rate, so that an easy rate does
 not look like a good action (ours; the published code shares one baseline over all rates). A value
-is the mean of the standardised logit of top1 and of -log(loss) on the same scale: the loss of a few
-thousand images tells networks apart that top1 does not.
+is the mean of the normal scores of the score and of minus the loss, on one scale: the loss of a few
+thousand images tells networks apart that their accuracy does not. Normal scores are the quantiles
+of a standard normal distribution at the ranks (Blom, 1958). They know no unit, so that the agent
+learns alike from any metric, and a collapsed network moves no other value.
 """
 
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from ray.rllib.core.columns import Columns
 
@@ -18,7 +21,6 @@ from cacp_ray.agent.parts import EpisodeArrays, draw_rows
 
 MIN_SPREAD = 0.03  # of values at one rate; near the noise of a few thousand images
 WORST_VALUE = -4.0  # a collapsed network tells no more than a bad one
-MOST_EXTREME = 1e-3  # top1 is taken to be this far from 0 and from 1
 
 
 class Replay(EpisodeArrays):
@@ -29,8 +31,8 @@ class Replay(EpisodeArrays):
         offsets: (N, P) offsets of the final keep counts (searching/allocation.py).
         log_ratios: (N, P) log keep ratios.
         shares: (N, P) cost shares.
-        top1: (N,) in [0, 1].
-        loss: (N,) in nats, 0 where it is unknown.
+        score: (N,) of any unit, higher is better.
+        loss: (N,) of any unit, lower is better; NaN where it is unknown.
         images: (N,) images scored, 0 for a failed measurement.
     """
 
@@ -40,7 +42,7 @@ class Replay(EpisodeArrays):
         self.offsets = np.empty((0, num_offsets), np.float32)
         self.log_ratios = np.empty((0, num_offsets), np.float32)
         self.shares = np.empty((0, num_offsets), np.float32)
-        self.top1 = np.empty(0)
+        self.score = np.empty(0)
         self.loss = np.empty(0)
         self.images = np.empty(0, np.float32)
 
@@ -49,17 +51,16 @@ class Replay(EpisodeArrays):
         valid = self.images > 0
         values = np.full(len(self), WORST_VALUE)
         if valid.any():
-            top1 = np.clip(self.top1[valid], MOST_EXTREME, 1 - MOST_EXTREME)
-            standardized = _standardized(np.log(top1 / (1 - top1)))
-            has_loss = self.loss[valid] > 0
-            if len(set(self.loss[valid][has_loss])) > 1:
-                # On the scale of the accuracies of the same networks: in a race only the better
-                # have a loss, which must not make them average.
-                by_top1 = standardized[has_loss]
-                by_loss = _standardized(-np.log(self.loss[valid][has_loss]))
-                by_loss = by_top1.mean() + (by_top1.std() or 1.0) * by_loss
-                standardized[has_loss] = (by_top1 + by_loss) / 2
-            values[valid] = standardized
+            ranked = _normal_scores(self.score[valid])
+            loss = self.loss[valid]
+            has_loss = np.isfinite(loss)
+            if len(set(loss[has_loss])) > 1:
+                # On the scale of the scores of the same networks: in a race only the better have a
+                # loss, which must not make them average.
+                by_score = ranked[has_loss]
+                by_loss = by_score.mean() + by_score.std() * _normal_scores(-loss[has_loss])
+                ranked[has_loss] = (by_score + by_loss) / 2
+            values[valid] = ranked
         return np.maximum(values, WORST_VALUE)
 
     def spreads(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -89,5 +90,10 @@ class Replay(EpisodeArrays):
         return draw_rows(columns, count, rng)
 
 
-def _standardized(term: NDArray[np.float64]) -> NDArray[np.float64]:
-    return (term - term.mean()) / (term.std() or 1.0)
+def _normal_scores(term: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(N,) of mean 0 and spread 1 with the ranks of `term`; 0 where all are equal."""
+    _, place, counts = np.unique(term, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]  # equal values have their mean rank
+    shares = torch.from_numpy((ranks - 0.375) / (len(ranks) + 0.25))
+    scores = torch.special.ndtri(shares).numpy()
+    return (scores - scores.mean()) / (scores.std() or 1.0)

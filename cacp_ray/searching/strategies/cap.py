@@ -74,12 +74,12 @@ def _within_evaluations(problem: Problem, steps: Steps) -> Steps:
 def _search(problem: Problem) -> Steps:
     whole = problem.budget.num_channels
     (before,) = yield [Candidate(1.0, tuple(whole.tolist()))]
-    passes: list[Pass] = [(before.top1, 1.0)]
+    passes: list[Pass] = [(before.score, 1.0)]
     open_rates = list(problem.rates)
     for _ in range(MOST_PASSES):
         new: list[Pass] = []
         yield from together(
-            [_serve(problem, rate, before.top1, _guess(passes, rate), new) for rate in open_rates]
+            [_serve(problem, rate, before.score, _guess(passes, rate), new) for rate in open_rates]
         )
         tried = {final for final, _ in passes}
         passes += new
@@ -135,7 +135,7 @@ def one_pass(
             middle = (too_few + enough) // 2
             counts[group] = legal[middle]
             (measurement,) = yield [Candidate(1.0, tuple(counts.tolist()))]
-            if measurement.status == "ok" and measurement.top1 >= least:
+            if measurement.status == "ok" and measurement.score >= least:
                 enough = middle
             else:
                 too_few = middle

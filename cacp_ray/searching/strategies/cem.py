@@ -72,7 +72,7 @@ class CEM(OffsetStrategy):
             return
         rate = candidate.rate
         generation = self._generations[rate]
-        generation.append((measurement.top1, candidate.keep_counts))
+        generation.append((measurement.score, candidate.keep_counts))
         if len(generation) == POPULATION:
             best = sorted(generation, key=lambda member: -member[0])[:ELITE]
             offsets = self._space.encode([rate] * ELITE, [counts for _, counts in best])
@@ -93,4 +93,4 @@ class CEM(OffsetStrategy):
     def _set_memory(self, memory: Any) -> None:
         for rate, mean, variance, generation in memory:
             self._gaussians[rate] = Gaussian(np.array(mean), np.array(variance))
-            self._generations[rate] = [(top1, tuple(counts)) for top1, counts in generation]
+            self._generations[rate] = [(score, tuple(counts)) for score, counts in generation]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cacp_ray.errors import ConfigError
-from cacp_ray.evaluation.measurement import Candidate, Measurement
+from cacp_ray.evaluation.measurement import FAILED, Candidate, Measurement
 from cacp_ray.searching.budget import Budget, Floats, Ints, grow
 from cacp_ray.searching.strategies.problem import Problem
 from cacp_ray.searching.strategies.procedure import Procedure, Steps
@@ -125,4 +125,4 @@ def shrink(budget: Budget, counts: Ints, steps: Floats, kept: float) -> Ints:
 
 def _rank(measurement: Measurement) -> tuple[float, float]:
     """Higher is better: accuracy, then the lower loss; failed measurements come last."""
-    return (measurement.top1, -measurement.loss) if measurement.status == "ok" else (-1.0, 0.0)
+    return measurement.rank if measurement.status == "ok" else (FAILED, 0.0)

@@ -38,7 +38,7 @@ class Evolution(OffsetStrategy):
     def _note(self, candidate: Candidate, measurement: Measurement) -> None:
         """Keeps the best allocations of every rate."""
         members = self._population[candidate.rate]
-        member = (measurement.top1, candidate.keep_counts)
+        member = (measurement.score, candidate.keep_counts)
         if member not in members:
             members.append(member)
             members.sort(key=lambda member: -member[0])
@@ -63,5 +63,5 @@ class Evolution(OffsetStrategy):
 
     def _set_memory(self, memory: Any) -> None:
         self._population = {
-            rate: [(top1, tuple(counts)) for top1, counts in members] for rate, members in memory
+            rate: [(score, tuple(counts)) for score, counts in members] for rate, members in memory
         }

@@ -30,13 +30,13 @@ class HillClimb(OffsetStrategy):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self._best: dict[float, tuple[float, Counts]] = {}  # top1 and keep counts, once measured
+        self._best: dict[float, tuple[float, Counts]] = {}  # score and keep counts, once measured
 
     def _note(self, candidate: Candidate, measurement: Measurement) -> None:
         """Moves to an allocation strictly better than the best so far."""
         best = self._best.get(candidate.rate)
-        if measurement.status == "ok" and (best is None or measurement.top1 > best[0]):
-            self._best[candidate.rate] = measurement.top1, candidate.keep_counts
+        if measurement.status == "ok" and (best is None or measurement.score > best[0]):
+            self._best[candidate.rate] = measurement.score, candidate.keep_counts
 
     def _draw(self, rate: float, growth: float) -> Offsets:
         """(P,) offsets of the best so far, with noise on 1 to MAX_MUTATED groups."""
@@ -52,4 +52,4 @@ class HillClimb(OffsetStrategy):
         return [[rate, *allocation] for rate, allocation in self._best.items()]
 
     def _set_memory(self, memory: Any) -> None:
-        self._best = {rate: (top1, tuple(counts)) for rate, top1, counts in memory}
+        self._best = {rate: (score, tuple(counts)) for rate, score, counts in memory}

@@ -48,21 +48,21 @@ class OptunaTPE(OffsetStrategy):
         self._studies: dict[float, Any] = {
             rate: optuna.create_study(direction="maximize") for rate in problem.rates
         }
-        self._told: list[tuple[float, float, Counts]] = []  # rate, top1, keep counts
+        self._told: list[tuple[float, float, Counts]] = []  # rate, score, keep counts
 
     def _note(self, candidate: Candidate, measurement: Measurement) -> None:
         if measurement.status == "ok":
-            self._add(candidate.rate, measurement.top1, candidate.keep_counts)
+            self._add(candidate.rate, measurement.score, candidate.keep_counts)
 
-    def _add(self, rate: float, top1: float, keep_counts: Counts) -> None:
+    def _add(self, rate: float, score: float, keep_counts: Counts) -> None:
         # Offsets of the keep counts measured: rounding and the budget may have moved those drawn.
         offsets = self._space.encode([rate], [keep_counts])[0]
         values = np.clip(offsets, -WIDEST, WIDEST).tolist()
         params = dict(zip(self._ranges, values, strict=True))
         self._studies[rate].add_trial(
-            self._optuna.trial.create_trial(params=params, distributions=self._ranges, value=top1)
+            self._optuna.trial.create_trial(params=params, distributions=self._ranges, value=score)
         )
-        self._told.append((rate, top1, keep_counts))
+        self._told.append((rate, score, keep_counts))
 
     def _draw(self, rate: float, growth: float) -> Offsets:
         """(P,) offsets of a new trial."""
@@ -77,5 +77,5 @@ class OptunaTPE(OffsetStrategy):
         return self._told
 
     def _set_memory(self, memory: Any) -> None:
-        for rate, top1, counts in memory:
-            self._add(rate, top1, tuple(counts))
+        for rate, score, counts in memory:
+            self._add(rate, score, tuple(counts))

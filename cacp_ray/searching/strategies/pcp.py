@@ -61,5 +61,5 @@ def _round(problem: Problem, counts: Ints, target: Target) -> Round:
 
 
 def _damage(attempt: Measurement, before: Measurement) -> float:
-    """Rise of the loss, which is finer than accuracy: a few channels may not change accuracy."""
+    """Rise of the loss, which is finer than a score: a few channels may not change accuracy."""
     return attempt.loss - before.loss if attempt.status == "ok" else math.inf

@@ -68,8 +68,8 @@ class PriorFirst:
             (dataclasses.replace(candidate, index=measurement.index), measurement)
             for candidate, measurement in zip(candidates, measurements, strict=True)
         ]
-        top1 = np.array([measurement.top1 for measurement in measurements])
-        means = top1.reshape(len(priors), -1).mean(axis=1)
+        score = np.array([measurement.score for measurement in measurements])
+        means = score.reshape(len(priors), -1).mean(axis=1)
         self.prior = list(priors)[int(np.argmax(means))]
         self._chosen = priors[self.prior]
 

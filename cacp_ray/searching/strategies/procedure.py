@@ -57,7 +57,7 @@ class Procedure:
                 self._step = None
 
     def tell(self, results: Sequence[tuple[Candidate, Measurement]]) -> None:
-        """Keeps the measurements; failed ones have a top1 of 0."""
+        """Keeps the measurements; failed ones have the score FAILED."""
         for candidate, measurement in results:
             self._measured.setdefault(candidate.key, measurement)
 

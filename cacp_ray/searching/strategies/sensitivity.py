@@ -75,7 +75,7 @@ def read_maps(
     before, *others = measurements
     pairs = zip(trials[1:], others, strict=True)
     results = [(trial, after) for trial, after in pairs if after.status == "ok"]
-    drops = [(*trial, before.top1 - after.top1) for trial, after in results]
+    drops = [(*trial, before.score - after.score) for trial, after in results]
     rises = [(*trial, after.loss - before.loss) for trial, after in results]
     return _interpolate(whole, drops), _interpolate(whole, rises)
 

@@ -36,12 +36,12 @@ def build():
 
 
 def drive(agent, score, episodes, batch=6) -> dict[float, float]:
-    """Asks, tells and updates; returns the best top1 of each rate."""
+    """Asks, tells and updates; returns the best score of each rate."""
     best = dict.fromkeys(RATES, 0.0)
     for first in range(0, episodes, batch):
         results = measure(agent.ask(min(batch, episodes - first)), score, first)
         for candidate, measurement in results:
-            best[candidate.rate] = max(best[candidate.rate], measurement.top1)
+            best[candidate.rate] = max(best[candidate.rate], measurement.score)
         agent.tell(results)
         agent.update(agent.pending_updates)
     return best

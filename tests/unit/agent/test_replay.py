@@ -8,10 +8,11 @@ from cacp_ray.agent.cacp.module import SPREADS, VALUES, WEIGHTS
 from cacp_ray.agent.cacp.replay import MIN_SPREAD, WORST_VALUE, Replay
 
 GROUPS = 3
+NAN = float("nan")
 
 
-def fill(top1, loss=None, rates=None, images=None):
-    number = len(top1)
+def fill(score, loss=None, rates=None, images=None):
+    number = len(score)
     replay = Replay(GROUPS)
     zeros = np.zeros((number, GROUPS))
     replay.add(
@@ -19,8 +20,8 @@ def fill(top1, loss=None, rates=None, images=None):
         offsets=zeros,
         log_ratios=zeros,
         shares=zeros,
-        top1=top1,
-        loss=np.zeros(number) if loss is None else loss,
+        score=score,
+        loss=np.full(number, NAN) if loss is None else loss,
         images=np.full(number, 100) if images is None else images,
     )
     return replay
@@ -37,7 +38,7 @@ def test_loss_tells_networks_of_the_same_accuracy_apart():
     assert values[0] < values[1] < values[2]
 
 
-@pytest.mark.parametrize("loss", [[0.0, 0.0, 0.0], [0.4, 0.4, 0.4]])
+@pytest.mark.parametrize("loss", [[NAN, NAN, NAN], [0.4, 0.4, 0.4]])
 def test_accuracy_alone_serves_where_losses_tell_nothing(loss):
     values = fill([0.5, 0.7, 0.9], loss).values()
     assert (np.diff(values) > 0).all()
@@ -45,27 +46,40 @@ def test_accuracy_alone_serves_where_losses_tell_nothing(loss):
 
 def test_values_of_networks_with_and_without_a_loss_are_in_one_order():
     """In a race only the better networks have a loss; the worse ones have an accuracy alone."""
-    top1 = [0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9]
-    loss = [0.0, 0.0, 0.0, 0.0, 0.0, 0.65, 0.5, 0.35]
-    assert (np.diff(fill(top1, loss).values()) > 0).all()
+    score = [0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9]
+    loss = [NAN, NAN, NAN, NAN, NAN, 0.65, 0.5, 0.35]
+    assert (np.diff(fill(score, loss).values()) > 0).all()
 
 
 def test_spreads_are_those_of_the_same_rate():
-    replay = fill([0.6, 0.7, 0.85, 0.9], [1.2, 0.9, 0.5, 0.4], [0.3, 0.3, 0.7, 0.7])
+    replay = fill([0.6, 0.95, 0.85, 0.9], [1.2, 0.3, 0.5, 0.4], [0.3, 0.3, 0.7, 0.7])
     values = replay.values()
     spreads = replay.spreads(values)
-    assert values[2] > values[1]
+    assert values[2] > values[0]
     assert spreads == pytest.approx(np.repeat([values[:2].std(), values[2:].std()], 2))
     assert spreads[0] == spreads[1] > spreads[2] == spreads[3]
 
 
 def test_failures_are_worst_and_move_no_scale():
     ok = fill([0.6, 0.7], [1.2, 0.9])
-    both = fill([0.6, 0.7, 0.0], [1.2, 0.9, 0.0], images=[100, 100, 0])
+    both = fill([0.6, 0.7, 0.0], [1.2, 0.9, NAN], images=[100, 100, 0])
     assert both.values()[:2] == pytest.approx(ok.values())
     assert both.values()[2] == WORST_VALUE
     assert both.spreads(both.values())[:2] == pytest.approx(ok.spreads(ok.values()))
     assert fill([0.0], images=[0]).values().tolist() == [WORST_VALUE]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6, -1e-3])
+def test_the_unit_of_a_score_does_not_matter(scale):
+    """PSNR in decibels, an error with its sign turned, and shares are learned alike."""
+    score = np.array([0.2, 0.5, 0.7, 0.71, 0.9]) * np.sign(scale)
+    expected = fill(score).values()
+    assert fill(40 + abs(scale) * score).values() == pytest.approx(expected)
+
+
+def test_a_collapsed_network_moves_no_other_value():
+    near, far = fill([0.1, 0.8, 0.85, 0.9]), fill([-1e9, 0.8, 0.85, 0.9])
+    assert near.values() == pytest.approx(far.values())
 
 
 def test_extreme_measurements_stay_finite():
@@ -89,5 +103,5 @@ def test_rows_are_drawn_whole():
 
 
 def test_where_the_loss_is_unknown_accuracy_alone_counts():
-    values = fill([0.6, 0.7, 0.8], [1.2, 0.0, 0.5], images=[100, 12, 100]).values()
+    values = fill([0.6, 0.7, 0.8], [1.2, NAN, 0.5], images=[100, 12, 100]).values()
     assert values[0] < values[1] < values[2]

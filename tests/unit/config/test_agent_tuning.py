@@ -117,9 +117,9 @@ def test_area_is_the_mean_over_the_evaluations():
 
 
 def test_trials_that_came_to_their_end_are_ranked_before_those_stopped():
-    def row(name, evaluations, top1, is_whole, since=0):
+    def row(name, evaluations, score, is_whole, since=0):
         return {
-            "name": name, "evaluations": evaluations, "top1": top1, "area": 1 - top1,
+            "name": name, "evaluations": evaluations, "score": score, "area": 1 - score,
             "is_whole": is_whole, "since": since,
         }  # fmt: skip
 
@@ -130,7 +130,7 @@ def test_trials_that_came_to_their_end_are_ranked_before_those_stopped():
         row("copied", 100, 0.9, True, since=24),
         row("nothing left", 60, 0.9, True),
     ]
-    assert [each["name"] for each in rank_trials(rows, "top1")] == [
+    assert [each["name"] for each in rank_trials(rows, "score")] == [
         "nothing left", "copied", "to the end", "stopped late", "stopped",
     ]  # fmt: skip
     assert rank_trials(rows, "area")[0]["name"] == "to the end"
@@ -151,7 +151,7 @@ def test_the_row_of_the_settings_as_they_were_is_marked():
     rows = [
         {
             "name": f"trial-{i}", "settings": {"agent.lr": lr},
-            "evaluations": 9, "top1": 0.5, "area": 0.4,
+            "evaluations": 9, "score": 0.5, "area": 0.4,
         }
         for i, lr in enumerate((0.001, 0.002))
     ]  # fmt: skip
@@ -230,16 +230,16 @@ def test_asha_spares_the_settings_that_the_others_are_compared_with():
     start = {"agent.lr": 0.001}
     scheduler = make_scheduler("asha", {}, start, 100)
 
-    def report(name, lr, evaluations, top1):
+    def report(name, lr, evaluations, score):
         trial = SimpleNamespace(trial_id=name, config={"agent.lr": lr}, status="RUNNING")
-        result = {"evaluations": evaluations, "top1": top1, "training_iteration": evaluations}
+        result = {"evaluations": evaluations, "score": score, "training_iteration": evaluations}
         if name not in scheduler._trial_info:
             scheduler.on_trial_add(None, trial)
         return scheduler.on_trial_result(None, trial, result)
 
-    scheduler.set_search_properties("top1", "max")
-    for index, top1 in enumerate((0.9, 0.8, 0.85)):
-        report(f"good {index}", 0.002, 54, top1)
+    scheduler.set_search_properties("score", "max")
+    for index, score in enumerate((0.9, 0.8, 0.85)):
+        report(f"good {index}", 0.002, 54, score)
     assert report("poor", 0.003, 54, 0.2) == "STOP"
     assert report("start", 0.001, 54, 0.1) == "CONTINUE"
     assert report("start", 0.001, 100, 0.1) == "STOP"
@@ -267,7 +267,7 @@ def test_settings_that_change_are_noted_with_the_evaluations_of_before(tmp_path)
     rows = [
         {
             "name": "trial-1", "settings": {"agent.lr": 0.002}, "evaluations": 1_030,
-            "top1": 0.5, "area": 0.4, "known": 0.25, "since": since,
+            "score": 0.5, "area": 0.4, "known": 0.25, "since": since,
         }
         for since in (0, 24)
     ]  # fmt: skip
@@ -278,19 +278,19 @@ def test_settings_that_change_are_noted_with_the_evaluations_of_before(tmp_path)
     ]
 
 
-def make_result(settings, top1, since=0):
+def make_result(settings, score, since=0):
     rows = [
         {
-            "name": f"trial-{i}", "settings": each, "evaluations": 9 - i, "top1": y,
+            "name": f"trial-{i}", "settings": each, "evaluations": 9 - i, "score": y,
             "since": since, "is_whole": True,
         }
-        for i, (each, y) in enumerate(zip(settings, top1, strict=True))
+        for i, (each, y) in enumerate(zip(settings, score, strict=True))
     ]  # fmt: skip
     short = {
-        "name": "stopped", "settings": settings[0], "evaluations": 6, "top1": 9.9,
+        "name": "stopped", "settings": settings[0], "evaluations": 6, "score": 9.9,
         "since": 0, "is_whole": False,
     }  # fmt: skip
-    return {"start": settings[0], "trials": [*rows, short], "objective": "top1"}
+    return {"start": settings[0], "trials": [*rows, short], "objective": "score"}
 
 
 def test_importance_is_over_numbers_and_the_trials_that_went_to_the_end():

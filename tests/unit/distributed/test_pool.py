@@ -13,8 +13,9 @@ from cacp_ray.distributed import fleet, pool
 from cacp_ray.distributed.nodes import Kind
 from cacp_ray.distributed.pool import RayEvaluatorPool
 from cacp_ray.errors import EvaluationError
-from cacp_ray.evaluation.measurement import Candidate, Measurement
+from cacp_ray.evaluation.measurement import FAILED, Candidate, Measurement
 from tests.clusters import CRASH, HANG, Actor, Answer, FakeCluster, measure
+from tests.small import measurement_of
 
 SECONDS = 36_000.0  # of the made-up clock: whatever ends, ends before
 
@@ -79,7 +80,7 @@ def test_candidates_come_back_once_and_not_in_their_order() -> None:
     measured = score(cluster, evaluator, 20)
     order = [m.index for m in measured]
     assert order != sorted(order)
-    assert all((m.status, m.attempt, m.top1) == ("ok", 1, m.index) for m in measured)
+    assert all((m.status, m.attempt, m.score) == ("ok", 1, m.index) for m in measured)
     assert (evaluator.capacity, evaluator.num_alive) == (4, 2)
 
 
@@ -133,7 +134,7 @@ def test_a_candidate_that_crashes_its_process_fails_after_three_attempts_and_alo
     evaluator = open_pool(cluster)
     measured = {m.index: m for m in score(cluster, evaluator, 12)}
     bad = measured.pop(2)
-    assert (bad.status, bad.attempt, bad.top1) == ("failed", 3, 0.0)
+    assert (bad.status, bad.attempt, bad.score) == ("failed", 3, FAILED)
     assert "lost with evaluator-" in bad.error
     # The candidate on the same actor is lost once, never again.
     assert all((m.status, m.attempt <= 2) == ("ok", True) for m in measured.values())
@@ -202,7 +203,7 @@ def test_an_evaluator_that_was_replaced_is_not_lost_again_with_its_old_candidate
 @pytest.mark.parametrize(("images", "is_replaced"), [(None, True), (100, True), (50_000, False)])
 def test_a_longer_measurement_is_no_hang(images: int | None, is_replaced: bool) -> None:
     def slow(candidate: Candidate, actor: Actor) -> Answer:
-        return Measurement(candidate.index, 0.5, 0.5, 1.0, 100, 2.0)  # 0.02 s an image
+        return measurement_of(candidate.index, 0.5, 0.5, 1.0, 100, 2.0)  # 0.02 s an image
 
     late = pool.HANG_S + 100.0
     cluster = FakeCluster(1, score=slow, seconds=lambda c: late if c.index == 9 else 2.0)
@@ -391,7 +392,7 @@ def test_the_pool_tells_ray_what_it_does(monkeypatch: pytest.MonkeyPatch) -> Non
     evaluator = open_pool(cluster)
     score(cluster, evaluator, 21)
     assert counted == {"cacp_measurements": 20, "cacp_failed_measurements": 1}
-    stopped = Measurement(0, 0.1, 0.1, 1.0, 5, 1.0, status="stopped")
+    stopped = measurement_of(0, 0.1, 0.1, 1.0, 5, 1.0, status="stopped")
     evaluator._metrics.count([stopped])
     assert counted["cacp_measurements"] == 21
     assert shown["cacp_evaluators_alive"][-1] == 2
@@ -443,6 +444,6 @@ def test_whatever_is_lost_and_whenever_every_candidate_comes_back_once(
     for m in measured:
         # A loss with a node counts a third.
         assert m.status == "ok" or 3 <= m.attempt <= 3 * pool.LOSSES_AN_ATTEMPT
-        assert m.status == "failed" or m.top1 == m.index
+        assert m.status == "failed" or m.score == m.index
     evaluator.close()
     assert not cluster.actors

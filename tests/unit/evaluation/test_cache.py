@@ -14,7 +14,8 @@ from cacp_ray.evaluation.cache import (
     check_folder,
     key_of_scores,
 )
-from cacp_ray.evaluation.measurement import Candidate, LocalEvaluator, Measurement
+from cacp_ray.evaluation.measurement import Candidate, LocalEvaluator
+from tests.small import measurement_of
 from tests.unit.evaluation.test_fusion import Plain, make_prepared, randomize
 
 KEY = "a" * 64
@@ -23,10 +24,10 @@ KEY = "a" * 64
 def measure(candidate):
     status = "failed" if candidate.keep_counts == (0,) else "ok"
     images = candidate.images or 100
-    top1 = sum(candidate.keep_counts) / 10
+    score = sum(candidate.keep_counts) / 10
     if candidate.opponent:
         status, images = "stopped", images // 2
-    return Measurement(candidate.index, top1, 1.0, 0.3, images, 0.5, status=status)
+    return measurement_of(candidate.index, score, 1.0, 0.3, images, 0.5, status=status)
 
 
 @pytest.fixture
@@ -130,8 +131,8 @@ def test_lines_that_are_no_measurements_are_left_out(build, scored, tmp_path):
         {"keep_counts": [[1, 2], [3]]}, {"criterion": ["l1"]}, {"criterion": 3}, {"against": "x"},
     )]  # fmt: skip
     for changes in (
-        {"images": [1]}, {"images": 0}, {"top1": "0.9"}, {"top1": 5.0}, {"top1": float("nan")},
-        {"loss": float("inf")}, {"status": "failed"}, {"unknown": 1},
+        {"images": [1]}, {"images": -1}, {"score": "0.9"}, {"score": float("nan")}, {"figures": 1},
+        {"figures": {"loss": float("inf")}}, {"status": "failed"}, {"unknown": 1},
     ):  # fmt: skip
         broken.append(row | {"measurement": row["measurement"] | changes})
     lines = b"".join(json.dumps(row).encode() + b"\n" for row in broken)

@@ -169,7 +169,7 @@ class TestOnAGpu:
         tops = {
             Scorer(prepared, base.search, recovery="compensate", dtype="auto", gpu=share)(
                 candidate
-            ).top1
+            ).score
             for _ in range(2)
         }
         assert len(tops) == 1
@@ -189,5 +189,5 @@ class TestOnAGpu:
             candidate = Candidate(0.5, tuple(row), index=index)
             first, second = on_cpu(candidate), on_gpu(candidate)
             assert second.images == first.images
-            assert second.top1 == pytest.approx(first.top1, abs=0.01)
+            assert second.score == pytest.approx(first.score, abs=0.01)
             assert second.loss == pytest.approx(first.loss, rel=0.02)

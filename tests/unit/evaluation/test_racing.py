@@ -67,13 +67,13 @@ def test_a_bad_candidate_stops_and_a_good_one_is_scored_to_the_end(base):  # noq
     score = Scorer(prepared, base.search, recovery="none", dtype="float32")
     whole = tuple(base.plan.cost_model.num_channels.tolist())
     first = score(Candidate(1.0, whole, index=0))
-    assert first.top1 == pytest.approx(decode_hits(first.hits).mean())
+    assert first.score == pytest.approx(decode_hits(first.hits).mean())
     again = score(Candidate(1.0, whole, index=1, opponent=first.hits))
     assert (again.status, again.images, again.hits) == ("ok", 200, first.hits)
     bad = Candidate(0.3, tuple(count // 2 for count in whole), index=2)
     stopped = score(dataclasses.replace(bad, opponent=first.hits))
     assert (stopped.status, stopped.images, stopped.hits) == ("stopped", 12, "")
-    assert abs(stopped.top1 - score(bad).top1) < 0.25
+    assert abs(stopped.score - score(bad).score) < 0.25
     assert score(dataclasses.replace(bad, images=50)).hits == ""
     few = Scorer(prepared, base.search, recovery="none", dtype="float32", images=50)
     best = few(Candidate(1.0, whole, index=3)).hits

@@ -140,7 +140,7 @@ def test_a_scorer_travels_to_another_process(make, base):
     scorer = Scorer(make("none"), split, recovery="none", dtype="float32")
     candidate = Candidate(0.5, tuple(base.plan.cost_model.num_channels.tolist()))
     again = pickle.loads(pickle.dumps(scorer))
-    assert again(candidate).top1 == scorer(candidate).top1
+    assert again(candidate).score == scorer(candidate).score
 
 
 @pytest.mark.parametrize("recovery", ["none", "compensate"])
@@ -150,14 +150,14 @@ def test_nothing_cut_scores_as_the_base_network(make, base, recovery):
     expected = measure(base.model, *base.search.tensors())
     assert measurement.index == 3
     assert measurement.images == 200
-    assert measurement.top1 == pytest.approx(expected.top1, abs=0.0051)
+    assert measurement.score == pytest.approx(expected.top1, abs=0.0051)
     assert measurement.loss == pytest.approx(expected.loss, abs=0.02)
 
 
 def test_recovery_repairs_a_cut_network(make, base):
     counts = uniform(base.budget, [0.6], np.ones(12))[0].tolist()
-    top1 = {name: score(base, make(name), name, counts).top1 for name in ("none", "bn")}
-    top1["compensate"] = score(base, make("compensate", "cap"), "compensate", counts).top1
+    top1 = {name: score(base, make(name), name, counts).score for name in ("none", "bn")}
+    top1["compensate"] = score(base, make("compensate", "cap"), "compensate", counts).score
     assert top1["bn"] > top1["none"] + 0.1
     assert top1["compensate"] > top1["none"] + 0.3
 
@@ -168,7 +168,7 @@ def test_a_prefix_of_the_split_is_scored_alone(make, base):
     counts = tuple(base.plan.cost_model.num_channels.tolist())
     measurement = scorer(Candidate(1.0, counts, index=0, images=50))
     expected = measure(base.model, *base.search.take(50).tensors())
-    assert (measurement.images, measurement.top1) == (50, pytest.approx(expected.top1))
+    assert (measurement.images, measurement.score) == (50, pytest.approx(expected.top1))
 
 
 @pytest.mark.parametrize("recovery", ["none", "bn", "compensate"])

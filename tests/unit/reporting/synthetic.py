@@ -34,8 +34,8 @@ def make_result(
             "model": "resnet20",
             "macs": BASE_MACS,
             "params": BASE_PARAMS,
-            "search": {"top1": 0.92, "top5": 0.99, "loss": 0.3, "images": 5000},
-            "test": {"top1": 0.91, "top5": 0.99, "loss": 0.3, "images": 10000},
+            "search": {"score": 0.92, "top5": 0.99, "loss": 0.3, "images": 5000},
+            "test": {"score": 0.91, "top5": 0.99, "loss": 0.3, "images": 10000},
             "latency_ms": 2.0,
             "batch_latency_ms": 90.0,
         },
@@ -46,7 +46,7 @@ def make_result(
                 "rate": r,
                 "cost_kept": r - 0.0001,
                 "macs": int(r * BASE_MACS),
-                "top1": _top1(r) - 0.02,
+                "score": _score(r) - 0.02,
             }
             for r in np.linspace(0.2, 0.9, num_frontier).tolist()
         ],
@@ -62,7 +62,7 @@ def make_result(
     }
 
 
-def _top1(rate: float) -> float:
+def _score(rate: float) -> float:
     return 0.92 - 0.3 * (1 - rate) ** 3
 
 
@@ -77,14 +77,14 @@ def _make_rate(rate: float, groups: list[dict[str, Any]], *, is_finetuned: bool)
             for g, group in enumerate(groups)
         ],
         "path": f"subnets/rate-{rate:.2f}",
-        "top1": _top1(rate),
-        "uniform_top1": _top1(rate) - 0.04,
-        "policy_top1": _top1(rate) - 0.03,
-        "search_top1": _top1(rate) - 0.02,
-        "policy_recovered_top1": _top1(rate) - 0.01,
-        "search_recovered_top1": _top1(rate) - 0.005,
-        "finetuned_top1": _top1(rate) + 0.7 * (0.92 - _top1(rate)) if is_finetuned else None,
-        "test_top1": _top1(rate) + 0.6 * (0.92 - _top1(rate)) if is_finetuned else None,
+        "score": _score(rate),
+        "uniform_score": _score(rate) - 0.04,
+        "policy_score": _score(rate) - 0.03,
+        "search_score": _score(rate) - 0.02,
+        "policy_recovered_score": _score(rate) - 0.01,
+        "search_recovered_score": _score(rate) - 0.005,
+        "finetuned_score": _score(rate) + 0.7 * (0.92 - _score(rate)) if is_finetuned else None,
+        "test_score": _score(rate) + 0.6 * (0.92 - _score(rate)) if is_finetuned else None,
         "test_images": 10000,
         "latency_ms": 2.0 * rate + 0.3,
         "speedup": 2.0 / (2.0 * rate + 0.3),
@@ -99,13 +99,13 @@ def make_episodes(count: int, rates: tuple[float, ...] = RATES) -> pa.Table:
     index = np.arange(count)
     rate = np.array(rates)[index % len(rates)]
     gain = 1 - 0.15 * np.exp(-index / 80)
-    top1 = np.clip(np.array([_top1(r) for r in rate]) * gain - rng.exponential(0.02, count), 0, 1)
+    score = np.clip(np.array([_score(r) for r in rate]) * gain - rng.exponential(0.02, count), 0, 1)
     return pa.table(
         {
             "index": pa.array(index, pa.int64()),
             "rate": pa.array(rate, pa.float64()),
             "cost_kept": pa.array(rate - 0.0002, pa.float64()),
-            "top1": pa.array(np.where(index % 50 == 49, 0.0, top1), pa.float64()),
+            "score": pa.array(np.where(index % 50 == 49, 0.0, score), pa.float64()),
             "cached": pa.array(index % 20 == 19, pa.bool_()),
             "status": pa.array(np.where(index % 50 == 49, "failed", "ok").tolist(), pa.string()),
             "seconds": pa.array(np.where(index % 20 == 19, 0.0, 4.0), pa.float64()),
@@ -127,7 +127,7 @@ def make_lines(count: int, rates: tuple[float, ...] = RATES) -> list[dict[str, A
             "updates": 16 * i if i else None,
             "noise": {f"{rate:.2f}": 0.5 * 0.9**i if i else None for rate in rates},
             "cached_share": 0.1 / (i + 1),
-            "reward": {f"{rate:.2f}": _top1(rate) - 0.1 / (i + 1) for rate in rates},
+            "reward": {f"{rate:.2f}": _score(rate) - 0.1 / (i + 1) for rate in rates},
             "policy": {f"{rate:.2f}": [1, 2] if i else None for rate in (*rates, *unseen)},
         }
         for i in range(count)
@@ -141,24 +141,24 @@ def make_learning(lines: list[dict[str, Any]]) -> dict[str, Any]:
             "evaluations": line["evaluations"],
             "rate": rate,
             "seen": is_seen,
-            "top1": 0.7 + 0.001 * line["evaluations"],
+            "score": 0.7 + 0.001 * line["evaluations"],
             "images": 1000,
         }
         for line in lines[1:]
         for rate, is_seen in ((RATES[0] - 0.1, False), (RATES[0], True))
     ]
-    return {"images": 1500, "policy_top1": points}
+    return {"images": 1500, "policy_score": points}
 
 
 def make_metrics(row: dict[str, Any], epochs: int = 8) -> dict[str, Any]:
     """Content of the metrics.json of a fine-tuned subnet."""
-    before, best = row["top1"], row["finetuned_top1"]
-    top1 = [best - (best - before) * 0.5**epoch for epoch in range(1, epochs)]
+    before, best = row["score"], row["finetuned_score"]
+    score = [best - (best - before) * 0.5**epoch for epoch in range(1, epochs)]
     return {
         "epochs": epochs,
         "best_epoch": epochs - 1,
-        "search_top1_before": before,
-        "history": [{"search_top1": value} for value in (*top1, top1[-1] - 0.001)],
+        "search_score_before": before,
+        "history": [{"search_score": value} for value in (*score, score[-1] - 0.001)],
         "seconds": 1200.0,
     }
 
@@ -176,6 +176,6 @@ def make_run(
     write_json(folder / "environment.json", environment)
     write_yaml(folder / "config.yaml", {"name": result["name"], "rates": [0.3, 0.5, 0.7]})
     for row in result["rates"]:
-        if row["finetuned_top1"] is not None:
+        if row["finetuned_score"] is not None:
             write_json(folder / row["path"] / "metrics.json", make_metrics(row))
     return folder

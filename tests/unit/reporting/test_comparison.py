@@ -30,9 +30,9 @@ FOURTEEN = [
 
 
 def make_run(label: str, rates=RATES, *, gain: float = 0.0, **changes) -> ComparedRun:
-    top1 = {rate: round(0.6 + 0.4 * rate + gain, 4) for rate in rates}
-    points = {rate: (rate - 0.001, top1[rate]) for rate in rates}
-    policy = {rate: value - 0.05 for rate, value in top1.items()} if "cacp" in label else {}
+    score = {rate: round(0.6 + 0.4 * rate + gain, 4) for rate in rates}
+    points = {rate: (rate - 0.001, score[rate]) for rate in rates}
+    policy = {rate: value - 0.05 for rate, value in score.items()} if "cacp" in label else {}
     run = ComparedRun(
         label=label,
         path=f"runs/{label}",
@@ -43,8 +43,8 @@ def make_run(label: str, rates=RATES, *, gain: float = 0.0, **changes) -> Compar
         asked=300,
         known=0,
         seconds=201.4,
-        search_top1=top1,
-        policy_top1=policy,
+        search_score=score,
+        policy_score=policy,
         winners=points,
         policy_points={rate: (rate - 0.001, value) for rate, value in policy.items()},
         frontier=tuple(points.values()),
@@ -88,7 +88,7 @@ def test_no_figure_is_cut_or_lost_at_any_width(width):
     assert "\N{HORIZONTAL ELLIPSIS}" not in text
     assert max(map(len, text.splitlines())) <= width
     figures = [cell for row in cells(text, "cacp-paper") for cell in row if "." in cell]
-    shares = [*runs[1].search_top1.values(), *runs[1].policy_top1.values()]
+    shares = [*runs[1].search_score.values(), *runs[1].policy_score.values()]
     assert [f"{100 * share:.2f}" for share in shares] == [
         figure for index, figure in enumerate(figures) if index not in (12, 25)
     ]
@@ -107,7 +107,7 @@ def test_the_mean_is_over_the_rates_of_every_run():
     whole, part = make_run("cem"), make_run("random", (0.5, 0.7))
     comparison = make_comparison(whole, part)
     assert comparison.rates == RATES
-    assert comparison.mean(whole.search_top1) == comparison.mean(part.search_top1)
+    assert comparison.mean(whole.search_score) == comparison.mean(part.search_score)
     text = render(comparison)
     assert cells(text, "random") == [["together", "300", "3 min 21 s", "80.00", "88.00", "84.00"]]
     assert "over the rates that every run has: 0.50, 0.70" in text
@@ -115,7 +115,7 @@ def test_the_mean_is_over_the_rates_of_every_run():
 
 def test_a_missing_figure_is_a_dash_and_leaves_no_mean():
     run = make_run("cem")
-    run = dataclasses.replace(run, search_top1=run.search_top1 | {0.3: None})
+    run = dataclasses.replace(run, search_score=run.search_score | {0.3: None})
     text = render(make_comparison(run, make_run("random")))
     assert cells(text, "cem")[0][3:] == [DASH, "80.00", "88.00", DASH]
     assert cells(text, "random")[0][-1] == "80.00"
@@ -149,10 +149,10 @@ def test_json_holds_what_the_table_shows(tmp_path):
     assert written["rates"] == list(RATES)
     assert written["mean_over"] == [0.5, 0.7]
     first, second = written["runs"]
-    assert first["search_top1"] == {"0.30": 0.72, "0.50": 0.8, "0.70": 0.88}
-    assert first["policy_top1"]["0.30"] == pytest.approx(0.67)
-    assert first["mean_search_top1"] == second["mean_search_top1"] == pytest.approx(0.84)
-    assert second["mean_policy_top1"] is None
+    assert first["search_score"] == {"0.30": 0.72, "0.50": 0.8, "0.70": 0.88}
+    assert first["policy_score"]["0.30"] == pytest.approx(0.67)
+    assert first["mean_search_score"] == second["mean_search_score"] == pytest.approx(0.84)
+    assert second["mean_policy_score"] is None
     assert second["frontier"] == [[0.499, 0.8], [0.699, 0.88]]
 
 
@@ -215,9 +215,9 @@ def test_winners_policies_and_the_base_lie_within_the_axes():
         point for run in runs for point in (*run.winners.values(), *run.policy_points.values())
     ]
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    for cost, top1 in 100 * np.array(points):
+    for cost, score in 100 * np.array(points):
         assert left < cost < right
-        assert low < top1 < high
+        assert low < score < high
     assert low < 92 < high
 
 
@@ -244,7 +244,7 @@ def test_runs_that_have_measured_nothing_are_drawn_and_printed():
         is_finished=False,
         evaluations=0,
         seconds=None,
-        search_top1=dict.fromkeys(RATES),
+        search_score=dict.fromkeys(RATES),
         winners={},
         frontier=(),
     )

@@ -18,9 +18,8 @@ from cacp_ray.rundir.records import EpisodeRecord
 
 BEST = EpisodeRecord(
     index=17,
-    top1=0.8123,
-    top5=0.99,
-    loss=0.7,
+    score=0.8123,
+    figures={"top1": 0.8123, "top5": 0.99, "loss": 0.7},
     images=5000,
     seconds=0.5,
     strategy="cacp",
@@ -45,13 +44,13 @@ EPOCH = FinetuneProgress(
     epoch=2,
     epochs=10,
     train_loss=0.51234,
-    search_top1=0.8123,
+    search_score=0.8123,
     seconds=31.2,
 )
 
 
-def make_trial(name: str, top1: float, area: float) -> TrialProgress:
-    return TrialProgress(name, {"agent.lr": 0.00123}, 54, top1, area, is_whole=False)
+def make_trial(name: str, score: float, area: float) -> TrialProgress:
+    return TrialProgress(name, {"agent.lr": 0.00123}, 54, score, area, is_whole=False)
 
 
 @pytest.fixture
@@ -65,12 +64,12 @@ def make_terminal(file: io.StringIO) -> Console:
     return Console(file=file, force_terminal=True, width=100, height=30, _environ={"TERM": "xterm"})
 
 
-@pytest.mark.parametrize(("objective", "first"), [("top1", "trial-2"), ("area", "trial-1")])
+@pytest.mark.parametrize(("objective", "first"), [("score", "trial-2"), ("area", "trial-1")])
 def test_live_trials_are_ranked_by_the_objective(objective, first):
     file = io.StringIO()
     with TuningDisplay(24, objective, console=make_terminal(file)) as display:
-        display.update(make_trial("trial-1", top1=0.7, area=0.6))
-        display.update(make_trial("trial-2", top1=0.8, area=0.5))
+        display.update(make_trial("trial-1", score=0.7, area=0.6))
+        display.update(make_trial("trial-2", score=0.8, area=0.5))
     last = file.getvalue().rpartition("settings")[2]
     assert re.search(r"trial-\d", last)[0] == first
     assert "lr 0.00123" in last

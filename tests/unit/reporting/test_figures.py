@@ -59,16 +59,16 @@ def test_equal_runs_give_equal_files_and_leave_matplotlib_as_it_was(tmp_path):
 
 
 def test_failed_measurements_are_not_drawn():
-    assert len(read_episodes(make_episodes(100)).top1) == 98
+    assert len(read_episodes(make_episodes(100)).score) == 98
 
 
 def test_a_table_without_rows_needs_no_columns():
-    assert len(read_episodes(pa.table({})).top1) == 0
+    assert len(read_episodes(pa.table({})).score) == 0
 
 
 def test_a_rate_that_was_not_measured_leaves_a_gap():
     result = make_result()
-    result["rates"][1]["top1"] = None
+    result["rates"][1]["score"] = None
     axes = Figure().add_subplot()
     plot_accuracy(axes, result, read_episodes(make_episodes(9)))
     before = next(line for line in axes.lines if line.get_label() == "before fine-tuning")
@@ -79,7 +79,7 @@ def test_candidates_below_the_axis_are_counted_in_the_caption():
     axes = Figure().add_subplot()
     table = make_episodes(100)
     low = np.where(np.arange(100) < 7, 0.001, 0.8)
-    table = table.set_column(table.column_names.index("top1"), "top1", pa.array(low))
+    table = table.set_column(table.column_names.index("score"), "score", pa.array(low))
     assert "7 of them lie below the axis" in plot_accuracy(
         axes, make_result(), read_episodes(table)
     )
@@ -98,8 +98,8 @@ def test_the_best_so_far_never_falls_and_ends_at_the_last_candidate():
 def test_a_cheaper_candidate_serves_every_larger_rate():
     axes = Figure().add_subplot()
     table = make_episodes(3)
-    top1 = pa.array([0.9, 0.5, 0.6])  # proposed for rates 0.3, 0.5 and 0.7
-    table = table.set_column(table.column_names.index("top1"), "top1", top1)
+    score = pa.array([0.9, 0.5, 0.6])  # proposed for rates 0.3, 0.5 and 0.7
+    table = table.set_column(table.column_names.index("score"), "score", score)
     plot_progress(axes, make_result(), read_episodes(table))
     solid = [line for line in axes.lines if not line.get_label().startswith("_")]
     assert all(math.isclose(line.get_ydata()[-1], 90.0) for line in solid)
@@ -112,8 +112,8 @@ def make_measured(weights, count=400, noise=0.02, seed=0):
     whole = np.array([group["num_channels"] for group in result["groups"]])
     counts = np.maximum(1, (rng.uniform(0.2, 1, (count, len(whole))) * whole).astype(int))
     logits = 2 + np.log(counts / whole) @ weights + noise * rng.standard_normal(count)
-    top1 = 1 / (1 + np.exp(-logits))
-    rows = {"keep_counts": counts.tolist(), "top1": top1, "status": ["ok"] * count}
+    score = 1 / (1 + np.exp(-logits))
+    rows = {"keep_counts": counts.tolist(), "score": score, "status": ["ok"] * count}
     return result, pa.table(rows)
 
 
@@ -123,7 +123,7 @@ def test_importance_is_what_a_tenth_fewer_channels_of_one_group_cost():
     importance = fit_importance(result, table)
     assert importance is not None
     lost, spread, r2 = importance
-    mean = np.mean(table["top1"].to_numpy())
+    mean = np.mean(table["score"].to_numpy())
     slope = mean * (1 - mean)  # of the logistic function there
     np.testing.assert_allclose(lost, 100 * slope * weights * -np.log(0.9), atol=0.02)
     assert (spread[0] <= lost).all()

@@ -25,8 +25,8 @@ DESCRIPTION = {
     "cost_kept": 0.4199,
     "input_shape": [3, 32, 32],
     "macs": 17_000_000,
-    "search": {"top1": 0.8765},
-    "candidates": {"policy_top1": 0.8123, "search_top1": 0.8321},
+    "search": {"score": 0.8765},
+    "candidates": {"policy_score": 0.8123, "search_score": 0.8321},
 }
 VOID = {"meta", "img", "br", "link", "input"}
 

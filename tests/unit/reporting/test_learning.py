@@ -41,7 +41,7 @@ def test_no_lines_are_no_figures(tmp_path):
 def test_rates_that_are_not_searched_are_dashed_and_keep_their_colour():
     lines = make_lines(9)
     policy, reward = Figure().add_subplot(), Figure().add_subplot()
-    plot_policy(policy, lines, make_learning(lines)["policy_top1"])
+    plot_policy(policy, lines, make_learning(lines)["policy_score"])
     plot_reward(reward, lines, 1500)
     drawn = {line.get_label(): line for line in policy.lines}
     assert {label: line.get_linestyle() for label, line in drawn.items()} == {

@@ -50,14 +50,14 @@ def test_a_resumed_search_goes_on_with_its_run_at_weights_and_biases(tmp_path, m
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for step in (3, 5):
         log = ScalarLog(("wandb",), tmp_path, "mine", {"seed": 1})
-        log.write({"best_top1/0.50": 0.5, "unknown": None}, step)
+        log.write({"best_score/0.50": 0.5, "unknown": None}, step)
         log.close()
     assert fake.calls == [
         ("init", "mine", None, {"seed": 1}),
-        ("log", {"best_top1/0.50": 0.5, "evaluations": 3}),
+        ("log", {"best_score/0.50": 0.5, "evaluations": 3}),
         ("finish",),
         ("init", "mine", "w1", {"seed": 1}),
-        ("log", {"best_top1/0.50": 0.5, "evaluations": 5}),
+        ("log", {"best_score/0.50": 0.5, "evaluations": 5}),
         ("finish",),
     ]
 
@@ -67,17 +67,17 @@ def test_a_resumed_search_goes_on_with_its_run_at_mlflow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", fake)
     for step in (3, 5):
         log = ScalarLog(("mlflow",), tmp_path, "mine", {"seed": 1})
-        log.write({"best_top1/0.50": 0.5}, step)
+        log.write({"best_score/0.50": 0.5}, step)
         log.close()
     assert fake.calls == [
         ("experiment", "mine"),
         ("start", None, "search"),
         ("dict", {"seed": 1}, "config.yaml"),
-        ("log", {"best_top1/0.50": 0.5}, 3),
+        ("log", {"best_score/0.50": 0.5}, 3),
         ("finish",),
         ("experiment", "mine"),
         ("start", "m1", None),
-        ("log", {"best_top1/0.50": 0.5}, 5),
+        ("log", {"best_score/0.50": 0.5}, 5),
         ("finish",),
     ]
 

@@ -50,17 +50,17 @@ def test_accuracies_are_percent_and_changes_are_points():
     table = cells(make_result(), accuracy_columns(make_result()))
     result = make_result()["rates"][0]
     for column, key in (
-        (("uniform", "scored"), "uniform_top1"),
-        (("policy", "scored"), "policy_top1"),
-        (("search", "scored"), "search_top1"),
-        (("policy", "final"), "policy_recovered_top1"),
-        (("search", "final"), "search_recovered_top1"),
-        (("winner", "final"), "top1"),
-        (("tuned", "on search"), "finetuned_top1"),
-        (("tuned", "on test"), "test_top1"),
+        (("uniform", "scored"), "uniform_score"),
+        (("policy", "scored"), "policy_score"),
+        (("search", "scored"), "search_score"),
+        (("policy", "final"), "policy_recovered_score"),
+        (("search", "final"), "search_recovered_score"),
+        (("winner", "final"), "score"),
+        (("tuned", "on search"), "finetuned_score"),
+        (("tuned", "on test"), "test_score"),
     ):
         assert table["0.30"][column] == f"{100 * result[key]:.2f}"
-    change = 100 * (result["test_top1"] - 0.91)
+    change = 100 * (result["test_score"] - 0.91)
     assert table["0.30"][("change", "on test")] == f"\N{MINUS SIGN}{-change:.2f}"
 
 
@@ -93,13 +93,13 @@ def test_without_latency_no_column_of_speed():
 def test_what_no_rate_has_has_no_column_and_no_word():
     result = make_result()
     for row in result["rates"]:
-        row["policy_top1"] = None
-        del row["policy_recovered_top1"], row["uniform_top1"]
+        row["policy_score"] = None
+        del row["policy_recovered_score"], row["uniform_score"]
     heads = [(column.head, column.unit) for column in accuracy_columns(result)]
     assert heads[:2] == [("search", "scored"), ("winner", "final")]
     assert "policy" not in " ".join(map(str, words(result)))
     for row in result["rates"]:
-        del row["search_top1"]  # as runs of earlier versions
+        del row["search_score"]  # as runs of earlier versions
     heads = [(column.head, column.unit) for column in accuracy_columns(result)]
     assert heads[:1] == [("winner", "final")]
 
@@ -109,7 +109,7 @@ def test_every_word_in_the_heads_is_explained_once(has_policy):
     result = make_result()
     if not has_policy:
         for row in result["rates"]:
-            row["policy_top1"] = row["policy_recovered_top1"] = row["uniform_top1"] = None
+            row["policy_score"] = row["policy_recovered_score"] = row["uniform_score"] = None
     explained = [word for word, _ in words(result)]
     plain = {"on search", "on test"}
     used = {text for c in accuracy_columns(result) for text in (c.head, c.unit)} - plain
@@ -118,21 +118,21 @@ def test_every_word_in_the_heads_is_explained_once(has_policy):
 
 def test_standard_errors_are_binomial():
     result = make_result((0.5,))
-    result["base"]["search"] = {"top1": 0.5, "images": 2500}
+    result["base"]["search"] = {"score": 0.5, "images": 2500}
     recovered = dict.fromkeys(
         (
-            "uniform_top1",
-            "policy_top1",
-            "search_top1",
-            "policy_recovered_top1",
-            "search_recovered_top1",
-            "top1",
+            "uniform_score",
+            "policy_score",
+            "search_score",
+            "policy_recovered_score",
+            "search_recovered_score",
+            "score",
         ),
         0.9,
     )
-    result["rates"][0] |= recovered | {"uniform_top1": 0.5, "finetuned_top1": None}
-    result["base"]["test"] = {"top1": 0.5, "images": 10_000}
-    result["rates"][0]["test_top1"] = 0.5
+    result["rates"][0] |= recovered | {"uniform_score": 0.5, "finetuned_score": None}
+    result["base"]["test"] = {"score": 0.5, "images": 10_000}
+    result["rates"][0]["test_score"] = 0.5
     assert standard_errors(result) == [
         "search split: 0.60 to 1.00 points (2,500 images)",
         "test split: 0.50 points (10,000 images)",
@@ -175,7 +175,7 @@ def test_the_words_say_when_final_subnets_were_repaired_in_another_way():
 
 def test_a_search_on_part_of_the_split_is_said_and_has_no_standard_error_of_the_whole():
     result = make_result()
-    result["rates"][0] |= {"search_top1": 0.5, "search_images": 5000}
+    result["rates"][0] |= {"search_score": 0.5, "search_images": 5000}
     whole = standard_errors(result)
     assert "images" not in dict(words(result))["search"]
     result["rates"][0]["search_images"] = 300

@@ -18,10 +18,10 @@ from cacp_ray.rundir.records import SCHEMA, EpisodeRecord
 from tests.unit.searching.test_archive import record
 
 COLUMNS = [
-    *("index", "top1", "top5", "loss", "images", "seconds", "status", "error"),
-    *("evaluator", "node", "attempt", "finished_at", "hits", "cached"),
+    *("index", "score", "figures", "images", "seconds", "status", "error", "evaluator"),
+    *("node", "attempt", "finished_at", "hits", "cached"),
     *("strategy", "rate", "keep_counts", "criterion", "macs", "params", "cost_kept", "reward"),
-    "is_answer",
+    *("is_answer", "top1", "top5", "loss"),
 ]
 
 
@@ -46,7 +46,8 @@ def test_columns_are_the_contract(run):
     run.compact()
     table = pq.read_table(run.path / "episodes" / "part-00000.parquet")
     assert table.column_names == COLUMNS
-    assert [field.name for field in dataclasses.fields(EpisodeRecord)] == COLUMNS
+    names = {field.name for field in dataclasses.fields(EpisodeRecord)}
+    assert names | {"top1", "top5", "loss"} == set(COLUMNS)
     assert table.schema.equals(SCHEMA)
     assert str(table.schema.field("keep_counts").type).startswith("list<")
 
@@ -276,12 +277,12 @@ def test_a_latest_of_wrong_content_is_as_none(run, content):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda table: table.drop_columns(["top1"]),
+        lambda table: table.drop_columns(["score"]),
         lambda table: table.rename_columns(
             ["order" if name == "criterion" else name for name in table.column_names]
         ),
     ],
-    ids=["without top1", "of an earlier version"],
+    ids=["without score", "of an earlier version"],
 )
 def test_a_part_of_other_columns_is_one_line(run, change):
     fill(run, rows(2))
@@ -298,7 +299,7 @@ def test_a_line_with_a_value_of_another_type_is_named(run, value):
     fill(run, rows(2))
     journal = run.path / "journal.jsonl"
     first, second = journal.read_text().splitlines()
-    bad = re.sub(r'"top1": [^,]*', f'"top1": {value}', first)
+    bad = re.sub(r'"score": [^,]*', f'"score": {value}', first)
     assert bad != first
     journal.write_text(f"{bad}\n{second}\n")
     with pytest.raises(ArtifactError, match="line 1 is not a measurement"):
@@ -313,7 +314,7 @@ def test_a_part_with_values_of_another_type_is_one_line(run):
     part = run.path / "episodes" / "part-00000.parquet"
     table = pq.read_table(part)
     text = pa.array(["high", "low"])
-    pq.write_table(table.set_column(table.column_names.index("top1"), "top1", text), part)
+    pq.write_table(table.set_column(table.column_names.index("score"), "score", text), part)
     with pytest.raises(ArtifactError, match="part-00000"):
         run.read_records()
 

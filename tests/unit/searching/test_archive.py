@@ -11,7 +11,7 @@ from cacp_ray.searching.archive import Archive
 TOTAL = 20
 
 
-def record(index, cost, top1, loss=1.0, status="ok"):
+def record(index, cost, score, loss=1.0, status="ok"):
     return EpisodeRecord(
         index=index,
         strategy="test",
@@ -20,11 +20,10 @@ def record(index, cost, top1, loss=1.0, status="ok"):
         macs=cost,
         params=cost,
         cost_kept=cost / TOTAL,
-        top1=top1,
-        top5=1.0,
-        loss=loss,
+        score=score,
+        figures={"loss": loss},
         images=100,
-        reward=top1,
+        reward=score,
         seconds=0.0,
         cached=False,
         status=status,
@@ -51,7 +50,7 @@ def test_best_is_the_maximum_over_all_that_fit_in_whatever_order_they_come(recor
     fitting = [r for r in records if r.status == "ok" and r.macs <= math.floor(rate * TOTAL)]
     expected = max(
         fitting,
-        key=lambda r: (r.top1, -math.inf if math.isnan(r.loss) else -r.loss, -r.macs, -r.index),
+        key=lambda r: (r.score, -math.inf if math.isnan(r.loss) else -r.loss, -r.macs, -r.index),
         default=None,
     )
     random.shuffle(records)

@@ -44,7 +44,7 @@ def test_the_elite_of_a_full_generation_moves_the_mean(tmp_path):
     strategy.tell(results[-1:])
     mean, _, num_open = state_of(strategy, tmp_path)
     assert num_open == 0
-    results.sort(key=lambda result: -result[1].top1)
+    results.sort(key=lambda result: -result[1].score)
     elite = [candidate.keep_counts for candidate, _ in results[:ELITE]]
     offsets = AllocationSpace(budget, uniform_prior(8), SCALE).encode([RATE] * ELITE, elite)
     np.testing.assert_allclose(mean, 0.8 * offsets.mean(axis=0), rtol=1e-5)

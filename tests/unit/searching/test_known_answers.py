@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from cacp_ray.evaluation.measurement import LocalEvaluator, Measurement
+from cacp_ray.evaluation.measurement import LocalEvaluator
 from cacp_ray.rundir.directory import RunDirectory
 from cacp_ray.searching.allocation import uniform_prior
 from cacp_ray.searching.budget import Budget, minimum_counts
@@ -13,7 +13,7 @@ from cacp_ray.searching.loop import SearchLoop
 from cacp_ray.searching.strategies import STRATEGIES
 from cacp_ray.searching.strategies.problem import Problem
 from cacp_ray.searching.strategies.table import make_strategy
-from tests.small import mostly_slow
+from tests.small import measurement_of, mostly_slow
 from tests.toy import every_allocation, measure_by_formula, toy_cost_model, toy_score
 
 RATES = (0.3, 0.5, 0.7)
@@ -240,7 +240,7 @@ def test_the_order_that_measures_best_is_delivered(name, orders, tmp_path):
 
         def score(candidate, winner=winner):
             top1 = 0.8 if candidate.criterion == winner else 0.7
-            return Measurement(candidate.index, top1, 0.0, 1 - top1, 100, 0.1)
+            return measurement_of(candidate.index, top1, 0.0, 1 - top1, 100, 0.1)
 
         loop = SearchLoop(
             LocalEvaluator(score),

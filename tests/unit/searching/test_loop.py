@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cacp_ray.errors import ArtifactError, EvaluationError
 from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache
-from cacp_ray.evaluation.measurement import Candidate, LocalEvaluator, Measurement
+from cacp_ray.evaluation.measurement import Candidate, LocalEvaluator
 from cacp_ray.io import files
 from cacp_ray.rundir.directory import RunDirectory
 from cacp_ray.searching.allocation import uniform_prior
@@ -25,6 +25,7 @@ from cacp_ray.searching.loop import MAX_REPEATS, SearchLoop
 from cacp_ray.searching.strategies.problem import Problem
 from cacp_ray.searching.strategies.procedure import Procedure
 from cacp_ray.searching.strategies.table import make_strategy
+from tests.small import measurement_of
 from tests.toy import toy_cost_model, toy_score
 
 RATES = (0.4, 0.6)
@@ -34,7 +35,7 @@ BUDGET = Budget(
 )
 SCORE = toy_score(COST_MODEL)
 PROBLEM = Problem(COST_MODEL, BUDGET, RATES, 0, 30, uniform_prior(4))
-LAWFUL = "index strategy rate keep_counts macs params cost_kept top1 top5 images reward cached"
+LAWFUL = "index strategy rate keep_counts macs params cost_kept score images reward cached"
 
 # These tests write many files; a slow disk is no failure.
 FILES = settings(
@@ -51,9 +52,9 @@ class Killed(BaseException):
 def measure(candidate):
     """A formula; every seventh of the possible keep counts fails."""
     is_ok = sum(candidate.keep_counts) % 7 > 0
-    top1 = SCORE(candidate.keep_counts) if is_ok else 0.0
+    score = SCORE(candidate.keep_counts) if is_ok else 0.0
     status = "ok" if is_ok else "failed"
-    return Measurement(candidate.index, top1, top1, 1 - top1, 100, 0.1, status)
+    return measurement_of(candidate.index, score, score, 1 - score, 100, 0.1, status)
 
 
 class ShuffledEvaluator:
@@ -116,8 +117,8 @@ class ClimbingStrategy:
         for candidate, measurement in results:
             self.told.append(candidate.index)
             self._digest = (self._digest * 31 + candidate.index) % 1_000_003
-            if measurement.top1 > self._best[candidate.rate][0]:
-                self._best[candidate.rate] = (measurement.top1, list(candidate.keep_counts))
+            if measurement.score > self._best[candidate.rate][0]:
+                self._best[candidate.rate] = (measurement.score, list(candidate.keep_counts))
 
     def save(self, folder):
         best = list(self._best.items())
@@ -207,7 +208,7 @@ def test_no_more_distinct_candidates_than_asked_and_all_within_budget(tmp_path, 
     for record in RunDirectory(tmp_path).read_records():
         assert record.macs <= BUDGET.limit(record.rate)
         assert record.cost_kept == record.macs / BUDGET.total
-        assert record.reward == record.top1
+        assert record.reward == record.score
 
 
 @pytest.mark.parametrize("mode", ["rounds", "async"])
@@ -215,13 +216,13 @@ def test_what_another_run_has_measured_counts_but_is_not_measured_again(tmp_path
     script = [(1, 1, 1, 1), (2, 2, 2, 1), (3, 3, 3, 1), (5, 5, 5, 1), (6, 6, 6, 1)]
     cache, evaluator = MeasurementCache(tmp_path / "cache", "key"), ShuffledEvaluator()
     for known in (Candidate(0.6, (2, 2, 2, 1)), Candidate(0.6, (3, 3, 3, 1), "l1")):
-        cache.add(known, Measurement(99, 0.25, 0.5, 1.5, 100, 3.0))
+        cache.add(known, measurement_of(99, 0.25, 0.5, 1.5, 100, 3.0))
     cached = CachedEvaluator(evaluator, cache, images=100)
     loop = make_loop(tmp_path, cached, mode=mode, evaluations=4)
     loop.run(ScriptedStrategy(script))
     assert [c.keep_counts for c in evaluator.submitted] == [script[i] for i in (0, 2, 3)]
     (record,) = [r for r in RunDirectory(tmp_path).read_records() if r.cached]
-    assert (record.index, record.keep_counts, record.top1) == (1, (2, 2, 2, 1), 0.25)
+    assert (record.index, record.keep_counts, record.score) == (1, (2, 2, 2, 1), 0.25)
     assert loop.progress.evaluations == 4
 
 
@@ -302,7 +303,7 @@ def test_repeats_are_answered_from_memory_and_do_not_count(tmp_path):
         )
         assert sorted(strategy.told) == [0, 1, 2, 3, 4, 5]
         assert all(r.seconds == (0.0 if r.cached else 0.1) for r in records)
-        assert len({(r.keep_counts, r.top1) for r in records}) == 4
+        assert len({(r.keep_counts, r.score) for r in records}) == 4
 
 
 @pytest.mark.parametrize("mode", ["rounds", "async"])
@@ -606,8 +607,8 @@ def test_progress_counts_all_sessions_but_measures_the_speed_of_this_one(tmp_pat
     for rate in RATES:
         best = last.best[rate]
         records = RunDirectory(tmp_path).read_records()
-        fitting = [r.top1 for r in records if r.macs <= BUDGET.limit(rate)]
-        assert best.top1 == max(fitting)
+        fitting = [r.score for r in records if r.macs <= BUDGET.limit(rate)]
+        assert best.score == max(fitting)
     assert [f.name for f in dataclasses.fields(last)][:2] == ["evaluations", "total"]
 
 

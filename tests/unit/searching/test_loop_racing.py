@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache
-from cacp_ray.evaluation.measurement import Measurement
 from cacp_ray.evaluation.racing import (
     decode_hits,
     encode_hits,
@@ -17,6 +16,7 @@ from cacp_ray.evaluation.racing import (
     prefixes,
 )
 from cacp_ray.rundir.directory import RunDirectory
+from tests.small import measurement_of
 from tests.unit.searching.test_loop import (
     RATES,
     SCORE,
@@ -35,14 +35,14 @@ def measure(candidate):
     """Gets an image right where its noisy hardness is below the formula's accuracy."""
     rng = np.random.default_rng(zlib.crc32(repr(candidate.keep_counts).encode()))
     hits = HARDNESS + rng.normal(0, 0.03, IMAGES) < SCORE(candidate.keep_counts)
-    top1 = float(hits.mean())
-    whole = Measurement(candidate.index, top1, top1, 0.5, IMAGES, 0.1, hits=encode_hits(hits))
+    score = float(hits.mean())
+    whole = measurement_of(candidate.index, score, score, 0.5, IMAGES, 0.1, hits=encode_hits(hits))
     if candidate.opponent:
         best = decode_hits(candidate.opponent)
         for stop in prefixes(IMAGES):
             if has_fallen_behind(hits[:stop], best[:stop]):
-                top1 = estimate(hits[:stop], best)
-                return Measurement(candidate.index, top1, top1, 0.5, stop, 0.1, "stopped")
+                score = estimate(hits[:stop], best)
+                return measurement_of(candidate.index, score, score, 0.5, stop, 0.1, "stopped")
     return whole
 
 
@@ -83,7 +83,7 @@ def test_candidates_race_against_the_best_told_of_their_rate(tmp_path):
             for record in records.values()
             if record.index < round_start and record.rate == candidate.rate and record.hits
         ]
-        best = max(told, key=lambda record: (record.top1, -record.index), default=None)
+        best = max(told, key=lambda record: (record.score, -record.index), default=None)
         assert candidate.opponent == (best.hits if best else "")
         raced += records[candidate.index].status == "stopped"
     assert raced > 5
@@ -91,7 +91,7 @@ def test_candidates_race_against_the_best_told_of_their_rate(tmp_path):
         kept = [r for r in records.values() if r.status == "ok" and r.cost_kept <= rate]
         loop = make_loop(tmp_path, races=True)
         loop.restore(ClimbingStrategy())
-        assert loop.archive.best(rate).top1 == max(record.top1 for record in kept)
+        assert loop.archive.best(rate).score == max(record.score for record in kept)
 
 
 def test_without_racing_nobody_has_an_opponent(tmp_path):

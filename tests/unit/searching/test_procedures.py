@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cacp_ray.errors import ConfigError
-from cacp_ray.evaluation.measurement import Candidate, LocalEvaluator, Measurement
+from cacp_ray.evaluation.measurement import Candidate, LocalEvaluator
 from cacp_ray.rundir.directory import RunDirectory
 from cacp_ray.searching.allocation import uniform_prior
 from cacp_ray.searching.budget import Budget, minimum_counts, scale_to_budget, spend, uniform
@@ -20,6 +20,7 @@ from cacp_ray.searching.strategies.descent import plan_targets, shrink
 from cacp_ray.searching.strategies.problem import Problem
 from cacp_ray.searching.strategies.procedure import Procedure, together
 from cacp_ray.searching.strategies.table import make_strategy
+from tests.small import measurement_of
 from tests.toy import measure_by_formula, toy_cost_model, toy_score, toy_scores
 
 RATES = (0.3, 0.5, 0.7)
@@ -55,8 +56,8 @@ def delivered(results, rates=RATES):
     for candidate, measurement in results:
         cost = COST_MODEL.macs(candidate.keep_counts)
         for rate, limit in zip(rates, limits, strict=True):
-            if cost <= limit and measurement.top1 > best.get(rate, (-1.0,))[0]:
-                best[rate] = measurement.top1, np.array(candidate.keep_counts)
+            if cost <= limit and measurement.score > best.get(rate, (-1.0,))[0]:
+                best[rate] = measurement.score, np.array(candidate.keep_counts)
     return {rate: counts for rate, (_, counts) in sorted(best.items())}
 
 
@@ -97,7 +98,7 @@ def test_the_one_group_that_matters_stays_whole(name, group):
 def test_what_was_learned_beats_cuts_at_random(name, share):
     counts = delivered(search(name))
     for rate in RATES:
-        blind = [measured.top1 for c, measured in search("random") if c.rate == rate]
+        blind = [measured.score for c, measured in search("random") if c.rate == rate]
         assert SCORE(counts[rate]) > np.quantile(blind, share)
 
 
@@ -126,7 +127,7 @@ def test_a_pass_of_cap_ends_at_the_smallest_network_that_is_tolerated():
                 (proposal,) = steps.send(measurements)
             except StopIteration as end:
                 return end.value
-            measurements = [Measurement(0, only(0)(proposal.keep_counts), 0.0, 0.0, 1, 0.0)]
+            measurements = [measurement_of(0, only(0)(proposal.keep_counts), 0.0, 0.0, 1, 0.0)]
 
     counts = run(one_pass(problem(), 1.0, 0.2))
     assert (counts[1:] - budget.min_counts[1:] <= CHANNELS[1:] / 16 + 1).all()
@@ -215,8 +216,8 @@ def test_a_kill_at_any_point_changes_nothing(name, mode, tmp_path):
         def score(candidate):
             if next(left) == stop_after:
                 raise KeyboardInterrupt
-            top1 = SCORE(candidate.keep_counts)
-            return Measurement(candidate.index, top1, 0.0, 1 - top1, 100, 0.1)
+            score = SCORE(candidate.keep_counts)
+            return measurement_of(candidate.index, score, 0.0, 1 - score, 100, 0.1)
 
         return SearchLoop(
             LocalEvaluator(score),
@@ -229,7 +230,7 @@ def test_a_kill_at_any_point_changes_nothing(name, mode, tmp_path):
         )
 
     def rows(folder):
-        return [(r.rate, r.keep_counts, r.top1) for r in RunDirectory(folder).read_records()]
+        return [(r.rate, r.keep_counts, r.score) for r in RunDirectory(folder).read_records()]
 
     loop(tmp_path / "whole").run(make_strategy(name, problem(120)))
     for stop_after in (3, 29, 41, None):
@@ -286,6 +287,6 @@ def test_procedures_side_by_side_see_their_own_measurements():
     while proposals := strategy.ask(3):
         results = measure_by_formula(proposals, lambda _: 1.0)
         strategy.tell(
-            [(c, Measurement(c.index, 1.0, 0.0, 0.0, c.keep_counts[0], 0.0)) for c, _ in results]
+            [(c, measurement_of(c.index, 1.0, 0.0, 0.0, c.keep_counts[0], 0.0)) for c, _ in results]
         )
     assert totals == {10: 20, 20: 20 + 20 + 21 + 20 + 22 + 20}

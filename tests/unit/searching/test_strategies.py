@@ -209,7 +209,7 @@ def best_found(name, seed):
         results = measure_by_formula(strategy.ask(5), score)
         strategy.tell(results)
         for candidate, measured in results:
-            best[candidate.rate] = max(best[candidate.rate], measured.top1)
+            best[candidate.rate] = max(best[candidate.rate], measured.score)
     return np.mean(list(best.values()))
 
 

@@ -27,7 +27,7 @@ TOTAL = 1000
 SHA = "a" * 64
 
 
-def make_record(index: int, cost: int, top1: float, **changes) -> EpisodeRecord:
+def make_record(index: int, cost: int, score: float, **changes) -> EpisodeRecord:
     """A measurement of the toy network, whose keep counts are its cost and its index."""
     record = EpisodeRecord(
         index=index,
@@ -37,11 +37,10 @@ def make_record(index: int, cost: int, top1: float, **changes) -> EpisodeRecord:
         macs=cost,
         params=cost,
         cost_kept=cost / TOTAL,
-        top1=top1,
-        top5=1.0,
-        loss=0.5,
+        score=score,
+        figures={"loss": 0.5},
         images=400,
-        reward=top1,
+        reward=score,
         seconds=0.1,
         cached=False,
         status="ok",
@@ -67,7 +66,7 @@ def make_run(folder: Path, config: dict, *, records=None, result=None, sha256: s
     """A run directory as a search leaves it; without `result`, one that has not ended."""
     run = RunDirectory(folder)
     run.write_config(resolved(load_config(RunConfig, {"evaluations": 30} | config)))
-    base = {"macs": TOTAL, "params": TOTAL, "search": {"top1": 0.93, "images": 400}}
+    base = {"macs": TOTAL, "params": TOTAL, "search": {"score": 0.93, "images": 400}}
     run.write_model({"sha256": sha256, "base": base})
     run.compact()
     for record in make_records(0) if records is None else records:
@@ -80,13 +79,13 @@ def make_run(folder: Path, config: dict, *, records=None, result=None, sha256: s
 def make_result(rates=(0.3, 0.5, 0.7), *, policy: float | None = None, shift: float = 0.0) -> dict:
     rows = []
     for rate in rates:
-        rows.append({"rate": rate, "path": "subnet", "search_top1": 0.5 + 0.4 * rate + shift})
+        rows.append({"rate": rate, "path": "subnet", "search_score": 0.5 + 0.4 * rate + shift})
         if policy is not None:
-            rows[-1]["policy_top1"] = policy + 0.1 * rate
+            rows[-1]["policy_score"] = policy + 0.1 * rate
     return {
         "rates": rows,
         "frontier": [
-            {"rate": row["rate"], "cost_kept": row["rate"] - 0.001, "top1": row["policy_top1"]}
+            {"rate": row["rate"], "cost_kept": row["rate"] - 0.001, "score": row["policy_score"]}
             for row in rows
             if policy is not None
         ],
@@ -110,18 +109,18 @@ def test_figures_of_finished_runs_are_those_of_their_result(tmp_path):
     ]
     found = compare(folders)
     assert [each.label for each in found.runs] == ["cacp", "random"]
-    assert (found.base_top1, found.images) == (0.93, 400)
+    assert (found.base_score, found.images) == (0.93, 400)
     for each, result in zip(found.runs, results.values(), strict=True):
         rows = result["rates"]
-        assert each.search_top1 == {row["rate"]: row["search_top1"] for row in rows}
-        assert found.mean(each.search_top1) == pytest.approx(
-            np.mean([row["search_top1"] for row in rows])
+        assert each.search_score == {row["rate"]: row["search_score"] for row in rows}
+        assert found.mean(each.search_score) == pytest.approx(
+            np.mean([row["search_score"] for row in rows])
         )
         assert (each.evaluations, each.seconds, each.is_finished) == (29, 61.5, True)
-    policy = {row["rate"]: row["policy_top1"] for row in results["cacp"]["rates"]}
-    assert found.runs[0].policy_top1 == policy
+    policy = {row["rate"]: row["policy_score"] for row in results["cacp"]["rates"]}
+    assert found.runs[0].policy_score == policy
     assert found.runs[0].policy_points == {rate: (rate - 0.001, policy[rate]) for rate in policy}
-    assert found.runs[1].policy_top1 == {}
+    assert found.runs[1].policy_score == {}
 
 
 def test_an_unfinished_run_is_judged_by_its_records_alone(tmp_path):
@@ -133,7 +132,7 @@ def test_an_unfinished_run_is_judged_by_its_records_alone(tmp_path):
     (each,) = found.runs
     assert not each.is_finished
     assert each.seconds is None
-    assert each.search_top1 == {0.3: 0.65, 0.5: 0.8, 0.7: 0.8}
+    assert each.search_score == {0.3: 0.65, 0.5: 0.8, 0.7: 0.8}
     assert each.winners == {0.3: (0.3, 0.65), 0.5: (0.301, 0.8), 0.7: (0.301, 0.8)}
     assert (each.evaluations, each.asked, each.known) == (4, 30, 1)
 
@@ -248,19 +247,19 @@ def test_compare_writes_next_to_nothing_that_is_not_its_own(run, tmp_path):
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9), st.booleans()), max_size=20))
 def test_the_frontier_rises_and_no_measurement_lies_above_it(points):
     records = [
-        make_record(index, 100 * cost, top1 / 10, status="ok" if is_ok else "failed")
-        for index, (cost, top1, is_ok) in enumerate(points)
+        make_record(index, 100 * cost, score / 10, status="ok" if is_ok else "failed")
+        for index, (cost, score, is_ok) in enumerate(points)
     ]
     archive = Archive(TOTAL)
     for record in records:
         archive.add(record)
-    points = [(record.cost_kept, record.top1) for record in archive.frontier]
+    points = [(record.cost_kept, record.score) for record in archive.frontier]
     frontier = np.array(points).reshape(-1, 2)
     assert (np.diff(frontier, axis=0) > 0).all()
     for record in records:
         if record.status == "ok":
             within = frontier[frontier[:, 0] <= record.cost_kept, 1]
-            assert within.max() >= record.top1
+            assert within.max() >= record.score
 
 
 REFUSED = {

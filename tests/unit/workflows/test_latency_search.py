@@ -12,7 +12,7 @@ from cacp_ray.cli.app import state
 from cacp_ray.config.run import RunConfig, load_config
 from cacp_ray.errors import ArtifactError
 from cacp_ray.evaluation.latency_table import load_table, save_table
-from cacp_ray.evaluation.measurement import LocalEvaluator, Measurement
+from cacp_ray.evaluation.measurement import LocalEvaluator
 from cacp_ray.reporting.summary import size_columns, summary_rows
 from cacp_ray.rundir.directory import RunDirectory
 from cacp_ray.searching.budget import uniform
@@ -20,6 +20,7 @@ from cacp_ray.searching.loop import SearchLoop
 from cacp_ray.workflows.latencies import predict_latencies
 from cacp_ray.workflows.setup import Setup
 from cacp_ray.workflows.strategy import make_run_strategy
+from tests.small import measurement_of
 from tests.toy import toy_score
 
 RATES = (0.6, 0.8)
@@ -130,11 +131,11 @@ def test_a_search_on_latency_keeps_its_budgets(table_path, tmp_path, cost):
     config = read_config(table_path, cost, strategy="random", evaluations=12)
     setup = Setup.create(config)
     model = setup.plan.cost_model
-    score = toy_score(model)
+    find_score = toy_score(model)
 
     def measure(candidate):
-        top1 = score(candidate.keep_counts)
-        return Measurement(candidate.index, top1, top1, 1 - top1, 100, 0.0)
+        score = find_score(candidate.keep_counts)
+        return measurement_of(candidate.index, score, score, 1 - score, 100, 0.0)
 
     loop = SearchLoop(
         LocalEvaluator(measure), model, RunDirectory(tmp_path), rates=RATES, evaluations=12,
@@ -172,7 +173,7 @@ def test_a_run_is_not_continued_with_another_table(table_path, tmp_path):
     config = read_config(table_path, "latency")
     setup = Setup.create(config)
     groups = setup.prepare().describe_model()["groups"]
-    base = {"cost": setup.budget.total, "search": {"top1": 0.9, "images": 9}}
+    base = {"cost": setup.budget.total, "search": {"score": 0.9, "images": 9}}
     described = {"sha256": setup.sha256, "groups": groups, "base": base}
     (tmp_path / "model.json").write_text(json.dumps(described))
     assert Setup.create(config, tmp_path).saved == described

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboardX.proto import event_pb2
 
-from cacp_ray.evaluation.measurement import Measurement
 from cacp_ray.io.jsonl import read_journal
 from cacp_ray.reporting.scalars import ScalarLog
 from cacp_ray.rundir.records import EpisodeRecord
@@ -23,6 +22,7 @@ from cacp_ray.workflows.learning_log import (
     recent_reward,
     unseen_rates,
 )
+from tests.small import measurement_of
 
 RATES = (0.3, 0.5, 0.7)
 UNSEEN = (0.4, 0.6)
@@ -91,10 +91,10 @@ class FakeAgent:
         return np.array([[round(100 * rate), 7] for rate in rates])
 
 
-def record(index, rate=0.3, top1=0.5, *, cached=False, status="ok"):
+def record(index, rate=0.3, score=0.5, *, cached=False, status="ok"):
     return EpisodeRecord(
         index=index, strategy="cacp", rate=rate, keep_counts=(index,), macs=1, params=1,
-        cost_kept=rate, top1=top1, top5=1.0, loss=1.0, images=9, reward=top1, seconds=0.0,
+        cost_kept=rate, score=score, figures={"loss": 1.0}, images=9, reward=score, seconds=0.0,
         cached=cached, status=status, evaluator="", node="", attempt=1, finished_at=0.0, error="",
     )  # fmt: skip
 
@@ -149,7 +149,7 @@ def test_a_line_that_a_kill_cut_short_is_dropped_and_written_again(tmp_path):
 
 
 def test_a_line_holds_what_the_agent_and_the_measurements_say(tmp_path):
-    records = [record(i, top1=i / 100, cached=i % 4 == 0) for i in range(16)]
+    records = [record(i, score=i / 100, cached=i % 4 == 0) for i in range(16)]
     log = open_log(tmp_path, 40)
     for loss in (1.0, float("nan"), 3.0):
         log.watch(0, records, learned(loss))
@@ -177,8 +177,8 @@ def test_what_a_strategy_without_a_policy_lacks_is_null(tmp_path):
 
 
 def test_the_reward_forgets_failures_other_rates_and_old_candidates():
-    rows = [record(i, top1=0.9) for i in range(3)] + [record(i, top1=0.5) for i in range(10)]
-    rows += [record(20, rate=0.5, top1=0.1), record(21, top1=0.0, status="failed")]
+    rows = [record(i, score=0.9) for i in range(3)] + [record(i, score=0.5) for i in range(10)]
+    rows += [record(20, rate=0.5, score=0.1), record(21, score=0.0, status="failed")]
     assert recent_reward(rows, 0.3) == 0.5
     assert recent_reward(rows, 0.7) is None
 
@@ -199,15 +199,15 @@ def test_tensorboard_has_the_numbers_of_the_lines(tmp_path):
     log = open_log(tmp_path, 40, loggers=("tensorboard",))
     for n in (1, 2):
         log.watch(n, [record(0)], learned(n))
-    point = {"evaluations": 2, "rate": 0.4, "seen": False, "top1": 0.75, "images": 9}
+    point = {"evaluations": 2, "rate": 0.4, "seen": False, "score": 0.75, "images": 9}
     log.close([point])
     found = {(tag, step): value for tag, step, value in events(tmp_path / "tensorboard")}
     names = {"critic_loss", "policy_value", "cached_share", "reward/0.30"}
     names |= {f"noise/{rate:.2f}" for rate in RATES}
-    assert set(found) == {(name, n) for name in names for n in (1, 2)} | {("policy_top1/0.40", 2)}
+    assert set(found) == {(name, n) for name in names for n in (1, 2)} | {("policy_score/0.40", 2)}
     assert found["critic_loss", 2] == 2.0
     assert found["reward/0.30", 1] == 0.5
-    assert found["policy_top1/0.40", 2] == 0.75
+    assert found["policy_score/0.40", 2] == 0.75
 
 
 def make_line(evaluations, counts=(1, 2)):
@@ -229,14 +229,14 @@ def test_equal_answers_are_measured_once_on_the_images_asked_for():
     def measure(candidates):
         asked.extend(candidates)
         return [
-            Measurement(i, 0.1 * len(c.keep_counts), 0.0, 0.0, c.images, 0.0)
+            measurement_of(i, 0.1 * len(c.keep_counts), 0.0, 0.0, c.images, 0.0)
             for i, c in enumerate(candidates)
         ]
 
     points = measure_answers([make_line(5), make_line(9)], (0.3,), 77, measure)
     assert [c.keep_counts for c in asked] == [(1, 2), (5,), (9,)]
     assert {c.images for c in asked} == {77}
-    assert [(p["evaluations"], p["rate"], p["seen"], p["top1"], p["images"]) for p in points] == [
+    assert [(p["evaluations"], p["rate"], p["seen"], p["score"], p["images"]) for p in points] == [
         (5, 0.3, True, 0.2, 77),
         (5, 0.4, False, 0.1, 77),
         (9, 0.3, True, 0.2, 77),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cacp_ray.config.run import RunConfig, load_config
-from cacp_ray.evaluation.measurement import Candidate, Measurement
+from cacp_ray.evaluation.measurement import Candidate
 from cacp_ray.evaluation.scorer import Scorer
 from cacp_ray.pruning.subnet import load_subnet, read_description
 from cacp_ray.rundir.records import EpisodeRecord
@@ -20,6 +20,7 @@ from cacp_ray.workflows.winners import (
     measure_outside,
     measure_uniform,
 )
+from tests.small import measurement_of
 
 RATE = 0.3
 
@@ -28,8 +29,8 @@ def record(base, counts):
     return EpisodeRecord(
         index=0, strategy="uniform", rate=RATE, keep_counts=tuple(counts),
         macs=int(base.plan.macs(counts)), params=int(base.plan.params(counts)), cost_kept=RATE,
-        top1=0.0, top5=0.0, loss=9.0, images=1, reward=0.0, seconds=0.0, cached=False, status="ok",
-        evaluator="", node="", attempt=1, finished_at=0.0, error="",
+        score=0.0, figures={"loss": 9.0}, images=1, reward=0.0, seconds=0.0, cached=False,
+        status="ok", evaluator="", node="", attempt=1, finished_at=0.0, error="",
     )  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def built(tmp_path_factory):
         (row,) = build_winners(setup, winners, folder, build, [answers[sequential]])
         found[sequential] = folder / row["path"], row
     (again,) = build([answers[True].key])
-    return base, found, again.accuracy
+    return base, found, again.scored
 
 
 @pytest.mark.parametrize("sequential", [False, True])
@@ -60,25 +61,26 @@ def test_the_stored_accuracy_is_that_of_the_saved_subnet(built, sequential):
     folder, row = found[sequential]
     accuracy = measure(load_subnet(folder), *base.search.tensors())
     description = read_description(folder)
-    assert description["search"]["top1"] == row["top1"] == pytest.approx(accuracy.top1, abs=0.004)
+    assert description["search"]["score"] == description["search"]["top1"] == row["score"]
+    assert row["score"] == pytest.approx(accuracy.top1, abs=0.004)
     assert description["search"]["loss"] == pytest.approx(accuracy.loss, rel=1e-3)
 
 
 def test_sequential_recovery_is_kept_where_it_is_better(built):
     _, found, _ = built
     assert not read_description(found[False][0])["sequential"]
-    is_better = found[True][1]["top1"] > found[False][1]["top1"]
+    is_better = found[True][1]["score"] > found[False][1]["score"]
     assert is_better  # at this rate, on this network: by several points
     assert read_description(found[True][0])["sequential"]
 
 
 def test_the_policys_answer_is_repaired_and_measured_as_the_winner_is(built):
     _, found, again = built
-    assert found[False][1]["policy_recovered_top1"] == found[False][1]["top1"]  # it is the winner
+    assert found[False][1]["policy_recovered_score"] == found[False][1]["score"]  # it is the winner
     row = found[True][1]
-    assert row["policy_recovered_top1"] == pytest.approx(again.top1, abs=0.004)
-    assert row["policy_recovered_top1"] != row["top1"]
-    assert row["search_recovered_top1"] == row["top1"]  # it is the winner here
+    assert row["policy_recovered_score"] == pytest.approx(again.score, abs=0.004)
+    assert row["policy_recovered_score"] != row["score"]
+    assert row["search_recovered_score"] == row["score"]  # it is the winner here
 
 
 def test_a_winner_in_another_order_is_built_in_it(tmp_path):
@@ -90,7 +92,7 @@ def test_a_winner_in_another_order_is_built_in_it(tmp_path):
     score = Scorer(prepared, base.search, recovery="compensate", batch_size=100, dtype="float32")
     counts = uniform(base.budget, [0.5], np.ones(len(base.plan.groups)))[0].tolist()
     build = build_here(base)
-    top1 = {}
+    scores = {}
     for order in ("", "l1", "bn_scale"):
         winner = dataclasses.replace(record(base, counts), criterion=order)
         folder = tmp_path / f"run{order}"
@@ -101,9 +103,9 @@ def test_a_winner_in_another_order_is_built_in_it(tmp_path):
         orders = prepared.with_order(order).orders
         assert kept == [o[:k].tolist() for o, k in zip(orders, counts, strict=True)]
         measured = score(Candidate(0.5, tuple(counts), criterion=order, index=0))
-        assert row["top1"] == pytest.approx(measured.top1, abs=0.004)
-        top1[order] = row["top1"]
-    assert len(set(top1.values())) == 3
+        assert row["score"] == pytest.approx(measured.score, abs=0.004)
+        scores[order] = row["score"]
+    assert len(set(scores.values())) == 3
 
 
 def test_orders_of_a_run_are_repeated_from_its_description():
@@ -129,9 +131,11 @@ class HalfFailing:
 
     def results(self, _):
         found = [
-            Measurement(each.index, 0.5, 0.5, 1.0, 10, 0.0, status="failed", error="out of memory")
+            measurement_of(
+                each.index, 0.5, 0.5, 1.0, 10, 0.0, status="failed", error="out of memory"
+            )
             if each.index % 2
-            else Measurement(each.index, 0.25, 0.5, 1.0, 10, 0.0)
+            else measurement_of(each.index, 0.25, 0.5, 1.0, 10, 0.0)
             for each in self._queue
         ]
         self._queue = []
@@ -148,4 +152,4 @@ def test_a_final_measurement_that_fails_is_left_out_with_a_warning(built, caplog
     counts = uniform(base.budget, rates, np.ones(len(base.plan.groups)))
     answers = measure_outside(base, rates, counts, HalfFailing())
     assert [answer.rate for answer in answers] == rates[::2]
-    assert {answer.top1 for answer in answers} == {0.25}
+    assert {answer.score for answer in answers} == {0.25}
