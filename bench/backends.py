@@ -29,6 +29,7 @@ from cacp_ray.evaluation.scorer import Scorer
 from cacp_ray.exporting.formats import read_onnx, write_onnx
 from cacp_ray.models.factory import build_model
 from cacp_ray.models.pretrained import load_weights
+from cacp_ray.pruning.calibration import image_batches
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.statistics import collect_statistics
 from cacp_ray.training.metrics import fast_dtype
@@ -71,7 +72,7 @@ def bench(
     plan = make_plan(model, images[:1])
     calibration = search.take(options.calibration)
     x, y = calibration.tensors()
-    moments = collect_statistics(model, plan, x, y, seed=0, kinds={"inputs"})
+    moments = collect_statistics(model, plan, image_batches(x, y), seed=0, kinds={"inputs"})
     prepared = prepare(
         model, plan, calibration, moments, criterion="l1", recovery="compensate", seed=0
     )

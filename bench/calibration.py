@@ -27,6 +27,7 @@ from torch import nn
 
 from cacp_ray.data.images import ImageSet, read_parquet
 from cacp_ray.evaluation.preparation import CutNetwork, Prepared, prepare
+from cacp_ray.pruning.calibration import image_batches
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.resizable import build_subnet
@@ -48,7 +49,7 @@ def prepare_timed(
     """What compensated candidates share, and the seconds that preparing it took."""
     started = time.process_time()
     images, _ = calibration.tensors()
-    statistics = collect_statistics(model, plan, images, seed=seed)
+    statistics = collect_statistics(model, plan, image_batches(images), seed=seed)
     prepared = prepare(
         model, plan, calibration, statistics, criterion="cap", recovery="compensate", seed=seed
     )

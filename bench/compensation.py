@@ -19,6 +19,7 @@ from cacp_ray.data.images import ImageSet, read_parquet
 from cacp_ray.evaluation.preparation import CutNetwork, prepare
 from cacp_ray.models.factory import build_model
 from cacp_ray.models.pretrained import load_weights
+from cacp_ray.pruning.calibration import image_batches
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.statistics import collect_statistics
 from cacp_ray.training.metrics import fast_dtype, predict
@@ -41,7 +42,7 @@ def bench(
     x = timed.tensors()[0]
     plan = make_plan(model, x[:1])
     images, _ = calibration.tensors()
-    moments = collect_statistics(model, plan, images, seed=options.seed)
+    moments = collect_statistics(model, plan, image_batches(images), seed=options.seed)
     prepared = prepare(
         model, plan, calibration, moments, criterion="l1", recovery="compensate", seed=options.seed
     )

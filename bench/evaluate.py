@@ -40,6 +40,7 @@ from cacp_ray.evaluation.preparation import CutNetwork, Prepared, prepare
 from cacp_ray.evaluation.scorer import Scorer
 from cacp_ray.models.factory import build_model
 from cacp_ray.models.pretrained import load_weights
+from cacp_ray.pruning.calibration import batches_of
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.statistics import collect_statistics
@@ -134,7 +135,7 @@ def bench(
     x, y = search.tensors()
     plan = make_plan(model, x[:1])
     moments = collect_statistics(
-        model, plan, calibration.tensors()[0], seed=options.seed, kinds={"inputs"}
+        model, plan, batches_of(calibration), seed=options.seed, kinds={"inputs"}
     )
     prepared = {
         recovery: prepare(

@@ -23,6 +23,7 @@ from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunctio
 from cacp_ray.evaluation.preparation import prepare
 from cacp_ray.evaluation.scorer import Scorer
 from cacp_ray.models.factory import build_model
+from cacp_ray.pruning.calibration import image_batches
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.statistics import collect_statistics
 from cacp_ray.searching.budget import spend
@@ -53,7 +54,9 @@ def main() -> None:
     calibration = split.take(CALIBRATION)
     images, labels = calibration.tensors()
     plan = make_plan(model, images[:1])
-    moments = collect_statistics(model, plan, images, labels, seed=options.seed, kinds={"inputs"})
+    moments = collect_statistics(
+        model, plan, image_batches(images, labels), seed=options.seed, kinds={"inputs"}
+    )
     budget = make_budget(plan, "macs", PruningConfig())
     rng = np.random.default_rng(options.seed)
     least = budget.min_counts / budget.num_channels

@@ -22,6 +22,7 @@ from cacp_ray.data.images import ImageSet, read_parquet
 from cacp_ray.evaluation.measurement import Candidate
 from cacp_ray.evaluation.preparation import Prepared, prepare
 from cacp_ray.evaluation.scorer import Scorer
+from cacp_ray.pruning.calibration import image_batches
 from cacp_ray.pruning.criteria import CRITERIA, needs, rank_channels
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.planner import make_plan
@@ -90,7 +91,9 @@ def score_missing(options: argparse.Namespace, model: nn.Module, search: ImageSe
     whole = int(plan.macs(plan.cost_model.num_channels))
     counts = {groups: widths(plan, groups) for groups in GROUP_SETS}
     kinds = {"inputs"}.union(*(needs(name) for name in options.criteria))
-    statistics = collect_statistics(model, plan, images, labels, seed=options.seed, kinds=kinds)
+    statistics = collect_statistics(
+        model, plan, image_batches(images, labels), seed=options.seed, kinds=kinds
+    )
     for criterion in dict.fromkeys(cell["criterion"] for cell in missing):
         shared = prepare_all(model, plan, train, statistics, criterion, options.seed)
         for recovery, prepared in shared:

@@ -15,6 +15,7 @@ from report import print_environment, print_table
 
 from cacp_ray.data.images import read_parquet
 from cacp_ray.evaluation.preparation import CutNetwork, prepare
+from cacp_ray.pruning.calibration import image_batches
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.sequential import recover_sequentially
 from cacp_ray.pruning.statistics import collect_statistics
@@ -29,7 +30,7 @@ def main() -> None:
     train = read_parquet(options.train, options.train_rows, options.calibration)
     images, _ = train.tensors()
     plan = make_plan(model, images[:1])
-    statistics = collect_statistics(model, plan, images, seed=options.seed)
+    statistics = collect_statistics(model, plan, image_batches(images), seed=options.seed)
     prepared = prepare(
         model, plan, train, statistics, criterion="cap", recovery="compensate", seed=options.seed
     )

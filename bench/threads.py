@@ -30,6 +30,7 @@ def prepare_network(network: str, images: int, seed: int) -> tuple[Any, Any]:
     from cacp_ray.evaluation.preparation import prepare
     from cacp_ray.models.factory import build_model
     from cacp_ray.models.pretrained import load_weights
+    from cacp_ray.pruning.calibration import image_batches
     from cacp_ray.pruning.planner import make_plan
     from cacp_ray.pruning.statistics import collect_statistics
 
@@ -46,7 +47,7 @@ def prepare_network(network: str, images: int, seed: int) -> tuple[Any, Any]:
         )
     x, y = calibration.tensors()
     plan = make_plan(model, x[:1])
-    moments = collect_statistics(model, plan, x, y, seed=seed, kinds=set())
+    moments = collect_statistics(model, plan, image_batches(x, y), seed=seed, kinds=set())
     options = {"criterion": "l1", "recovery": "none", "seed": seed}
     return prepare(model, plan, calibration, moments, **options), split
 

@@ -10,6 +10,7 @@ from cacp_ray.data.transforms import from_shared
 from cacp_ray.evaluation.classification import measure_accuracy
 from cacp_ray.evaluation.measurement import Scored, SubnetKey
 from cacp_ray.evaluation.preparation import Prepared, cut_networks
+from cacp_ray.pruning.calibration import inputs_together
 from cacp_ray.pruning.resizable import build_subnet
 from cacp_ray.pruning.sequential import recover_sequentially
 
@@ -58,7 +59,7 @@ class Builder:
                 tensors,
                 prepared.orders,
                 keep_counts,
-                prepared.calibration.tensors()[0],
+                inputs_together(prepared.calibration),
                 seed=self._seed,
             )
             repaired_scored = self._measure(cut_network.resizable.load(repaired))

@@ -26,6 +26,7 @@ from cacp_ray.evaluation.preparation import Prepared
 from cacp_ray.io.environment import installed_versions
 from cacp_ray.io.files import parse_json
 from cacp_ray.io.jsonl import append_line, read_lines
+from cacp_ray.pruning.calibration import update_hash
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def key_of_scores(prepared: Prepared, split: ImageSet, *, recovery: str, dtype: 
             for field, value in vars(ordered.factors[name]).items():
                 _update(digest, f"{name} {field}", value)
     if recovery == "bn":
-        _update(digest, "calibration", prepared.calibration.images)
+        update_hash(digest, prepared.calibration)
     _update(digest, "images", split.images)
     _update(digest, "labels", split.labels)
     return digest.hexdigest()

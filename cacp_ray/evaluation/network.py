@@ -84,6 +84,7 @@ def default_batch_size(split: ImageSet) -> int:
 
 def _agrees(fused: FusedNetwork, cut_network: CutNetwork, dtype: torch.dtype) -> bool:
     """Whether whole and cut networks give the same logits when fused; sets the fused dtype."""
+    assert isinstance(cut_network.calibration, ImageSet)  # the only ones that are scored here
     images = cut_network.calibration.take(CHECKED_IMAGES).tensors()[0].to(cut_network.device)
     whole = cut_network.plan.cost_model.num_channels
     cutter = Cutter(cut_network.plan)

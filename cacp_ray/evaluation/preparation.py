@@ -15,16 +15,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cacp_ray.data.images import ImageSet
 from cacp_ray.data.transforms import from_shared
 from cacp_ray.io.environment import give_back_memory
+from cacp_ray.pruning.calibration import Calibration, inputs_in_parts
 from cacp_ray.pruning.compensation import LayerFactors, make_factors
 from cacp_ray.pruning.criteria import needs, rank_channels
+from cacp_ray.pruning.inputs import map_inputs
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.recovery import make_recovery
 from cacp_ray.pruning.resizable import ResizableNetwork
 from cacp_ray.pruning.statistics import Statistics
 from cacp_ray.pruning.surgery import all_tensors, reorder_weights
+
+BN_BATCH = 250  # most images for one update of BN statistics
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Prepared:
     orders: tuple[NDArray[np.int64], ...]  # permutation (C,) of each group, best channel first
     tensors: dict[str, NDArray[Any]]  # state dict in importance order, as arrays
     factors: dict[str, LayerFactors]  # by weight name; empty for recoveries other than `compensate`
-    calibration: ImageSet  # training images
+    calibration: Calibration  # training examples
     # The same network in other importance orders, by criterion, for candidates that name one.
     others: Mapping[str, "Prepared"] = field(default_factory=dict[str, "Prepared"])
 
@@ -57,7 +60,7 @@ def needed_kinds(criterion: str, recovery: str) -> frozenset[str]:
 def prepare(
     model: nn.Module,
     plan: Plan,
-    calibration: ImageSet,
+    calibration: Calibration,
     statistics: Statistics,
     *,
     criterion: str,
@@ -67,7 +70,7 @@ def prepare(
 ) -> Prepared:
     """Ranks the channels and makes the compensation factors.
 
-    `statistics` of the training images `calibration` hold what `needed_kinds` names; `orders` are
+    `statistics` of the training examples `calibration` hold what `needed_kinds` names; `orders` are
     taken instead of the criterion's.
 
     Raises:
@@ -111,7 +114,8 @@ class CutNetwork:
             for name, t in tensors.items()
         }
         self.tensors: Mapping[str, Tensor] = tensors
-        calibration = prepared.calibration.tensors()[0].to(device) if recovery == "bn" else None
+        parts = inputs_in_parts(self.calibration, BN_BATCH) if recovery == "bn" else []
+        calibration = [map_inputs(lambda x: x.to(device), part) for part in parts]
         self.cut = make_recovery(
             recovery,
             self.plan,

@@ -1,12 +1,12 @@
 """Recovery: keep counts in, cut and repaired tensors out; scoring and saving share it."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from cacp_ray.pruning.compensation import Compensator, LayerFactors
+from cacp_ray.pruning.inputs import Inputs, call, tensors_of
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.resizable import ResizableNetwork
 from cacp_ray.pruning.surgery import Cutter
@@ -23,12 +23,12 @@ def make_recovery(
     *,
     factors: Mapping[str, LayerFactors],
     resizable: ResizableNetwork,
-    calibration: Tensor | None,
+    calibration: Sequence[Inputs],
 ) -> Recovery:
     """The function that turns keep counts into the tensors of the subnet.
 
     `none` cuts `tensors`, which are in importance order. `bn` runs `resizable` to re-estimate BN
-    statistics on `calibration`, normalised images (N, C, H, W) (EagleEye, Li et al., 2020).
+    statistics on `calibration`, batches of training inputs (EagleEye, Li et al., 2020).
     `compensate` solves least squares with `factors` (`cacp_ray.pruning.compensation`).
     """
     if recovery == "compensate":
@@ -36,7 +36,7 @@ def make_recovery(
     cutter = Cutter(plan)
     if recovery == "none":
         return lambda keep_counts: cutter(tensors, keep_counts)
-    assert calibration is not None
+    assert calibration
 
     def cut_and_recalibrate(keep_counts: Sequence[int]) -> dict[str, Tensor]:
         # Statistics are written in place, so they must not be views of the shared tensors.
@@ -53,12 +53,11 @@ def make_recovery(
     return cut_and_recalibrate
 
 
-def recalibrate_bn(model: nn.Module, images: Tensor, batch_size: int = 250) -> None:
-    """Re-estimates running means and variances as averages over `images` (N, C, H, W).
+def recalibrate_bn(model: nn.Module, batches: Sequence[Inputs]) -> None:
+    """Re-estimates running means and variances as averages over batches of inputs.
 
-    Batches hold up to `batch_size` images and are nearly equal, so that none is a single image
-    unless there is only one. Each batch weighs as many images as it holds. BN layers without
-    running statistics are left alone.
+    Each batch weighs as many examples as it holds. BN layers without running statistics are left
+    alone.
     """
     norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
     momenta = [norm.momentum for norm in norms]
@@ -70,11 +69,12 @@ def recalibrate_bn(model: nn.Module, images: Tensor, batch_size: int = 250) -> N
         norm.train()
     with torch.no_grad():
         seen = 0
-        for batch in images.tensor_split(math.ceil(len(images) / batch_size)):
-            seen += len(batch)
+        for batch in batches:
+            size = len(tensors_of(batch)[0])
+            seen += size
             for norm in norms:
-                norm.momentum = len(batch) / seen
-            model(batch)
+                norm.momentum = size / seen
+            call(model, batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()

@@ -27,6 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from cacp_ray.pruning.calibration import PASSED, take_inputs_at
+from cacp_ray.pruning.inputs import Inputs, call, tensors_of
 from cacp_ray.pruning.patches import PLAIN_FORWARDS, choose_places, take_inputs, take_outputs
 from cacp_ray.pruning.plan import Consumer, Plan
 from cacp_ray.pruning.resizable import ResizableNetwork
@@ -35,8 +37,8 @@ from cacp_ray.pruning.surgery import Orders
 from cacp_ray.pruning.torch_types import cholesky
 
 TARGET_BYTES = 2**29
-BATCH_PIXELS = 2**23  # 8,192 images of 32x32, 167 of 224x224
 ROWS_PER_INPUT = 4  # a layer with fewer keeps its compensated weight: it would fit noise
+BATCH_PIXELS = 2**23  # 8,192 images of 32x32, 167 of 224x224
 
 
 @dataclass
@@ -53,11 +55,11 @@ def recover_sequentially(
     tensors: Mapping[str, Tensor],
     orders: Orders,
     keep_counts: Sequence[int],
-    images: Tensor,
+    inputs: Inputs,
     *,
     seed: int,
     positions: int = POSITIONS,
-    batch_size: int = 125,
+    batch_size: int = PASSED,
 ) -> dict[str, Tensor]:
     """Repairs one cut network, layer by layer.
 
@@ -66,17 +68,20 @@ def recover_sequentially(
     for each input.
 
     `tensors` are those of the cut network, compensated (`Compensator`); the result has repaired
-    weights, biases and running means. `images` are normalised training images (N, C, H, W).
+    weights, biases and running means. `inputs` are a batch of training examples.
     """
-    images = images[: max(1, BATCH_PIXELS // images.shape[2:].numel())]
+    first = tensors_of(inputs)[0]
+    size = min(len(first), max(1, BATCH_PIXELS // first.shape[2:].numel()))
+    inputs = take_inputs_at(inputs, slice(size))
     original = model.state_dict()
     outputs = {
         c.weight: _kept_outputs(plan, c, len(original[c.weight]), orders, keep_counts)
         for c in plan.consumers
     }
     width = sum(len(tensors[consumer.weight]) for consumer in plan.consumers)
-    positions = max(1, min(positions, TARGET_BYTES // (4 * len(images) * max(1, width))))
-    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+    positions = max(1, min(positions, TARGET_BYTES // (4 * size * max(1, width))))
+    starts = range(0, size, batch_size)
+    batches = [take_inputs_at(inputs, slice(start, start + batch_size)) for start in starts]
     targets = _collect_targets(model, plan, outputs, batches, positions, seed)
     resizable = ResizableNetwork(model)
     small = resizable.load(tensors)
@@ -93,16 +98,16 @@ def recover_sequentially(
         def repair(module: nn.Module, args: tuple[Any, ...], consumer: Consumer = consumer) -> None:
             target = targets.pop(consumer.weight)
             # Windows or places of one image may have become neighbouring batch entries.
-            entries = max(1, len(args[0]) // len(images))
-            inputs = args[0].split(entries * batch_size)
-            if _belong_together(inputs, target):
-                new = _fit(module, consumer, inputs, target, state)
+            entries = max(1, len(args[0]) // size)
+            parts = args[0].split(entries * batch_size)
+            if _belong_together(parts, target):
+                new = _fit(module, consumer, parts, target, state)
                 result.update(new)
                 resizable.load(new)
 
         small.get_submodule(consumer.module).register_forward_pre_hook(repair)
     with torch.no_grad():
-        small(images)
+        call(small, inputs)
     return result
 
 
@@ -120,7 +125,7 @@ def _collect_targets(
     model: nn.Module,
     plan: Plan,
     outputs: Mapping[str, Tensor],
-    batches: Sequence[Tensor],
+    batches: Sequence[Inputs],
     positions: int,
     seed: int,
 ) -> dict[str, _Target]:
@@ -147,7 +152,7 @@ def _collect_targets(
         model.eval()
         with torch.inference_mode():
             for batch in batches:
-                model(batch)
+                call(model, batch)
     finally:
         for hook in hooks:
             hook.remove()

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from cacp_ray.errors import EvaluationError
 from cacp_ray.io.environment import give_back_memory
 from cacp_ray.pruning.axis import Axis
+from cacp_ray.pruning.calibration import PASSED, Batch, Loss, classify, run_batch
 from cacp_ray.pruning.patches import choose_places, is_product, take_inputs
 from cacp_ray.pruning.plan import Consumer, Plan
 from cacp_ray.pruning.torch_types import Convolution
@@ -29,7 +29,6 @@ POSITIONS = 64  # rows from each image and layer
 SEPARABLE_ABOVE = 4096  # inputs D; a dense float64 covariance of 4096 inputs takes 128 MiB
 SOLVABLE = (nn.Conv2d, nn.Linear)  # layers whose input rows are collected
 GATED = (Convolution, nn.Linear)  # layers whose input channels get gates
-BATCH_PIXELS = 2**19  # pixels passed at once: 512 images of 32x32, 10 of 224x224
 
 
 @dataclass(frozen=True)
@@ -77,25 +76,23 @@ class Statistics:
 def collect_statistics(
     model: nn.Module,
     plan: Plan,
-    images: Tensor,
-    labels: Tensor | None = None,
+    batches: Iterable[Batch],
     *,
     seed: int,
     kinds: Iterable[str] = frozenset({"inputs"}),
+    loss: Loss = classify,
     positions: int = POSITIONS,
-    batch_size: int = 125,
 ) -> Statistics:
-    """Passes images through the whole network, and backward where `kinds` has `gates`.
+    """Passes examples through the whole network, and backward where `kinds` has `gates`.
 
-    `images` are normalised (N, C, H, W), from training rows only; `labels` (N,) serve `gates`
-    alone. The network is left in evaluation mode.
+    `batches` are of training data only. `loss` serves `gates` alone: the mean over the examples of
+    a batch. The network is left in evaluation mode.
 
     Raises:
         EvaluationError: Activations or gradients overflow or are NaN.
     """
     kinds = frozenset(kinds)
     assert kinds <= {"inputs", "gates"}, kinds
-    assert labels is not None or "gates" not in kinds
     moments = _Moments(plan, positions, torch.Generator().manual_seed(seed))
     gates = _Gates(plan)
     hooks: list[RemovableHandle] = []
@@ -104,18 +101,14 @@ def collect_statistics(
         hooks += [moments.attach(layer, c) for layer, c in layers if isinstance(layer, SOLVABLE)]
     if "gates" in kinds:
         hooks += [gates.attach(layer, c) for layer, c in layers if isinstance(layer, GATED)]
-    at_once = max(1, min(batch_size, BATCH_PIXELS // images.shape[2:].numel()))
     model.eval()
     try:
-        for start in range(0, len(images) if kinds else 0, at_once):
-            batch = images[start : start + at_once]
+        for batch in batches if kinds else ():
             if "gates" in kinds:
-                assert labels is not None
-                gates.differentiate(model, batch, labels[start : start + at_once])
+                gates.differentiate(model, batch, loss)
             else:
-                with torch.inference_mode():
-                    model(batch)
-            if at_once < batch_size:  # large images leave much behind
+                run_batch(model, batch)
+            if len(batch) < PASSED:  # large images leave much behind
                 give_back_memory()
     finally:
         for hook in hooks:
@@ -256,17 +249,17 @@ class _Gates:
 
         return module.register_forward_pre_hook(gate)
 
-    def differentiate(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    def differentiate(self, model: nn.Module, batch: Batch, loss: Loss) -> None:
         """Adds the gradients on one batch."""
-        self._gates = torch.ones(len(images), self._size + 1, requires_grad=True)
+        self._gates = torch.ones(len(batch), self._size + 1, requires_grad=True)
         with torch.enable_grad():
-            loss = functional.cross_entropy(model(images), labels, reduction="sum")
+            total = len(batch) * loss(model, batch.content)
             # If nothing reads the gates, the loss still has to depend on them.
-            loss = loss + 0 * self._gates.sum()
-            gradient = torch.autograd.grad(loss, self._gates)[0][:, : self._size].double()
+            total = total + 0 * self._gates.sum()
+            gradient = torch.autograd.grad(total, self._gates)[0][:, : self._size].double()
         self._absolute += gradient.abs().sum(0)
         self._square += gradient.square().sum(0)
-        self._count += len(images)
+        self._count += len(batch)
 
     def finish(self) -> tuple[GateGradients, ...]:
         """Gradients of each group; zeros for a group that nothing reads."""

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from cacp_ray.data.images import ImageSet
 from cacp_ray.io.files import parse_json, write_file
+from cacp_ray.pruning.calibration import Calibration, update_hash
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.statistics import POSITIONS, GateGradients, InputMoments, Statistics
 
@@ -34,7 +34,7 @@ FORMAT = 1
 def statistics_key(
     weights_sha256: str,
     plan: Plan,
-    calibration: ImageSet,
+    calibration: Calibration,
     *,
     seed: int,
     kinds: Iterable[str],
@@ -44,11 +44,8 @@ def statistics_key(
     readers = [(c.weight, plan.axes[c.weight, 1].group.tolist()) for c in plan.consumers]
     sizes = [group.num_channels for group in plan.groups]
     settings = [FORMAT, weights_sha256, seed, sorted(kinds), positions, readers, sizes]
-    images = calibration.images
-    scale = [images.shape, calibration.mean, calibration.std]
-    digest = hashlib.sha256(json.dumps([settings, scale]).encode())
-    digest.update(np.ascontiguousarray(images).data)
-    digest.update(np.ascontiguousarray(calibration.labels).data)
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    update_hash(digest, calibration)
     return digest.hexdigest()
 
 

@@ -22,6 +22,7 @@ from cacp_ray.evaluation.latency_table import LatencyTable, load_table
 from cacp_ray.evaluation.preparation import Prepared, hash_weights, needed_kinds, prepare
 from cacp_ray.io.environment import give_back_memory
 from cacp_ray.io.schema import read_checked
+from cacp_ray.pruning.calibration import Calibration, batches_of
 from cacp_ray.pruning.cost import Limited, describe_total
 from cacp_ray.pruning.criteria import get_criterion
 from cacp_ray.pruning.plan import Plan
@@ -69,7 +70,7 @@ class Setup:
     sha256: str
     plan: Plan
     budget: Budget
-    calibration: ImageSet
+    calibration: Calibration
     search: ImageSet
     latency: LatencyTable | None = None
     run_dir: Path | None = None
@@ -166,9 +167,12 @@ class Setup:
             saved = load_statistics(run_dir / STATISTICS_FILE, self.statistics_key)
             if saved is not None:
                 return saved
-        images, labels = self.calibration.tensors()
         statistics = collect_statistics(
-            self.model, self.plan, images, labels, seed=self.config.seed, kinds=self._kinds
+            self.model,
+            self.plan,
+            batches_of(self.calibration),
+            seed=self.config.seed,
+            kinds=self._kinds,
         )
         if run_dir is not None and (run_dir / "config.yaml").exists():
             self.save_statistics(run_dir, statistics)

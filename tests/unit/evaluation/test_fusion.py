@@ -11,6 +11,7 @@ from cacp_ray.data.images import ImageSet
 from cacp_ray.evaluation.fusion import FusedConv2d, fuse
 from cacp_ray.evaluation.network import FastNetwork, put_pixels
 from cacp_ray.evaluation.preparation import CutNetwork, prepare
+from cacp_ray.pruning.calibration import image_batches
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.statistics import collect_statistics
 from cacp_ray.pruning.surgery import all_tensors
@@ -167,7 +168,7 @@ def make_prepared(model):
     )
     x, y = split.tensors()
     plan = make_plan(model, x[:1])
-    statistics = collect_statistics(model, plan, x, y, seed=0, kinds=set())
+    statistics = collect_statistics(model, plan, image_batches(x, y), seed=0, kinds=set())
     return prepare(model, plan, split, statistics, criterion="l1", recovery="none", seed=0), split
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from cacp_ray.pruning import statistics as module_of_statistics
+from cacp_ray.pruning.calibration import image_batches
 from cacp_ray.pruning.compensation import Compensator, make_factors
 from cacp_ray.pruning.criteria import rank_channels
 from cacp_ray.pruning.patches import take_inputs
@@ -22,7 +23,7 @@ def prepare(name, images=None, criterion="cap"):
     x = x if images is None else images
     plan = make_plan(model, x[:1])
     tensors = {key: value.detach() for key, value in model.state_dict().items()}
-    statistics = collect_statistics(model, plan, x, seed=0, positions=10_000)
+    statistics = collect_statistics(model, plan, image_batches(x), seed=0, positions=10_000)
     orders = rank_channels(criterion, plan, tensors, statistics, 0)
     ordered = reorder_weights(plan, tensors, orders)
     factors = make_factors(plan, ordered, statistics.inputs, orders)
@@ -178,7 +179,7 @@ def test_bn_recalibration_gives_batch_statistics_and_restores_momentum():
     model, _ = make("resnet")
     x = torch.randn(64, 3, 16, 16)
     net = ResizableNetwork(model).model
-    recalibrate_bn(net, x, batch_size=64)
+    recalibrate_bn(net, x.split(64))
     first = net.conv1(x)
     assert torch.allclose(net.bn1.running_mean, first.mean((0, 2, 3)), atol=1e-5)
     assert torch.allclose(net.bn1.running_var, first.var((0, 2, 3)), rtol=1e-3)
@@ -192,7 +193,7 @@ def test_bn_recalibration_weighs_every_image_alike(num_images):
     torch.manual_seed(1)
     net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     x = torch.randn(num_images, 3, 8, 8)
-    recalibrate_bn(net, x, batch_size=16)
+    recalibrate_bn(net, x.tensor_split(-(-len(x) // 16)))
     with torch.no_grad():
         expected = net[:2](x).mean((0, 2, 3))
     assert torch.allclose(net[2].running_mean, expected, atol=1e-6)
@@ -203,6 +204,6 @@ def test_bn_without_running_statistics_is_passed_by():
     first, second = nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3)
     net = nn.Sequential(first, second).eval()
     x = torch.randn(8, 3, 4, 4)
-    recalibrate_bn(net, x)
+    recalibrate_bn(net, [x])
     assert torch.allclose(second.running_var, first(x).var((0, 2, 3)), rtol=1e-3)
     assert first.running_mean is None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cacp_ray.errors import ConfigError
+from cacp_ray.pruning.calibration import image_batches
 from cacp_ray.pruning.criteria import CRITERIA, get_criterion, needs, rank_channels
 from cacp_ray.pruning.criteria import score_channels as score
 from cacp_ray.pruning.criteria.common import slices
@@ -298,7 +299,9 @@ def test_a_group_whose_channels_are_all_dead_is_worth_nothing(criterion):
     tensors = dict(model.state_dict())
     torch.manual_seed(0)
     images, labels = torch.rand(16, *x.shape[1:]), torch.arange(16) % 2
-    statistics = collect_statistics(model, plan, images, labels, seed=0, kinds={"inputs", "gates"})
+    statistics = collect_statistics(
+        model, plan, image_batches(images, labels), seed=0, kinds={"inputs", "gates"}
+    )
     dead, *others = score(criterion, plan, tensors, statistics, 0)
     assert dead.max() <= 1e-6 * max(other.max() for other in others)
 
@@ -344,7 +347,9 @@ def test_taylor_and_group_fisher_are_gradients_by_masks_image_by_image():
         loss = functional.cross_entropy(z, label[None])
         for g, gradient in enumerate(torch.autograd.grad(loss, masks)):
             gradients[g].append(gradient.double().numpy())
-    statistics = collect_statistics(model, plan, x, y, seed=0, kinds=frozenset({"gates"}))
+    statistics = collect_statistics(
+        model, plan, image_batches(x, y), seed=0, kinds=frozenset({"gates"})
+    )
     taylor = score("taylor", plan, tensors, statistics, 0)
     fisher = score("group_fisher", plan, tensors, statistics, 0)
     whole = plan.cost_model.num_channels.tolist()

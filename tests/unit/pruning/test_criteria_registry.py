@@ -6,6 +6,7 @@ import torch
 
 from cacp_ray.errors import ConfigError
 from cacp_ray.pruning import criteria
+from cacp_ray.pruning.calibration import image_batches
 from cacp_ray.pruning.criteria import (
     CRITERIA,
     KINDS,
@@ -59,7 +60,9 @@ def test_a_function_is_named_by_its_import_path(network):
     with pytest.raises(ConfigError, match="not collected"):
         score_channels(name, plan, tensors, Statistics(), 0)
     labels = torch.zeros(len(x), dtype=torch.int64)
-    statistics = collect_statistics(model, plan, x, labels, seed=0, kinds=needs(name))
+    statistics = collect_statistics(
+        model, plan, image_batches(x, labels), seed=0, kinds=needs(name)
+    )
     scores = score_channels(name, plan, tensors, statistics, 0)
     assert all(np.array_equal(a, b.absolute) for a, b in zip(scores, statistics.gates, strict=True))
 

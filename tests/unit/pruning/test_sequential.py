@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from cacp_ray.pruning import sequential
+from cacp_ray.pruning.calibration import image_batches
 from cacp_ray.pruning.compensation import Compensator, make_factors
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.resizable import build_subnet
@@ -54,7 +55,9 @@ class Case:
         self.counts = [max(1, int(share * n)) for n in self.plan.cost_model.num_channels]
         tensors = {key: value.detach() for key, value in self.model.state_dict().items()}
         self.ordered = reorder_weights(self.plan, tensors, self.orders)
-        moments = collect_statistics(self.model, self.plan, self.x, seed=0, positions=99).inputs
+        moments = collect_statistics(
+            self.model, self.plan, image_batches(self.x), seed=0, positions=99
+        ).inputs
         factors = make_factors(self.plan, self.ordered, moments, self.orders)
         self.compensated = Compensator(self.plan, self.ordered, factors)(self.counts)
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from cacp_ray.errors import EvaluationError
 from cacp_ray.pruning import statistics as module_of_statistics
+from cacp_ray.pruning.calibration import image_batches
 from cacp_ray.pruning.patches import choose_places, take_inputs, take_outputs
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.statistics import Statistics, collect_statistics
@@ -45,7 +46,8 @@ def build(name):
 def collect(model, x, labels=None, **options):
     plan = make_plan(model, x[:1])
     options = {"seed": 0, "positions": EVERY_PLACE} | options
-    return plan, collect_statistics(model, plan, x, labels, **options)
+    batches = image_batches(x, labels, options.pop("batch_size", 125))
+    return plan, collect_statistics(model, plan, batches, **options)
 
 
 @pytest.mark.parametrize("batch_size", [3, 8])
@@ -167,7 +169,7 @@ def test_gate_gradients_are_derivatives_of_the_loss(name, is_frozen):
     labels = torch.tensor([0, 3, 1])
     plan = make_plan(model.float(), x[:1].float())
     model.double()
-    found = collect_statistics(model, plan, x, labels, seed=0, kinds={"gates"}, batch_size=2)
+    found = collect_statistics(model, plan, image_batches(x, labels, 2), seed=0, kinds={"gates"})
     assert not found.inputs
     assert all(p.grad is None for p in model.parameters())
     modules = dict(model.named_modules())
@@ -211,9 +213,8 @@ def test_both_kinds_come_from_one_pass_and_equal_those_collected_alone():
     calls = []
     hook = model.register_forward_hook(lambda *_: calls.append(1))
     kinds = {"inputs", "gates"}
-    both = collect_statistics(
-        model, plan, x, labels, seed=0, kinds=kinds, positions=4, batch_size=5
-    )
+    batches = image_batches(x, labels, 5)
+    both = collect_statistics(model, plan, batches, seed=0, kinds=kinds, positions=4)
     hook.remove()
     assert len(calls) == 2  # batches
     _, inputs = collect(model, x, positions=4, batch_size=5)
@@ -229,7 +230,7 @@ def test_a_group_that_nothing_reads_has_zero_gradients():
     model, x = make("plain")
     plan = dataclasses.replace(make_plan(model, x[:1]), consumers=())
     found = collect_statistics(
-        model, plan, x, torch.tensor([0, 1]), seed=0, kinds={"inputs", "gates"}
+        model, plan, image_batches(x, torch.tensor([0, 1])), seed=0, kinds={"inputs", "gates"}
     )
     assert not found.inputs
     assert all(not gate.square.any() and not gate.absolute.any() for gate in found.gates)
@@ -298,7 +299,9 @@ def test_activations_that_are_not_finite_are_refused_in_one_line(value, kind):
         model[0].bias.fill_(value)
         model[-1].weight *= 1e30
     with pytest.raises(EvaluationError, match=r"NaN.*calibration images.*check") as caught:
-        collect_statistics(model, plan, x, torch.tensor([0, 1]), seed=0, kinds={kind})
+        collect_statistics(
+            model, plan, image_batches(x, torch.tensor([0, 1])), seed=0, kinds={kind}
+        )
     assert "\n" not in str(caught.value)
     assert re.match(r"3\b" if kind == "inputs" else r"\w", str(caught.value))
 
@@ -307,4 +310,4 @@ def test_statistics_without_kinds_run_nothing():
     model, x = make("plain")
     plan = make_plan(model, x[:1])
     model.register_forward_pre_hook(lambda *_: pytest.fail("the network ran"))
-    assert collect_statistics(model, plan, x, seed=0, kinds=()) == Statistics()
+    assert collect_statistics(model, plan, image_batches(x), seed=0, kinds=()) == Statistics()
