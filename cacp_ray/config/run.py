@@ -59,6 +59,9 @@ class ModelConfig(Section):
     name: str = Field(
         description="resnet20, torchvision:NAME, timm:NAME or package.module:function"
     )
+    kwargs: dict[str, Any] = Field(
+        default={}, description="keyword arguments of that function, besides num_classes"
+    )
     weights: str | None = Field(
         default=None,
         description="safetensors or .pth file, embedded:NAME, or published ones by name: "
@@ -226,6 +229,11 @@ class RunConfig(Section):
 
     name: str = "quickstart"
     model: ModelConfig = ModelConfig(name="resnet20", weights="embedded:resnet20_cifar10")
+    task: str | None = Field(
+        default=None,
+        description="package.module:Class, a task of your own (docs/tasks.md); unset: "
+        "classification of the images in `data`",
+    )
     data: DataConfig = DataConfig()
     rates: tuple[Rate, ...] = Field(
         default=(0.3, 0.5, 0.7), min_length=1, description="share of cost KEPT"
@@ -323,6 +331,7 @@ def load_config(
     overrides: Sequence[str] = (),
     *,
     defaults: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> AnyConfig:
     """Reads and checks a configuration.
 
@@ -331,6 +340,7 @@ def load_config(
         source: YAML file, or its content.
         overrides: `key.path=value`, the value in YAML.
         defaults: Sections that the source may leave out.
+        settings: Sections that replace those of the source.
 
     Raises:
         ConfigError: The file cannot be read, or a key or value is not allowed.
@@ -348,7 +358,7 @@ def load_config(
             raise ConfigError(f"{where}: not valid YAML ({one_line(error)})") from error
         if not is_section(values):
             raise ConfigError(f"{where}: expected `key: value` lines")
-    values = copy.deepcopy(defaults or {}) | values
+    values = copy.deepcopy(defaults or {}) | values | copy.deepcopy(settings or {})
     for text in overrides:
         _override(values, text)
     try:

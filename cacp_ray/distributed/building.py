@@ -6,13 +6,14 @@ from typing import Any
 
 import ray
 
-from cacp_ray.data.images import ImageSet
 from cacp_ray.distributed.nodes import read_nodes
 from cacp_ray.distributed.tasks import describe, run_tasks
 from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.building import Builder, Built
+from cacp_ray.evaluation.classification import Classification
 from cacp_ray.evaluation.measurement import SubnetKey
 from cacp_ray.evaluation.preparation import Prepared
+from cacp_ray.evaluation.task import OwnTask
 from cacp_ray.io.environment import with_same_versions
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def is_alone() -> bool:
 def build_on_nodes(
     subnets: Sequence[SubnetKey],
     prepared: ray.ObjectRef,
-    split: ray.ObjectRef,  # the search split
+    task: ray.ObjectRef,  # what scores them
     settings: dict[str, Any],  # keyword arguments of `Builder`
     *,
     cpus: int,
@@ -49,8 +50,8 @@ def build_on_nodes(
 
     def begin(subnet: SubnetKey) -> Any:
         share = shares[subnet] = gpus if _has_gpus() else 0.0
-        task: Any = on_gpu if share else on_cpu
-        return task.remote(subnet, prepared, split, settings, cpus, share)
+        remote: Any = on_gpu if share else on_cpu
+        return remote.remote(subnet, prepared, task, settings, cpus, share)
 
     for _, outcome in run_tasks(
         begin,
@@ -78,7 +79,7 @@ def _has_gpus() -> bool:
 def _build(
     subnet: SubnetKey,
     prepared: Prepared,
-    split: ImageSet,
+    task: Classification | OwnTask,
     settings: dict[str, Any],
     cpus: int,
     gpus: float,
@@ -90,4 +91,4 @@ def _build(
     torch.set_num_threads(cpus)
     if gpus:
         open_gpu(gpus)
-    return Builder(prepared, split, device="cuda" if gpus else "cpu", **settings)(subnet)
+    return Builder(prepared, task, device="cuda" if gpus else "cpu", **settings)(subnet)

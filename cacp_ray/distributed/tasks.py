@@ -17,6 +17,8 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cacp_ray.errors import ConfigError, one_line
+
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
@@ -32,6 +34,22 @@ def share(value: Value) -> tuple[ray.ObjectRef, Value]:
     """
     ref = ray.put(value)
     return ref, ray.get(ref)
+
+
+def check_sendable(parts: Mapping[str, Any]) -> None:
+    """Refuses objects that cannot be sent to other processes.
+
+    Raises:
+        ConfigError: Naming the first one.
+    """
+    for name, part in parts.items():
+        try:
+            ray.put(part)
+        except Exception as error:  # whatever the objects inside raise
+            raise ConfigError(
+                f"{name} cannot be sent to evaluators ({type(error).__name__}: {one_line(error)}): "
+                "open files, connections and loaders inside it, when it is called"
+            ) from error
 
 
 def store(values: Mapping[str, Any]) -> dict[str, ray.ObjectRef]:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from cacp_ray.data.images import ImageSet
 from cacp_ray.data.transforms import from_shared
-from cacp_ray.evaluation.classification import measure_accuracy
+from cacp_ray.evaluation.classification import Classification
 from cacp_ray.evaluation.measurement import Scored, SubnetKey
 from cacp_ray.evaluation.preparation import Prepared, cut_networks
+from cacp_ray.evaluation.task import OwnTask
 from cacp_ray.pruning.calibration import inputs_together
 from cacp_ray.pruning.resizable import build_subnet
 from cacp_ray.pruning.sequential import recover_sequentially
@@ -20,7 +20,7 @@ class Built:
     """A subnet as it would be saved."""
 
     net: nn.Module  # independent network on the CPU, in float32
-    scored: Scored  # on the whole search split
+    scored: Scored  # by the task, on the whole search split
     is_sequential: bool  # whether sequential recovery made it
 
 
@@ -33,7 +33,7 @@ class Builder:
     def __init__(
         self,
         prepared: Prepared,
-        split: ImageSet,
+        task: Classification | OwnTask,
         *,
         recovery: str,
         sequential: bool,
@@ -41,7 +41,7 @@ class Builder:
         device: str = "cpu",
     ) -> None:
         """`sequential` repairs once more, layer by layer, after `compensate` alone."""
-        self._prepared, self._split, self._device = prepared, split, device
+        self._prepared, self._task, self._device = prepared, task, device
         self._is_sequential, self._seed = sequential and recovery == "compensate", seed
         self._cut_network = cut_networks(prepared, recovery)
 
@@ -70,6 +70,6 @@ class Builder:
         return Built(build_subnet(prepared.model, whole | tensors), scored, is_sequential)
 
     def _measure(self, net: nn.Module) -> Scored:
-        if self._device == "cpu":
-            return measure_accuracy(net, self._split)
-        return measure_accuracy(copy.deepcopy(net).to(self._device), self._split)
+        if self._device != "cpu" or isinstance(self._task, OwnTask):  # which may change it
+            net = copy.deepcopy(net).to(self._device)
+        return self._task.measure(net)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cacp_ray.pruning.torch_types import as_channels_last
+
 WARMUP_SHARE = 0.25
 Clock = Callable[[], float]  # seconds
 
@@ -56,7 +58,7 @@ def measure_latency(
 
     Args:
         models: Models by name, on the device of `example_input`.
-        example_input: (N, C, H, W); N is the batch size that is timed.
+        example_input: (N, ...), images (N, C, H, W) as a rule; N is the batch that is timed.
         threads: Threads of torch while measuring; None leaves them as they are.
         repeats: Rounds to time.
         warmup: Untimed rounds before; they take at most a quarter of the time.
@@ -68,7 +70,9 @@ def measure_latency(
         The latency of each model; all have one pass for each finished round.
     """
     started, clock = time.perf_counter(), clock or time.perf_counter
-    x = example_input.float().contiguous(memory_format=torch.channels_last)
+    x = example_input.float() if example_input.is_floating_point() else example_input
+    if x.ndim == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
     copies = [_copy_for_timing(model) for model in models.values()]
     with use_threads(threads), torch.inference_mode():
         _run_rounds(copies, x, warmup, started + WARMUP_SHARE * seconds, clock)
@@ -95,8 +99,7 @@ def speedup(base: Latency, model: Latency) -> float:
 
 
 def _copy_for_timing(model: nn.Module) -> nn.Module:
-    clone = copy.deepcopy(model).float().eval()
-    return clone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return as_channels_last(copy.deepcopy(model).float().eval())
 
 
 def _run_rounds(

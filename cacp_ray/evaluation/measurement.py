@@ -36,6 +36,33 @@ class Candidate:
         return self.keep_counts, self.criterion
 
 
+@dataclass(frozen=True)
+class Metric:
+    """What a score measures, for tables and figures.
+
+    Attributes:
+        name: Its name, such as `top-1` or `PSNR (dB)`.
+        is_share: Whether it is a share in [0, 1], shown in per cent.
+    """
+
+    name: str
+    is_share: bool = False
+
+    def format(self, value: float | None) -> str:
+        """The value alone: per cent with two decimals, or five digits; `-` for None."""
+        if value is None:
+            return "-"
+        return f"{100 * value:.2f}" if self.is_share else f"{value:.5g}"
+
+    def describe(self, value: float | None) -> str:
+        """The value with its unit or name."""
+        return (
+            f"{self.format(value)} % {self.name}"
+            if self.is_share
+            else f"{self.name} {self.format(value)}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scored:
     """What a network is worth by its task.

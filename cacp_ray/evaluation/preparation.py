@@ -26,6 +26,7 @@ from cacp_ray.pruning.recovery import make_recovery
 from cacp_ray.pruning.resizable import ResizableNetwork
 from cacp_ray.pruning.statistics import Statistics
 from cacp_ray.pruning.surgery import all_tensors, reorder_weights
+from cacp_ray.pruning.torch_types import as_channels_last
 
 BN_BATCH = 250  # most images for one update of BN statistics
 
@@ -108,7 +109,7 @@ class CutNetwork:
         followed = {name for name, _ in self.plan.axes}
         tensors |= {name: t.clone() for name, t in tensors.items() if name not in followed}
         self.resizable.load(tensors)
-        self.resizable.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        as_channels_last(self.resizable.model.to(device))
         tensors = {
             name: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
             for name, t in tensors.items()
@@ -130,12 +131,14 @@ class CutNetwork:
         return self.resizable.load(self.cut(keep_counts))
 
 
-def cut_networks(prepared: Prepared, recovery: str) -> Callable[[str], CutNetwork]:
+def cut_networks(
+    prepared: Prepared, recovery: str, device: str = "cpu"
+) -> Callable[[str], CutNetwork]:
     """The network in each importance order, made when it is first asked for."""
 
     @cache
     def cut_network(order: str) -> CutNetwork:
-        return CutNetwork(prepared.with_order(order), recovery)
+        return CutNetwork(prepared.with_order(order), recovery, device)
 
     return cut_network
 

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from cacp_ray.data.images import ImageSet
 from cacp_ray.data.transforms import from_shared
 from cacp_ray.errors import EvaluationError, is_out_of_memory
 from cacp_ray.evaluation import racing
-from cacp_ray.evaluation.classification import as_scored
+from cacp_ray.evaluation.classification import Classification, as_scored
 from cacp_ray.evaluation.gpu import (
     TRIED_IMAGES,
     Need,
@@ -149,6 +150,11 @@ class Scorer:
             score = racing.estimate(hits, racing.decode_hits(candidate.opponent))
             return dataclasses.replace(measurement, score=score, status="stopped")
         return measurement
+
+
+def measure_task_need(prepared: Prepared, task: Classification, **settings: Any) -> Need:
+    """`measure_need` of the built-in task."""
+    return measure_need(prepared, task.split, **settings)
 
 
 def measure_need(

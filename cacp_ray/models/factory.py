@@ -1,22 +1,29 @@
 """Networks by name.
 
 A name is a built-in CIFAR network (`resnet20`), `torchvision:NAME`, `timm:NAME`, or
-`package.module:function`: a factory of the user's own that is called with `num_classes`.
+`package.module:function`: a factory of the user's own, called with `num_classes` if it takes that.
 """
 
 import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from cacp_ray.errors import ConfigError, UnsupportedModelError, nearest_names
+from cacp_ray.errors import (
+    ConfigError,
+    UnsupportedModelError,
+    is_out_of_memory,
+    nearest_names,
+)
 from cacp_ray.models.cifar import CifarResNet, CifarVGG16
 
 CIFAR_MODELS = {
@@ -24,28 +31,45 @@ CIFAR_MODELS = {
     "vgg16": CifarVGG16,
 }
 IMAGENET_SOURCES = ("torchvision", "timm")
+SOURCES = (*IMAGENET_SOURCES, "python")
+GIVEN = "python:"  # in the names of networks that were given as objects
 AUXILIARY_HEADS = ("googlenet", "inception_v3")  # torchvision's, with heads for training only
 
 
-def build_model(name: str, num_classes: int) -> nn.Module:
+def build_model(
+    name: str, num_classes: int | None = None, kwargs: Mapping[str, Any] | None = None
+) -> nn.Module:
     """A network with fresh weights.
+
+    Args:
+        name: See above.
+        num_classes: Outputs of a classifier; None leaves them as the network has them.
+        kwargs: Further arguments of the network's function.
 
     Raises:
         ConfigError: The name is unknown, or the factory cannot be imported.
         UnsupportedModelError: The factory did not return an `nn.Module`.
     """
+    given = dict(kwargs or {})
+    if num_classes is not None:
+        given = {"num_classes": num_classes} | given
+    if name.startswith(GIVEN):
+        raise ConfigError(
+            f"the network {name.removeprefix(GIVEN)} was given as an object in Python: give it "
+            "again (model=...)"
+        )
     source, _, rest = name.partition(":")
     if not rest:
         if name.endswith(":") and source in IMAGENET_SOURCES:
             raise ConfigError(f"model {name!r} names no network: write {source}:NAME")
         if name not in CIFAR_MODELS:
             raise ConfigError(f"unknown model {name!r}: {nearest_names(name, CIFAR_MODELS)}")
-        return CIFAR_MODELS[name](num_classes=num_classes)
+        return _call(name, CIFAR_MODELS[name], {"num_classes": 10} | given)
     if source == "torchvision":
-        return _build_torchvision(rest, num_classes)
+        return _build_torchvision(rest, given)
     if source == "timm":
-        return _build_timm(rest, num_classes)
-    return _build_from_factory(name, num_classes)
+        return _build_timm(rest, given)
+    return _build_from_factory(name, given)
 
 
 def default_num_classes(name: str) -> int:
@@ -78,6 +102,29 @@ def import_function(
     Raises:
         ConfigError: The function cannot be imported, or does not take such arguments.
     """
+    function = find_function(kind, name)
+    try:
+        inspect.signature(function).bind(*arguments, **keywords)
+    except ValueError:  # written in C, and says nothing of its arguments
+        pass
+    except TypeError as error:
+        wanted = ", ".join([*arguments, *keywords])
+        raise ConfigError(
+            f"{kind} {name!r} cannot be called ({_describe(error)}): it must take ({wanted})"
+        ) from error
+    return function
+
+
+def find_function(kind: str, name: str) -> Callable[..., Any]:
+    """Imports a user's `package.module:function`.
+
+    Args:
+        kind: Purpose of the function, for messages.
+        name: The function.
+
+    Raises:
+        ConfigError: It cannot be imported, or is no function.
+    """
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
@@ -91,15 +138,6 @@ def import_function(
             f"{kind} {name!r} is a {type(function).__name__}, not a function: write "
             "package.module:function"
         )
-    try:
-        inspect.signature(function).bind(*arguments, **keywords)
-    except ValueError:  # written in C, and says nothing of its arguments
-        pass
-    except TypeError as error:
-        wanted = ", ".join([*arguments, *keywords])
-        raise ConfigError(
-            f"{kind} {name!r} cannot be called ({_describe(error)}): it must take ({wanted})"
-        ) from error
     return function
 
 
@@ -140,26 +178,49 @@ def _lies_in(file: str, folder: Path) -> bool:
 
 
 def is_known(name: str) -> bool:
-    """Whether a network of this name is ours, torchvision's, timm's, or of an imported module."""
+    """Whether a network of this name is ours, torchvision's, timm's, or of an imported module.
+
+    Python's own modules and the packages that we import make no networks, and some of their
+    functions had better not be called.
+    """
     module, _, function = name.partition(":")
-    return not function or module in IMAGENET_SOURCES or module in sys.modules
+    if not function or module in SOURCES:
+        return True
+    package = module.partition(".")[0]
+    return module in sys.modules and package not in sys.stdlib_module_names | _own_dependencies()
+
+
+@cache
+def _own_dependencies() -> frozenset[str]:
+    """Names of the packages that this one needs, such as `torch`."""
+    wanted = metadata.requires("cacp-ray") or ()
+    return frozenset(re.split(r"[^\w.-]", line)[0].replace("-", "_") for line in wanted)
 
 
 def package_of(name: str) -> str | None:
     """The module of a user's `package.module:function`; None for names that we know."""
     module, _, function = name.partition(":")
-    return module if function and module not in IMAGENET_SOURCES else None
+    return module if function and module not in SOURCES else None
 
 
-def _build_from_factory(name: str, num_classes: int) -> nn.Module:
-    factory = import_function("model", name, num_classes=num_classes)
+def _call(name: str, function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
     try:
-        model = factory(num_classes=num_classes)
-    except Exception as error:  # whatever the user's function raises
+        return function(**given)
+    except Exception as error:  # whatever the function raises
+        if is_out_of_memory(error):
+            raise
+        arguments = ", ".join(f"{key}={value!r}" for key, value in given.items())
         raise ConfigError(
             f"model {name!r} cannot be built ({_describe(error)}): it must take "
-            f"num_classes={num_classes} and return the network"
+            f"({arguments}) and return the network; see model.kwargs"
         ) from error
+
+
+def _build_from_factory(name: str, given: dict[str, Any]) -> nn.Module:
+    function = find_function("model", name)
+    if "num_classes" in given and not _takes(function, "num_classes"):
+        given = {key: value for key, value in given.items() if key != "num_classes"}
+    model = _call(name, import_function("model", name, **given), given)
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
             f"{name} returned {type(model).__name__}: the factory must return a torch.nn.Module"
@@ -171,13 +232,23 @@ def _describe(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _build_torchvision(name: str, num_classes: int) -> nn.Module:
+def _takes(function: Callable[..., Any], argument: str) -> bool:
+    """Whether a function has an argument of this name, or any."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # written in C
+        return True
+    return any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _build_torchvision(name: str, given: dict[str, Any]) -> nn.Module:
     from torchvision import models
 
     check_torchvision(name)
     # Heads for training only have no place in a cost; `load_weights` leaves their tensors out.
     extra = {"aux_logits": False, "init_weights": True} if name in AUXILIARY_HEADS else {}
-    return models.get_model(name, weights=None, num_classes=num_classes, **extra)
+    function = partial(models.get_model, name, weights=None)
+    return _call(f"torchvision:{name}", function, extra | given)
 
 
 def check_torchvision(name: str) -> None:
@@ -189,11 +260,11 @@ def check_torchvision(name: str) -> None:
         raise ConfigError(f"torchvision has no model {name!r}: {nearest_names(name, known)}")
 
 
-def _build_timm(name: str, num_classes: int) -> nn.Module:
+def _build_timm(name: str, given: dict[str, Any]) -> nn.Module:
     try:
         timm = importlib.import_module("timm")
     except ImportError as error:
         raise ConfigError(f"model timm:{name} needs timm: pip install 'cacp-ray[timm]'") from error
     if not timm.is_model(name):
         raise ConfigError(f"timm has no model {name!r}: {nearest_names(name, timm.list_models())}")
-    return timm.create_model(name, num_classes=num_classes)
+    return _call(f"timm:{name}", partial(timm.create_model, name), given)

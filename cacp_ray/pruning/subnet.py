@@ -4,6 +4,7 @@
 small tensors. `load_subnet` builds the base network by its factory and puts the tensors in place.
 """
 
+import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ from cacp_ray.io.schema import (
     check_content,
     version_of,
 )
-from cacp_ray.models.factory import build_model, check_origin, is_known, package_of
+from cacp_ray.models.factory import GIVEN, build_model, check_origin, is_known, package_of
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.resizable import ResizableNetwork
 from cacp_ray.pruning.surgery import Orders, all_tensors
@@ -47,7 +48,7 @@ README = """# Subnet at rate {rate:.2f} ({cost_kept:.2%} of the {cost} of {model
 
 `subnet.json` says which channels of which group were kept; `model.safetensors` holds the weights
 after the search, `finetuned.safetensors` (with `metrics.json`) those after fine-tuning. The input
-is {shape}, scaled to [0, 1] and normalised as in training.
+is {shape}, {scale}.
 """
 
 
@@ -75,7 +76,10 @@ def save_subnet(folder: Path, model: nn.Module, description: Mapping[str, Any]) 
     """
     write_tensors(folder / "model.safetensors", all_tensors(model))
     code = loading_code(folder, description["model"])
-    text = README.format(**description, code=code, shape=tuple(description["input_shape"]))
+    is_own = description.get("task") is not None
+    scale = "as your task has it" if is_own else "scaled to [0, 1] and normalised as in training"
+    shape = tuple(description["input_shape"])
+    text = README.format(**description, code=code, shape=shape, scale=scale)
     write_text(folder / "README.md", text)
     write_json(folder / "subnet.json", {"schema_version": SCHEMA_VERSION} | dict(description))
 
@@ -85,7 +89,8 @@ def loading_code(folder: Path, model: str) -> str:
     path = json.dumps(folder.as_posix(), ensure_ascii=False)
     package = package_of(model)
     imports = ["import cacp_ray", *([f"import {package}"] if package else [])]
-    return "\n".join([*imports, f"net = cacp_ray.load_subnet({path})"])
+    whole = ", model=whole_network" if model.startswith(GIVEN) else ""
+    return "\n".join([*imports, f"net = cacp_ray.load_subnet({path}{whole})"])
 
 
 class KeptGroup(Content):
@@ -108,7 +113,9 @@ class Description(Content):
     """subnet.json, as far as it is read."""
 
     model: Name
-    num_classes: Classes
+    num_classes: Classes | None = None
+    kwargs: dict[str, Any] | None = None
+    task: Name | None = None
     input_shape: Annotated[list[Size], Field(min_length=1, max_length=5)] | None = None
     classes: list[str] | None = None
     mean: list[float] | None = None
@@ -143,11 +150,16 @@ def read_description(folder: Path, *needed: str) -> dict[str, Any]:
             f"{file}: schema version {str(version)[:20]}, this cacp_ray reads "
             f"{SCHEMA_VERSION}; use the cacp_ray that wrote it"
         )
-    return check_content(file, content, Description, needed)
+    is_own = isinstance(content, dict) and "task" in content
+    return check_content(file, content, Description, needed if is_own else (*needed, "num_classes"))
 
 
 def load_subnet(
-    folder: str | Path, *, finetuned: bool | None = None, trust: bool = False
+    folder: str | Path,
+    *,
+    finetuned: bool | None = None,
+    trust: bool = False,
+    model: nn.Module | None = None,
 ) -> nn.Module:
     """A plain network in evaluation mode.
 
@@ -157,6 +169,7 @@ def load_subnet(
         trust: Whether to import whatever module `subnet.json` names for the network, and call its
             function. Otherwise networks of cacp_ray, torchvision and timm load, and those whose
             package the caller has imported. Code that lies in the folder is never taken.
+        model: The whole network, for a search that was given it as an object; it is not changed.
 
     Raises:
         ArtifactError: The folder is incomplete, or its files do not fit each other.
@@ -168,21 +181,14 @@ def load_subnet(
     file = folder / ("finetuned.safetensors" if use_finetuned else "model.safetensors")
     tensors = read_tensors(file)
     name = description["model"]
-    run = folder.absolute().parents[1:2] if folder.absolute().parent.name == "subnets" else ()
-    check_origin(name, folder, *run)
-    if not trust and not is_known(name):
-        raise ConfigError(
-            f"{folder} names {name} for its network, which is not imported yet: "
-            f"`import {package_of(name)}` first if that is yours, or load_subnet(..., "
-            "trust=True)"
-        )
-    model = build_model(name, description["num_classes"])
-    wrong = sorted(all_tensors(model).keys() ^ tensors.keys())
+    if model is not None:
+        whole = copy.deepcopy(getattr(model, "_orig_mod", model)).cpu()
+    else:
+        whole = _build_whole(folder, description, trust=trust)
+    wrong = sorted(all_tensors(whole).keys() ^ tensors.keys())
     if wrong:
-        raise ArtifactError(
-            f"{file}: does not fit {description['model']} ({wrong[0]}); has its code changed?"
-        )
-    small = ResizableNetwork(model).load(tensors)
+        raise ArtifactError(f"{file}: does not fit {name} ({wrong[0]}); has its code changed?")
+    small = ResizableNetwork(whole).load(tensors)
     # Weights of any widths load, so their number must show whether they are another subnet's.
     params = sum(parameter.numel() for parameter in small.parameters())
     if params != description.get("params", params):
@@ -193,3 +199,22 @@ def load_subnet(
     for parameter in small.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return small.eval()
+
+
+def _build_whole(folder: Path, description: Mapping[str, Any], *, trust: bool) -> nn.Module:
+    """The whole network of a subnet, by the name in its description."""
+    name = description["model"]
+    if name.startswith(GIVEN):
+        raise ConfigError(
+            f"{folder}: its network ({name.removeprefix(GIVEN)}) was given as an object in Python: "
+            "load_subnet(..., model=...) with the whole network"
+        )
+    run = folder.absolute().parents[1:2] if folder.absolute().parent.name == "subnets" else ()
+    check_origin(name, folder, *run)
+    if not trust and not is_known(name):
+        raise ConfigError(
+            f"{folder} names {name} for its network, which is not imported yet: "
+            f"`import {package_of(name)}` first if that is yours, or load_subnet(..., "
+            "trust=True)"
+        )
+    return build_model(name, description.get("num_classes"), description.get("kwargs"))

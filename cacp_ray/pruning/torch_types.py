@@ -64,3 +64,11 @@ def tensordot(first: Tensor, second: Tensor) -> Tensor:
 def row_norms(rows: Tensor) -> Tensor:
     """(R,) Euclidean norms of rows (R, D)."""
     return rows.norm(dim=1)
+
+
+def as_channels_last(model: nn.Module) -> nn.Module:
+    """The same network with its 2-d weights in the memory format that convolutions prefer."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    return model

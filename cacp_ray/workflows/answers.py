@@ -17,11 +17,12 @@ from cacp_ray.evaluation.measurement import (
     Measurement,
     ScoreFunction,
 )
-from cacp_ray.evaluation.scorer import Scorer
+from cacp_ray.evaluation.task_scorer import make_scorer
 from cacp_ray.pruning.subnet import load_subnet, read_description
 from cacp_ray.rundir.directory import RunDirectory, read_result
 from cacp_ray.rundir.records import EpisodeRecord
 from cacp_ray.training.metrics import Accuracy, measure_split
+from cacp_ray.workflows.problem import Given
 from cacp_ray.workflows.setup import Setup
 from cacp_ray.workflows.splits import Splits
 from cacp_ray.workflows.strategy import CONDITIONAL, Policy, read_policy
@@ -39,6 +40,7 @@ def answer_rates(
     *,
     save: bool,
     out: Path | None = None,
+    given: Given | None = None,
 ) -> list[dict[str, Any]]:
     """Subnets for any rates from the trained policy, without searching again.
 
@@ -52,6 +54,7 @@ def answer_rates(
             greedy one and a beam around it, and takes the best on the search split.
         save: Whether to write a subnet folder a rate.
         out: Folder of the subnet of a single rate; by default `subnets/rate-R` in the run.
+        given: Network and task of a search that was given them as objects.
 
     Raises:
         ArtifactError: The run has no policy, or a folder exists already.
@@ -73,7 +76,7 @@ def answer_rates(
         folder = out or run_dir / "subnets" / f"rate-{rate:.2f}"
         check_new(folder, "load it", "give another folder (--out)")
     logger.info("loading network, images and agent")
-    setup = Setup.create(config, run_dir)
+    setup = Setup.create(config, run_dir, given)
     for rate in rates:
         setup.budget.check(rate)
     setup = setup.prepare()
@@ -116,9 +119,9 @@ def answer_rates(
 
 def _make_local_scorer(setup: Setup, images: int | None = None) -> ScoreFunction:
     config = setup.config
-    return Scorer(
+    return make_scorer(
         setup.prepared,
-        setup.search,
+        setup.task,
         recovery=config.pruning.recovery,
         batch_size=config.evaluation.batch_size,
         dtype=config.evaluation.dtype,

@@ -10,7 +10,9 @@ from cacp_ray.errors import ConfigError
 from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache, key_of_scores
 from cacp_ray.evaluation.gpu import Need
 from cacp_ray.evaluation.measurement import Evaluator
-from cacp_ray.evaluation.scorer import Scorer, measure_need, read_dtype
+from cacp_ray.evaluation.scorer import measure_task_need, read_dtype
+from cacp_ray.evaluation.task import OwnTask
+from cacp_ray.evaluation.task_scorer import make_scorer
 from cacp_ray.io.environment import with_same_versions
 from cacp_ray.workflows.setup import Setup
 
@@ -64,7 +66,14 @@ def find_gpu_share(setup: Setup) -> float:
     share, cpus = cluster.gpus_per_evaluator, cluster.cpus_per_evaluator
     if share != "auto":
         return share
-    needs = measure_on_gpus(with_same_versions(measure_need), scorer_arguments(setup, 1.0), cpus)
+    if isinstance(setup.task, OwnTask):
+        raise ConfigError(
+            "cluster.gpus_per_evaluator: auto measures the memory of image classification; give a "
+            "share of a GPU for a task of your own"
+        )
+    needs = measure_on_gpus(
+        with_same_versions(measure_task_need), scorer_arguments(setup, 1.0), cpus
+    )
     nodes = read_nodes()
     if not needs and any(nodes.gpus.values()):
         raise ConfigError(
@@ -109,7 +118,7 @@ def start_evaluators(
     )
     logger.info(describe_evaluators(cluster, room))
     pool = RayEvaluatorPool(
-        RayActors(with_same_versions(Scorer), scorer_arguments(setup, gpus)),
+        RayActors(with_same_versions(make_scorer), scorer_arguments(setup, gpus)),
         num_evaluators=room.on_cpus,
         cpus_per_evaluator=cluster.cpus_per_evaluator,
         num_gpu_evaluators=room.on_gpus,
@@ -142,7 +151,7 @@ def scorer_arguments(setup: Setup, gpus: float = 0.0) -> dict[str, Any]:
         dtype = str(read_dtype(dtype)).removeprefix("torch.")
     return {
         "prepared": setup.prepared,
-        "split": setup.search,
+        "task": setup.task,
         **setup.stored,
         "recovery": config.pruning.recovery,
         "batch_size": config.evaluation.batch_size,

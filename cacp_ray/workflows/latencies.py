@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from cacp_ray.evaluation.classification import Classification
 from cacp_ray.evaluation.latency import Latency, measure_latency, speedup
+from cacp_ray.models.factory import GIVEN
 from cacp_ray.pruning.subnet import load_subnet
 from cacp_ray.workflows.setup import Setup
 
@@ -22,12 +24,20 @@ LATENCY_BATCH = 64
 def add_latencies(result: dict[str, Any], setup: Setup, run_dir: Path) -> None:
     """Measures base and subnets side by side: one image, then a batch; one thread, float32."""
     models = {"base": setup.model}
+    is_given = setup.config.model.name.startswith(GIVEN)
     models |= {
-        row["path"]: load_subnet(run_dir / row["path"], finetuned=False, trust=True)
+        row["path"]: load_subnet(
+            run_dir / row["path"],
+            finetuned=False,
+            trust=True,
+            model=setup.model if is_given else None,
+        )
         for row in result["rates"]
     }
     logger.info("measuring latency")
-    images = setup.search.take(LATENCY_BATCH).tensors()[0]
+    images = example_batch(setup, LATENCY_BATCH)
+    if images is None:
+        return
     for prefix, x, repeats in (("", images[:1], 100), ("batch_", images, 7)):
         latencies = measure_latency(models, x, threads=1, repeats=repeats, seconds=10.0)
         result["base"][f"{prefix}latency_ms"] = latencies["base"].median_ms
@@ -36,6 +46,14 @@ def add_latencies(result: dict[str, Any], setup: Setup, run_dir: Path) -> None:
             row[f"{prefix}speedup"] = speedup(latencies["base"], latencies[row["path"]])
     result["latency_batch"] = len(images)
     predict_latencies(result, setup, models)
+
+
+def example_batch(setup: Setup, size: int) -> Tensor | None:
+    """A batch of inputs (N, ...); None where the network takes more than one tensor."""
+    if isinstance(setup.task, Classification):
+        return setup.search.take(size).tensors()[0]
+    inputs = setup.inputs
+    return torch.cat([inputs] * size) if isinstance(inputs, Tensor) else None
 
 
 def predict_latencies(

@@ -26,13 +26,13 @@ from cacp_ray.rundir.schema import ModelFile
 logger = logging.getLogger(__name__)
 
 
-def load_model(config: ModelConfig, num_classes: int) -> nn.Module:
-    """The base network in evaluation mode.
+def load_model(config: ModelConfig, num_classes: int | None) -> nn.Module:
+    """The base network in evaluation mode; None leaves its outputs as it has them.
 
     Raises:
         CacpError: The network or its weights cannot be had, or do not fit each other.
     """
-    model = build_model(config.name, num_classes)
+    model = build_model(config.name, num_classes, config.kwargs)
     if config.weights is not None and is_published(config.name, config.weights):
         tensors = read_weights(config.name, config.weights)
         copy_weights(model, tensors, f"{config.weights} of {config.name}")
@@ -72,17 +72,19 @@ def check_output(model: nn.Module, image: Tensor, num_classes: int) -> None:
     )
 
 
-def rebuild_model(name: str, num_classes: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+def rebuild_model(
+    config: ModelConfig, num_classes: int | None, tensors: Mapping[str, Tensor]
+) -> nn.Module:
     """The network of `load_model` on a node where its file of weights may be missing."""
-    model = build_model(name, num_classes)
-    copy_weights(model, tensors, f"the base network {name}")
+    model = build_model(config.name, num_classes, config.kwargs)
+    copy_weights(model, tensors, f"the base network {config.name}")
     return model.eval()
 
 
-def make_rebuild(config: ModelConfig, num_classes: int) -> Callable[[], nn.Module]:
+def make_rebuild(config: ModelConfig, num_classes: int | None) -> Callable[[], nn.Module]:
     """`rebuild_model` with the weights themselves, ready to be sent to other nodes."""
     tensors = load_model(config, num_classes).state_dict()
-    return partial(rebuild_model, config.name, num_classes, tensors)
+    return partial(rebuild_model, config, num_classes, tensors)
 
 
 def check_weights(config: RunConfig, run_dir: Path) -> None:
@@ -91,8 +93,9 @@ def check_weights(config: RunConfig, run_dir: Path) -> None:
     Raises:
         ArtifactError: The hashes differ.
     """
-    saved = read_checked(run_dir / "model.json", ModelFile, ("sha256", "classes"))
-    model = load_model(config.model, len(saved["classes"]))
+    saved = read_checked(run_dir / "model.json", ModelFile, ("sha256",))
+    classes = saved.get("classes")
+    model = load_model(config.model, None if classes is None else len(classes))
     check_hash(hash_weights(model.state_dict()), saved, run_dir)
 
 

@@ -4,23 +4,30 @@
 build and save the winner of every rate. Nothing is written before all input has been checked.
 """
 
+import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from cacp_ray.config.run import RunConfig, load_config, resolved
 from cacp_ray.config.saved import check_unchanged, is_run, open_folder
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.evaluation.cache import check_folder
 from cacp_ray.evaluation.measurement import Evaluator
+from cacp_ray.evaluation.task import SCORE, FunctionTask, OwnTask
 from cacp_ray.io.clock import Clock
 from cacp_ray.io.files import write_json
 from cacp_ray.io.places import overlaps
+from cacp_ray.models.factory import GIVEN
+from cacp_ray.pruning.calibration import Loss
 from cacp_ray.pruning.cost import describe_cost
+from cacp_ray.pruning.inputs import check_network
 from cacp_ray.reporting.progress import SearchProgress
 from cacp_ray.reporting.run_report import report_run
 from cacp_ray.reporting.scalars import ScalarLog
@@ -42,6 +49,7 @@ from cacp_ray.workflows.learning_log import (
     measure_learning,
     unseen_rates,
 )
+from cacp_ray.workflows.problem import OBJECT, Given
 from cacp_ray.workflows.setup import Setup, describe_accuracy
 from cacp_ray.workflows.start import begin_run, prepare_run, write_model
 from cacp_ray.workflows.strategy import (
@@ -74,11 +82,13 @@ class Run:
         result: The content of result.json.
         mirror: The copy of the run on other storage, if there is one; `finish` brings it up to
             date.
+        given: Network and task that were given as objects; None where there are none.
     """
 
     path: Path
     result: dict[str, Any]
     mirror: RunMirror | None = None
+    given: Given | None = field(default=None, repr=False)
 
     @property
     def subnets(self) -> dict[float, Path]:
@@ -87,7 +97,7 @@ class Run:
 
     def policy(self, rate: float, evaluations: int = 0) -> dict[str, Any]:
         """The policy's subnet for any rate; see `cacp_ray.workflows.answers.answer_rates`."""
-        return answer_rates(self.path, [rate], evaluations, save=False)[0]
+        return answer_rates(self.path, [rate], evaluations, save=False, given=self.given)[0]
 
     def report(self) -> Path:
         """Writes report.html."""
@@ -95,20 +105,42 @@ class Run:
 
 
 def search(
-    config: RunConfig | dict[str, Any] | str | Path,
+    config: RunConfig | dict[str, Any] | str | Path | None = None,
     run_dir: str | Path | None = None,
     *,
+    model: nn.Module | None = None,
+    task: Any = None,
+    example_inputs: Any = None,
+    calibration: Callable[[], Iterable[Any]] | str | None = None,
+    score: Callable[[nn.Module], Any] | str | None = None,
+    loss: Loss | str | None = None,
+    metric: str = SCORE,
     resume: bool = False,
     address: str | None = None,
     on_progress: OnProgress | None = None,
     cache: str | Path | None = None,
     storage: str | Path | None = None,
+    **settings: Any,
 ) -> Run:
     """Searches a smaller network for every rate at once.
 
+    A network of your own is given as `model`, and what it is for as a `task`
+    (`cacp_ray.evaluation.task.Task`) or as functions: `example_inputs`, `calibration` and `score`.
+    A function may be a closure or a `package.module:function`.
+
     Args:
-        config: A configuration, its content, or the path of its YAML file.
+        config: A configuration, its content, or the path of its YAML file; None for the defaults.
         run_dir: Default: runs/NAME.
+        model: The trained network, in place of the one that the configuration names. Its weights
+            stay in memory: give it again to continue the run.
+        task: An object with `example_inputs`, `calibration()` and `score(net)`.
+        example_inputs: What the network is called with: a tensor, a tuple or a dictionary of them.
+        calibration: Called without arguments, it gives batches of training data: tensors, tuples
+            with the inputs first, or dictionaries.
+        score: (network) -> a number, or a mapping of numbers with `score`; higher is better, on any
+            scale. Evaluators call it on their device, after the repair.
+        loss: (network, batch) -> mean loss of a batch, for criteria that read gradients.
+        metric: Name of the score in tables and figures.
         resume: Whether to go on with what `run_dir` holds.
         address: Address of a Ray cluster; None takes RAY_ADDRESS, else starts a local Ray.
         on_progress: Called while the search goes on.
@@ -117,11 +149,56 @@ def search(
         storage: Folder, s3:// or gs:// URI that the run is copied to at every checkpoint. With
             `resume`, what it holds is fetched and gone on with; the search begins where it holds
             nothing yet, so that one call serves the first start and every other.
+        **settings: Keys of the configuration, such as `rates=[0.3, 0.5]`.
 
     Raises:
         CacpError: Bad input, before anything is written, or a failed run.
     """
-    settings = config if isinstance(config, RunConfig) else load_config(RunConfig, config)
+    if task is None and score is not None:
+        if calibration is None or example_inputs is None:
+            raise ConfigError("search(score=...) needs calibration=... and example_inputs=... too")
+        task = FunctionTask(example_inputs, calibration, score, loss, metric)
+    elif score is None and not (calibration is example_inputs is loss is None):
+        raise ConfigError("search(calibration=..., example_inputs=...) needs score=... too")
+    chosen, given = _configure(config, settings, model, task)
+    return _search_in(chosen, given, run_dir, resume, address, on_progress, cache, storage)
+
+
+def _configure(
+    config: RunConfig | dict[str, Any] | str | Path | None,
+    settings: dict[str, Any],
+    model: Any,
+    task: Any,
+) -> tuple[RunConfig, Given | None]:
+    """The configuration with what was given as objects, under names that say so."""
+    network = None if model is None else check_network(model)
+    if network is not None:
+        settings = settings | {"model": {"name": f"{GIVEN}{type(network).__name__}"}}
+    if task is not None:
+        settings = settings | {"task": task if isinstance(task, str) else OBJECT}
+    if isinstance(config, RunConfig):
+        chosen = load_config(RunConfig, resolved(config) | settings) if settings else config
+    else:
+        chosen = load_config(RunConfig, {} if config is None else config, settings=settings)
+    if chosen.task is None and network is not None:
+        raise ConfigError("search(model=...) needs a task, or example_inputs, calibration, score")
+    given = Given(
+        None if network is None else copy.deepcopy(network).cpu().eval(),
+        None if isinstance(task, str) else task,
+    )
+    return chosen, given if given.parts else None
+
+
+def _search_in(
+    settings: RunConfig,
+    given: Given | None,
+    run_dir: str | Path | None,
+    resume: bool,
+    address: str | None,
+    on_progress: OnProgress | None,
+    cache: str | Path | None,
+    storage: str | Path | None,
+) -> Run:
     folder = Path(run_dir) if run_dir is not None else Path("runs") / settings.name
     mirror = None if storage is None else _open_mirror(str(storage), folder, settings, resume)
     is_first = mirror is not None and mirror.config is None and not is_run(folder)
@@ -129,18 +206,21 @@ def search(
     if (folder / "result.json").exists():
         if mirror is not None:
             mirror.finish(folder)
-        return Run(folder, read_result(folder), mirror)  # fine-tuning may have added to it
+        return Run(folder, read_result(folder), mirror, given)  # fine-tuning may have added to it
+    if cache is not None and settings.task is not None:
+        raise ConfigError("a cache knows measurements of images alone: leave it out for a task")
     if cache is not None:
         check_folder(Path(cache))
     result = _run_search(
         settings,
         folder,
+        given,
         address=address,
         on_progress=on_progress,
         cache=None if cache is None else Path(cache),
         mirror=mirror,
     )
-    return Run(folder, result, mirror)
+    return Run(folder, result, mirror, given)
 
 
 def _open_mirror(uri: str, folder: Path, config: RunConfig, resume: bool) -> RunMirror:
@@ -165,6 +245,7 @@ def _open_mirror(uri: str, folder: Path, config: RunConfig, resume: bool) -> Run
 def _run_search(
     config: RunConfig,
     run_dir: Path,
+    given: Given | None,
     *,
     address: str | None,
     on_progress: OnProgress | None,
@@ -177,7 +258,7 @@ def _run_search(
     with ExitStack() as lock:
         if is_begun:
             lock.enter_context(run.locked())
-        setup, statistics = prepare_run(config, run_dir, address, clock)
+        setup, statistics = prepare_run(config, run_dir, address, clock, given)
         with clock.phase("start"):
             gpus = find_gpu_share(setup)
             num_measured = len({record.key for record in run.read_records()})
@@ -207,7 +288,8 @@ def _run_search(
                 answers = _ask_policy(setup, policy, loop, evaluator) if policy else []
                 reference = measure_uniform(setup, evaluator)
                 learning = None
-                if log is not None and config.report.learning:
+                is_own = isinstance(setup.task, OwnTask)  # whose scores may be costly
+                if log is not None and config.report.learning and not is_own:
                     learning = measure_learning(log, setup, evaluator)
                 if policy:
                     policy.stop()
@@ -218,6 +300,7 @@ def _run_search(
             "name": config.name,
             "strategy": config.strategy,
             "cost": describe_cost(config.cost),
+            "metric": vars(setup.task.metric),
             "groups": [
                 {
                     "name": group.name,
@@ -307,6 +390,6 @@ def _ask_policy(
     )
     counts = policy.policy([*rates, *others])
     asked = make_candidates(rates, counts[: len(rates)])
-    own = loop.measure_last([replace(each, images=len(setup.search)) for each in asked])
+    own = loop.measure_last([replace(each, images=len(setup.task)) for each in asked])
     beyond = measure_outside(setup, others, counts[len(rates) :], evaluator)
     return sorted([*drop_failed(own), *beyond], key=lambda answer: answer.rate)

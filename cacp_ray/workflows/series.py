@@ -37,16 +37,19 @@ class Series:
     def search(self, run_dir: Path, *, cache: Path | None = None, **options: Any) -> Run:
         """One of the searches; what another has measured alike is not measured again.
 
+        Scores of a task of the user's own are measured anew by each.
+
         Args:
             run_dir: A key of `configs`.
             cache: Folder of measurements; default: `cache` in the folder of the series.
             **options: `address` and `on_progress` of `search`.
         """
+        own = self.configs[run_dir].task is not None
         return search(
             self.configs[run_dir],
             run_dir,
             resume=self.resume and is_run(run_dir),
-            cache=cache or self.folder / "cache",
+            cache=None if own else cache or self.folder / "cache",
             **options,
         )
 

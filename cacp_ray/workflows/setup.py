@@ -4,6 +4,7 @@
 does so for the run of a folder. `prepare` adds what all candidates share.
 """
 
+import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,14 +18,17 @@ from cacp_ray.config.run import PruningConfig, RunConfig
 from cacp_ray.config.saved import read_run_config
 from cacp_ray.data.images import ImageSet
 from cacp_ray.errors import ArtifactError, ConfigError
-from cacp_ray.evaluation.classification import measure_accuracy
+from cacp_ray.evaluation.classification import Classification
 from cacp_ray.evaluation.latency_table import LatencyTable, load_table
+from cacp_ray.evaluation.measurement import Metric, Scored
 from cacp_ray.evaluation.preparation import Prepared, hash_weights, needed_kinds, prepare
+from cacp_ray.evaluation.task import OwnTask, measure_first
 from cacp_ray.io.environment import give_back_memory
 from cacp_ray.io.schema import read_checked
 from cacp_ray.pruning.calibration import Calibration, batches_of
 from cacp_ray.pruning.cost import Limited, describe_total
 from cacp_ray.pruning.criteria import get_criterion
+from cacp_ray.pruning.inputs import Inputs
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.statistics import Statistics, collect_statistics
@@ -32,18 +36,13 @@ from cacp_ray.pruning.statistics_file import load_statistics, save_statistics, s
 from cacp_ray.rundir.schema import ModelFile
 from cacp_ray.searching.budget import Budget, minimum_counts
 from cacp_ray.searching.strategies.table import OTHER_ORDERS
-from cacp_ray.workflows.network import (
-    check_hash,
-    check_output,
-    describe_published,
-    load_model,
-    warn_of_normalisation,
-)
-from cacp_ray.workflows.splits import Splits, check_padding, check_splits
+from cacp_ray.workflows.network import check_hash, describe_published
+from cacp_ray.workflows.problem import Given, find_loss, find_task, read_images, read_own
 
 logger = logging.getLogger(__name__)
 
 STATISTICS_FILE = "statistics.safetensors"
+NOTED = ("classes", "task")  # of a task, in model.json
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,15 @@ class Setup:
         sha256: Hash of the weights.
         plan: How the network may be cut.
         budget: Budget of the run's cost; every rate of the run is reachable.
-        calibration: Training images, for statistics only.
-        search: The search split.
+        calibration: Training examples, for statistics only.
+        task: What scores a network: the built-in task holds the search split.
+        inputs: What the network is called with, for one example.
         latency: Latency table of the network's layers; None where the run names none.
         run_dir: Folder of the run; None where there is none.
         saved: Content of its model.json; None before the run has begun.
         shared: What all candidates share; None before `prepare`.
-        stored: Ray's references of `split` and `prepared`; empty where Ray does not hold them.
+        stored: Ray's references of `task` and `prepared`; empty where Ray does not hold them.
+        first: What the whole network is worth by a task of the user's own; None for images.
     """
 
     config: RunConfig
@@ -71,44 +72,41 @@ class Setup:
     plan: Plan
     budget: Budget
     calibration: Calibration
-    search: ImageSet
+    task: Classification | OwnTask
+    inputs: Inputs
     latency: LatencyTable | None = None
     run_dir: Path | None = None
     saved: dict[str, Any] | None = None
     shared: Prepared | None = None
     stored: Mapping[str, Any] = field(default_factory=dict)
+    first: Scored | None = None
 
     @classmethod
-    def create(cls, config: RunConfig, run_dir: Path | None = None) -> "Setup":
+    def create(
+        cls, config: RunConfig, run_dir: Path | None = None, given: Given | None = None
+    ) -> "Setup":
         """Reads and checks what a search needs; writes nothing.
 
         Args:
             config: Run configuration.
             run_dir: Folder of the run, begun or not; statistics saved there are used again.
+            given: Network and task that were given as objects.
 
         Raises:
             CacpError: The first thing that does not fit, in one line.
         """
         get_criterion(config.pruning.criterion)
-        if config.model.weights is None:
-            raise ConfigError("model.weights is missing: a search starts from a trained network")
         file = None if run_dir is None else run_dir / "model.json"
         saved = None
         if file is not None and file.exists():
             saved = read_checked(file, ModelFile, ("sha256", "groups", "base"))
-        warn_of_normalisation(config)
-        # The network first: images of a large data set take minutes.
-        splits = Splits(config.data)
-        classes = splits.check()
-        model = load_model(config.model, len(classes))
-        calibration = splits.read("train", config.pruning.calibration_images)
-        search = splits.read("search")
-        test = splits.read("test", 1)
-        check_splits({"train": calibration, "search": search, "test": test})
-        check_padding(config.finetune, search, "finetune.padding")
-        image = search.take(1).tensors()[0]
-        check_output(model, image, len(classes))
-        plan = make_plan(model, image)
+        own = find_task(config, given)
+        model, calibration, task, inputs = (
+            read_images(config)
+            if own is None
+            else read_own(config, own, None if given is None else given.model)
+        )
+        plan = make_plan(model, inputs)
         check_counted(plan, config)
         table = None
         if config.latency_table is not None:
@@ -120,14 +118,16 @@ class Setup:
         for rate in config.rates:
             budget.check(rate)
         sha256 = hash_weights(model.state_dict())
-        setup = cls(config, model, sha256, plan, budget, calibration, search, table, run_dir)
+        setup = cls(config, model, sha256, plan, budget, calibration, task, inputs, table, run_dir)
+        if isinstance(task, OwnTask) and saved is None:
+            setup = replace(setup, first=measure_first(task, copy.deepcopy(model)))
         if run_dir is None or saved is None:
             return setup
         _check_base(setup, saved, run_dir)
         return replace(setup, saved=saved)
 
     @classmethod
-    def open(cls, run_dir: Path) -> "Setup":
+    def open(cls, run_dir: Path, given: Given | None = None) -> "Setup":
         """The problem that a run was searched on, prepared with the run's importance orders.
 
         Raises:
@@ -136,7 +136,7 @@ class Setup:
         """
         config = read_run_config(run_dir)
         read_checked(run_dir / "model.json", ModelFile, ("groups",))
-        return cls.create(config, run_dir).prepare()
+        return cls.create(config, run_dir, given).prepare()
 
     @property
     def prepared(self) -> Prepared:
@@ -145,9 +145,15 @@ class Setup:
         return self.shared
 
     @property
+    def search(self) -> ImageSet:
+        """The search split of the built-in task."""
+        assert isinstance(self.task, Classification), "a task of the user's own has no images"
+        return self.task.split
+
+    @property
     def num_images(self) -> int:
-        """Images of a whole measurement."""
-        return min(self.config.evaluation.images or len(self.search), len(self.search))
+        """Images of a whole measurement; 0 for a task of the user's own."""
+        return min(self.config.evaluation.images or len(self.task), len(self.task))
 
     @property
     def statistics_key(self) -> str:
@@ -173,6 +179,7 @@ class Setup:
             batches_of(self.calibration),
             seed=self.config.seed,
             kinds=self._kinds,
+            loss=find_loss(self.task, self.config.pruning.criterion, self._kinds),
         )
         if run_dir is not None and (run_dir / "config.yaml").exists():
             self.save_statistics(run_dir, statistics)
@@ -227,14 +234,15 @@ class Setup:
 
     def describe_model(self) -> dict[str, Any]:
         """The content of model.json; measures the base network on the search split in float32."""
-        scored = measure_accuracy(self.model, self.search)
+        scored = self.first or self.task.measure(self.model)
         counts = self.plan.cost_model.num_channels
         return {
             "model": self.config.model.name,
             "weights": self.config.model.weights,
             "sha256": self.sha256,
             "input_shape": list(self.plan.input_shape),
-            "classes": list(self.search.classes),
+            "metric": vars(self.task.metric),
+            **{key: value for key, value in self.task.describe().items() if key in NOTED},
             "groups": [
                 {
                     "name": group.name,
@@ -315,11 +323,9 @@ def make_budget(plan: Plan, cost: Limited, pruning: PruningConfig) -> Budget:
 
 def describe_accuracy(saved: Mapping[str, Any]) -> str:
     """One line about the base network's measured accuracy, from the content of model.json."""
-    accuracy = saved["base"]["search"]
-    return (
-        f"base network: {100 * accuracy['score']:.2f} % top-1 on the search split "
-        f"({accuracy['images']:,} images)"
-    )
+    metric, scored = Metric(**saved["metric"]), saved["base"]["search"]
+    images = f" on the search split ({scored['images']:,} images)" if scored["images"] else ""
+    return f"base network: {metric.describe(scored['score'])}{images}"
 
 
 def _check_base(setup: Setup, saved: Mapping[str, Any], run_dir: Path) -> None:

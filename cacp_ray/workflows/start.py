@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cacp_ray.config.run import RunConfig, resolved
 from cacp_ray.evaluation.preparation import Prepared
 from cacp_ray.io.clock import Clock
@@ -16,6 +14,7 @@ from cacp_ray.pruning.statistics import Statistics
 from cacp_ray.reporting.scalars import check_loggers
 from cacp_ray.rundir.directory import RunDirectory
 from cacp_ray.workflows.evaluators import join, read_cpus
+from cacp_ray.workflows.problem import Given
 from cacp_ray.workflows.setup import Setup
 from cacp_ray.workflows.strategy import check_strategy
 
@@ -33,7 +32,7 @@ def check_run(setup: Setup) -> None:
 
 
 def prepare_run(
-    config: RunConfig, run_dir: Path, address: str | None, clock: Clock
+    config: RunConfig, run_dir: Path, address: str | None, clock: Clock, given: Given | None = None
 ) -> tuple[Setup, Statistics]:
     """Reads and prepares everything, and joins the cluster; writes nothing.
 
@@ -45,28 +44,30 @@ def prepare_run(
         CacpError: Bad input, or a cluster that cannot score.
     """
     from cacp_ray.distributed.cluster import check_address, is_local
-    from cacp_ray.distributed.tasks import share
+    from cacp_ray.distributed.tasks import check_sendable, share
 
     with clock.phase("prepare"):
         check_address(address)
         read_cpus(config, address)  # before the images: those of a large data set take minutes
-        setup = Setup.create(config, run_dir)
+        setup = Setup.create(config, run_dir, given)
         check_run(setup)
         give_back_memory()
     logger.info(setup.describe())
     with clock.phase("start"), ThreadPoolExecutor(1) as executor:
         # Without the search split, whose copy would stay in this process as long as it takes.
-        few = replace(setup, search=setup.search.at(np.arange(1)))
+        few = replace(setup, task=setup.task.without_data())
         preparing = executor.submit(_prepare, few)
         if is_local(address):  # at the same time, as it takes seconds
             join(config, address)
-        split, images = share(setup.search)
-        setup = replace(setup, search=images)  # this process's own copy is freed
+        if given is not None:
+            check_sendable(given.parts)
+        stored_task, task = share(setup.task)
+        setup = replace(setup, task=task)  # this process's own copy of the images is freed
         shared, statistics = preparing.result()
         prepared, shared = share(shared)
         del preparing, few  # they hold what is in the store now
         give_back_memory()
-    stored = {"split": split, "prepared": prepared}
+    stored = {"task": stored_task, "prepared": prepared}
     return replace(setup, shared=shared, stored=stored), statistics
 
 

@@ -56,7 +56,7 @@ def measure_outside(
     They are no evaluations, and nothing is chosen by them.
     """
     candidates = [
-        replace(candidate, images=len(setup.search))
+        replace(candidate, images=len(setup.task))
         for candidate in make_candidates(rates, keep_counts)
     ]
     measurements = measure_candidates(evaluator, candidates)
@@ -110,7 +110,7 @@ def builder_settings(setup: Setup) -> dict[str, Any]:
 
 def build_here(setup: Setup) -> Build:
     """Builds one network after another in this process."""
-    return partial(map, Builder(setup.prepared, setup.search, **builder_settings(setup)))
+    return partial(map, Builder(setup.prepared, setup.task, **builder_settings(setup)))
 
 
 def choose_build(setup: Setup, gpus: float) -> Build:
@@ -190,7 +190,7 @@ def build_winners(
             }
         )
         logger.info(
-            "rate %.2f: %.2f %% on the search split, saved", rate, 100 * built[won].scored.score
+            "rate %.2f: %s, saved", rate, setup.task.metric.describe(built[won].scored.score)
         )
     return rows
 
@@ -229,15 +229,13 @@ def _save(
     facts: Mapping[str, Any],
     scores: Mapping[str, Any],
 ) -> None:
-    config, split = setup.config, setup.search
+    config = setup.config
     orders = setup.prepared.with_order(winner.criterion).orders
     description = {
         "model": config.model.name,
-        "num_classes": len(split.classes),
-        "classes": list(split.classes),
+        **({"kwargs": dict(config.model.kwargs)} if config.model.kwargs else {}),
         "input_shape": list(setup.plan.input_shape),
-        "mean": list(split.mean),
-        "std": list(split.std),
+        **setup.task.describe(),
         "base_sha256": setup.sha256,
         "cost": describe_cost(config.cost),
         **facts,

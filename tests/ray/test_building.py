@@ -14,6 +14,7 @@ from cacp_ray.distributed import building
 from cacp_ray.distributed.building import build_on_nodes, is_alone
 from cacp_ray.distributed.tasks import share
 from cacp_ray.errors import EvaluationError
+from cacp_ray.evaluation.classification import Classification
 from cacp_ray.searching.budget import uniform
 from cacp_ray.workflows.setup import Setup
 from cacp_ray.workflows.winners import build_here, builder_settings
@@ -45,16 +46,16 @@ def _read(folder, value, deaths):
 def test_tasks_build_what_this_process_builds_though_one_of_theirs_dies(tmp_path):
     config = load_config(RunConfig, {}, ["pruning.calibration_images=300"])
     setup = Setup.create(config)
-    setup = dataclasses.replace(setup, search=setup.search.take(200)).prepare()
+    setup = dataclasses.replace(setup, task=Classification(setup.search.take(200))).prepare()
     rates = [0.3, 0.5]
     rows = uniform(setup.budget, rates, np.ones(len(setup.plan.groups))).tolist()
     subnets = [(tuple(row), "") for row in rows]
-    split, images = share(setup.search)
+    stored, task = share(setup.task)
     deadly = ray.put(Deadly(str(tmp_path), setup.prepared, deaths=1))
     settings = builder_settings(setup)
-    built = list(build_on_nodes(subnets, deadly, split, settings, cpus=1, gpus=0.5))
+    built = list(build_on_nodes(subnets, deadly, stored, settings, cpus=1, gpus=0.5))
     assert len(os.listdir(tmp_path)) == 1
-    expected = list(build_here(dataclasses.replace(setup, search=images))(subnets))
+    expected = list(build_here(dataclasses.replace(setup, task=task))(subnets))
     assert built[0].scored.score != built[1].scored.score
     for one, other in zip(built, expected, strict=True):
         assert one.is_sequential == other.is_sequential

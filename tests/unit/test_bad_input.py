@@ -299,7 +299,14 @@ CASES = {
     "unknown strategy": (search("strategy=cacpp"), "did you mean"),
     "unknown model": (search("model.name=resnet19"), "did you mean"),
     "a model that is not installed": (search("model.name=nothing.at:all"), "cannot be imported"),
-    "a model that takes no classes": (search("model.name=os:getcwd"), r"it must take \(num_cl"),
+    "a model that is no network": (
+        search("model.name=os:getcwd"),
+        "returned str: the factory must",
+    ),
+    "arguments that a model does not take": (
+        search("model={name: 'tests.unit.pruning.networks:Plain', weights: x, kwargs: {depth: 3}}"),
+        r"cannot be called .*depth",
+    ),
     "a strategy that takes no problem": (search("strategy=os:getcwd"), r"must take \(problem\)"),
     "a criterion that takes no network": (
         search("pruning.criterion=os:getcwd"),

@@ -12,6 +12,7 @@ import torch
 from cacp_ray.cli.options import parse_rates
 from cacp_ray.config.run import RunConfig, load_config
 from cacp_ray.errors import ConfigError, EvaluationError
+from cacp_ray.evaluation.classification import Classification
 from cacp_ray.evaluation.measurement import Candidate
 from cacp_ray.evaluation.network import FastNetwork
 from cacp_ray.evaluation.preparation import CutNetwork
@@ -24,7 +25,7 @@ from cacp_ray.workflows.setup import STATISTICS_FILE, Setup
 @pytest.fixture(scope="module")
 def base():
     whole = Setup.create(load_config(RunConfig, {}))
-    return dataclasses.replace(whole, search=whole.search.take(200))
+    return dataclasses.replace(whole, task=Classification(whole.search.take(200)))
 
 
 @pytest.fixture(scope="module")

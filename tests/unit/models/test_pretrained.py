@@ -21,7 +21,7 @@ from cacp_ray.data.transforms import to_normalized
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.models import pretrained
 from cacp_ray.models.pretrained import describe_weights, is_published, read_weights
-from cacp_ray.workflows.setup import describe_published, load_model, warn_of_normalisation
+from cacp_ray.workflows.network import describe_published, load_model, warn_of_normalisation
 from cacp_ray.workflows.splits import Splits
 
 RESNET18 = ModelConfig(name="torchvision:resnet18", weights="IMAGENET1K_V1")

@@ -316,7 +316,7 @@ def test_several_skip_what_has_ended_and_share_a_cache(tmp_path, monkeypatch):
     config = load_config(RunConfig, {"name": "x", "evaluations": 30})
     seen = {}
 
-    def fake_search(settings, run_dir, *, cache, **_):
+    def fake_search(settings, run_dir, given, *, cache, **_):
         seen[settings.strategy] = cache
         make_run(run_dir, resolved(settings), records=make_records(7, 3), result=make_result())
         return make_result()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cacp_ray.config.run import RunConfig, load_config
+from cacp_ray.evaluation.classification import Classification
 from cacp_ray.evaluation.measurement import Candidate
 from cacp_ray.evaluation.scorer import Scorer
 from cacp_ray.pruning.subnet import load_subnet, read_description
@@ -38,7 +39,7 @@ def record(base, counts):
 def built(tmp_path_factory):
     """Base; folder and row of the subnet, one-shot and sequential; accuracy of another answer."""
     base = Setup.create(load_config(RunConfig, {}, ["pruning.calibration_images=128"])).prepare()
-    base = dataclasses.replace(base, search=base.search.take(200))
+    base = dataclasses.replace(base, task=Classification(base.search.take(200)))
     counts = uniform(base.budget, [RATE], np.ones(len(base.plan.groups)))[0].tolist()
     winners = {RATE: record(base, counts)}
     # The policy answers with the winner's own counts, or with others.
@@ -86,7 +87,9 @@ def test_the_policys_answer_is_repaired_and_measured_as_the_winner_is(built):
 def test_a_winner_in_another_order_is_built_in_it(tmp_path):
     config = load_config(RunConfig, {}, ["strategy=adapruner", "pruning.sequential=false"])
     base = Setup.create(load_config(RunConfig, {}, ["pruning.calibration_images=128"]))
-    base = dataclasses.replace(base, config=config, search=base.search.take(200)).prepare()
+    base = dataclasses.replace(
+        base, config=config, task=Classification(base.search.take(200))
+    ).prepare()
     prepared = base.prepared
     assert set(prepared.others) == {"l1", "l2", "fpgm", "bn_scale"}
     score = Scorer(prepared, base.search, recovery="compensate", batch_size=100, dtype="float32")

@@ -1,0 +1,163 @@
+"""What a search is about: images of classes, or a network and a task of the user's own."""
+
+# pyright: basic
+# Basic: tasks and networks are the user's own.
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from cacp_ray.config.run import RunConfig
+from cacp_ray.errors import ConfigError, one_line
+from cacp_ray.evaluation.classification import Classification
+from cacp_ray.evaluation.preparation import hash_weights
+from cacp_ray.evaluation.task import FunctionTask, OwnTask
+from cacp_ray.models.factory import GIVEN, package_of
+from cacp_ray.pruning.calibration import Calibration, Loss, classify, read_examples
+from cacp_ray.pruning.inputs import Inputs, call, check_inputs, check_network, describe_shapes
+from cacp_ray.workflows.network import check_output, load_model, warn_of_normalisation
+from cacp_ray.workflows.splits import Splits, check_padding, check_splits
+
+Problem: TypeAlias = tuple[nn.Module, Calibration, Classification | OwnTask, Inputs]
+OBJECT = "python:task"  # name of a task that was given as an object
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a Python caller gave as objects.
+
+    Attributes:
+        model: The whole network; None builds the one that the configuration names.
+        task: The task; None makes the one that the configuration names.
+    """
+
+    model: nn.Module | None = None
+    task: Any = None
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What is sent to evaluators, by the names that a caller knows."""
+        parts: dict[str, Any] = {"task": self.task}
+        if isinstance(self.task, FunctionTask):
+            parts = {
+                "calibration": self.task.make_loader,
+                "score": self.task.score_network,
+                "loss": self.task.loss_of,
+                "example_inputs": self.task.example_inputs,
+            }
+        named = {"model": self.model, **parts}
+        return {name: part for name, part in named.items() if part is not None}
+
+
+def find_task(config: RunConfig, given: Given | None) -> OwnTask | None:
+    """The task of a run; None for the built-in one.
+
+    Raises:
+        ConfigError: It cannot be made, or was given as an object and is not given now.
+    """
+    if given is not None and given.task is not None:
+        return OwnTask.make(config.task or OBJECT, given.task)
+    if config.task is None:
+        return None
+    if config.task == OBJECT:
+        raise ConfigError(
+            "the task of this run was given in Python: call cacp_ray.search(...) again with the "
+            "same model, calibration and score, and resume=True"
+        )
+    return OwnTask.make(config.task)
+
+
+def read_images(config: RunConfig) -> Problem:
+    """The built-in task: images, their classes, and the network of the configuration.
+
+    Raises:
+        CacpError: The first thing that does not fit.
+    """
+    if config.model.weights is None:
+        raise ConfigError("model.weights is missing: a search starts from a trained network")
+    warn_of_normalisation(config)
+    # The network first: images of a large data set take minutes.
+    splits = Splits(config.data)
+    classes = splits.check()
+    model = load_model(config.model, len(classes))
+    calibration = splits.read("train", config.pruning.calibration_images)
+    search = splits.read("search")
+    test = splits.read("test", 1)
+    check_splits({"train": calibration, "search": search, "test": test})
+    check_padding(config.finetune, search, "finetune.padding")
+    image = search.take(1).tensors()[0]
+    check_output(model, image, len(classes))
+    return model, calibration, Classification(search), image
+
+
+def read_own(config: RunConfig, task: OwnTask, model: nn.Module | None) -> Problem:
+    """A task of the user's own, with the network given or that of the configuration.
+
+    Raises:
+        CacpError: The first thing that does not fit.
+    """
+    if config.evaluation.racing:
+        raise ConfigError("evaluation.racing compares images of classes: leave it out for a task")
+    if config.evaluation.images is not None:
+        raise ConfigError("evaluation.images: a task of your own says itself what it scores")
+    inputs = check_inputs(task.content.example_inputs, f"task {task.name}: example_inputs")
+    network = _load_own(config) if model is None else check_network(model).eval()
+    try:
+        with torch.no_grad():
+            call(network, inputs)
+    except Exception as error:  # the network's own code
+        raise ConfigError(
+            f"task {task.name}: the network does not run on example_inputs of "
+            f"{describe_shapes(inputs)} ({type(error).__name__}: {one_line(error)})"
+        ) from error
+    try:
+        batches = task.content.calibration()
+        iterator = iter(batches)
+    except ConfigError:
+        raise
+    except Exception as error:  # the user's own code
+        raise ConfigError(
+            f"task {task.name}: calibration gives no batches ({type(error).__name__}: "
+            f"{one_line(error)})"
+        ) from error
+    return network, read_examples(iterator, inputs, config.pruning.calibration_images), task, inputs
+
+
+def _load_own(config: RunConfig) -> nn.Module:
+    """The network of the configuration; without weights, its function brings them."""
+    if config.model.name.startswith(GIVEN):
+        raise ConfigError(
+            "the network of this run was given in Python: call cacp_ray.search(...) again with it, "
+            "and resume=True"
+        )
+    model = check_network(load_model(config.model, None)).eval()
+    if config.model.weights is not None:
+        return model
+    if package_of(config.model.name) is None:
+        raise ConfigError("model.weights is missing: a search starts from a trained network")
+    again = load_model(config.model, None)
+    if hash_weights(again.state_dict()) != hash_weights(model.state_dict()):
+        raise ConfigError(
+            f"model {config.model.name} has other weights each time that it is called: return the "
+            "trained network, or name its weights in model.weights"
+        )
+    return model
+
+
+def find_loss(task: Classification | OwnTask, criterion: str, kinds: frozenset[str]) -> Loss:
+    """The loss whose gradients a criterion reads.
+
+    Raises:
+        ConfigError: The criterion reads gradients, and the task has no loss.
+    """
+    if isinstance(task, Classification):
+        return classify
+    loss = getattr(task.content, "loss", None)
+    if loss is None and "gates" in kinds:
+        raise ConfigError(
+            f"pruning.criterion {criterion} reads gradients of a loss, and task {task.name} has no "
+            "loss(net, batch): add one, or choose another, such as cap"
+        )
+    return loss or classify

@@ -1,0 +1,274 @@
+"""Searches of networks and scores that are a user's own: objects, functions, tasks by name."""
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cacp_ray.config.run import RunConfig, load_config
+from cacp_ray.errors import ConfigError, EvaluationError
+from cacp_ray.evaluation.measurement import Candidate
+from cacp_ray.evaluation.task import FunctionTask, OwnTask, read_score
+from cacp_ray.evaluation.task_scorer import TaskScorer
+from cacp_ray.pruning.calibration import find_inputs, read_examples
+from cacp_ray.searching.budget import uniform
+from cacp_ray.workflows.problem import Given
+from cacp_ray.workflows.setup import Setup
+
+CONFIG = load_config(
+    RunConfig, {"model": {"name": "python:Twins"}, "task": "python:task", "rates": [0.5]}
+)
+
+
+class Twins(nn.Module):
+    """Two inputs of unequal sides, a dictionary out, and batch norms."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(2, 8, 3, padding=1)
+        self.norm, self.out = nn.BatchNorm2d(8), nn.Conv2d(8, 1, 1)
+
+    def forward(self, a, b):
+        return {"sum": self.out(self.norm(self.left(a) + self.right(b)).relu())}
+
+
+def pair(number):
+    return torch.randn(number, 1, 6, 8), torch.randn(number, 2, 6, 8)
+
+
+def batches(count=4):
+    for seed in range(count):
+        torch.manual_seed(seed)
+        yield (pair(5), torch.tensor([seed] * 5))
+
+
+def score(net, figures=None):
+    torch.manual_seed(1)
+    value = -float(net(*pair(3))["sum"].abs().mean())
+    return value if figures is None else {"score": value, **figures}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return Twins().eval()
+
+
+def make_task(score=score, **others):
+    return FunctionTask(pair(1), batches, score, **others)
+
+
+def set_up(model, task=None, *, criterion="cap", config=CONFIG):
+    pruning = config.pruning.model_copy(update={"criterion": criterion})
+    given = Given(model, task or make_task())
+    return Setup.create(config.model_copy(update={"pruning": pruning}), None, given)
+
+
+def test_the_whole_network_is_scored_by_the_function(model):
+    setup = set_up(model)
+    assert setup.first.score == score(model)
+    assert len(setup.calibration) == 20
+    assert setup.task.describe() == {"task": "python:task"}
+
+
+@pytest.mark.parametrize("recovery", ["none", "bn", "compensate"])
+def test_a_candidate_that_keeps_all_scores_as_the_whole_network(model, recovery):
+    config = load_config(RunConfig, CONFIG.model_dump(), [f"pruning.recovery={recovery}"])
+    setup = set_up(model, config=config).prepare()
+    scorer = TaskScorer(setup.prepared, setup.task, recovery=recovery)
+    counts = tuple(setup.plan.cost_model.num_channels.tolist())
+    measured = scorer(Candidate(1.0, counts, index=7))
+    assert measured.index == 7
+    if recovery != "bn":  # whose statistics are those of the calibration data
+        assert measured.score == pytest.approx(score(model), rel=1e-4)
+
+
+def test_a_cut_candidate_is_repaired(model):
+    wanted = {}
+    for recovery in ("none", "compensate"):
+        config = load_config(RunConfig, CONFIG.model_dump(), [f"pruning.recovery={recovery}"])
+        torch.manual_seed(3)
+        inputs = pair(64)
+        with torch.no_grad():
+            truth = model(*inputs)["sum"]
+
+        def closeness(net, inputs=inputs, truth=truth):
+            return -float((net(*inputs)["sum"] - truth).square().mean())
+
+        setup = set_up(model, make_task(closeness), config=config).prepare()
+        counts = uniform(setup.budget, [0.5], np.ones(len(setup.plan.groups)))[0]
+        scorer = TaskScorer(setup.prepared, setup.task, recovery=recovery)
+        wanted[recovery] = scorer(Candidate(0.5, tuple(counts.tolist()), index=0)).score
+    assert wanted["compensate"] > wanted["none"]
+
+
+def spoil(net, way):
+    if way == "weights":
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.add_(1)
+    elif way == "mode":
+        net.train()
+        net(*pair(2))
+    else:
+        net.left.weight = nn.Parameter(torch.zeros_like(net.left.weight))
+    return score(net.eval())
+
+
+@pytest.mark.parametrize("way", ["weights", "mode", "replaced"])
+def test_what_a_score_does_to_a_network_ends_with_it(model, way):
+    setup = set_up(model, make_task(partial(spoil, way=way))).prepare()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    scorer = TaskScorer(setup.prepared, setup.task, recovery="compensate")
+    counts = tuple(setup.plan.cost_model.num_channels.tolist())
+    first, second = (scorer(Candidate(1.0, counts, index=i)).score for i in range(2))
+    assert first == second
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not setup.model.training
+
+
+def test_a_task_by_name_is_made_once_in_a_process():
+    name = f"{__name__}:Counted"
+    Counted.made = 0
+    setup = Setup.create(
+        load_config(RunConfig, {"model": {"name": f"{__name__}:make_twins"}, "task": name})
+    )
+    assert OwnTask.make(name).content is setup.task.content
+    assert Counted.made == 1
+
+
+def make_twins():
+    torch.manual_seed(0)
+    return Twins()
+
+
+class Counted:
+    """A task that counts how often it is made."""
+
+    made = 0
+    metric = "closeness"
+
+    def __init__(self):
+        type(self).made += 1
+        self.example_inputs = pair(1)
+
+    def calibration(self):
+        return batches()
+
+    def score(self, net):
+        return {"score": score(net), "loss": 2.0}
+
+
+def test_figures_and_the_name_of_a_score_are_kept():
+    task = OwnTask.make(f"{__name__}:Counted")
+    assert task.metric.name == "closeness"
+    scored = task.measure(make_twins())
+    assert scored.figures == {"loss": 2.0}
+    assert scored.loss == 2.0
+
+
+def random_twins():
+    return Twins()
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "message"),
+    [
+        ("random_twins", "Counted", "other weights each time"),
+        ("make_twins", "batches", r"no method calibration"),
+        ("make_twins", "Nothing", r"cannot be imported"),
+        ("make_twins", "Failing", r"task .*Failing cannot be made \(ZeroDivisionError"),
+    ],
+)
+def test_what_a_task_lacks_is_one_line(model, task, message):
+    values = {"model": {"name": f"{__name__}:{model}"}, "task": f"{__name__}:{task}"}
+    with pytest.raises(ConfigError, match=message) as caught:
+        Setup.create(load_config(RunConfig, values))
+    assert "\n" not in str(caught.value)
+
+
+class Failing:
+    def __init__(self):
+        1 / 0  # noqa: B018
+
+
+def failing(net):
+    raise KeyError("psnr\nof nothing")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score_network": lambda net: "good"}, "is of type str: return one number"),
+        ({"score_network": lambda net: True}, "is of type bool"),
+        ({"score_network": lambda net: (1, 2)}, "is of type tuple"),
+        ({"score_network": lambda net: {"psnr": 1.0}}, "mapping with psnr: one entry must be"),
+        ({"score_network": lambda net: {"score": 1.0, "x": "y"}}, "the task's x is of type str"),
+        ({"score_network": lambda net: math.nan}, "whole network: .*not finite"),
+        ({"score_network": failing}, r"fails on the whole network \(KeyError"),
+        ({"make_loader": lambda: iter(())}, "yields no batch"),
+        ({"make_loader": lambda: 3}, "gives no batches"),
+        ({"make_loader": lambda: [torch.zeros(2, 1, 6, 8)]}, "yield the inputs first"),
+        ({"make_loader": lambda: [{"a": torch.zeros(2, 1, 6, 8)}]}, "yield the inputs first"),
+        ({"make_loader": lambda: (1 / 0 for _ in [1])}, r"loader fails \(ZeroDivisionError"),
+        ({"example_inputs": [1, 2]}, "holds no tensor"),
+        ({"example_inputs": "x"}, "is of type str"),
+        ({"example_inputs": torch.zeros(1, 1, 6, 8)}, "does not run on example_inputs"),
+        ({"metric": ""}, "metric is ''"),
+    ],
+)
+def test_a_wrong_task_is_one_line_before_a_search(model, changes, message):
+    given = {
+        "example_inputs": pair(1), "make_loader": batches, "score_network": score
+    } | changes  # fmt: skip
+    with pytest.raises(Exception, match=message) as caught:
+        set_up(model, FunctionTask(**given))
+    assert getattr(caught.value, "exit_code", None) == 2
+    assert "\n" not in str(caught.value)
+
+
+def test_a_criterion_of_gradients_takes_the_loss_of_the_task(model):
+    with pytest.raises(ConfigError, match=r"has no loss\(net, batch\)"):
+        set_up(model, criterion="taylor").prepare()
+
+    def loss(net, batch):
+        inputs, numbers = batch
+        return (net(*inputs)["sum"].mean((1, 2, 3)) - numbers).square().mean()
+
+    setup = set_up(model, make_task(loss_of=loss), criterion="taylor").prepare()
+    assert all(gate.absolute.any() for gate in setup.find_statistics().gates)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, {"score": 1.0, "mse": math.nan}])
+def test_a_score_that_is_not_finite_is_a_failed_candidate(value):
+    with pytest.raises(EvaluationError, match="not finite"):
+        read_score(value)
+
+
+@pytest.mark.parametrize("value", [3, 3.0, np.float32(3), torch.tensor(3.0), torch.tensor([3])])
+def test_numbers_of_every_kind_are_scores(value):
+    assert read_score(value).score == 3.0
+
+
+def test_batches_of_every_kind_give_their_inputs():
+    image, named = torch.zeros(2, 3, 4, 4), {"x": torch.zeros(2, 3), "y": torch.ones(2)}
+    example, wanted = image[:1], {"x": named["x"][:1]}
+    assert find_inputs(image, example) is image
+    assert find_inputs((image, torch.ones(2)), example) is image
+    assert find_inputs([image], example) is image
+    assert find_inputs(named, wanted)["x"] is named["x"]
+    assert find_inputs((named, torch.ones(2)), wanted)["x"] is named["x"]
+    two = pair(2)
+    assert find_inputs((*two, torch.ones(2)), pair(1)) == two
+    assert find_inputs((two, torch.ones(2)), pair(1)) == two
+
+
+def test_a_loader_is_read_as_far_as_it_is_needed():
+    def endless():
+        while True:
+            yield torch.zeros(8, 1, 4, 4)
+
+    assert len(read_examples(endless(), torch.zeros(1, 1, 4, 4), 20)) == 24
