@@ -72,9 +72,12 @@ def evaluate(
     if index is not None:
         if split != "search":
             raise ConfigError("--index re-scores on the search split: leave --split out")
-        record, accuracy = rescore_candidate(path, index)
-        typer.echo(f"candidate {index}, rate {record.rate:.2f}, search split: {_percent(accuracy)}")
-        typer.echo(f"recorded: {100 * record.score:.2f} %")
+        record, again, metric = rescore_candidate(path, index)
+        images = f" ({again.images} images)" if again.images else ""
+        typer.echo(
+            f"candidate {index}, rate {record.rate:.2f}: {metric.describe(again.score)}{images}"
+        )
+        typer.echo(f"recorded: {metric.describe(record.score)}")
         return
     for folder, rate, accuracy in evaluate_subnets(path, split):
         typer.echo(f"{folder}: rate {rate:.2f}, {split} split {_percent(accuracy)}")

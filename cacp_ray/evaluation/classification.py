@@ -7,10 +7,8 @@ import numpy as np
 from torch import nn
 
 from cacp_ray.data.images import ImageSet
-from cacp_ray.evaluation.measurement import Metric, Scored
+from cacp_ray.evaluation.measurement import TOP1, Scored
 from cacp_ray.training.metrics import Accuracy, Split, measure_split
-
-TOP1 = Metric("top-1", is_share=True)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,9 @@ class Candidate:
         return self.keep_counts, self.criterion
 
 
+DASH = "\N{EN DASH}"  # for a value that was not measured
+
+
 @dataclass(frozen=True)
 class Metric:
     """What a score measures, for tables and figures.
@@ -48,19 +51,39 @@ class Metric:
     name: str
     is_share: bool = False
 
+    @property
+    def scale(self) -> float:
+        """What a value is multiplied by before it is shown."""
+        return 100.0 if self.is_share else 1.0
+
+    @property
+    def heading(self) -> str:
+        """The name with its unit, over numbers that stand for themselves."""
+        return f"{self.name} in %" if self.is_share else self.name
+
+    @property
+    def axis(self) -> str:
+        """Label of an axis."""
+        return f"{self.name}, search split (%)" if self.is_share else self.name
+
     def format(self, value: float | None) -> str:
-        """The value alone: per cent with two decimals, or five digits; `-` for None."""
-        if value is None:
-            return "-"
+        """The value alone: per cent with two decimals, or five digits; a dash for None."""
+        if value is None or math.isnan(value):
+            return DASH
         return f"{100 * value:.2f}" if self.is_share else f"{value:.5g}"
 
     def describe(self, value: float | None) -> str:
         """The value with its unit or name."""
-        return (
-            f"{self.format(value)} % {self.name}"
-            if self.is_share
-            else f"{self.name} {self.format(value)}"
-        )
+        shown = self.format(value)
+        return f"{shown} % {self.name}" if self.is_share else f"{self.name} {shown}"
+
+    def difference(self, value: float, other: float) -> str:
+        """`value` minus `other` with its sign, in points of per cent for a share."""
+        change = self.scale * (value - other)
+        return f"{change:+.2f}" if self.is_share else f"{change:+.4g}"
+
+
+TOP1 = Metric("top-1", is_share=True)
 
 
 @dataclass(frozen=True, kw_only=True)

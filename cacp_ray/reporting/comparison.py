@@ -5,15 +5,17 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from cacp_ray.evaluation.measurement import Metric
+
 UNFINISHED = "(unfinished)"
 
-Point = tuple[float, float]  # cost kept and top-1, both shares
+Point = tuple[float, float]  # cost kept, a share, and score
 ByRate = dict[float, float | None]
 
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One run of a comparison; accuracies are shares of the search split, as scored."""
+    """One run of a comparison; scores are those of its candidates."""
 
     label: str  # strategy, with the folder where several runs have the same one
     path: str
@@ -36,6 +38,7 @@ class Comparison:
     """Runs on the same network, data, cost, order, recovery and evaluation settings."""
 
     cost: str  # what a rate limits
+    metric: Metric  # what scores measure
     base_score: float  # of the whole network on the whole search split
     base_images: int  # images of the whole search split
     images: int  # images that scored each candidate
@@ -65,7 +68,7 @@ class Comparison:
         On the same images it is smaller, but a record does not say which images were right.
         """
         errors: dict[float, float] = {}
-        for rate in self.rates if self.images else ():
+        for rate in self.rates if self.images and self.metric.is_share else ():
             values = [run.search_score.get(rate) for run in self.runs]
             known = [value for value in values if value is not None]
             if known:
@@ -85,6 +88,7 @@ class Comparison:
             runs.append(values)
         return {
             "cost": self.cost,
+            "metric": vars(self.metric),
             "base_score": self.base_score,
             "base_images": self.base_images,
             "images": self.images,

@@ -14,8 +14,12 @@ from matplotlib.ticker import MaxNLocator
 from cacp_ray.errors import ArtifactError
 from cacp_ray.io.files import write_json
 from cacp_ray.reporting.comparison import UNFINISHED, Comparison, Point
-from cacp_ray.reporting.comparison_table import TITLE, comparison_columns, comparison_notes
-from cacp_ray.reporting.figures import DPI, GREY, Drawing, save_figure, style
+from cacp_ray.reporting.comparison_table import (
+    comparison_columns,
+    comparison_notes,
+    comparison_title,
+)
+from cacp_ray.reporting.figures import DPI, GREY, Drawing, limit_y, save_figure, style
 from cacp_ray.reporting.html import write_page
 from cacp_ray.reporting.summary import cost_name
 
@@ -56,7 +60,7 @@ def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
     report = write_page(
         out / "report.html",
         "comparison.html.jinja",
-        title=TITLE,
+        title=comparison_title(comparison),
         columns=columns,
         rows=[[column.text(row) for column in columns] for row in rows],
         paths=[(run.label, run.path) for run in comparison.runs],
@@ -90,25 +94,26 @@ def draw_comparison(comparison: Comparison) -> Figure:
 
 def plot_frontiers(axes: Axes, comparison: Comparison) -> None:
     """Plots the best at each cost, the winner of every rate, and the policies' own answers."""
-    base = 100 * comparison.base_score
+    metric = comparison.metric
+    shown = np.array([[100.0], [metric.scale]])  # of cost and score
+    base = metric.scale * comparison.base_score
     if comparison.images == comparison.base_images:  # otherwise the images differ
         axes.axhline(base, color="black", linestyle=":", linewidth=1.3, label="base network")
     points: list[Point] = []
     for number, run in enumerate(comparison.runs):
         colour, marker, line = _look(number)
         if run.frontier:
-            cost, score = 100 * np.array([*run.frontier, (1.0, run.frontier[-1][1])]).T
+            cost, score = shown * np.array([*run.frontier, (1.0, run.frontier[-1][1])]).T
             look = {"color": colour, "linestyle": line, "linewidth": 1.2, "alpha": 0.7}
             axes.plot(cost, score, drawstyle="steps-post", **look)
         for by_rate, face in ((run.policy_points, "white"), (run.winners, colour)):
             if by_rate:
-                cost, score = 100 * np.array(list(by_rate.values())).T
+                cost, score = shown * np.array(list(by_rate.values())).T
                 axes.plot(cost, score, linestyle="", marker=marker, zorder=3, **_fill(colour, face))
                 points += by_rate.values()
     if points:
-        cost, score = 100 * np.array(points).T
-        margin = max(0.06 * (base - min(score)), 1.0)
-        axes.set_ylim(max(0.0, min(score) - margin), min(100.5, max(base, *score) + margin))
+        cost, score = shown * np.array(points).T
+        limit_y(axes, np.array([base, *score]), np.empty(0), metric)
         span = max(max(cost) - min(cost), 5.0)
         axes.set_xlim(max(0.0, min(cost) - 0.08 * span), min(100.5, max(cost) + 0.12 * span))
     key: list[tuple[str, dict[str, Any]]] = [
@@ -120,28 +125,28 @@ def plot_frontiers(axes: Axes, comparison: Comparison) -> None:
         key.append(("policy alone", hollow))
     for label, look in key:
         axes.plot([], [], color=GREY, label=label, **look)
-    style(axes, f"cost kept (% of {cost_name(comparison.cost)})", "top-1, search split (%)")
+    style(axes, f"cost kept (% of {cost_name(comparison.cost)})", metric.axis)
     axes.legend(fontsize=10, frameon=False, loc="lower right")
 
 
 def plot_rate(axes: Axes, comparison: Comparison, rate: float) -> None:
     """Plots each run's best at one rate and its policy's own answer, the first run on top."""
-    runs = comparison.runs
+    runs, scale = comparison.runs, comparison.metric.scale
     best = max(
         (score for run in runs if (score := run.search_score.get(rate)) is not None), default=0
     )
-    error = comparison.standard_errors.get(rate, 0.0)
-    axes.axvspan(100 * (best - error), 100 * best, color=GREY, alpha=0.15, linewidth=0)
+    if error := comparison.standard_errors.get(rate):
+        axes.axvspan(scale * (best - error), scale * best, color=GREY, alpha=0.15, linewidth=0)
     for number, run in enumerate(runs):
         colour, marker, _ = _look(number)
         for score, face in ((run.policy_score, "white"), (run.search_score, colour)):
             if (value := score.get(rate)) is not None:
-                axes.plot(100 * value, number, linestyle="", marker=marker, **_fill(colour, face))
+                axes.plot(scale * value, number, linestyle="", marker=marker, **_fill(colour, face))
     names = [run.label if run.is_finished else f"{run.label} {UNFINISHED}" for run in runs]
     axes.set_yticks(range(len(runs)), names, parse_math=False)
     axes.set_ylim(len(runs) - 0.5, -0.5)
     axes.margins(x=0.12)
-    style(axes, "top-1 (%)", "")
+    style(axes, "top-1 (%)" if scale > 1 else comparison.metric.name, "")
     axes.set_title(f"rate {rate:.2f} (kept)", fontsize=11)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=4, min_n_ticks=2))
 

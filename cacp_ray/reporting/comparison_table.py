@@ -11,15 +11,20 @@ from rich.table import Table
 from rich.text import Text
 
 from cacp_ray.reporting.comparison import UNFINISHED, Comparison
-from cacp_ray.reporting.summary import Column, format_percent, format_seconds
+from cacp_ray.reporting.summary import Column, format_seconds
 from cacp_ray.reporting.tables import PLAIN_WIDTH, make_table
 
-TITLE = "Before fine-tuning: top-1 in % on the search split, by rate (kept)"
+
+def comparison_title(comparison: Comparison) -> str:
+    """What the numbers of the table are."""
+    split = " on the search split" if comparison.metric.is_share else ""
+    return f"Before fine-tuning: {comparison.metric.heading}{split}, by rate (kept)"
 
 
 def comparison_table(comparison: Comparison, width: int = PLAIN_WIDTH) -> RenderableType:
     """A table with a row for each run; columns beyond `width` go into further tables below."""
     rows = [dataclasses.asdict(run) for run in comparison.runs]
+    title = comparison_title(comparison)
     name, effort, blocks = comparison_columns(comparison)
 
     def make(columns: Sequence[Column], title: str = "") -> Table:
@@ -36,7 +41,7 @@ def comparison_table(comparison: Comparison, width: int = PLAIN_WIDTH) -> Render
                 columns.append(column)
             parts.append(columns)
             columns = [name]
-    tables = [make(columns, "" if number else TITLE) for number, columns in enumerate(parts)]
+    tables = [make(columns, "" if number else title) for number, columns in enumerate(parts)]
     spaced = [part for table in tables for part in (table, Text(""))]
     return Group(*spaced, Text("\n".join(comparison_notes(comparison))))
 
@@ -59,10 +64,10 @@ def _accuracy_columns(comparison: Comparison, head: str, key: str) -> list[Colum
     """Accuracy at each rate and the mean; blank where a run has no such rate, or no policy."""
 
     def cell(row: dict[str, Any], rate: float) -> str:
-        return format_percent(row[key][rate]) if rate in row[key] else ""
+        return comparison.metric.format(row[key][rate]) if rate in row[key] else ""
 
     def mean(row: dict[str, Any]) -> str:
-        return format_percent(comparison.mean(row[key])) if row[key] else ""
+        return comparison.metric.format(comparison.mean(row[key])) if row[key] else ""
 
     columns = [Column(head, f"{rate:.2f}", partial(cell, rate=rate)) for rate in comparison.rates]
     return [*columns, Column(head, "mean", mean)]
@@ -78,8 +83,8 @@ def comparison_notes(comparison: Comparison) -> list[str]:
     runs, common = comparison.runs, comparison.common_rates
     has_policy = any(run.policy_score for run in runs)
     notes = [
-        f"Base network: {format_percent(comparison.base_score)} %. Best: of all candidates within "
-        "the budget, as the search scored them"
+        f"Base network: {comparison.metric.describe(comparison.base_score)}. "
+        "Best: of all candidates within the budget, as the search scored them"
         f"{'; policy: what it answers by itself' if has_policy else ''}."
     ]
     if 0 < comparison.images < comparison.base_images:

@@ -153,11 +153,13 @@ class ConvertDisplay(Display):
 
 def search_panel(progress: SearchProgress) -> RenderableType:
     """Table of the rates above one line of progress."""
-    table = _table("rate\n(kept)", "best top-1\n(%, search split)", "cost kept\n(%)", "found at\n")
+    metric = progress.metric
+    unit = "(%, search split)" if metric.is_share else ""
+    table = _table("rate\n(kept)", f"best {metric.name}\n{unit}", "cost kept\n(%)", "found at\n")
     for rate, best in sorted(progress.best.items()):
         cells = [DASH] * 3
         if best is not None:
-            cells = [format_percent(best.score), format_percent(best.cost_kept), f"{best.index:,}"]
+            cells = [metric.format(best.score), format_percent(best.cost_kept), f"{best.index:,}"]
         table.add_row(f"{rate:.2f}", *cells)
     total, done = max(progress.total, 1), progress.evaluations
     status = Table.grid(padding=(0, 1))
@@ -168,10 +170,10 @@ def search_panel(progress: SearchProgress) -> RenderableType:
 def search_line(progress: SearchProgress) -> str:
     """State of the search in one line."""
     best = "  ".join(
-        f"{rate:.2f}: {format_percent(None if record is None else record.score)}"
+        f"{rate:.2f}: {progress.metric.format(None if record is None else record.score)}"
         for rate, record in sorted(progress.best.items())
     )
-    return f"search {_search_status(progress)}  best top-1 in %: {best}"
+    return f"search {_search_status(progress)}  best {progress.metric.heading}: {best}"
 
 
 def finetune_panel(latest: Sequence[FinetuneProgress]) -> RenderableType:

@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from cacp_ray.evaluation.measurement import Metric
 from cacp_ray.io.files import write_file
-from cacp_ray.reporting.summary import base_score, cost_name, search_images
+from cacp_ray.reporting.summary import base_score, cost_name, metric_of, search_images
 
 # Narrow figures with large letters stay readable on a phone.
 WIDTH, DPI = 5.8, 170
@@ -91,6 +92,7 @@ def read_episodes(table: pa.Table) -> Episodes:
 def plot_accuracy(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str:
     """Plots top-1 on the search split against cost kept; returns the caption."""
     rates = sorted(result["rates"], key=lambda row: row["cost_kept"])
+    scale = metric_of(result).scale
     frontier = sorted(result["frontier"], key=lambda row: row["cost_kept"])
     score = base_score(result, "search")
     shown: list[float] = []
@@ -98,23 +100,23 @@ def plot_accuracy(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str
     def draw(rows: list[dict[str, Any]], key: str, **look: Any) -> None:
         known = [row for row in rows if row.get(key) is not None]
         if known:
-            y = [100 * row[key] for row in known]
+            y = [scale * row[key] for row in known]
             axes.plot([100 * row["cost_kept"] for row in known], y, **look)
             shown.extend(y)
 
     axes.scatter(
-        100 * episodes.cost_kept, 100 * episodes.score, s=9, c=GREY, alpha=0.25, linewidths=0,
+        100 * episodes.cost_kept, scale * episodes.score, s=9, c=GREY, alpha=0.25, linewidths=0,
         rasterized=True,  # also in the SVG: there are thousands of dots
     )  # fmt: skip
     if score is not None:
-        shown.append(100 * score)
+        shown.append(scale * score)
         axes.axhline(shown[-1], color="black", linestyle=":", linewidth=1.3, label="base")
     draw(rates, "uniform_score", color=GREY, marker="x", linestyle=":", label="uniform")
     draw(frontier, "score", color=GREEN, linewidth=1.5, linestyle="--", label="policy alone")
     draw(rates, "score", color=BLUE, marker="o", label="before fine-tuning")
     draw(rates, "finetuned_score", color=ORANGE, marker="s", label="after fine-tuning")
-    num_hidden = limit_y(axes, np.array(shown), 100 * episodes.score)
-    style(axes, f"cost kept (% of {cost_name(result['cost'])})", "top-1, search split (%)")
+    num_hidden = limit_y(axes, np.array(shown), scale * episodes.score, metric_of(result))
+    style(axes, f"cost kept (% of {cost_name(result['cost'])})", metric_of(result).axis)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=10, frameon=False, loc="lower right")
     below = f" {num_hidden:,} of them lie below the axis." if num_hidden else ""
@@ -124,6 +126,7 @@ def plot_accuracy(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str
 def plot_latency(axes: Axes, result: dict[str, Any]) -> str:
     """Plots the last top-1 on the search split against speed-up; returns the caption."""
     rates = sorted(result["rates"], key=lambda row: row["rate"])
+    scale = metric_of(result).scale
     is_finetuned = all(row.get("finetuned_score") is not None for row in rates)
     key = "finetuned_score" if is_finetuned else "score"
     batch = f"{result.get('latency_batch', 'a batch of')} images"
@@ -135,21 +138,21 @@ def plot_latency(axes: Axes, result: dict[str, Any]) -> str:
         known = [row for row in rates if row.get(f"{prefix}speedup") and row.get(key) is not None]
         if known:
             x = [row[f"{prefix}speedup"] for row in known]
-            y = [100 * row[key] for row in known]
+            y = [scale * row[key] for row in known]
             axes.plot(x, y, label=label, **look)
             for row, *place in zip(known if not prefix else [], x, y, strict=False):
                 name, point = f"{row['rate']:.2f}", (place[0], place[1])
                 axes.annotate(name, point, (4, 4), textcoords="offset points", fontsize=9)
     score = base_score(result, "search")
     if score is not None:
-        axes.plot([1], [100 * score], color="black", marker="*", linestyle="", label="base")
-    style(axes, "speed-up against the base (times)", "top-1, search split (%)")
+        axes.plot([1], [scale * score], color="black", marker="*", linestyle="", label="base")
+    style(axes, "speed-up against the base (times)", metric_of(result).axis)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=10, frameon=False)
     when = "after fine-tuning" if is_finetuned else "before fine-tuning"
     return (
-        f"Accuracy {when} against measured speed in float32 on one thread; numbers are rates. "
-        "Fewer MACs are not always faster for a single image."
+        f"{metric_of(result).name.capitalize()} {when} against measured speed in float32 on one "
+        "thread; numbers are rates. Fewer MACs are not always faster for a single image."
     )
 
 
@@ -160,14 +163,15 @@ def plot_progress(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str
         axes.set_axis_off()
         axes.text(0.5, 0.5, "no candidate was measured", ha="center", transform=axes.transAxes)
         return "No candidate was measured."
+    scale = metric_of(result).scale
     window = max(5, len(episodes.score) // (10 * max(1, len(rates))))
     shown: list[float] = []
     for rate, colour in zip(rates, rate_colours(len(rates)), strict=True):
         # A cheaper candidate serves this rate too, whichever rate it was proposed for.
         fits = np.flatnonzero(episodes.cost_kept <= rate + 1e-9)
         own = np.flatnonzero(np.isclose(episodes.rate, rate))
-        best = np.maximum.accumulate(100 * episodes.score[fits])
-        mean = _running_mean(100 * episodes.score[own], window)
+        best = np.maximum.accumulate(scale * episodes.score[fits])
+        mean = _running_mean(scale * episodes.score[own], window)
         end = len(episodes.score)
         steps = np.append(fits + 1, end) if len(fits) else fits
         values = np.append(best, best[-1:])
@@ -176,8 +180,8 @@ def plot_progress(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str
         axes.plot(steps, values, drawstyle="steps-post", **look)
         axes.plot(own + 1, mean, color=colour, linewidth=1.1, linestyle="--")
         shown.extend(np.concatenate([best[len(best) // 20 :], mean[len(mean) // 20 :]]))
-    limit_y(axes, np.array(shown), np.empty(0))
-    style(axes, "measured candidates", "top-1, search split (%)")
+    limit_y(axes, np.array(shown), np.empty(0), metric_of(result))
+    style(axes, "measured candidates", metric_of(result).axis)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
     rate_legend(axes)
     return (
@@ -189,10 +193,11 @@ def plot_progress(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str
 def plot_finetuning(axes: Axes, result: dict[str, Any], metrics: Metrics) -> str:
     """Plots top-1 on the search split after every epoch; returns the caption."""
     shown: list[float] = []
+    scale = metric_of(result).scale
     epochs = 0
     for (rate, content), colour in zip(metrics.items(), rate_colours(len(metrics)), strict=True):
-        values = [100 * content["search_score_before"]]
-        values += [100 * epoch["search_score"] for epoch in content["history"]]
+        values = [scale * content["search_score_before"]]
+        values += [scale * epoch["search_score"] for epoch in content["history"]]
         axes.plot(range(len(values)), values, color=colour, label=f"{rate:.2f}")
         best = content["best_epoch"]
         axes.plot([best], [values[best]], color=colour, marker="o")
@@ -200,11 +205,11 @@ def plot_finetuning(axes: Axes, result: dict[str, Any], metrics: Metrics) -> str
         epochs = max(epochs, len(values) - 1)
     score = base_score(result, "search")
     if score is not None:
-        axes.axhline(100 * score, color="black", linestyle=":", linewidth=1.3)
-        shown.append(100 * score)
-    limit_y(axes, np.array(shown), np.empty(0))
+        axes.axhline(scale * score, color="black", linestyle=":", linewidth=1.3)
+        shown.append(scale * score)
+    limit_y(axes, np.array(shown), np.empty(0), metric_of(result))
     axes.set_xlim(0, max(1, epochs) * 1.02)
-    style(axes, "epochs", "top-1, search split (%)")
+    style(axes, "epochs", metric_of(result).axis)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
     rate_legend(axes)
     whole = " Dotted: the base network." if score is not None else ""
@@ -238,15 +243,21 @@ def style(axes: Axes, x_label: str, y_label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def limit_y(axes: Axes, shown: NDArray[np.float64], dots: NDArray[np.float64]) -> int:
+def limit_y(
+    axes: Axes, shown: NDArray[np.float64], dots: NDArray[np.float64], metric: Metric
+) -> int:
     """Fits the y axis to `shown` and the best 90 % of `dots`; returns the number of hidden dots."""
     shown = shown[~np.isnan(shown)]
     lows = [*shown, *np.quantile(dots, [0.1])] if len(dots) else [*shown]
     if not lows:
         return 0
     low, high = min(lows), max([*lows, *dots])
-    margin = max(0.05 * (high - low), 1.0)
-    axes.set_ylim(max(0.0, low - margin), min(100.5, high + margin))
+    if metric.is_share:
+        margin = max(0.05 * (high - low), 1.0)
+        axes.set_ylim(max(0.0, low - margin), min(100.5, high + margin))
+    else:
+        margin = 0.05 * (high - low) or 1.0
+        axes.set_ylim(low - margin, high + margin)
     return int((dots < low - margin).sum())
 
 

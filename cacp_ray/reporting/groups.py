@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from cacp_ray.reporting.figures import BLUE, GREY, rate_colours, style
+from cacp_ray.reporting.summary import metric_of
 
 MAX_CELLS_WITH_TEXT = 16
 MAX_GROUP_LABELS = 30
@@ -60,7 +61,7 @@ def plot_keep_counts(axes: Axes, result: dict[str, Any]) -> str:
 
 
 class GroupImportance(NamedTuple):
-    """How much each group matters: points of top-1 lost where it keeps a tenth fewer channels."""
+    """How much each group matters: what is lost where it keeps a tenth fewer channels."""
 
     lost: NDArray[np.float64]  # (G,), at the mean accuracy
     spread: NDArray[np.float64]  # (2, G), 5 and 95 % quantiles of `lost` over resampled candidates
@@ -70,8 +71,9 @@ class GroupImportance(NamedTuple):
 def fit_importance(result: dict[str, Any], table: pa.Table) -> GroupImportance | None:
     """Estimates the importance of single groups by a linear fit to the scored candidates.
 
-    The logit of top-1 is fitted by the logarithms of all keep ratios (ridge regression). There is
-    none where `r2` is under one half, or there are fewer than three candidates for each group.
+    The score, or the logit of a share, is fitted by the logarithms of all keep ratios (ridge
+    regression). There is none where `r2` is under one half, or there are fewer than three
+    candidates for each group.
     """
     if table.num_rows == 0 or "keep_counts" not in table.column_names:
         return None
@@ -87,7 +89,8 @@ def fit_importance(result: dict[str, Any], table: pa.Table) -> GroupImportance |
     if len(counts) < 3 * len(whole):
         return None
     x = np.log(counts / whole)  # (N, G)
-    y = np.log((score + 1e-3) / (1 - score + 1e-3))
+    is_share = metric_of(result).is_share
+    y = np.log((score + 1e-3) / (1 - score + 1e-3)) if is_share else score
     rng = np.random.default_rng(0)
     fold = rng.permutation(len(y)) % FOLDS
     errors = np.zeros(len(y))
@@ -99,7 +102,7 @@ def fit_importance(result: dict[str, Any], table: pa.Table) -> GroupImportance |
     if r2 < MIN_R2:
         return None
     mean = score.mean()
-    points = -100 * mean * (1 - mean) * np.log(0.9)  # points of top-1 for a slope of 1
+    points = -np.log(0.9) * (100 * mean * (1 - mean) if is_share else 1)  # for a slope of 1
     draws = [rng.integers(len(y), size=len(y)) for _ in range(RESAMPLES)]
     slopes = np.array([_fit(x[rows], y[rows])[0] for rows in draws])
     slope, _ = _fit(x, y)
@@ -108,19 +111,21 @@ def fit_importance(result: dict[str, Any], table: pa.Table) -> GroupImportance |
 
 
 def plot_importance(axes: Axes, result: dict[str, Any], importance: GroupImportance) -> str:
-    """Plots the points of top-1 that a cut of each group costs; returns the caption."""
+    """Plots what a cut of each group costs in score; returns the caption."""
     groups, (lost, spread, r2) = result["groups"], importance
     errors = np.maximum([lost - spread[0], spread[1] - lost], 0)
     axes.bar(np.arange(len(groups)), lost, color=BLUE, width=0.75)
     axes.errorbar(np.arange(len(groups)), lost, errors, fmt="none", ecolor=GREY, elinewidth=1)
     axes.axhline(0, color="black", linewidth=0.6)
-    style(axes, "", "top-1 lost (points)")
+    metric = metric_of(result)
+    style(axes, "", f"{metric.name} lost{' (points)' if metric.is_share else ''}")
     axes.set_axisbelow(True)
     left_out = _name_groups(axes, groups)
     return (
-        "Points of top-1 lost where one group keeps a tenth fewer channels and all others stay: "
-        "a linear fit to the candidates that the search measured, which explains "
-        f"{100 * r2:.0f} % of the variance of candidates left out. Lines: 90 % interval.{left_out}"
+        f"{'Points of top-1' if metric.is_share else metric.name} lost where one group keeps a "
+        "tenth fewer channels and all others stay: a linear fit to the candidates that the search "
+        f"measured, which explains {100 * r2:.0f} % of the variance of candidates left out. "
+        f"Lines: 90 % interval.{left_out}"
     )
 
 

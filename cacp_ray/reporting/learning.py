@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from cacp_ray.evaluation.measurement import Metric
 from cacp_ray.reporting.figures import (
     BLUE,
     ORANGE,
@@ -22,6 +23,7 @@ from cacp_ray.reporting.figures import (
     save_plots,
     style,
 )
+from cacp_ray.reporting.summary import metric_of
 
 REWARD_WINDOW = 10  # the reward of a rate is the mean of its last candidates
 HEIGHT = 3.3
@@ -35,56 +37,63 @@ def draw_learning(
     """Writes the PNG and SVG files of the agent's learning; none without lines."""
     if not lines:
         return []
-    learning = result.get("learning") or {}
+    learning, metric = result.get("learning") or {}, metric_of(result)
     points, images = learning.get("policy_score") or [], learning.get("images")
     plots: list[tuple[str, str, Plot]] = [
-        ("learning-reward", "Reward", lambda axes: plot_reward(axes, lines, images)),
+        ("learning-reward", "Reward", lambda axes: plot_reward(axes, lines, images, metric)),
         ("learning-critic", "Loss of the critics", lambda axes: plot_critic(axes, lines)),
         ("learning-noise", "Exploration", lambda axes: plot_noise(axes, lines)),
     ]
     if points:
         title = "The policy alone, without search"
-        plots.insert(1, ("learning-policy", title, lambda axes: plot_policy(axes, lines, points)))
+        plots.insert(
+            1, ("learning-policy", title, lambda axes: plot_policy(axes, lines, points, metric))
+        )
     return save_plots(plots, folder, HEIGHT, save)
 
 
-def plot_reward(axes: Axes, lines: Sequence[Line], images: int | None) -> str:
+def plot_reward(axes: Axes, lines: Sequence[Line], images: int | None, metric: Metric) -> str:
     """Plots the running mean of the reward of every rate; returns the caption."""
     shown: list[NDArray[np.float64]] = []
     for rate, colour in _colours(lines).items():
         if rate in lines[-1]["reward"]:
             steps, values = _series(lines, "reward", rate)
-            axes.plot(steps, 100 * values, color=colour, label=rate, **_marker(steps))
-            shown.append(100 * values)
-    limit_y(axes, np.concatenate(shown), np.empty(0))
-    _finish(axes, "top-1, search split (%)", lines)
+            axes.plot(steps, metric.scale * values, color=colour, label=rate, **_marker(steps))
+            shown.append(metric.scale * values)
+    limit_y(axes, np.concatenate(shown), np.empty(0), metric)
+    _finish(axes, metric.axis, lines)
     rate_legend(axes)
-    where = "the search split" if images is None else f"{images:,} images of the search split"
+    where = " on the search split" if metric.is_share else ""
+    if images is not None:
+        where = f" on {images:,} images of the search split"
     return (
-        f"Mean top-1 on {where} of the last {REWARD_WINDOW} candidates that were proposed for the "
-        "rate."
+        f"Mean {metric.name}{where} of the last {REWARD_WINDOW} candidates that were proposed for "
+        "the rate."
     )
 
 
-def plot_policy(axes: Axes, lines: Sequence[Line], points: Sequence[dict[str, Any]]) -> str:
-    """Plots the top-1 of the policy's own answers while it learns; returns the caption."""
+def plot_policy(
+    axes: Axes, lines: Sequence[Line], points: Sequence[dict[str, Any]], metric: Metric
+) -> str:
+    """Plots the score of the policy's own answers while it learns; returns the caption."""
     shown: list[NDArray[np.float64]] = []
     for rate, colour in _colours(lines).items():
         own = [point for point in points if f"{point['rate']:.2f}" == rate]
         if own:
             steps = [point["evaluations"] for point in own]
-            values = 100 * np.array([point["score"] for point in own])
+            values = metric.scale * np.array([point["score"] for point in own])
             look = {"linestyle": "-" if own[0]["seen"] else "--", "color": colour, "label": rate}
             axes.plot(steps, values, marker="o", markersize=3, **look)
             shown.append(values)
-    limit_y(axes, np.concatenate(shown), np.empty(0))
-    _finish(axes, "top-1, search split (%)", lines)
+    limit_y(axes, np.concatenate(shown), np.empty(0), metric)
+    _finish(axes, metric.axis, lines)
     rate_legend(axes)
     images = max(point["images"] for point in points)
     unseen = " Dashed: rates that are not searched." if not all(p["seen"] for p in points) else ""
     return (
-        "Top-1 of the policy's answer at that moment, measured after the search on the first "
-        f"{images:,} images of the search split; no choice depends on it.{unseen}"
+        f"{metric.name.capitalize()} of the policy's answer at that moment, measured after the "
+        f"search on the first {images:,} images of the search split; no choice depends on it."
+        f"{unseen}"
     )
 
 

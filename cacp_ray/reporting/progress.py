@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cacp_ray.evaluation.measurement import TOP1, Metric
 from cacp_ray.rundir.records import EpisodeRecord
 
 
@@ -17,6 +18,7 @@ class SearchProgress:
     evaluations_per_second: float  # of this process over the last minute
     num_alive: int  # evaluators ready to score
     seconds_left: float | None  # None before the first measurement of this process
+    metric: Metric = TOP1  # what scores measure
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-DASH = "\N{EN DASH}"
+from cacp_ray.evaluation.measurement import DASH, Metric
+
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -91,13 +92,18 @@ def summary_rows(result: dict[str, Any]) -> list[Row]:
 
 def short_columns(result: dict[str, Any]) -> list[Column]:
     """The result in five columns; accuracy is on the test split once fine-tuned, else on search."""
+    metric = metric_of(result)
     split, key = ("test", "test_score") if _has(result, "test_score") else ("search", "score")
+    unit = f"%, {split}" if metric.is_share else "fine-tuned"
+    if not metric.is_share:
+        key = "finetuned_score" if _has(result, "finetuned_score") else "score"
+        unit = unit if key == "finetuned_score" else ""
     return [
         Column("rate", "kept", lambda row: row["label"]),
         _count_column("MACs", *_macs_unit(result["base"]["macs"])),
         *_speed_columns(result)[1:2],
-        Column("top-1", f"%, {split}", lambda row: format_percent(row.get(key))),
-        _change_column(result, "points", split, key),
+        Column(metric.name, unit, lambda row: metric.format(row.get(key))),
+        _change_column(result, "points" if metric.is_share else "", split, key),
     ]
 
 
@@ -135,10 +141,11 @@ def _speed_columns(result: dict[str, Any]) -> list[Column]:
 
 
 def accuracy_columns(result: dict[str, Any]) -> list[Column]:
-    """Columns of top-1 in percent, on the search split except for the last two.
+    """Columns of scores: of the built-in task on the search split except for the last two.
 
     `words` explains the heads. A number that no rate has, such as a policy's, gets no column.
     """
+    metric = metric_of(result)
     measured = [
         ("uniform", "scored", "uniform_score"),
         ("policy", "scored", "policy_score"),
@@ -148,17 +155,33 @@ def accuracy_columns(result: dict[str, Any]) -> list[Column]:
         measured.append(("policy", "final", "policy_recovered_score"))
         measured.append(("search", "final", "search_recovered_score"))
     return [
-        *(_accuracy_column(*column) for column in measured if _has(result, column[-1])),
-        _accuracy_column("winner", "final", "score"),
-        _accuracy_column("tuned", "on search", "finetuned_score"),
-        _accuracy_column("tuned", "on test", "test_score"),
+        *(_score_column(metric, *column) for column in measured if _has(result, column[-1])),
+        _score_column(metric, "winner", "final", "score"),
+        *(_last_columns(result) if metric.is_share else _own_columns(result)),
+    ]
+
+
+def _last_columns(result: dict[str, Any]) -> list[Column]:
+    return [
+        _score_column(metric_of(result), "tuned", "on search", "finetuned_score"),
+        _score_column(metric_of(result), "tuned", "on test", "test_score"),
         _change_column(result, "on test", "test", "test_score"),
+    ]
+
+
+def _own_columns(result: dict[str, Any]) -> list[Column]:
+    """The last columns for a task of the user's own, which has one way of scoring."""
+    key = "finetuned_score" if _has(result, "finetuned_score") else "score"
+    return [
+        _score_column(metric_of(result), "tuned", "", "finetuned_score"),
+        _change_column(result, "", "search", key),
     ]
 
 
 def words(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The heads of `accuracy_columns` in this run, each with its meaning."""
     has_policy, has_search = _has(result, "policy_score"), _has(result, "search_score")
+    is_share = metric_of(result).is_share
     layers = any(row.get("sequential") for row in result["rates"])
     repaired = "repaired layer by layer where that is better" if layers else "repaired alike"
     images = search_images(result)
@@ -171,9 +194,10 @@ def words(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("winner", "the better of the two when repaired, which is saved.", has_policy),
         ("winner", "the network that is saved.", not has_policy),
         ("scored", f"repaired without training, {as_scored}.", has_policy or has_search),
-        ("final", f"as it is saved, {repaired}, and measured in float32.", True),
+        ("final", f"as it is saved, {repaired}, and measured in float32.", is_share),
+        ("final", f"as it is saved, {repaired}.", not is_share),
         ("tuned", "the winner, fine-tuned.", True),
-        ("change", "points against the base network.", True),
+        ("change", f"{'points against' if is_share else 'minus'} the base network.", True),
     ]
     return [(word, meaning) for word, meaning, is_used in known if is_used]
 
@@ -183,23 +207,28 @@ def frontier_columns(result: dict[str, Any]) -> list[Column]:
     return [
         Column("rate", "kept", lambda row: f"{row['rate']:.2f}"),
         *_cost_columns(result),
-        _accuracy_column("policy", "scored", "score"),
+        _score_column(metric_of(result), "policy", "scored", "score"),
     ]
 
 
 def answer_columns(result: dict[str, Any], answers: Sequence[Row]) -> list[Column]:
     """Columns of `cacp-ray subnet`: the policy's answer, the best around it, the saved network."""
-    columns = frontier_columns(result)[:-1]
-    columns.append(_accuracy_column("policy", "scored", "policy_score"))
+    columns, metric = frontier_columns(result)[:-1], metric_of(result)
+    columns.append(_score_column(metric, "policy", "scored", "policy_score"))
     if any(row["scored_score"] != row["policy_score"] for row in answers):
-        columns.append(_accuracy_column("best", "scored", "scored_score"))
+        columns.append(_score_column(metric, "best", "scored", "scored_score"))
     if any("path" in row for row in answers):
-        columns.append(_accuracy_column("saved", "final", "score"))
+        columns.append(_score_column(metric, "saved", "final", "score"))
     return columns
 
 
 def standard_errors(result: dict[str, Any]) -> list[str]:
-    """Binomial standard errors of the accuracies in the tables, one text for each split."""
+    """Binomial standard errors of the accuracies in the tables, one text for each split.
+
+    There are none for a score that is no share of images.
+    """
+    if not metric_of(result).is_share:
+        return []
     on_search = ON_SEARCH if search_images(result) else (*ON_SEARCH, "search_score")
     texts: list[str] = []
     for split, keys in (("search", on_search), ("test", ("test_score",))):
@@ -227,8 +256,8 @@ def _count_column(head: str, unit: str, scale: float, digits: int) -> Column:
     return Column(head, unit, lambda row: format_number(row[head.lower()] / scale, digits))
 
 
-def _accuracy_column(head: str, split: str, key: str) -> Column:
-    return Column(head, split, lambda row: format_percent(row.get(key)))
+def _score_column(metric: Metric, head: str, split: str, key: str) -> Column:
+    return Column(head, split, lambda row: metric.format(row.get(key)))
 
 
 def _macs_unit(macs: float) -> tuple[str, float, int]:
@@ -249,8 +278,13 @@ def search_images(result: dict[str, Any]) -> int | None:
     return images if 0 < images < (_images(result, "search") or 0) else None
 
 
+def metric_of(result: dict[str, Any]) -> Metric:
+    """What the scores of a run measure."""
+    return Metric(**result["metric"])
+
+
 def base_score(result: dict[str, Any], split: str) -> float | None:
-    """Top-1 of the base network on a split; None where it was not measured."""
+    """Score of the base network on a split; None where it was not measured."""
     return (result["base"].get(split) or {}).get("score")
 
 
@@ -269,11 +303,11 @@ def _format_speedup(factor: float | None) -> str:
 
 
 def _change_column(result: dict[str, Any], unit: str, split: str, key: str) -> Column:
-    base = base_score(result, split)
+    base, metric = base_score(result, split), metric_of(result)
 
     def change(row: Row) -> str:
         if row["label"] == "base" or row.get(key) is None or base is None:
             return DASH
-        return f"{100 * (row[key] - base):+.2f}".replace("-", MINUS)
+        return metric.difference(row[key], base).replace("-", MINUS)
 
     return Column("change", unit, change)

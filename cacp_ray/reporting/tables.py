@@ -11,14 +11,15 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cacp_ray.evaluation.measurement import DASH
 from cacp_ray.pruning.cost import ChannelGroup, CostModel
 from cacp_ray.reporting.summary import (
-    DASH,
     Column,
     Row,
     accuracy_columns,
     answer_columns,
     frontier_columns,
+    metric_of,
     size_columns,
     standard_errors,
     summary_rows,
@@ -54,20 +55,24 @@ def final_table(result: dict[str, Any]) -> RenderableType:
 
 def accuracy_table(result: dict[str, Any]) -> Table:
     """Accuracy of every subnet: cut, repaired, fine-tuned, and on the test split."""
-    title = "How good it is: top-1 accuracy in %, on the search split if not on test"
+    metric = metric_of(result)
+    where = ", on the search split if not on test" if metric.is_share else ""
+    title = f"How good it is: {metric.heading}{where}"
     columns = [size_columns(result)[0], *accuracy_columns(result)]
     return make_table(title, columns, summary_rows(result))
 
 
 def frontier_table(result: dict[str, Any]) -> Table:
     """The policy's answers without a further search; no rows where it was not asked."""
-    title = "The policy's answers, top-1 in %"
+    title = f"The policy's answers, {metric_of(result).heading}"
     return make_table(title, frontier_columns(result), result["frontier"])
 
 
 def answers_table(result: dict[str, Any], answers: Sequence[Row]) -> Table:
     """The answers of `cacp-ray subnet`."""
-    title = "Subnets from the policy, top-1 in % on the search split"
+    metric = metric_of(result)
+    where = " on the search split" if metric.is_share else ""
+    title = f"Subnets from the policy, {metric.heading}{where}"
     return make_table(title, answer_columns(result, answers), answers)
 
 

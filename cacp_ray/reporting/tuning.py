@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
 
+from cacp_ray.evaluation.measurement import TOP1
 from cacp_ray.io.files import read_text
 from cacp_ray.io.schema import Content, read_checked
 from cacp_ray.reporting.figures import BLUE, GREY, ORANGE, Plot, limit_y, save_plots, style
@@ -167,7 +168,7 @@ def plot_setting(axes: Axes, result: dict[str, Any], key: str) -> str:
     axes.scatter(x[~done], y[~done], s=26, facecolors="none", edgecolors=GREY)
     axes.scatter(x[done], y[done], s=30, c=BLUE)
     axes.scatter(x[starts], y[starts], s=90, facecolors="none", edgecolors=ORANGE, linewidths=2)
-    limit_y(axes, y[done], y)
+    limit_y(axes, y[done], y, TOP1)
     style(axes, key, "top-1 (%)")
     hollow = " Hollow: stopped early." if not done.all() else ""
     return f"Dots: {done.sum()} trials to the end; ringed: as it was.{hollow}"

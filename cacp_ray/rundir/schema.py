@@ -29,6 +29,13 @@ LEARNING_FILE = "learning.jsonl"
 SHA256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+class MetricEntry(Content):
+    """What scores measure."""
+
+    name: Name
+    is_share: bool
+
+
 class Measured(Content):
     """An accuracy on a split."""
 
@@ -55,6 +62,7 @@ class ComparedModel(Content):
     """model.json, with what a comparison needs."""
 
     sha256: str
+    metric: MetricEntry
     base: ComparedBase
 
 
@@ -112,6 +120,7 @@ class ModelFile(Content):
     classes: Annotated[list[str], Field(min_length=1)] | None = None
     groups: list[OrderedGroup] | None = None
     orders: dict[str, list[Order]] | None = None
+    metric: MetricEntry | None = None
     base: SavedBase | None = None
 
     @model_validator(mode="after")
@@ -196,6 +205,7 @@ class ReportedFile(Content):
     evaluations: Count
     latency_batch: Count | None = None
     cost: str
+    metric: MetricEntry
     groups: list[Group]
     base: Base
     frontier: list[FrontierRow]

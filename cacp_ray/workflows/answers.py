@@ -15,6 +15,7 @@ from cacp_ray.evaluation.measurement import (
     Evaluator,
     LocalEvaluator,
     Measurement,
+    Metric,
     ScoreFunction,
 )
 from cacp_ray.evaluation.task_scorer import make_scorer
@@ -156,7 +157,7 @@ def _measure_around_policy(
     return results
 
 
-def rescore_candidate(run_dir: Path, index: int) -> tuple[EpisodeRecord, Measurement]:
+def rescore_candidate(run_dir: Path, index: int) -> tuple[EpisodeRecord, Measurement, Metric]:
     """Rebuilds a recorded candidate and scores it again as the evaluators do.
 
     Raises:
@@ -170,7 +171,7 @@ def rescore_candidate(run_dir: Path, index: int) -> tuple[EpisodeRecord, Measure
     measurement = score(records[index].candidate)
     if measurement.status != "ok":
         raise EvaluationError(f"candidate {index}: {measurement.error}")
-    return records[index], measurement
+    return records[index], measurement, setup.task.metric
 
 
 def evaluate_subnets(path: Path, split: str) -> Iterator[tuple[Path, float, Accuracy]]:

@@ -8,6 +8,7 @@ from typing import Any
 from cacp_ray.config.run import RunConfig, resolved
 from cacp_ray.config.saved import read_run_config
 from cacp_ray.errors import ArtifactError, ConfigError
+from cacp_ray.evaluation.measurement import Metric
 from cacp_ray.io.files import changed_keys
 from cacp_ray.io.schema import read_checked
 from cacp_ray.pruning.cost import describe_cost
@@ -79,7 +80,8 @@ def compare(runs: Iterable[str | Path]) -> Comparison:
     base = models[first]["base"]
     images = max((row.images for rows in records.values() for row in rows), default=0)
     cost, accuracy = describe_cost(configs[first].cost), base["search"]
-    return Comparison(cost, accuracy["score"], accuracy["images"], images, tuple(compared))
+    metric = Metric(**models[first]["metric"])
+    return Comparison(cost, metric, accuracy["score"], accuracy["images"], images, tuple(compared))
 
 
 def _read_model(run_dir: Path) -> dict[str, Any]:
@@ -100,6 +102,7 @@ def _read_settings(config: RunConfig, sha256: str) -> dict[str, Any]:
     del values["pruning"]["sequential"]
     return {
         "model": {"name": config.model.name, "weights (sha256)": sha256},
+        "task": config.task,
         "data": values["data"],
         "pruning": values["pruning"],
         "evaluation": values["evaluation"],

@@ -346,7 +346,9 @@ def _make_loop(
         mode=config.mode,
         round_size=config.round_size,
         races=config.evaluation.racing and config.strategy in RACING,
-        on_progress=on_progress,
+        on_progress=None
+        if on_progress is None
+        else lambda progress: on_progress(replace(progress, metric=setup.task.metric)),
         on_checkpoint=None if mirror is None else partial(mirror.push, run.path),
     )
 

@@ -99,7 +99,7 @@ class Setup:
         file = None if run_dir is None else run_dir / "model.json"
         saved = None
         if file is not None and file.exists():
-            saved = read_checked(file, ModelFile, ("sha256", "groups", "base"))
+            saved = read_checked(file, ModelFile, ("sha256", "groups", "base", "metric"))
         own = find_task(config, given)
         model, calibration, task, inputs = (
             read_images(config)

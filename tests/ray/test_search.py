@@ -94,7 +94,7 @@ def test_a_report_measures_only_what_it_is_told_to(finished):
 
 
 def test_recorded_accuracy_is_measured_again_from_the_keep_counts(finished):
-    record, found = rescore_candidate(finished.path, 7)
+    record, found, _ = rescore_candidate(finished.path, 7)
     assert found.score == record.score
     with pytest.raises(ArtifactError, match="no candidate 999"):
         rescore_candidate(finished.path, 999)

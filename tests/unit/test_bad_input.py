@@ -118,12 +118,14 @@ ROW = {
 }
 
 
+METRIC = {"metric": {"name": "top-1", "is_share": True}}
+BASE = {"search": {"score": 0.9, "images": 9}}
 GROUPS = [{"name": name, "num_channels": 16, "is_residual": False} for name in "ab"]
 RESULT = json.dumps(
     {
         **{"name": "x", "strategy": "cacp", "cost": "macs", "evaluations": 9, "rates": [ROW]},
         **{"base": {"model": "resnet20", "macs": 40_000_000, "params": 200_000}, "groups": GROUPS},
-        **{"frontier": [], "seconds": {"search": 1.0}},
+        **{"frontier": [], "seconds": {"search": 1.0}, **METRIC},
     }
 )
 
@@ -151,9 +153,7 @@ def run_folder(folder, **files):
     config = resolved(load_config(RunConfig, {"name": "x"}))
     content = {
         "config.yaml": yaml.safe_dump(config),
-        "model.json": json.dumps(
-            {"sha256": "0" * 64, "groups": [], "base": {"search": {"score": 0.9, "images": 9}}}
-        ),
+        "model.json": json.dumps({"sha256": "0" * 64, "groups": [], "base": BASE, **METRIC}),
         "result.json": RESULT,
         "environment.json": "{}",
         **{name.replace("__", "/"): text for name, text in files.items()},
@@ -274,7 +274,7 @@ def later(key, text):
 
 def saved_base(key, text):
     base = {"search": {"score": 0.9, "images": 100}}
-    saved = {"sha256": "0" * 64, "groups": [GROUP], "base": base, key: "HERE"}
+    saved = {"sha256": "0" * 64, "groups": [GROUP], "base": base, **METRIC, key: "HERE"}
     return resume(**{"model.json": json.dumps(saved).replace('"HERE"', text)})
 
 
@@ -412,7 +412,7 @@ CASES = {
     ),
     "a model.json of something else": (
         resume(**{"model.json": '{"sha256": "0"}'}),
-        r"model\.json: no base, groups in it",
+        r"model\.json: no base, groups, metric in it",
     ),
     "a model.json that is a list": (resume(**{"model.json": "[]"}), r"model\.json: no JSON object"),
     "a run at a dangling link": (

@@ -30,6 +30,7 @@ def make_result(
         "name": "synthetic",
         "strategy": "cacp",
         "cost": "macs",
+        "metric": {"name": "top-1", "is_share": True},
         "base": {
             "model": "resnet20",
             "macs": BASE_MACS,

@@ -12,6 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from cacp_ray.errors import ArtifactError
+from cacp_ray.evaluation.measurement import TOP1
 from cacp_ray.reporting.comparison import ComparedRun, Comparison
 from cacp_ray.reporting.comparison_figure import (
     draw_comparison,
@@ -53,7 +54,7 @@ def make_run(label: str, rates=RATES, *, gain: float = 0.0, **changes) -> Compar
 
 
 def make_comparison(*runs: ComparedRun) -> Comparison:
-    return Comparison("macs", 0.92, 5000, 5000, runs)
+    return Comparison("macs", TOP1, 0.92, 5000, 5000, runs)
 
 
 def render(comparison: Comparison, width: int = 110) -> str:
@@ -248,7 +249,7 @@ def test_runs_that_have_measured_nothing_are_drawn_and_printed():
         winners={},
         frontier=(),
     )
-    comparison = Comparison("macs", 0.92, 5000, 0, (nothing,))
+    comparison = Comparison("macs", TOP1, 0.92, 5000, 0, (nothing,))
     draw_comparison(comparison)
     assert cells(render(comparison), "cem")[0] == ["together", "0", *[DASH] * 5]
     assert "Binomial" not in render(comparison)

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cacp_ray.errors import ArtifactError
+from cacp_ray.evaluation.measurement import TOP1
 from cacp_ray.io.jsonl import read_journal
 from cacp_ray.reporting.learning import (
     draw_learning,
@@ -41,8 +42,8 @@ def test_no_lines_are_no_figures(tmp_path):
 def test_rates_that_are_not_searched_are_dashed_and_keep_their_colour():
     lines = make_lines(9)
     policy, reward = Figure().add_subplot(), Figure().add_subplot()
-    plot_policy(policy, lines, make_learning(lines)["policy_score"])
-    plot_reward(reward, lines, 1500)
+    plot_policy(policy, lines, make_learning(lines)["policy_score"], TOP1)
+    plot_reward(reward, lines, 1500, TOP1)
     drawn = {line.get_label(): line for line in policy.lines}
     assert {label: line.get_linestyle() for label, line in drawn.items()} == {
         "0.20": "--",

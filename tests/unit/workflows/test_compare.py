@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from cacp_ray.cli import app
 from cacp_ray.config.run import RunConfig, load_config, resolved
+from cacp_ray.evaluation.measurement import TOP1
 from cacp_ray.io.files import write_json
 from cacp_ray.rundir.directory import RunDirectory
 from cacp_ray.rundir.records import EpisodeRecord
@@ -67,7 +68,7 @@ def make_run(folder: Path, config: dict, *, records=None, result=None, sha256: s
     run = RunDirectory(folder)
     run.write_config(resolved(load_config(RunConfig, {"evaluations": 30} | config)))
     base = {"macs": TOTAL, "params": TOTAL, "search": {"score": 0.93, "images": 400}}
-    run.write_model({"sha256": sha256, "base": base})
+    run.write_model({"sha256": sha256, "base": base, "metric": vars(TOP1)})
     run.compact()
     for record in make_records(0) if records is None else records:
         run.append(record)

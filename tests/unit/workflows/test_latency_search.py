@@ -12,7 +12,7 @@ from cacp_ray.cli.app import state
 from cacp_ray.config.run import RunConfig, load_config
 from cacp_ray.errors import ArtifactError
 from cacp_ray.evaluation.latency_table import load_table, save_table
-from cacp_ray.evaluation.measurement import LocalEvaluator
+from cacp_ray.evaluation.measurement import TOP1, LocalEvaluator
 from cacp_ray.reporting.summary import size_columns, summary_rows
 from cacp_ray.rundir.directory import RunDirectory
 from cacp_ray.searching.budget import uniform
@@ -174,7 +174,7 @@ def test_a_run_is_not_continued_with_another_table(table_path, tmp_path):
     setup = Setup.create(config)
     groups = setup.prepare().describe_model()["groups"]
     base = {"cost": setup.budget.total, "search": {"score": 0.9, "images": 9}}
-    described = {"sha256": setup.sha256, "groups": groups, "base": base}
+    described = {"sha256": setup.sha256, "groups": groups, "base": base, "metric": vars(TOP1)}
     (tmp_path / "model.json").write_text(json.dumps(described))
     assert Setup.create(config, tmp_path).saved == described
     table = load_table(table_path)
