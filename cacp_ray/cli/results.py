@@ -1,7 +1,7 @@
 """Commands that read a run: report, subnet, evaluate."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -79,13 +79,15 @@ def evaluate(
         )
         typer.echo(f"recorded: {metric.describe(record.score)}")
         return
-    for folder, rate, accuracy in evaluate_subnets(path, split):
-        typer.echo(f"{folder}: rate {rate:.2f}, {split} split {_percent(accuracy)}")
-
-
-def _percent(accuracy: Any) -> str:
-    error = 100 * accuracy.standard_error
-    return f"{100 * accuracy.top1:.2f} % (standard error {error:.2f}, {accuracy.images} images)"
+    for folder, rate, scored, metric in evaluate_subnets(path, split):
+        if metric.is_share:
+            error = 100 * (scored.score * (1 - scored.score) / scored.images) ** 0.5
+            about = f", {split} split {metric.format(scored.score)} % "
+            about += f"(standard error {error:.2f}, {scored.images} images)"
+        else:
+            others = ", ".join(f"{name} {value:.5g}" for name, value in scored.figures.items())
+            about = f", {metric.describe(scored.score)}{f' ({others})' if others else ''}"
+        typer.echo(f"{folder}: rate {rate:.2f}{about}")
 
 
 def print_report(folder: Path) -> None:

@@ -102,12 +102,18 @@ def export_subnet(
 def _check_input(model: nn.Module, shape: tuple[int, ...], folder: Path) -> None:
     try:
         with torch.no_grad():
-            model(torch.zeros(1, *shape))
+            output = model(torch.zeros(1, *shape))
     except Exception as error:  # the network's own code
         raise ArtifactError(
             f"{folder / 'subnet.json'}: the network does not run on its input_shape {shape} "
-            f"({first_line(error)[:100]}); restore it from a copy"
+            f"({first_line(error)[:100]}): one of several inputs cannot be exported; else restore "
+            "the file from a copy"
         ) from error
+    if not isinstance(output, torch.Tensor):
+        raise ConfigError(
+            f"{folder}: the network returns a {type(output).__name__}, a file has one tensor out: "
+            "load it by load_subnet, and export it with a forward that returns one"
+        )
 
 
 def compare(model: nn.Module, exported: Network, shape: tuple[int, ...]) -> float:

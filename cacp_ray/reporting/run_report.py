@@ -144,8 +144,11 @@ def read_metrics(run_dir: Path, result: dict[str, Any]) -> Metrics:
     metrics: Metrics = {}
     for row in sorted(result["rates"], key=lambda row: row["rate"]):
         file = run_dir / row["path"] / "metrics.json"
-        content = read_checked(file, MetricsFile, SHOWN_METRICS) if file.exists() else {}
-        if content and len(content.get("history", [])) == content["epochs"]:
+        content = read_checked(file, MetricsFile) if file.exists() else {}
+        if content.get("epochs") is None:  # a training elsewhere says what it likes
+            continue
+        content = read_checked(file, MetricsFile, SHOWN_METRICS)
+        if len(content["history"]) == content["epochs"]:
             metrics[row["rate"]] = content
     return metrics
 

@@ -311,7 +311,7 @@ class Epoch(Content):
 class MetricsFile(Content):
     """metrics.json of a fine-tuned subnet."""
 
-    epochs: Annotated[int, Field(ge=1, le=10**6)]
+    epochs: Annotated[int, Field(ge=1, le=10**6)] | None = None
     best_epoch: Count | None = None
     search_score_before: Score | None = None
     seconds: Seconds | None = None

@@ -85,7 +85,7 @@ def finetune_subnets(
         "recipes": {name: dataclasses.asdict(recipe) for name, recipe in recipes.items()},
         "trials": {"scheduler": "asha" if stops_poor else "plain", "logging": list(loggers)},
     }
-    _open_experiment(experiment_dir, content, resume=resume)
+    open_experiment(experiment_dir, content, resume=resume)
     task = TrialTask(
         subnet_folders={rate: folder.resolve() for rate, folder in subnet_folders.items()},
         load_subnet=load_subnet,
@@ -110,7 +110,7 @@ def finetune_subnets(
     with running_tune(
         lambda trial, metrics: on_epoch(_read_progress(trial.config, metrics, epochs))
     ):
-        tuner = _restore_tuner(trainable, space, experiment_dir) if resume else None
+        tuner = restore_tuner(trainable, space, experiment_dir) if resume else None
         for result in tuner.get_results() if tuner else ():
             if "epoch" in (result.metrics or {}):
                 progress = _read_progress(result.config, result.metrics, epochs)
@@ -203,7 +203,7 @@ def _as_tune_resources(resources: Resources) -> Any:
     return {"cpu": resources.cpus, **({"gpu": resources.gpus} if resources.gpus else {})}
 
 
-def _open_experiment(experiment_dir: Path, content: dict[str, Any], *, resume: bool) -> None:
+def open_experiment(experiment_dir: Path, content: dict[str, Any], *, resume: bool) -> None:
     """Notes what the experiment tries, or checks it: Tune would continue any other as well."""
     file = experiment_dir / "finetune.json"
     if not file.exists():
@@ -233,9 +233,7 @@ def _open_experiment(experiment_dir: Path, content: dict[str, Any], *, resume: b
         )
 
 
-def _restore_tuner(
-    trainable: Any, space: dict[str, Any], experiment_dir: Path
-) -> tune.Tuner | None:
+def restore_tuner(trainable: Any, space: dict[str, Any], experiment_dir: Path) -> tune.Tuner | None:
     """The experiment to continue; None where there is none."""
     if not can_restore(experiment_dir):
         return None

@@ -1,8 +1,11 @@
 """A network's channel groups, exact cost and small copies, without a search."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -10,12 +13,22 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from cacp_ray.config.run import PruningConfig
+from cacp_ray.config.saved import check_new
 from cacp_ray.errors import ConfigError
+from cacp_ray.evaluation.preparation import CutNetwork, hash_weights, prepare
 from cacp_ray.models.factory import (
     CIFAR_MODELS,
+    GIVEN,
     build_model,
     default_input_shape,
     default_num_classes,
+)
+from cacp_ray.pruning.calibration import (
+    Examples,
+    Loss,
+    classify,
+    inputs_together,
+    read_examples,
 )
 from cacp_ray.pruning.cost import ChannelGroup
 from cacp_ray.pruning.criteria import rank_channels
@@ -23,14 +36,19 @@ from cacp_ray.pruning.inputs import Inputs, check_inputs, check_network
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.resizable import build_subnet
-from cacp_ray.pruning.statistics import Statistics
-from cacp_ray.pruning.subnet import load_subnet, read_description
-from cacp_ray.pruning.surgery import Cutter, all_tensors, reorder_weights
+from cacp_ray.pruning.sequential import recover_sequentially
+from cacp_ray.pruning.statistics import Statistics, collect_statistics
+from cacp_ray.pruning.subnet import describe_kept, load_subnet, read_description, save_subnet
+from cacp_ray.pruning.surgery import Cutter, Orders, all_tensors, reorder_weights
 from cacp_ray.searching.budget import Budget, uniform
+from cacp_ray.training.metrics import find_device
+from cacp_ray.workflows.problem import OBJECT
 from cacp_ray.workflows.setup import make_budget
 
+Recover = bool | Literal["bn", "compensate", "layers"]
 
-@dataclass(frozen=True)
+
+@dataclass
 class Analysis:
     """What can be cut from one network.
 
@@ -38,11 +56,19 @@ class Analysis:
         model: The network.
         plan: Plan of the network.
         budget: Budget of its MACs.
+        inputs: What the network is called with, for one example.
     """
 
     model: nn.Module
     plan: Plan
     budget: Budget
+    inputs: Inputs
+    _calibration: Examples | None = field(default=None, repr=False)
+    _statistics: Statistics = field(default_factory=Statistics, repr=False)
+    # What was built, as long as it is there: keep counts, orders and criterion.
+    _built: WeakKeyDictionary[nn.Module, tuple[list[int], Orders, str]] = field(
+        default_factory=WeakKeyDictionary[nn.Module, tuple[list[int], Orders, str]], repr=False
+    )
 
     @property
     def groups(self) -> tuple[ChannelGroup, ...]:
@@ -71,28 +97,122 @@ class Analysis:
         self.budget.check(rate)
         return uniform(self.budget, [rate], np.ones(len(self.groups)))[0]
 
+    def calibrate(
+        self, loader: Iterable[Any], images: int = 1000, *, loss: Loss | None = None
+    ) -> "Analysis":
+        """Collects statistics of training data, in one pass.
+
+        Args:
+            loader: Gives batches: tensors, tuples with the inputs first, or dictionaries.
+            images: Examples that are enough.
+            loss: (network, batch) -> mean loss of the batch, for criteria that read gradients.
+
+        Raises:
+            ConfigError: The loader gives nothing, or other inputs than the network takes.
+        """
+        examples = read_examples(loader, self.inputs, images)
+        kinds = {"inputs"} if loss is None else {"inputs", "gates"}
+        model = copy.deepcopy(self.model).cpu().eval()
+        self._statistics = collect_statistics(
+            model, self.plan, examples.batches, seed=0, kinds=kinds, loss=loss or classify
+        )
+        self._calibration = examples
+        return self
+
     def build(
-        self, keep_counts: Sequence[int] | NDArray[np.int64], criterion: str = "l1"
+        self,
+        keep_counts: Sequence[int] | NDArray[np.int64],
+        criterion: str = "l1",
+        *,
+        recover: Recover = False,
     ) -> nn.Module:
-        """An independent small network that keeps the best channels by a weight-based criterion.
+        """An independent small network that keeps the best channels.
 
         Args:
             keep_counts: (G,) channels that stay in each group.
-            criterion: One that reads no statistics.
+            criterion: What ranks the channels. All but those of the weights need `calibrate`, and
+                `taylor` and `group_fisher` its loss.
+            recover: How the cut network is repaired, without training; it needs `calibrate`. `bn`
+                re-estimates BN statistics, `compensate` solves least squares for every layer
+                (CaP), and `layers`, or True, fits layer after layer to the network cut so far.
 
         Raises:
             ConfigError: Another number of groups, a count outside 1 ... C of its group, or a
-                criterion that is unknown or reads statistics.
+                criterion or repair that needs what was not collected.
         """
         counts = self._check_counts(keep_counts)
         if counts.ndim != 1:
             raise ConfigError(f"keep counts of shape {counts.shape}: give one for each group")
+        if recover and self._calibration is None:
+            raise ConfigError("recover needs statistics of training data: call calibrate first")
         tensors = all_tensors(self.model)
         at_hand = {name: tensor.cpu() for name, tensor in tensors.items()}  # as criteria take them
-        orders = rank_channels(criterion, self.plan, at_hand, Statistics(), seed=0)
-        ordered = reorder_weights(self.plan, tensors, orders)
-        cut = Cutter(self.plan)(ordered, counts.tolist())
-        return build_subnet(self.model, ordered | cut)
+        orders = rank_channels(criterion, self.plan, at_hand, self._statistics, seed=0)
+        if recover:
+            small = self._recover(counts.tolist(), orders, "layers" if recover is True else recover)
+        else:
+            ordered = reorder_weights(self.plan, tensors, orders)
+            cut = Cutter(self.plan)(ordered, counts.tolist())
+            small = build_subnet(self.model, ordered | cut)
+        self._built[small] = counts.tolist(), orders, criterion
+        return small
+
+    def _recover(self, counts: list[int], orders: Orders, recovery: str) -> nn.Module:
+        if recovery not in ("bn", "compensate", "layers"):
+            raise ConfigError(f"recover {recovery!r}: choose bn, compensate or layers")
+        assert self._calibration is not None
+        model = copy.deepcopy(self.model).cpu().eval()
+        prepared = prepare(
+            model,
+            self.plan,
+            self._calibration,
+            self._statistics,
+            criterion="",
+            recovery="bn" if recovery == "bn" else "compensate",
+            seed=0,
+            orders=orders,
+        )
+        network = CutNetwork(prepared, "bn" if recovery == "bn" else "compensate")
+        tensors = network.cut(counts)
+        if recovery == "layers":
+            inputs = inputs_together(self._calibration)
+            tensors = recover_sequentially(
+                model, self.plan, tensors, orders, counts, inputs, seed=0
+            )
+        device = find_device(self.model)
+        return build_subnet(model, {**network.tensors, **tensors}).to(device)
+
+    def save(self, net: nn.Module, folder: str | Path) -> Path:
+        """Writes a network that `build` made as a subnet folder, as a search writes it.
+
+        `load_subnet(folder, model=...)` with the whole network reads it.
+
+        Raises:
+            ConfigError: `build` did not make it.
+            ArtifactError: The folder exists, or cannot be written.
+        """
+        if net not in self._built:
+            raise ConfigError("save takes a network that build of this analysis has made")
+        counts, orders, criterion = self._built[net]
+        path = Path(folder)
+        check_new(path, "delete it", "name another folder")
+        kept = int(self.plan.macs(counts)) / self.budget.total
+        description = {
+            "model": f"{GIVEN}{type(self.model).__name__}",
+            "task": OBJECT,
+            "input_shape": list(self.plan.input_shape),
+            "base_sha256": hash_weights({n: t.cpu() for n, t in self.model.state_dict().items()}),
+            "cost": "macs",
+            "rate": kept,
+            "cost_kept": kept,
+            "keep_counts": counts,
+            "macs": int(self.plan.macs(counts)),
+            "params": int(self.plan.params(counts)),
+            "criterion": criterion,
+            "groups": describe_kept(self.plan, orders, counts),
+        }
+        save_subnet(path, net, description)
+        return path
 
     def _check_counts(self, keep_counts: ArrayLike) -> NDArray[np.int64]:
         counts = np.asarray(keep_counts)
@@ -130,8 +250,10 @@ def analyze(model: nn.Module, example_inputs: Inputs, *, floor: float = 0.1) -> 
     if not 0 < floor <= 1:
         raise ConfigError(f"floor {floor}: it must be above 0 and at most 1")
     model = check_network(model)  # without the wrapper of torch.compile
-    plan = make_plan(model, check_inputs(example_inputs))
-    return Analysis(model, plan, make_budget(plan, "macs", PruningConfig(floor=floor)))
+    inputs = check_inputs(example_inputs)
+    plan = make_plan(model, inputs)
+    budget = make_budget(plan, "macs", PruningConfig(floor=floor))
+    return Analysis(model, plan, budget, inputs)
 
 
 @dataclass(frozen=True)

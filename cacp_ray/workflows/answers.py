@@ -10,20 +10,22 @@ import numpy as np
 
 from cacp_ray.config.saved import check_new, is_run, read_run_config
 from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError
+from cacp_ray.evaluation.classification import measure_accuracy
 from cacp_ray.evaluation.measurement import (
+    TOP1,
     Candidate,
     Evaluator,
     LocalEvaluator,
     Measurement,
     Metric,
+    Scored,
     ScoreFunction,
 )
 from cacp_ray.evaluation.task_scorer import make_scorer
 from cacp_ray.pruning.subnet import load_subnet, read_description
 from cacp_ray.rundir.directory import RunDirectory, read_result
 from cacp_ray.rundir.records import EpisodeRecord
-from cacp_ray.training.metrics import Accuracy, measure_split
-from cacp_ray.workflows.problem import Given
+from cacp_ray.workflows.problem import Given, find_task
 from cacp_ray.workflows.setup import Setup
 from cacp_ray.workflows.splits import Splits
 from cacp_ray.workflows.strategy import CONDITIONAL, Policy, read_policy
@@ -174,11 +176,13 @@ def rescore_candidate(run_dir: Path, index: int) -> tuple[EpisodeRecord, Measure
     return records[index], measurement, setup.task.metric
 
 
-def evaluate_subnets(path: Path, split: str) -> Iterator[tuple[Path, float, Accuracy]]:
+def evaluate_subnets(path: Path, split: str) -> Iterator[tuple[Path, float, Scored, Metric]]:
     """Measures a subnet folder, or all of a run, as a user would load them, in float32.
 
+    A task of the user's own scores them in its one way, whatever the split.
+
     Yields:
-        Folder, rate, and accuracy on the split of the run.
+        Folder, rate, what it is worth on the split of the run, and what that measures.
 
     Raises:
         ArtifactError: There is no run, or a subnet is unreadable.
@@ -189,7 +193,13 @@ def evaluate_subnets(path: Path, split: str) -> Iterator[tuple[Path, float, Accu
     if is_subnet and not is_run(run):
         raise ConfigError(f"{path} stands outside its run, whose config.yaml names the data")
     config = read_run_config(run)
-    for folder in [path] if is_subnet else [run / row["path"] for row in read_result(run)["rates"]]:
+    folders = [path] if is_subnet else [run / row["path"] for row in read_result(run)["rates"]]
+    if (task := find_task(config, None)) is not None:
+        for folder in folders:
+            net = load_subnet(folder, trust=True)
+            yield folder, read_description(folder, "rate")["rate"], task.measure(net), task.metric
+        return
+    for folder in folders:
         description = read_description(folder, "classes", "rate")
         data = Splits(config.data).open(split)
         if data.classes != tuple(description["classes"]):
@@ -197,4 +207,5 @@ def evaluate_subnets(path: Path, split: str) -> Iterator[tuple[Path, float, Accu
                 f"{folder} has the classes {', '.join(description['classes'][:3])} ..., "
                 f"data.{split} others: give the configuration it was searched with"
             )
-        yield folder, description["rate"], measure_split(load_subnet(folder, trust=True), data)
+        scored = measure_accuracy(load_subnet(folder, trust=True), data)
+        yield folder, description["rate"], scored, TOP1

@@ -25,6 +25,7 @@ from cacp_ray.pruning.subnet import load_subnet, read_description
 from cacp_ray.reporting.progress import FinetuneProgress
 from cacp_ray.rundir.directory import read_result
 from cacp_ray.rundir.schema import ReportedFile
+from cacp_ray.workflows.finetune_own import finetune_by_task
 from cacp_ray.workflows.network import check_weights, load_model, make_rebuild
 from cacp_ray.workflows.splits import Splits, check_padding, check_splits
 
@@ -82,6 +83,13 @@ def finetune(
     is_subnet = (where / "subnet.json").exists()
     run_dir = where.resolve().parent.parent if is_subnet else where
     searched = None if is_subnet and not is_run(run_dir) else read_run_config(run_dir)
+    if searched is not None and searched.task is not None:
+        if is_subnet or config is not None or overrides:
+            raise ConfigError(
+                f"{where}: a task of your own is trained by its train(net, context), for a whole "
+                "run and without settings of ours: give the run alone"
+            )
+        return finetune_by_task(where, resume=resume, address=address, on_report=_log_report)
     source = config.model_dump(exclude_unset=True) if isinstance(config, FinetuneConfig) else config
     sections = {"finetune", "model", "data"}
     settings = load_config(
@@ -95,6 +103,12 @@ def finetune(
         return read_json(where / "metrics.json")
     assert searched is not None
     return _finetune_run(searched, where, settings, resume, address, on_epoch)
+
+
+def _log_report(report: dict[str, Any]) -> None:
+    logger.info(
+        "rate %.2f  report %d  score %.5g", report["rate"], report["epoch"], report["search_score"]
+    )
 
 
 def _finetune_run(

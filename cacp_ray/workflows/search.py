@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from cacp_ray.config.run import RunConfig, load_config, resolved
-from cacp_ray.config.saved import check_unchanged, is_run, open_folder
+from cacp_ray.config.saved import check_unchanged, is_run, open_folder, read_run_config
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.evaluation.cache import check_folder
 from cacp_ray.evaluation.measurement import Evaluator
@@ -42,6 +42,8 @@ from cacp_ray.workflows.evaluators import (
     find_gpu_share,
     start_evaluators,
 )
+from cacp_ray.workflows.finetune import finetune
+from cacp_ray.workflows.finetune_own import finetune_by_task
 from cacp_ray.workflows.latencies import add_latencies
 from cacp_ray.workflows.learning_log import (
     LearningLog,
@@ -98,6 +100,27 @@ class Run:
     def policy(self, rate: float, evaluations: int = 0) -> dict[str, Any]:
         """The policy's subnet for any rate; see `cacp_ray.workflows.answers.answer_rates`."""
         return answer_rates(self.path, [rate], evaluations, save=False, given=self.given)[0]
+
+    def finetune(
+        self,
+        train: Callable[..., object] | str | None = None,
+        *,
+        resume: bool = False,
+        address: str | None = None,
+    ) -> dict[str, Any]:
+        """Trains the subnet of every rate; returns the content of result.json.
+
+        A task of the user's own is trained by `train(net, context)`, or by its own method of that
+        name (`cacp_ray.workflows.finetune_own`); images of classes as by `cacp_ray.finetune`.
+        """
+        if train is None and self.given is None and read_run_config(self.path).task is None:
+            result = finetune(self.path, resume=resume, address=address)
+        else:
+            result = finetune_by_task(
+                self.path, train, given=self.given, resume=resume, address=address
+            )
+        self.result.update(result)
+        return result
 
     def report(self) -> Path:
         """Writes report.html."""

@@ -1,0 +1,226 @@
+"""A network object with its own inputs and score: searched, trained, reported, loaded."""
+
+import json
+import os
+import signal
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import cacp_ray
+from cacp_ray.config.run import RunConfig, load_config
+from cacp_ray.errors import ArtifactError, ConfigError
+from cacp_ray.rundir.directory import RunDirectory
+
+pytestmark = pytest.mark.ray
+
+SETTINGS = {
+    "rates": [0.4, 0.7],
+    "evaluations": 10,
+    "strategy": "cacp",
+    "mode": "rounds",
+    "report": {"frontier": False, "learning": False, "latency": False},
+}
+
+
+class Doubler(nn.Module):
+    """Doubles the sides of a gray image; its output is a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 12, 3, padding=1), nn.Conv2d(12, 12, 3, padding=1)
+        self.last, self.shuffle = nn.Conv2d(12, 4, 3, padding=1), nn.PixelShuffle(2)
+
+    def forward(self, small):
+        x = self.second(self.first(small).relu()).relu()
+        return {"image": self.shuffle(self.last(x))}
+
+
+def images(seed, number=16):
+    torch.manual_seed(seed)
+    coarse = torch.rand(number, 1, 4, 4)
+    return nn.functional.interpolate(coarse, size=(16, 16), mode="bicubic")
+
+
+def batches(number=6):
+    for seed in range(number):
+        large = images(seed)
+        yield {"small": nn.functional.avg_pool2d(large, 2), "large": large}
+
+
+def loss(net, batch):
+    return (net(batch["small"])["image"] - batch["large"]).square().mean()
+
+
+def score(net):
+    large = images(99)
+    error = loss(net, {"small": nn.functional.avg_pool2d(large, 2), "large": large})
+    return {"score": float(-10 * error.detach().log10()), "mse": float(error.detach())}
+
+
+def fit(net, context, epochs=3, killed=None):
+    """Trains, and dies once after its first report where it is told to."""
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    if context.state is not None:
+        optimizer.load_state_dict(context.state)
+    for _ in range(context.epoch, epochs):
+        for batch in batches():
+            optimizer.zero_grad()
+            loss(net, batch).backward()
+            optimizer.step()
+        context.report(net, optimizer.state_dict(), lr=3e-3)
+        if killed is not None and context.epoch == 1 and not os.path.exists(killed):
+            open(killed, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    net = Doubler()
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    for _ in range(15):
+        for batch in batches():
+            optimizer.zero_grad()
+            loss(net, batch).backward()
+            optimizer.step()
+    return net.eval()
+
+
+def search(model, folder, **options):
+    return cacp_ray.search(
+        SETTINGS,
+        folder,
+        model=model,
+        example_inputs={"small": torch.zeros(1, 1, 8, 8)},
+        calibration=batches,
+        score=score,
+        metric="PSNR (dB)",
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    return search(model, tmp_path_factory.mktemp("own") / "run")
+
+
+def test_every_rate_has_a_network_on_its_budget_with_its_score(finished, model):
+    assert [row["rate"] for row in finished.result["rates"]] == [0.4, 0.7]
+    for row in finished.result["rates"]:
+        small = cacp_ray.load_subnet(finished.subnets[row["rate"]], model=model)
+        assert row["cost_kept"] <= row["rate"]
+        assert score(small)["score"] == pytest.approx(row["score"], rel=1e-4)
+    base = finished.result["base"]["search"]
+    assert base["score"] == pytest.approx(score(model)["score"], rel=1e-6)
+    rows = RunDirectory(finished.path).read_records()
+    assert all(set(row.figures) == {"mse"} for row in rows)
+
+
+def test_the_run_says_what_its_score_is(finished):
+    assert finished.result["metric"] == {"name": "PSNR (dB)", "is_share": False}
+    page = finished.report().read_text()
+    assert "PSNR (dB)" in page
+    assert "top-1" not in page.split("<body")[1].split("Words")[0]
+
+
+def test_another_process_is_told_to_give_the_objects_again(finished):
+    folder = finished.subnets[0.4]
+    with pytest.raises(ConfigError, match=r"load_subnet\(\.\.\., model=\.\.\.\)"):
+        cacp_ray.load_subnet(folder)
+    with pytest.raises(ConfigError, match="given in Python"):
+        cacp_ray.finetune(finished.path)
+    assert "model=whole_network" in (folder / "README.md").read_text()
+
+
+def test_the_policy_answers_with_the_objects(finished):
+    answer = finished.policy(0.55)
+    assert answer["cost_kept"] <= 0.55
+
+
+def test_a_finished_run_is_not_searched_again_and_other_weights_are_refused(finished, model):
+    again = search(model, finished.path, resume=True)
+    assert again.result["rates"] == finished.result["rates"]
+
+
+def test_a_killed_trial_goes_on_from_its_report(finished, model, tmp_path):
+    killed = str(tmp_path / "killed")
+    result = finished.finetune(partial(fit, killed=killed))
+    assert os.path.exists(killed)
+    for row in result["rates"]:
+        folder = finished.path / row["path"]
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert [line["epoch"] for line in metrics["history"]] == [1, 2, 3]
+        assert {"mse", "lr", "search_score"} <= metrics["history"][0].keys()
+        reached = [line["search_score"] for line in metrics["history"]]
+        best = max(metrics["search_score_before"], *reached)
+        assert row["finetuned_score"] == best > row["score"]
+        small = cacp_ray.load_subnet(folder, model=model)
+        assert score(small)["score"] == pytest.approx(best, rel=1e-4)
+    with pytest.raises(ArtifactError, match="finished fine-tuning"):
+        finished.finetune(fit)
+    assert "PSNR" in finished.report().read_text()
+
+
+def test_weights_of_a_training_elsewhere_are_saved(finished, model):
+    folder = finished.subnets[0.7]
+    net = cacp_ray.load_subnet(folder, model=model, finetuned=False)
+    with torch.no_grad():
+        net.last.bias.add_(0.125)
+    cacp_ray.save_finetuned(folder, net, {"score": 30.5, "epochs_elsewhere": 3})
+    again = cacp_ray.load_subnet(folder, model=model)
+    assert torch.equal(again.last.bias, net.last.bias)
+    with pytest.raises(ConfigError, match="holds another network"):
+        cacp_ray.save_finetuned(folder, model, {"score": 1.0})
+    with pytest.raises(ConfigError, match="finite number"):
+        cacp_ray.save_finetuned(folder, net, {"psnr": 1.0})
+
+
+def test_what_cannot_be_sent_is_named(model, tmp_path):
+    import threading
+
+    lock = threading.Lock()
+
+    def locked(net):
+        with lock:
+            return 1.0
+
+    with pytest.raises(ConfigError, match=r"^score cannot be sent to evaluators"):
+        cacp_ray.search(
+            SETTINGS, tmp_path / "run", model=model, calibration=batches, score=locked,
+            example_inputs={"small": torch.zeros(1, 1, 8, 8)},
+        )  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
+class Doubling:
+    """The same as a task by name."""
+
+    metric = "PSNR (dB)"
+    example_inputs = {"small": torch.zeros(1, 1, 8, 8)}  # noqa: RUF012
+
+    def calibration(self):
+        return batches()
+
+    def score(self, net):
+        return score(net)
+
+    def train(self, net, context):
+        fit(net, context, epochs=1)
+
+
+def make_doubler():
+    torch.manual_seed(0)
+    return Doubler()
+
+
+def test_a_task_by_name_needs_no_objects(tmp_path):
+    settings = SETTINGS | {"strategy": "random", "rates": [0.5], "evaluations": 4}
+    names = {"model": {"name": f"{__name__}:make_doubler"}, "task": f"{__name__}:Doubling"}
+    run = cacp_ray.search(load_config(RunConfig, settings | names), tmp_path / "run")
+    result = cacp_ray.finetune(run.path)
+    assert result["rates"][0]["finetuned_score"] >= result["rates"][0]["score"]
+    small = cacp_ray.load_subnet(run.subnets[0.5])
+    assert score(small)["score"] == pytest.approx(result["rates"][0]["finetuned_score"], rel=1e-4)
