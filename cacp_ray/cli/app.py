@@ -5,11 +5,13 @@ import io
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cacp_ray.errors import CacpError, is_out_of_memory
+from cacp_ray.io.code import add_code_folder
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,6 +51,7 @@ def setup(
     for name in () if debug else ("ray", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     state["quiet"] = quiet
+    add_code_folder(Path.cwd())  # for networks and tasks that a user names
 
 
 def main() -> None:

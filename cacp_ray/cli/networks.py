@@ -28,9 +28,11 @@ def inspect(
     ] = False,
 ) -> None:
     """Print channel groups, layers that stay whole and why, and the reachable rates."""
+    from cacp_ray.config.saved import import_code_of
     from cacp_ray.reporting.tables import groups_table, make_console
     from cacp_ray.workflows.analyze import inspect_model
 
+    import_code_of(Path(model))
     inspected = inspect_model(model, side=side, num_classes=num_classes)
     plan, budget = inspected.analysis.plan, inspected.analysis.budget
     make_console().print(
@@ -121,11 +123,13 @@ def export(
     ] = "latest",
 ) -> None:
     """Write a subnet as one checked file for other programs, for any batch size."""
+    from cacp_ray.config.saved import import_code_of
     from cacp_ray.exporting.subnet import BATCH_SIZES, export_subnet
 
     chosen = {"latest": None, "finetuned": True, "search": False}
     if weights not in chosen:
         raise ConfigError(f"--weights {weights}: choose finetuned, search or latest")
+    import_code_of(subnet)
     done = export_subnet(subnet, format, out=out, finetuned=chosen[weights])
     opset = f"opset {done.opset}, " if done.opset is not None else ""
     typer.echo(

@@ -23,6 +23,7 @@ from pydantic import (
 from cacp_ray.data import cifar10
 from cacp_ray.data.limits import MAX_PIXELS, MAX_SIDE
 from cacp_ray.errors import ConfigError, nearest_names, one_line
+from cacp_ray.io.code import add_code_folder
 from cacp_ray.io.files import parse_yaml
 from cacp_ray.pruning.cost import COSTS
 from cacp_ray.reporting.scalars import Logger
@@ -201,6 +202,12 @@ class ClusterConfig(Section):
         description="share of a GPU; 0.25: four on each; 0: on CPUs; auto: as its memory allows",
     )
 
+    runtime_env: dict[str, Any] = Field(
+        default={},
+        description="Ray's runtime environment of all processes of the cluster, such as "
+        "{working_dir: ., pip: [einops], env_vars: {KEY: value}}; it sends your own code along",
+    )
+
     @field_validator("gpus_per_evaluator", mode="before")
     @classmethod
     def _share_or_auto(cls, gpus: Any) -> Any:
@@ -350,6 +357,7 @@ def load_config(
         values: Any = copy.deepcopy(source)
     else:
         where = f"configuration {source}"
+        add_code_beside(Path(source))
         try:
             values = parse_yaml(Path(source).read_text(encoding="utf-8")) or {}
         except OSError as error:
@@ -365,6 +373,12 @@ def load_config(
         return kind.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{where}: {_first_problem(kind, error)}") from error
+
+
+def add_code_beside(file: Path) -> None:
+    """Lets a configuration name code that lies beside it, unless it is the one of a run."""
+    if file.exists() and not (file.parent / "environment.json").exists():
+        add_code_folder(file.parent)
 
 
 def _override(values: dict[str, Any], text: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from cacp_ray.config.run import RunConfig, Section, load_config, resolved
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.io.files import changed_keys, check_writable
-from cacp_ray.models.factory import check_origin
+from cacp_ray.models.factory import check_origin, import_beside
 
 # No measurement of the search depends on these.
 MAY_CHANGE = ("cluster.max_evaluators", "report.frontier", "report.learning", "report.latency")
@@ -81,6 +81,17 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.yaml").exists()
 
 
+def import_code_of(subnet: Path) -> None:
+    """Imports the network's code that the run of a subnet names, where it is the user's own.
+
+    Raises:
+        ConfigError: The run's configuration cannot be read, or names code that lies in the run.
+    """
+    run = subnet.absolute().parent.parent
+    if (subnet / "subnet.json").exists() and is_run(run):
+        read_run_config(run)
+
+
 def read_run_config(run_dir: Path) -> RunConfig:
     """The configuration that a run was started with.
 
@@ -91,6 +102,9 @@ def read_run_config(run_dir: Path) -> RunConfig:
     if not is_run(run_dir):
         raise ArtifactError(f"{run_dir} holds no run (no config.yaml): check the path")
     config = load_config(RunConfig, run_dir / "config.yaml")
-    for name in (config.model.name, config.strategy, config.pruning.criterion):
+    names = (config.model.name, config.strategy, config.pruning.criterion, config.task or "")
+    for name in names:
         check_origin(name, run_dir)
+    for name in names:
+        import_beside(name)  # so that the run's subnets, which name it too, may use it
     return config

@@ -29,6 +29,7 @@ from cacp_ray.distributed.internals import (
     use_token,
 )
 from cacp_ray.errors import ConfigError
+from cacp_ray.io.code import python_path
 
 logger = logging.getLogger(__name__)
 
@@ -42,26 +43,37 @@ FRAME_HEADER_BYTES = 9
 SETTINGS_FRAME = 4
 
 
-def connect(address: str | None, *, num_cpus: int | None = None) -> None:
+def connect(
+    address: str | None,
+    *,
+    num_cpus: int | None = None,
+    runtime_env: Mapping[str, Any] | None = None,
+) -> None:
     """Joins a cluster or starts a local Ray; returns at once where Ray is connected already.
 
     Args:
         address: HOST:PORT, `auto` or `local`; None takes RAY_ADDRESS, else `local`.
         num_cpus: CPUs of a local Ray; None takes all of the machine.
+        runtime_env: Ray's runtime environment for all processes of this job.
 
     Raises:
         ConfigError: Nothing answers there, or Ray refuses; within 30 s.
     """
     if ray.is_initialized():
         return
+    options = {"runtime_env": dict(runtime_env)} if runtime_env else {}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else ray.init warns
     if is_local(address):
-        with environment(_fast_start() | _own_token()), bound_to_loopback():
+        with environment(_fast_start() | _own_token() | python_path()), bound_to_loopback():
             read_token_again()
             session = _init(
-                "local", num_cpus=num_cpus, include_dashboard=False, _node_ip_address=LOOPBACK
+                "local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                _node_ip_address=LOOPBACK,
+                **options,
             )
         logs = os.path.join(session, "logs")
         logger.debug("Ray's own messages: %s", logs)
@@ -69,7 +81,7 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> None:
         return
     target = check_address(address)
     use_token()
-    _init(target)
+    _init(target, **options)
 
 
 def is_local(address: str | None) -> bool:

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +25,7 @@ from cacp_ray.errors import (
     is_out_of_memory,
     nearest_names,
 )
+from cacp_ray.io.code import code_folders
 from cacp_ray.models.cifar import CifarResNet, CifarVGG16
 
 CIFAR_MODELS = {
@@ -168,6 +170,18 @@ def check_origin(name: str, *folders: Path) -> None:
                     f"{folder} names {name}, and holds its code: a folder of results may not bring "
                     "code; import it yourself first, or move it elsewhere on PYTHONPATH"
                 )
+
+
+def import_beside(name: str) -> None:
+    """Imports the module of a name that a user wrote, if it lies in one of their code folders."""
+    module = package_of(name)
+    if module is None or module in sys.modules:
+        return
+    with suppress(Exception):  # whatever the user's module raises, who uses it will say
+        spec = importlib.util.find_spec(module)
+        origin = None if spec is None else spec.origin
+        if origin is not None and any(_lies_in(origin, folder) for folder in code_folders()):
+            importlib.import_module(module)
 
 
 def _lies_in(file: str, folder: Path) -> bool:

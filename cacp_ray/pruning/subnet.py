@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from cacp_ray.errors import ArtifactError, ConfigError
+from cacp_ray.io.code import code_folders
 from cacp_ray.io.files import (
     read_json,
     read_tensors,
@@ -245,7 +246,7 @@ def _build_whole(folder: Path, description: Mapping[str, Any], *, trust: bool) -
             "load_subnet(..., model=...) with the whole network"
         )
     run = folder.absolute().parents[1:2] if folder.absolute().parent.name == "subnets" else ()
-    check_origin(name, folder, *run)
+    check_origin(name, folder, *run, *code_folders())
     if not trust and not is_known(name):
         raise ConfigError(
             f"{folder} names {name} for its network, which is not imported yet: "

@@ -295,7 +295,7 @@ def inspect_model(
         description = read_description(folder, "input_shape", "groups", "rate")
         model = load_subnet(folder, trust=True)
         shape = tuple(description["input_shape"])
-        num_classes = description["num_classes"]
+        num_classes = description.get("num_classes")
         base_channels = {group["name"]: group["num_channels"] for group in description["groups"]}
         name = f"{name} ({description['model']} at rate {description['rate']:.2f})"
     else:
@@ -304,5 +304,6 @@ def inspect_model(
         shape = default_input_shape(name, model)
     if side is not None:
         shape = (shape[0], side, side)
-    about = f"input {'x'.join(map(str, shape))}, {num_classes} classes"
+    classes = "" if num_classes is None else f", {num_classes} classes"
+    about = f"input {'x'.join(map(str, shape))}{classes}"
     return Inspection(name, about, analyze(model, torch.zeros(1, *shape)), base_channels)

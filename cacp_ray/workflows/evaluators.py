@@ -31,7 +31,7 @@ def join(config: RunConfig, address: str | None) -> None:
     from cacp_ray.distributed.cluster import check_room, connect
     from cacp_ray.distributed.probe import probe_nodes
 
-    connect(address)
+    connect(address, runtime_env=config.cluster.runtime_env)
     check_room(config.cluster.cpus_per_evaluator, config.cluster.gpus_per_evaluator, address)
     probe_nodes()
 

@@ -75,7 +75,7 @@ def finetune_by_task(
     check_address(address)
     cluster = config.cluster
     gpus = 0.0 if cluster.gpus_per_evaluator == "auto" else float(cluster.gpus_per_evaluator)
-    connect(address)
+    connect(address, runtime_env=cluster.runtime_env)
     check_room(cluster.cpus_per_evaluator, gpus, address)
     check_sendable({"train": function})
     job = OwnJob(

@@ -3,7 +3,10 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.rundir.directory import RunDirectory
 
 pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parents[2]
 
 SETTINGS = {
     "rates": [0.4, 0.7],
@@ -224,3 +228,70 @@ def test_a_task_by_name_needs_no_objects(tmp_path):
     assert result["rates"][0]["finetuned_score"] >= result["rates"][0]["score"]
     small = cacp_ray.load_subnet(run.subnets[0.5])
     assert score(small)["score"] == pytest.approx(result["rates"][0]["finetuned_score"], rel=1e-4)
+
+
+MODULE = """
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv1d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv1d(8, 8, 3, padding=1),
+                         nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 3))
+
+class Signals:
+    example_inputs = torch.zeros(1, 2, 12)
+    metric = "agreement"
+
+    def calibration(self):
+        torch.manual_seed(1)
+        return [torch.randn(32, 2, 12) for _ in range(4)]
+
+    def score(self, net):
+        torch.manual_seed(2)
+        signals = torch.randn(64, 2, 12)
+        return -float((net(signals) - make().eval()(signals)).square().mean())
+"""
+OWN_YAML = """
+name: own
+model: {name: "beside:make"}
+task: "beside:Signals"
+rates: [0.5]
+strategy: random
+evaluations: 4
+report: {frontier: false, learning: false, latency: false}
+cluster: {runtime_env: {env_vars: {OWN: "1"}}}
+"""
+
+
+def run_cli(folder, *arguments):
+    python = [sys.executable, "-m", "cacp_ray.cli", *map(str, arguments)]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        python, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_code_beside_the_configuration_is_found_here_and_by_evaluators(tmp_path):
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    home.mkdir()
+    elsewhere.mkdir()
+    (home / "beside.py").write_text(MODULE)
+    (home / "own.yaml").write_text(OWN_YAML)
+    done = run_cli(elsewhere, "search", home / "own.yaml", "--run-dir", home / "run")
+    assert done.returncode == 0, done.stderr
+    assert "agreement" in done.stdout
+    shown = run_cli(home, "evaluate", "run")
+    assert shown.returncode == 0, shown.stderr
+    assert "rate 0.50, agreement -" in shown.stdout
+    subnet = "run/subnets/rate-0.50"
+    inspected = run_cli(home, "inspect", subnet)
+    assert inspected.returncode == 0, inspected.stderr
+    exported = run_cli(home, "export", subnet, "--format", "state-dict")
+    assert exported.returncode == 0, exported.stderr
+    # A subnet folder alone leads to no code, neither from where it lies nor from here.
+    (home / "run" / "subnets" / "rate-0.50").rename(home / "alone")
+    refused = run_cli(home, "inspect", "./alone")
+    assert refused.returncode == 2
+    assert "may not bring code" in refused.stderr
