@@ -574,7 +574,7 @@ CASES = {
             "report",
             **{"subnets__rate-0.50__metrics.json": '{"epochs": "many"}'},
         ),
-        r"metrics\.json: no best_epoch",
+        r"metrics\.json: epochs: ",
     ),
     **{
         f"a base network whose {key} is {text}": (saved_base(key, text), rf"model\.json: {where}")
