@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cacp_ray.config.run import RunConfig
-from cacp_ray.errors import ArtifactError
+from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.pruning.criteria import needs, score_channels
 from cacp_ray.pruning.statistics import Statistics
 from cacp_ray.rundir.records import EpisodeRecord
@@ -128,6 +128,11 @@ def check_strategy(setup: Setup) -> None:
     Raises:
         ConfigError: It needs more evaluations, or something that is not installed.
     """
+    if setup.config.strategy == "cap" and not setup.task.metric.is_share:
+        raise ConfigError(
+            "strategy cap goes from the whole network's accuracy down to 0, and needs a score that "
+            "is a share: choose another for a task of your own"
+        )
     if setup.config.strategy not in AGENTS:
         prior = uniform_prior(len(setup.budget.num_channels))
         make_strategy(setup.config.strategy, _make_problem(setup, prior))

@@ -150,7 +150,7 @@ class DDPG(PruningAgent):
         self._replay.add(
             states=states[..., : self._num_features],
             actions=actions,
-            accuracies=[m.score if m.status == "ok" else 0.0 for _, m in results],
+            scores=[m.score if m.status == "ok" else np.nan for _, m in results],
         )
 
     def _sample(self, num_minibatches: int) -> SampleBatch:

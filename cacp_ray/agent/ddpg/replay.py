@@ -27,7 +27,7 @@ class Replay(EpisodeArrays):
     Attributes:
         states: (N, T, F).
         actions: (N, T).
-        accuracies: (N,) in [0, 1]; 0 for a failed measurement.
+        scores: (N,); NaN for a failed measurement.
     """
 
     capacity = CAPACITY
@@ -36,7 +36,19 @@ class Replay(EpisodeArrays):
         super().__init__()
         self.states = np.empty((0, num_steps, num_features), np.float32)
         self.actions = np.empty((0, num_steps), np.float32)
-        self.accuracies = np.empty(0, np.float32)
+        self.scores = np.empty(0, np.float32)
+
+    def accuracies(self) -> NDArray[np.float32]:
+        """(N,) in [0, 1], as the paper's rewards are; 0 for a failed measurement.
+
+        Scores outside [0, 1] are scaled to it from the worst to the best of the memory (ours).
+        """
+        known = self.scores[np.isfinite(self.scores)]
+        if len(known) and (known.min() < 0 or known.max() > 1):
+            scaled = (self.scores - known.min()) / ((known.max() - known.min()) or 1.0)
+        else:
+            scaled = self.scores
+        return np.nan_to_num(scaled, nan=0.0)
 
     def transitions(self, targets: Targets, has_baseline: bool) -> dict[str, NDArray[Any]]:
         """All N * T transitions, episode by episode, as the learner's columns.
@@ -44,7 +56,7 @@ class Replay(EpisodeArrays):
         Args:
             targets: With `monte_carlo` every step is the last one and earns the rest of its
                 episode: nothing is bootstrapped (ours).
-            has_baseline: Whether the mean accuracy of the memory is subtracted from the accuracies.
+            has_baseline: Whether the mean of the memory is subtracted from all accuracies.
 
         Returns:
             States (N * T, F), actions (N * T, 1), rewards (N * T,), next states (N * T, F), and 1
@@ -52,8 +64,9 @@ class Replay(EpisodeArrays):
         """
         num_steps, num_features = self.states.shape[1:]
         steps = np.tile(np.arange(num_steps), len(self))
-        baseline = self.accuracies.mean() if has_baseline else 0.0
-        rewards = np.repeat((self.accuracies - baseline) / num_steps, num_steps)
+        accuracies = self.accuracies()
+        baseline = accuracies.mean() if has_baseline else 0.0
+        rewards = np.repeat((accuracies - baseline) / num_steps, num_steps)
         is_last = steps == num_steps - 1
         if targets == "monte_carlo":
             rewards, is_last = rewards * (num_steps - steps), np.ones_like(is_last)

@@ -221,7 +221,7 @@ def test_failures_are_stored_as_no_reward_and_repeats_once(build):
     agent.tell(failed)
     agent.tell(failed)
     assert len(agent._replay) == 6
-    assert (agent._replay.accuracies == 0).all()
+    assert (agent._replay.accuracies() == 0).all()
 
 
 def test_a_policy_without_noise_still_proposes_something_new(build):

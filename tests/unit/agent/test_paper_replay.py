@@ -11,7 +11,7 @@ STEPS, FEATURES = 4, 3
 def replay():
     replay = Replay(STEPS, FEATURES)
     states = np.arange(2 * STEPS * FEATURES, dtype=np.float32).reshape(2, STEPS, FEATURES)
-    replay.add(states=states, actions=states[..., 0] / 100, accuracies=[0.8, 0.0])
+    replay.add(states=states, actions=states[..., 0] / 100, scores=[0.8, np.nan])
     return replay
 
 
@@ -52,11 +52,11 @@ def test_monte_carlo_targets_are_what_the_rest_of_the_episode_earns(replay):
 def test_only_the_last_episodes_are_kept(replay):
     for i in range(CAPACITY):
         states = np.full((1, STEPS, FEATURES), i)
-        replay.add(states=states, actions=np.zeros((1, STEPS)), accuracies=[0.5])
+        replay.add(states=states, actions=np.zeros((1, STEPS)), scores=[0.5])
     assert len(replay) == CAPACITY
     assert replay.num_added == CAPACITY + 2
     np.testing.assert_array_equal(replay.states[:, 0, 0], np.arange(CAPACITY))
-    assert (replay.accuracies == 0.5).all()
+    assert (replay.accuracies() == 0.5).all()
 
 
 def test_samples_are_transitions_drawn_evenly(replay):
@@ -65,3 +65,10 @@ def test_samples_are_transitions_drawn_evenly(replay):
     assert len(states) == 2 * STEPS
     assert counts.min() > 850
     np.testing.assert_allclose(rows[Columns.ACTIONS][:, 0], rows[Columns.OBS][:, 0] / 100)
+
+
+def test_scores_of_another_unit_are_scaled_to_the_rewards_of_the_paper():
+    replay = Replay(STEPS, FEATURES)
+    states = np.zeros((4, STEPS, FEATURES), np.float32)
+    replay.add(states=states, actions=states[..., 0], scores=[28.0, np.nan, 24.0, 26.0])
+    assert replay.accuracies().tolist() == [1.0, 0.0, 0.0, 0.5]
