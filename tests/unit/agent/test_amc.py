@@ -51,15 +51,15 @@ def test_amc_comes_near_the_optimum_of_every_rate_within_150_episodes_of_each(se
     """
     mdp, score, optima = five_group_problem(seed, RATES)
     amc = AMC(PaperSettings(**SMALL), mdp, RATES, seed, 450)
-    score = {rate: [] for rate in RATES}
+    found = {rate: [] for rate in RATES}
     for first in range(0, 450, 6):
         results = measure(amc.ask(6), score, first)
         for candidate, measurement in results:
-            score[candidate.rate].append(measurement.score)
+            found[candidate.rate].append(measurement.score)
         amc.tell(results)
         amc.learn()
     amc.stop()
-    tops = np.array([score[rate] for rate in RATES]) / optima[:, None]  # (R, 150)
+    tops = np.array([found[rate] for rate in RATES]) / optima[:, None]  # (R, 150)
     assert (tops.max(axis=1) >= 0.92).all()
     assert (tops <= 1 + 1e-9).all()
     assert (tops[:, :56].mean(axis=1) <= 0.72).all()  # the warm-up
