@@ -20,7 +20,6 @@ from pydantic import (
     model_validator,
 )
 
-from cacp_ray.data import cifar10
 from cacp_ray.data.limits import MAX_PIXELS, MAX_SIDE
 from cacp_ray.errors import ConfigError, nearest_names, one_line
 from cacp_ray.io.code import add_code_folder
@@ -114,9 +113,13 @@ class DataConfig(Section):
         description="training and the test split read and decode their images when they need "
         "them, for data sets that memory does not hold",
     )
-    mean: Channels = Field(default=cifar10.MEAN, description="mean of red, green, blue in [0, 1]")
-    std: tuple[Positive, Positive, Positive] = Field(
-        default=cifar10.STD, description="deviation of red, green, blue in [0, 1]"
+    mean: Channels | None = Field(
+        default=None,
+        description="mean of red, green, blue in [0, 1], as in the training of the weights; needed "
+        "unless the data is embedded or published weights bring it",
+    )
+    std: tuple[Positive, Positive, Positive] | None = Field(
+        default=None, description="deviation of red, green, blue in [0, 1], likewise"
     )
 
 

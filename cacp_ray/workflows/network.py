@@ -120,21 +120,3 @@ def check_hash(sha256: str, saved: Mapping[str, Any], run_dir: Path) -> None:
             f"{run_dir} was searched from other weights than model.weights holds now: put them "
             "back or search again in another --run-dir"
         )
-
-
-def warn_of_normalisation(config: RunConfig) -> None:
-    """Warns where CIFAR-10's normalisation is assumed for weights that may expect another."""
-    model, data = config.model, config.data
-    has_file = model.weights is not None and not is_published(model.name, model.weights)
-    if (
-        has_file
-        and model.name.startswith(("torchvision:", "timm:"))
-        and not data.train.path.startswith("embedded:")
-        and not {"mean", "std"} <= data.model_fields_set
-    ):
-        logger.warning(
-            "weights %s of %s: data.mean and data.std are not both set, and what is missing is "
-            "CIFAR-10's: set them as in the training of these weights",
-            model.weights,
-            model.name,
-        )

@@ -17,7 +17,7 @@ from cacp_ray.evaluation.task import FunctionTask, OwnTask
 from cacp_ray.models.factory import GIVEN, package_of
 from cacp_ray.pruning.calibration import Calibration, Loss, classify, read_examples
 from cacp_ray.pruning.inputs import Inputs, call, check_inputs, check_network, describe_shapes
-from cacp_ray.workflows.network import check_output, load_model, warn_of_normalisation
+from cacp_ray.workflows.network import check_output, load_model
 from cacp_ray.workflows.splits import Splits, check_padding, check_splits
 
 Problem: TypeAlias = tuple[nn.Module, Calibration, Classification | OwnTask, Inputs]
@@ -77,7 +77,6 @@ def read_images(config: RunConfig) -> Problem:
     """
     if config.model.weights is None:
         raise ConfigError("model.weights is missing: a search starts from a trained network")
-    warn_of_normalisation(config)
     # The network first: images of a large data set take minutes.
     splits = Splits(config.data)
     classes = splits.check()

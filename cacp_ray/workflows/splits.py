@@ -6,7 +6,8 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from cacp_ray.config.run import DataConfig
+from cacp_ray.config.run import Channels, DataConfig
+from cacp_ray.data import cifar10
 from cacp_ray.data.images import ImageSet, Rows, Shape, read_images, read_labels
 from cacp_ray.data.sources import Source, have_common_rows, open_source
 from cacp_ray.data.streams import ImageStream
@@ -28,14 +29,16 @@ class Splits:
         """Decodes a split, or `count` of its images, evenly spaced."""
         source, rows = self._find_rows(name)
         images = read_images(source, dataclasses.replace(rows, count=count), self._shape)
-        return dataclasses.replace(images, mean=self._data.mean, std=self._data.std)
+        mean, std = find_normalisation(self._data)
+        return dataclasses.replace(images, mean=mean, std=std)
 
     def open(self, name: str) -> Split:
         """A split in memory, or with `data.stream` where it lies."""
         if not self._data.stream:
             return self.read(name)
-        (source, rows), data = self._find_rows(name), self._data
-        return ImageStream(source, *read_labels(source, rows), self._shape, data.mean, data.std)
+        source, rows = self._find_rows(name)
+        scale = find_normalisation(self._data)
+        return ImageStream(source, *read_labels(source, rows), self._shape, *scale)
 
     def check(self) -> tuple[str, ...]:
         """Opens all three splits and reads their labels.
@@ -93,6 +96,26 @@ class Splits:
     def _is_at(self, source: Source, path: str) -> bool:
         """Whether a path, however it is spelled, has the very files of a source."""
         return source.name == path or source.resolved == self._source(path).resolved
+
+
+def find_normalisation(data: DataConfig) -> tuple[Channels, Channels]:
+    """Mean and deviation of the colours; the embedded sample has those of CIFAR-10.
+
+    Raises:
+        ConfigError: They are not given for other data.
+    """
+    mean, std = data.mean, data.std
+    if all(s.path.startswith("embedded:") for s in (data.train, data.search, data.test)):
+        mean, std = mean or cifar10.MEAN, std or cifar10.STD
+    if mean is None or std is None:
+        lacking = " and ".join(
+            name for name, value in (("mean", mean), ("std", std)) if value is None
+        )
+        raise ConfigError(
+            f"data.{lacking} not given: set data.mean and data.std as in the training of the "
+            f"weights (CIFAR-10: {list(cifar10.MEAN)} and {list(cifar10.STD)})"
+        )
+    return mean, std
 
 
 def _describe_classes(classes: tuple[str, ...]) -> str:

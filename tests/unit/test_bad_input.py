@@ -50,7 +50,8 @@ def search_with(make, key):
     """A search whose `key` names a file that `make` writes."""
 
     def arguments(folder):
-        return search(f"{key}={make(folder)}")(folder)
+        scale = ("data.mean=[0.5, 0.5, 0.5]", "data.std=[0.2, 0.2, 0.2]")
+        return search(f"{key}={make(folder)}", *scale)(folder)
 
     return arguments
 
@@ -299,6 +300,10 @@ CASES = {
     "unknown strategy": (search("strategy=cacpp"), "did you mean"),
     "unknown model": (search("model.name=resnet19"), "did you mean"),
     "a model that is not installed": (search("model.name=nothing.at:all"), "cannot be imported"),
+    "data without mean and std": (
+        search(f"data.test.path={SAMPLE}"),
+        "data.mean and std not given: set data.mean and data.std as in the training",
+    ),
     "a model that is no network": (
         search("model.name=os:getcwd"),
         "returned str: the factory must",

@@ -25,6 +25,9 @@ from cacp_ray.workflows.splits import Splits
 NUM_CLASSES, PER_CLASS = 3, 7
 
 
+SCALE = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+
+
 def encode(value, side=4):
     buffer = io.BytesIO()
     Image.fromarray(np.full((side, side, 3), value, np.uint8)).save(buffer, "PNG")
@@ -112,6 +115,7 @@ def test_a_footer_and_the_labels_are_read_once_whatever_splits_lie_there(shards,
     data = load_config(
         DataConfig,
         {
+            **SCALE,
             "train": {"path": str(shards)},
             "search": {"path": str(shards), "images_per_class": 2},
             "test": {"path": f"{shards}/train-00000-*.parquet"},
@@ -229,6 +233,7 @@ def test_a_draw_is_missing_in_training_however_the_paths_are_spelled(
     data = load_config(
         DataConfig,
         {
+            **SCALE,
             "train": {"path": train.format(shards, link)},
             "search": {"path": search.format(shards, link), "images_per_class": 2},
             "test": {"path": str(shards)},
@@ -270,6 +275,7 @@ def test_the_search_split_is_drawn_from_the_training_rows_and_missing_there(shar
     data = load_config(
         DataConfig,
         {
+            **SCALE,
             "train": {"path": str(shards)},
             "search": {"path": str(shards), "images_per_class": 2, "seed": 3},
             "test": {"path": str(other)},
@@ -300,6 +306,7 @@ from cacp_ray.workflows.splits import Splits
 path = sys.argv[1]
 search = {"path": path, "images_per_class": 3, "seed": 5}
 values = {"train": {"path": path}, "search": search, "resize": 40, "crop": 32}
+values |= {"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
 split = Splits(load_config(DataConfig, values)).read("search")
 print(len(split), hashlib.sha256(split.images.tobytes() + split.labels.tobytes()).hexdigest())
 """

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from cacp_ray.config.run import DataConfig
-from cacp_ray.data import streams
+from cacp_ray.data import cifar10, streams
 from cacp_ray.data.batches import Augmentation, ImageBatches
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.streams import StreamBatches
@@ -25,6 +25,7 @@ from cacp_ray.workflows.splits import Splits, check_splits
 
 COUNT, SIDE = 130, 4
 IMAGE_BYTES = SIDE * SIDE * 3
+SCALE = {"mean": cifar10.MEAN, "std": cifar10.STD}
 PLAIN = Augmentation(batch_size=16, padding=0, erasing=0.0, seed=3)
 
 
@@ -43,7 +44,7 @@ def data(tmp_path, monkeypatch):
         names = pa.array([f'"{i}"' for i in range(COUNT)]).to_pylist()
         table = table.replace_schema_metadata({"class_names": f"[{','.join(names)}]"})
         pq.write_table(table, tmp_path / f"{part}.parquet", row_group_size=7)
-    return DataConfig.model_validate({"train": {"path": str(tmp_path)}, "stream": True})
+    return DataConfig.model_validate({"train": {"path": str(tmp_path)}, "stream": True, **SCALE})
 
 
 def make_batches(data, **options):
@@ -187,7 +188,7 @@ def test_a_folder_of_images_is_shuffled_image_by_image(data, tmp_path):
     for i in range(40):
         (root / f"c{i // 20}").mkdir(parents=True, exist_ok=True)
         (root / f"c{i // 20}" / f"{i:03d}.png").write_bytes(encode(i))
-    folder = DataConfig.model_validate({"train": {"path": str(root)}, "stream": True})
+    folder = DataConfig.model_validate({"train": {"path": str(root)}, "stream": True, **SCALE})
     batches = StreamBatches(Splits(folder).open("train"), PLAIN, buffer_bytes=1)
     first, *_ = labels_of(batches)
     assert 0 < first.float().mean() < 1, "both classes in a batch, without any buffer"

@@ -15,14 +15,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision import models
 
-from cacp_ray.config.run import DataConfig, ModelConfig, RunConfig, load_config
+from cacp_ray.config.run import ModelConfig, RunConfig, load_config
 from cacp_ray.data.images import read_parquet
 from cacp_ray.data.transforms import to_normalized
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.models import pretrained
 from cacp_ray.models.pretrained import describe_weights, is_published, read_weights
-from cacp_ray.workflows.network import describe_published, load_model, warn_of_normalisation
-from cacp_ray.workflows.splits import Splits
+from cacp_ray.workflows.network import describe_published, load_model
+from cacp_ray.workflows.splits import Splits, find_normalisation
 
 RESNET18 = ModelConfig(name="torchvision:resnet18", weights="IMAGENET1K_V1")
 
@@ -141,26 +141,25 @@ def test_weights_without_a_classifier_are_refused_in_one_line():
 
 
 @pytest.mark.parametrize(
-    ("name", "weights", "data", "is_warned"),
+    ("name", "weights", "data", "is_refused"),
     [
-        ("torchvision:resnet18", "mine.pth", {"train": {"path": "mine"}}, True),
-        ("torchvision:resnet18", "mine.pth", {"train": {"path": "mine"}, "mean": (0, 0, 0)}, True),
-        ("torchvision:resnet18", "mine.pth", {}, False),  # the sample is CIFAR-10
-        ("resnet20", "mine.pth", {"train": {"path": "mine"}}, False),
-        ("torchvision:resnet18", "IMAGENET1K_V1", {"train": {"path": "mine"}}, False),
+        ("torchvision:resnet18", "mine.pth", {"train": {"path": "mine"}}, "data.mean and std"),
+        ("resnet20", "mine.pth", {"train": {"path": "mine"}, "mean": (0, 0, 0)}, "data.std not"),
+        ("resnet20", "mine.pth", {"search": {"path": "mine"}}, "data.mean and std"),
+        ("torchvision:resnet18", "mine.pth", {}, ""),  # the sample is CIFAR-10
+        ("torchvision:resnet18", "IMAGENET1K_V1", {"train": {"path": "mine"}}, ""),
     ],
 )
-def test_a_file_of_weights_without_mean_and_std_is_warned_of(
-    name, weights, data, is_warned, caplog
-):
+def test_data_of_ones_own_needs_the_mean_and_std_of_its_training(name, weights, data, is_refused):
     given = {"model": {"name": name, "weights": weights}, "data": data}
-    warn_of_normalisation(load_config(RunConfig, given))
-    assert ("data.mean" in caplog.text) == is_warned
-    assert len(caplog.records) == is_warned
-    caplog.clear()
-    both = DataConfig(mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)).model_dump(include={"mean", "std"})
-    warn_of_normalisation(load_config(RunConfig, given | {"data": data | both}))
-    assert not caplog.records
+    if is_refused:
+        with pytest.raises(ConfigError, match=is_refused):
+            find_normalisation(load_config(RunConfig, given).data)
+    else:
+        find_normalisation(load_config(RunConfig, given).data)
+    both = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+    own = load_config(RunConfig, given | {"data": data | both})
+    assert find_normalisation(own.data) == tuple(both.values())
 
 
 def test_all_files_of_torchvision_are_named_by_their_hash():
