@@ -36,6 +36,7 @@ from experiment import RATES
 from report import parse_rows
 
 from cacp_ray.config.run import RunConfig, load_config
+from cacp_ray.data import cifar10
 from cacp_ray.data.images import ImageSet
 from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache, key_of_scores
 from cacp_ray.evaluation.measurement import Candidate, Evaluator, LocalEvaluator, SubnetKey
@@ -155,7 +156,7 @@ def make_config(job: Job, options: argparse.Namespace) -> RunConfig:
     values: dict[str, Any] = {
         "name": job.folder.name,
         "model": {"name": options.model, "weights": options.weights},
-        "data": splits,
+        "data": {**splits, "mean": cifar10.MEAN, "std": cifar10.STD},
         "rates": RATES,
         "evaluations": to_ask(job.method, job.milestones[-1]),
         "mode": "rounds",

@@ -102,6 +102,8 @@ def main() -> None:
                 "test": {"path": "embedded:test"},
                 "resize": SIDE,
                 "crop": SIDE,
+                "mean": [0.485, 0.456, 0.406],
+                "std": [0.229, 0.224, 0.225],
             },
             "rates": [0.5],
             "evaluations": 800,

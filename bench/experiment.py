@@ -10,6 +10,7 @@ from report import parse_rows
 from torch import nn
 
 from cacp_ray.config.run import PruningConfig
+from cacp_ray.data import cifar10
 from cacp_ray.data.images import ImageSet, read_parquet
 from cacp_ray.models.factory import build_model
 from cacp_ray.models.pretrained import load_weights
@@ -50,6 +51,8 @@ def run_values(options: argparse.Namespace) -> dict[str, Any]:
             "train": {"path": options.train, "rows": options.train_rows},
             "search": {"path": options.search, "rows": options.search_rows},
             "test": {"path": options.test},
+            "mean": cifar10.MEAN,
+            "std": cifar10.STD,
         },
     }
 

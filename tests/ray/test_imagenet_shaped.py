@@ -70,6 +70,8 @@ def test_from_folders_to_an_export(name, call, tmp_path, monkeypatch):
             "test": {"path": "data/validation-*.parquet"},
             "resize": 232,
             "crop": 224,
+            "mean": [0.485, 0.456, 0.406],
+            "std": [0.229, 0.224, 0.225],
             "stream": True,
         },
         "rates": [0.5],

@@ -54,6 +54,8 @@ def test_from_a_bucket_of_images_to_a_run_in_a_bucket(scheme, tmp_path, monkeypa
                 "train": {"path": shards},
                 "search": {"path": shards, "images_per_class": 20},
                 "test": {"path": "embedded:test"},
+                "mean": [0.4914, 0.4822, 0.4465],
+                "std": [0.247, 0.2435, 0.2616],
                 "stream": True,
             },
             "rates": [0.5],
