@@ -3,13 +3,15 @@
 # pyright: basic
 # Basic: tasks and networks are the user's own.
 
+import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from cacp_ray.config.run import RunConfig
+from cacp_ray.config.run import RunConfig, load_config, resolved
 from cacp_ray.errors import ConfigError, one_line
 from cacp_ray.evaluation.classification import Classification
 from cacp_ray.evaluation.preparation import hash_weights
@@ -160,3 +162,28 @@ def find_loss(task: Classification | OwnTask, criterion: str, kinds: frozenset[s
             "loss(net, batch): add one, or choose another, such as cap"
         )
     return loss or classify
+
+
+def configure(
+    config: RunConfig | dict[str, Any] | str | Path | None,
+    settings: dict[str, Any],
+    model: Any,
+    task: Any,
+) -> tuple[RunConfig, Given | None]:
+    """The configuration with what was given as objects, under names that say so."""
+    network = None if model is None else check_network(model)
+    if network is not None:
+        settings = settings | {"model": {"name": f"{GIVEN}{type(network).__name__}"}}
+    if task is not None:
+        settings = settings | {"task": task if isinstance(task, str) else OBJECT}
+    if isinstance(config, RunConfig):
+        chosen = load_config(RunConfig, resolved(config) | settings) if settings else config
+    else:
+        chosen = load_config(RunConfig, {} if config is None else config, settings=settings)
+    if chosen.task is None and network is not None:
+        raise ConfigError("search(model=...) needs a task, or example_inputs, calibration, score")
+    given = Given(
+        None if network is None else copy.deepcopy(network).cpu().eval(),
+        None if isinstance(task, str) else task,
+    )
+    return chosen, given if given.parts else None

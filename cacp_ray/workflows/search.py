@@ -4,19 +4,18 @@
 build and save the winner of every rate. Nothing is written before all input has been checked.
 """
 
-import copy
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from cacp_ray.config.run import RunConfig, load_config, resolved
-from cacp_ray.config.saved import check_unchanged, is_run, open_folder, read_run_config
+from cacp_ray.config.run import RunConfig, resolved
+from cacp_ray.config.saved import check_unchanged, is_run, open_folder
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.evaluation.cache import check_folder
 from cacp_ray.evaluation.measurement import Evaluator
@@ -24,12 +23,9 @@ from cacp_ray.evaluation.task import SCORE, FunctionTask, OwnTask
 from cacp_ray.io.clock import Clock
 from cacp_ray.io.files import write_json
 from cacp_ray.io.places import overlaps
-from cacp_ray.models.factory import GIVEN
 from cacp_ray.pruning.calibration import Loss
 from cacp_ray.pruning.cost import describe_cost
-from cacp_ray.pruning.inputs import check_network
 from cacp_ray.reporting.progress import SearchProgress
-from cacp_ray.reporting.run_report import report_run
 from cacp_ray.reporting.scalars import ScalarLog
 from cacp_ray.rundir.directory import RunDirectory, read_result
 from cacp_ray.rundir.mirror import RunMirror
@@ -37,13 +33,10 @@ from cacp_ray.rundir.records import EpisodeRecord
 from cacp_ray.searching.loop import SearchLoop
 from cacp_ray.searching.strategies import RACING
 from cacp_ray.searching.strategy import Strategy, make_candidates
-from cacp_ray.workflows.answers import answer_rates
 from cacp_ray.workflows.evaluators import (
     find_gpu_share,
     start_evaluators,
 )
-from cacp_ray.workflows.finetune import finetune
-from cacp_ray.workflows.finetune_own import finetune_by_task
 from cacp_ray.workflows.latencies import add_latencies
 from cacp_ray.workflows.learning_log import (
     LearningLog,
@@ -51,7 +44,8 @@ from cacp_ray.workflows.learning_log import (
     measure_learning,
     unseen_rates,
 )
-from cacp_ray.workflows.problem import OBJECT, Given
+from cacp_ray.workflows.problem import Given, configure
+from cacp_ray.workflows.run import Run
 from cacp_ray.workflows.setup import Setup, describe_accuracy
 from cacp_ray.workflows.start import begin_run, prepare_run, write_model
 from cacp_ray.workflows.strategy import (
@@ -73,58 +67,6 @@ from cacp_ray.workflows.winners import (
 logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[SearchProgress], object]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run.
-
-    Attributes:
-        path: Its directory.
-        result: The content of result.json.
-        mirror: The copy of the run on other storage, if there is one; `finish` brings it up to
-            date.
-        given: Network and task that were given as objects; None where there are none.
-    """
-
-    path: Path
-    result: dict[str, Any]
-    mirror: RunMirror | None = None
-    given: Given | None = field(default=None, repr=False)
-
-    @property
-    def subnets(self) -> dict[float, Path]:
-        """Folder of the subnet of every rate; `load_subnet` reads one."""
-        return {row["rate"]: self.path / row["path"] for row in self.result["rates"]}
-
-    def policy(self, rate: float, evaluations: int = 0) -> dict[str, Any]:
-        """The policy's subnet for any rate; see `cacp_ray.workflows.answers.answer_rates`."""
-        return answer_rates(self.path, [rate], evaluations, save=False, given=self.given)[0]
-
-    def finetune(
-        self,
-        train: Callable[..., object] | str | None = None,
-        *,
-        resume: bool = False,
-        address: str | None = None,
-    ) -> dict[str, Any]:
-        """Trains the subnet of every rate; returns the content of result.json.
-
-        A task of the user's own is trained by `train(net, context)`, or by its own method of that
-        name (`cacp_ray.workflows.finetune_own`); images of classes as by `cacp_ray.finetune`.
-        """
-        if train is None and self.given is None and read_run_config(self.path).task is None:
-            result = finetune(self.path, resume=resume, address=address)
-        else:
-            result = finetune_by_task(
-                self.path, train, given=self.given, resume=resume, address=address
-            )
-        self.result.update(result)
-        return result
-
-    def report(self) -> Path:
-        """Writes report.html."""
-        return report_run(self.path)
 
 
 def search(
@@ -183,33 +125,8 @@ def search(
         task = FunctionTask(example_inputs, calibration, score, loss, metric)
     elif score is None and not (calibration is example_inputs is loss is None):
         raise ConfigError("search(calibration=..., example_inputs=...) needs score=... too")
-    chosen, given = _configure(config, settings, model, task)
+    chosen, given = configure(config, settings, model, task)
     return _search_in(chosen, given, run_dir, resume, address, on_progress, cache, storage)
-
-
-def _configure(
-    config: RunConfig | dict[str, Any] | str | Path | None,
-    settings: dict[str, Any],
-    model: Any,
-    task: Any,
-) -> tuple[RunConfig, Given | None]:
-    """The configuration with what was given as objects, under names that say so."""
-    network = None if model is None else check_network(model)
-    if network is not None:
-        settings = settings | {"model": {"name": f"{GIVEN}{type(network).__name__}"}}
-    if task is not None:
-        settings = settings | {"task": task if isinstance(task, str) else OBJECT}
-    if isinstance(config, RunConfig):
-        chosen = load_config(RunConfig, resolved(config) | settings) if settings else config
-    else:
-        chosen = load_config(RunConfig, {} if config is None else config, settings=settings)
-    if chosen.task is None and network is not None:
-        raise ConfigError("search(model=...) needs a task, or example_inputs, calibration, score")
-    given = Given(
-        None if network is None else copy.deepcopy(network).cpu().eval(),
-        None if isinstance(task, str) else task,
-    )
-    return chosen, given if given.parts else None
 
 
 def _search_in(

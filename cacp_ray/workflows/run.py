@@ -1,0 +1,66 @@
+"""A finished run, for Python users: its subnets, its policy, its fine-tuning and its report."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cacp_ray.config.saved import read_run_config
+from cacp_ray.reporting.run_report import report_run
+from cacp_ray.rundir.mirror import RunMirror
+from cacp_ray.workflows.answers import answer_rates
+from cacp_ray.workflows.finetune import finetune
+from cacp_ray.workflows.finetune_own import finetune_by_task
+from cacp_ray.workflows.problem import Given
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        path: Its directory.
+        result: The content of result.json.
+        mirror: The copy of the run on other storage, if there is one; `finish` brings it up to
+            date.
+        given: Network and task that were given as objects; None where there are none.
+    """
+
+    path: Path
+    result: dict[str, Any]
+    mirror: RunMirror | None = None
+    given: Given | None = field(default=None, repr=False)
+
+    @property
+    def subnets(self) -> dict[float, Path]:
+        """Folder of the subnet of every rate; `load_subnet` reads one."""
+        return {row["rate"]: self.path / row["path"] for row in self.result["rates"]}
+
+    def policy(self, rate: float, evaluations: int = 0) -> dict[str, Any]:
+        """The policy's subnet for any rate; see `cacp_ray.workflows.answers.answer_rates`."""
+        return answer_rates(self.path, [rate], evaluations, save=False, given=self.given)[0]
+
+    def finetune(
+        self,
+        train: Callable[..., object] | str | None = None,
+        *,
+        resume: bool = False,
+        address: str | None = None,
+    ) -> dict[str, Any]:
+        """Trains the subnet of every rate; returns the content of result.json.
+
+        A task of the user's own is trained by `train(net, context)`, or by its own method of that
+        name (`cacp_ray.workflows.finetune_own`); images of classes as by `cacp_ray.finetune`.
+        """
+        if train is None and self.given is None and read_run_config(self.path).task is None:
+            result = finetune(self.path, resume=resume, address=address)
+        else:
+            result = finetune_by_task(
+                self.path, train, given=self.given, resume=resume, address=address
+            )
+        self.result.update(result)
+        return result
+
+    def report(self) -> Path:
+        """Writes report.html."""
+        return report_run(self.path)
