@@ -249,7 +249,7 @@ def _build_whole(folder: Path, description: Mapping[str, Any], *, trust: bool) -
     check_origin(name, folder, *run, *code_folders())
     if not trust and not is_known(name):
         raise ConfigError(
-            f"{folder} names {name} for its network, which is not imported yet: "
+            f"{folder} names {name} for its network, of no package of yours that is imported: "
             f"`import {package_of(name)}` first if that is yours, or load_subnet(..., "
             "trust=True)"
         )

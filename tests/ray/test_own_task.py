@@ -273,6 +273,7 @@ def run_cli(folder, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_code_beside_the_configuration_is_found_here_and_by_evaluators(tmp_path):
     home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
     home.mkdir()

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.ray
 PAGE = Path("docs/tasks.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_page_s_python_runs(tmp_path):
     first, second = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     (tmp_path / "page.py").write_text(f"{first}\n{second}")

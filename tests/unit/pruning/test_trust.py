@@ -1,14 +1,17 @@
 """A subnet folder cannot bring code, and names only code that the caller trusts."""
 
+import json
 import sys
 import types
 
 import pytest
 
-from cacp_ray.config.run import RunConfig, resolved
+from cacp_ray.config.run import RunConfig, load_config, resolved
 from cacp_ray.config.saved import read_run_config
 from cacp_ray.errors import ConfigError
+from cacp_ray.io import code
 from cacp_ray.io.files import write_yaml
+from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.subnet import load_subnet
 from tests.unit.exporting.folders import make_folder
 
@@ -120,3 +123,30 @@ def test_code_in_a_run_is_not_taken_either(key, module, tmp_path, monkeypatch):
     (tmp_path / "code" / f"{module}.py").write_text(CODE)
     with pytest.raises(ConfigError, match=f"names {module}:make, and holds its code"):
         read_run_config(tmp_path / "code")
+
+
+def test_code_beside_a_configuration_serves_its_names_and_no_subnet(
+    subnet, module, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(code, "_folders", [])
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / f"{module}.py").write_text(CODE)
+    write_yaml(home / "own.yaml", {"model": {"name": f"{module}:make", "weights": "x"}})
+    config = load_config(RunConfig, home / "own.yaml")
+    assert code.python_path()["PYTHONPATH"].endswith(str(home))
+    with pytest.raises(ConfigError, match="may not bring code"):
+        load_subnet(subnet, trust=True)
+    assert not (home / f"{module}.ran").exists()
+    build_model(config.model.name, 5)
+    load_subnet(subnet)  # now that the user's own configuration has led to it
+
+
+@pytest.mark.parametrize("name", ["os:abort", "torch:seed", "numpy.testing:test", "ray:shutdown"])
+def test_functions_that_make_no_network_are_not_called(name, subnet):
+    file = subnet / "subnet.json"
+    description = json.loads(file.read_text()) | {"model": name}
+    file.write_text(json.dumps(description))
+    with pytest.raises(ConfigError, match="of no package of yours that is imported"):
+        load_subnet(subnet)
