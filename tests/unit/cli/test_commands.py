@@ -207,7 +207,7 @@ def test_inspect_prints_groups_reasons_and_reachable_rates(run):
     ("name", "about"),
     [
         ("torchvision:resnet18", "input 3x224x224, 1000 classes"),
-        ("timm:test_resnet", "input 3x160x160, 1000 classes"),  # its own input_size
+        ("timm:test_byobnet", "input 3x160x160, 1000 classes"),  # its own input_size
         ("tests.unit.pruning.networks:Plain", "input 3x224x224, 10 classes"),
     ],
 )
