@@ -1,5 +1,7 @@
 """A search's input checked and its cost told, without a search."""
 
+import copy
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,6 +9,7 @@ import torch
 
 from cacp_ray.config.run import RunConfig
 from cacp_ray.config.saved import open_folder
+from cacp_ray.evaluation.task import OwnTask
 from cacp_ray.workflows.estimate import (
     GpuFigures,
     describe_estimate,
@@ -43,7 +46,22 @@ def check_search(
     cpus = read_cpus(config, address)
     setup = Setup.create(config, run_dir)
     check_run(setup)
-    return "\n".join([setup.describe(), *estimate(setup, cpus, address, price)])
+    if isinstance(setup.task, OwnTask):
+        lines = [_time_own(setup, setup.task)]
+    else:
+        lines = estimate(setup, cpus, address, price)
+    return "\n".join([setup.describe(), *lines])
+
+
+def _time_own(setup: Setup, task: OwnTask) -> str:
+    """What one score of a task of the user's own takes here."""
+    started = time.perf_counter()
+    task.measure(copy.deepcopy(setup.model))
+    seconds = time.perf_counter() - started
+    return (
+        f"{setup.config.evaluations:,} evaluations; to score the whole network took "
+        f"{seconds:.2f} s here, smaller networks take less"
+    )
 
 
 def estimate(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from cacp_ray.config.agent_tuning import AgentTuningConfig
 from cacp_ray.config.run import RunConfig, load_config
 from cacp_ray.errors import ConfigError, EvaluationError
 from cacp_ray.evaluation.measurement import Candidate
@@ -15,6 +16,7 @@ from cacp_ray.evaluation.task import FunctionTask, OwnTask, read_score
 from cacp_ray.evaluation.task_scorer import TaskScorer
 from cacp_ray.pruning.calibration import find_inputs, read_examples
 from cacp_ray.searching.budget import uniform
+from cacp_ray.workflows.dry_run import check_search
 from cacp_ray.workflows.problem import Given
 from cacp_ray.workflows.setup import Setup
 
@@ -272,3 +274,32 @@ def test_a_loader_is_read_as_far_as_it_is_needed():
             yield torch.zeros(8, 1, 4, 4)
 
     assert len(read_examples(endless(), torch.zeros(1, 1, 4, 4), 20)) == 24
+
+
+def test_a_dry_run_says_what_a_score_takes(tmp_path):
+    values = {"model": {"name": f"{__name__}:make_twins"}, "task": f"{__name__}:Counted"}
+    about = check_search(load_config(RunConfig, values), tmp_path / "run")
+    assert "to score the whole network took" in about
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strategy": "cap"}, "needs a score that is a share"),
+        ({"evaluation": {"racing": True}}, r"evaluation\.racing compares images"),
+        ({"evaluation": {"images": 10}}, r"evaluation\.images: a task of your own"),
+        ({"model": {"name": "torchvision:resnet18"}}, r"model\.weights is missing"),
+    ],
+)
+def test_settings_of_images_are_refused(settings, message, tmp_path):
+    values = {"model": {"name": f"{__name__}:make_twins"}, "task": f"{__name__}:Counted"}
+    with pytest.raises(ConfigError, match=message):
+        check_search(load_config(RunConfig, values | settings), tmp_path / "run")
+
+
+def test_an_agent_is_not_tuned_on_a_task():
+    space = {"agent.lr": {"choice": [0.001, 0.002]}}
+    values = {"search": {"task": "x:Y"}, "space": space}
+    with pytest.raises(ConfigError, match=r"search\.task"):
+        load_config(AgentTuningConfig, values)
