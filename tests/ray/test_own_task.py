@@ -149,6 +149,7 @@ def test_a_finished_run_is_not_searched_again_and_other_weights_are_refused(fini
     assert again.result["rates"] == finished.result["rates"]
 
 
+@pytest.mark.slow
 def test_a_killed_trial_goes_on_from_its_report(finished, model, tmp_path):
     killed = str(tmp_path / "killed")
     result = finished.finetune(partial(fit, killed=killed))
