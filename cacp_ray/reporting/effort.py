@@ -58,8 +58,9 @@ def list_facts(result: dict[str, Any], episodes: pa.Table, metrics: Metrics) -> 
         searched = result["seconds"].get("search")
         share = format_percent(busy / (searched * num_evaluators) if searched and busy else None, 0)
         spent = f"{format_seconds(busy)} of all evaluators, {share} % of the time of the search"
+        on = f" on {most:,} images" if most else ""
         facts += [
-            ("a candidate", f"{median} (median) to build, repair and score on {most:,} images"),
+            ("a candidate", f"{median} (median) to build, repair and score{on}"),
             ("scoring", spent),
         ]
     if metrics:

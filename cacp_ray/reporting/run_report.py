@@ -117,15 +117,16 @@ def draw_figures(
 ) -> list[Drawing]:
     """Writes the PNG and SVG files of a run."""
     scored = read_episodes(episodes)
+    what = "Accuracy" if metric_of(result).is_share else "Score"
     plots: list[tuple[str, str, Plot]] = [
-        ("accuracy", "Accuracy against cost", lambda axes: plot_accuracy(axes, result, scored)),
+        ("accuracy", f"{what} against cost", lambda axes: plot_accuracy(axes, result, scored)),
         ("learning", "Progress of the search", lambda axes: plot_progress(axes, result, scored)),
         ("keep-ratios", "Where channels were cut", lambda axes: plot_keep_ratios(axes, result)),
         ("keep-counts", "How many channels stay", lambda axes: plot_keep_counts(axes, result)),
     ]
     if has_latency(result):
         speed: Plot = lambda axes: plot_latency(axes, result)  # noqa: E731
-        plots.insert(1, ("latency", "Accuracy against speed", speed))
+        plots.insert(1, ("latency", f"{what} against speed", speed))
     if metrics:
         draw: Plot = lambda axes: plot_finetuning(axes, result, metrics)  # noqa: E731
         plots.insert(-2, ("finetuning", "Fine-tuning", draw))
