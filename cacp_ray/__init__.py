@@ -6,6 +6,8 @@ alone imports neither torch nor ray.
 
 from typing import TYPE_CHECKING, Any
 
+from cacp_ray.io.code import extend_path
+
 if TYPE_CHECKING:
     from cacp_ray.api import (
         Analysis,
@@ -35,6 +37,9 @@ __all__ = [
     "search_each",
     "tune_agent",
 ]
+
+
+extend_path()
 
 
 def __getattr__(name: str) -> Any:

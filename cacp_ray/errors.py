@@ -11,7 +11,8 @@ The first four are bad input (exit code 2), the last is a failed run (exit code 
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 
 OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "bad allocation")
 
@@ -51,6 +52,23 @@ def is_out_of_memory(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or (isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY))
     )
+
+
+@contextmanager
+def users_code(what: str) -> Generator[None]:
+    """Runs code of the user's own; `what` begins the message about its failure.
+
+    Raises:
+        ConfigError: It failed; our own errors and a lack of memory pass.
+    """
+    try:
+        yield
+    except CacpError:
+        raise
+    except Exception as error:  # whatever that code raises
+        if is_out_of_memory(error):
+            raise
+        raise ConfigError(f"{what} ({type(error).__name__}: {one_line(error)})") from error
 
 
 def nearest_names(name: str, known: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -51,7 +52,8 @@ def setup(
     for name in () if debug else ("ray", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     state["quiet"] = quiet
-    add_code_folder(Path.cwd())  # for networks and tasks that a user names
+    with suppress(OSError):  # the working directory may be gone
+        add_code_folder(Path.cwd())  # for networks and tasks that a user names
 
 
 def main() -> None:

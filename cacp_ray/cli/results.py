@@ -65,6 +65,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Split to measure on: search or test.")] = "search",
 ) -> None:
     """Measure subnets, or rebuild and score a recorded candidate again."""
+    from cacp_ray.reporting.summary import binomial_error
     from cacp_ray.workflows.answers import evaluate_subnets, rescore_candidate
 
     if split not in ("search", "test"):
@@ -81,7 +82,7 @@ def evaluate(
         return
     for folder, rate, scored, metric in evaluate_subnets(path, split):
         if metric.is_share:
-            error = 100 * (scored.score * (1 - scored.score) / scored.images) ** 0.5
+            error = 100 * binomial_error(scored.score, scored.images)
             about = f", {split} split {metric.format(scored.score)} % "
             about += f"(standard error {error:.2f}, {scored.images} images)"
         else:

@@ -342,6 +342,7 @@ def load_config(
     *,
     defaults: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
+    is_saved: bool = False,
 ) -> AnyConfig:
     """Reads and checks a configuration.
 
@@ -351,6 +352,7 @@ def load_config(
         overrides: `key.path=value`, the value in YAML.
         defaults: Sections that the source may leave out.
         settings: Sections that replace those of the source.
+        is_saved: Whether a run holds the file. Code beside any other file may be named in it.
 
     Raises:
         ConfigError: The file cannot be read, or a key or value is not allowed.
@@ -360,7 +362,8 @@ def load_config(
         values: Any = copy.deepcopy(source)
     else:
         where = f"configuration {source}"
-        add_code_beside(Path(source))
+        if not is_saved and Path(source).exists():
+            add_code_folder(Path(source).parent)
         try:
             values = parse_yaml(Path(source).read_text(encoding="utf-8")) or {}
         except OSError as error:
@@ -376,12 +379,6 @@ def load_config(
         return kind.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{where}: {_first_problem(kind, error)}") from error
-
-
-def add_code_beside(file: Path) -> None:
-    """Lets a configuration name code that lies beside it, unless it is the one of a run."""
-    if file.exists() and not (file.parent / "environment.json").exists():
-        add_code_folder(file.parent)
 
 
 def _override(values: dict[str, Any], text: str) -> None:

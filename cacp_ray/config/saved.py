@@ -67,7 +67,9 @@ def check_unchanged(saved: Path | dict[str, Any], config: Section, where: str, o
     Raises:
         ConfigError: They differ in a key that measurements or results depend on.
     """
-    changed = changed_keys(resolved(load_config(type(config), saved)), resolved(config))
+    changed = changed_keys(
+        resolved(load_config(type(config), saved, is_saved=True)), resolved(config)
+    )
     changed = [key for key in changed if key not in MAY_CHANGE]
     if changed:
         raise ConfigError(
@@ -82,14 +84,16 @@ def is_run(folder: Path) -> bool:
 
 
 def import_code_of(subnet: Path) -> None:
-    """Imports the network's code that the run of a subnet names, where it is the user's own.
+    """Imports the code of the network that the run of a subnet names, so that it may name it too.
+
+    Only code in the user's own folders needs that (`cacp_ray.io.code`).
 
     Raises:
         ConfigError: The run's configuration cannot be read, or names code that lies in the run.
     """
     run = subnet.absolute().parent.parent
     if (subnet / "subnet.json").exists() and is_run(run):
-        read_run_config(run)
+        import_beside(read_run_config(run).model.name)
 
 
 def read_run_config(run_dir: Path) -> RunConfig:
@@ -101,10 +105,7 @@ def read_run_config(run_dir: Path) -> RunConfig:
     """
     if not is_run(run_dir):
         raise ArtifactError(f"{run_dir} holds no run (no config.yaml): check the path")
-    config = load_config(RunConfig, run_dir / "config.yaml")
-    names = (config.model.name, config.strategy, config.pruning.criterion, config.task or "")
-    for name in names:
+    config = load_config(RunConfig, run_dir / "config.yaml", is_saved=True)
+    for name in (config.model.name, config.strategy, config.pruning.criterion, config.task or ""):
         check_origin(name, run_dir)
-    for name in names:
-        import_beside(name)  # so that the run's subnets, which name it too, may use it
     return config

@@ -29,7 +29,7 @@ from cacp_ray.distributed.internals import (
     use_token,
 )
 from cacp_ray.errors import ConfigError
-from cacp_ray.io.code import python_path
+from cacp_ray.io.code import code_variable
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def connect(
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else ray.init warns
     if is_local(address):
-        with environment(_fast_start() | _own_token() | python_path()), bound_to_loopback():
+        with environment(_fast_start() | _own_token() | code_variable()), bound_to_loopback():
             read_token_again()
             session = _init(
                 "local",

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cacp_ray.errors import ConfigError, EvaluationError, one_line
+from cacp_ray.errors import ConfigError, EvaluationError, users_code
 from cacp_ray.evaluation.measurement import Metric, Scored
 from cacp_ray.models.factory import import_function
 from cacp_ray.pruning.calibration import Loss
@@ -133,14 +133,8 @@ class OwnTask:
             return self.given
         if self.name not in _made:
             make = import_function("task", self.name)  # without arguments
-            try:
+            with users_code(f"task {self.name} cannot be made"):
                 _made[self.name] = make()
-            except ConfigError:
-                raise
-            except Exception as error:  # the user's own code
-                raise ConfigError(
-                    f"task {self.name} cannot be made ({_describe(error)})"
-                ) from error
         return _made[self.name]
 
     def measure(self, net: nn.Module) -> Scored:
@@ -203,17 +197,8 @@ def measure_first(task: OwnTask, net: nn.Module) -> Scored:
     Raises:
         ConfigError: The task's score fails, or is no finite number.
     """
-    try:
-        return task.measure(net)
-    except EvaluationError as error:
-        raise ConfigError(f"task {task.name}: the whole network: {error}") from error
-    except ConfigError:
-        raise
-    except Exception as error:  # the user's own code
-        raise ConfigError(
-            f"task {task.name}: its score fails on the whole network ({_describe(error)})"
-        ) from error
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(error)}"
+    with users_code(f"task {task.name}: its score fails on the whole network"):
+        try:
+            return task.measure(net)
+        except EvaluationError as error:
+            raise ConfigError(f"task {task.name}: the whole network: {error}") from error

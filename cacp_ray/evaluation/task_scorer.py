@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -78,22 +79,12 @@ def make_scorer(
     task: Classification | OwnTask,
     *,
     recovery: str,
-    batch_size: int | None = None,
-    dtype: str = "auto",
-    images: int | None = None,
     threads: int | None = None,
     gpu: float = 0.0,
+    **of_images: Any,
 ) -> Scorer | TaskScorer:
-    """What scores candidates of a task: the arguments of `Scorer`, some for images alone."""
+    """What scores candidates of a task; `of_images` are further arguments of `Scorer`."""
+    shared: dict[str, Any] = {"recovery": recovery, "threads": threads, "gpu": gpu}
     if isinstance(task, OwnTask):
-        return TaskScorer(prepared, task, recovery=recovery, threads=threads, gpu=gpu)
-    return Scorer(
-        prepared,
-        task.split,
-        recovery=recovery,
-        batch_size=batch_size,
-        dtype=dtype,
-        images=images,
-        threads=threads,
-        gpu=gpu,
-    )
+        return TaskScorer(prepared, task, **shared)
+    return Scorer(prepared, task.split, **shared, **of_images)

@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+VARIABLE = "CACP_RAY_CODE"
 _folders: list[str] = []
 
 
@@ -24,7 +25,15 @@ def code_folders() -> list[Path]:
     return [Path(folder) for folder in _folders]
 
 
-def python_path() -> dict[str, str]:
-    """PYTHONPATH with these folders at its end, for processes that are started."""
-    paths = [os.environ.get("PYTHONPATH", ""), *_folders]
-    return {"PYTHONPATH": os.pathsep.join(path for path in paths if path)} if _folders else {}
+def code_variable() -> dict[str, str]:
+    """The variable by which processes that are started look there too: `extend_path` reads it.
+
+    PYTHONPATH would put the folders before everything that is installed.
+    """
+    return {VARIABLE: os.pathsep.join(_folders)} if _folders else {}
+
+
+def extend_path() -> None:
+    """Looks where the process that started this one does; importing the package calls it."""
+    folders = os.environ.get(VARIABLE, "").split(os.pathsep)
+    sys.path += [folder for folder in folders if folder and folder not in sys.path]

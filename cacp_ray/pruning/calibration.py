@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from cacp_ray.data.images import ImageSet
-from cacp_ray.errors import ConfigError, one_line
+from cacp_ray.errors import ConfigError, users_code
 from cacp_ray.pruning.inputs import Inputs, call, map_inputs, tensors_of
 
 BATCH_PIXELS = 2**19  # pixels passed at once: 512 images of 32x32, 10 of 224x224
@@ -145,7 +145,7 @@ def read_examples(loader: Iterable[Any], example_inputs: Inputs, count: int) -> 
     """
     batches: list[Batch] = []
     seen = 0
-    try:
+    with users_code("the calibration loader fails"):
         for given in itertools.islice(loader, count):
             content = tree_map_only(Tensor, lambda t: t.detach().cpu(), given)
             batch = Batch(find_inputs(content, example_inputs), content)
@@ -153,12 +153,6 @@ def read_examples(loader: Iterable[Any], example_inputs: Inputs, count: int) -> 
             seen += len(batch)
             if seen >= count:
                 break
-    except ConfigError:
-        raise
-    except Exception as error:  # the user's own code
-        raise ConfigError(
-            f"the calibration loader fails ({type(error).__name__}: {one_line(error)})"
-        ) from error
     if not batches:
         raise ConfigError("the calibration loader yields no batch: give training data")
     return Examples(tuple(batches))

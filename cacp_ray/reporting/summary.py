@@ -237,11 +237,16 @@ def standard_errors(result: dict[str, Any]) -> list[str]:
         known = [share for share in shares if share is not None]
         images = _images(result, split)
         if known and images:
-            errors = sorted(100 * math.sqrt(share * (1 - share) / images) for share in known)
+            errors = sorted(100 * binomial_error(share, images) for share in known)
             low, high = f"{errors[0]:.2f}", f"{errors[-1]:.2f}"
             span = low if low == high else f"{low} to {high}"
             texts.append(f"{split} split: {span} points ({images:,} images)")
     return texts
+
+
+def binomial_error(share: float, images: int) -> float:
+    """Standard error of a share of images."""
+    return math.sqrt(share * (1 - share) / images)
 
 
 def _cost_columns(result: dict[str, Any]) -> list[Column]:

@@ -313,6 +313,7 @@ class MetricsFile(Content):
 
     epochs: Annotated[int, Field(ge=1, le=10**6)] | None = None
     best_epoch: Count | None = None
+    score: Score | None = None
     search_score_before: Score | None = None
     seconds: Seconds | None = None
     rate: Rate | None = None

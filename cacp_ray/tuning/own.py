@@ -16,9 +16,12 @@ from ray import tune
 from torch import nn
 
 from cacp_ray.errors import ConfigError
+from cacp_ray.evaluation.measurement import Scored
 from cacp_ray.evaluation.task import OwnTask
 from cacp_ray.io.files import write_json
+from cacp_ray.io.schema import read_checked
 from cacp_ray.pruning.subnet import load_subnet, save_finetuned
+from cacp_ray.rundir.schema import MetricsFile
 from cacp_ray.tuning.experiment import (
     ReportCallback,
     check_trials,
@@ -49,26 +52,24 @@ class TrainContext:
     before: float
     history: list[dict[str, float]]
     _task: OwnTask = field(repr=False)
-    _whole: nn.Module | None = field(repr=False)
+    _whole: nn.Module = field(repr=False)
     _best: dict[str, Any] = field(repr=False)
     _started: float = field(default_factory=time.monotonic, repr=False)
 
     def teacher(self) -> nn.Module:
-        """The whole network in evaluation mode, to learn from.
-
-        Raises:
-            ConfigError: The run has no network that was given as an object or has weights by name.
-        """
-        if self._whole is None:
-            raise ConfigError("this run's whole network is not there: load it in your function")
+        """The whole network in evaluation mode, to learn from."""
         return self._whole.eval()
 
     def score(self, net: nn.Module) -> float:
-        """Score of a network by the task."""
-        was_training = net.training
+        """Score of a network by the task; all its layers keep their modes."""
+        return self._measure(net).score
+
+    def _measure(self, net: nn.Module) -> Scored:
+        modes = {module: module.training for module in net.modules()}
         scored = self._task.measure(net)
-        net.train(was_training)
-        return scored.score
+        for module, mode in modes.items():
+            module.training = mode
+        return scored
 
     def report(self, net: nn.Module, state: Any = None, **figures: float) -> float:
         """Scores the network, keeps it where it is the best so far, and saves where training is.
@@ -84,9 +85,7 @@ class TrainContext:
         Returns:
             The score.
         """
-        was_training = net.training
-        scored = self._task.measure(net)
-        net.train(was_training)
+        scored = self._measure(net)
         self.epoch += 1
         weights = {name: value.detach().cpu() for name, value in net.state_dict().items()}
         if scored.score > self._best["score"]:
@@ -120,7 +119,7 @@ class OwnJob:
         folders: Subnet folders by rate; absolute.
         task: What scores.
         train: The training function.
-        whole: The whole network; None where it cannot be had.
+        whole: The whole network.
         is_given: Whether subnets load with it, because it was given as an object.
         cpus: Threads of a trial.
         gpus: Share of a GPU for a trial.
@@ -129,7 +128,7 @@ class OwnJob:
     folders: Mapping[float, Path]
     task: OwnTask
     train: Train
-    whole: nn.Module | None
+    whole: nn.Module
     is_given: bool
     cpus: int
     gpus: float
@@ -156,7 +155,7 @@ def train_own(config: dict[str, Any], *, job: OwnJob) -> None:
         net.load_state_dict(saved["net"])
         before, best, state = saved["before"], saved["best"], saved["state"]
         history, epoch = saved["history"], len(saved["history"])
-    whole = None if job.whole is None else job.whole.to(device)
+    whole = job.whole.to(device)
     context = TrainContext(config["rate"], epoch, state, before, history, job.task, whole, best)
     job.train(net.to(device).train(), context)
     if context.epoch == 0:
@@ -175,6 +174,11 @@ def finetune_own(
     experiment_dir = experiment_dir.resolve()
     content = {"rates": sorted(job.folders), "task": job.task.name}
     open_experiment(experiment_dir, content, resume=resume)
+    if (experiment_dir / CHOICE_FILE).exists():  # weights that came later stay as they are
+        return {
+            rate: read_checked(folder / "metrics.json", MetricsFile, ("score",))
+            for rate, folder in job.folders.items()
+        }
     trainable = tune.with_resources(
         tune.with_parameters(train_own, job=job),
         {"cpu": job.cpus, **({"gpu": job.gpus} if job.gpus else {})},

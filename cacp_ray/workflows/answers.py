@@ -22,6 +22,7 @@ from cacp_ray.evaluation.measurement import (
     ScoreFunction,
 )
 from cacp_ray.evaluation.task_scorer import make_scorer
+from cacp_ray.models.factory import import_beside
 from cacp_ray.pruning.subnet import load_subnet, read_description
 from cacp_ray.rundir.directory import RunDirectory, read_result
 from cacp_ray.rundir.records import EpisodeRecord
@@ -193,6 +194,7 @@ def evaluate_subnets(path: Path, split: str) -> Iterator[tuple[Path, float, Scor
     if is_subnet and not is_run(run):
         raise ConfigError(f"{path} stands outside its run, whose config.yaml names the data")
     config = read_run_config(run)
+    import_beside(config.model.name)
     folders = [path] if is_subnet else [run / row["path"] for row in read_result(run)["rates"]]
     if (task := find_task(config, None)) is not None:
         for folder in folders:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cacp_ray.config.run import RunConfig, load_config, resolved
-from cacp_ray.errors import ConfigError, one_line
+from cacp_ray.errors import ConfigError, users_code
 from cacp_ray.evaluation.classification import Classification
 from cacp_ray.evaluation.preparation import hash_weights
 from cacp_ray.evaluation.task import FunctionTask, OwnTask
@@ -105,25 +105,12 @@ def read_own(config: RunConfig, task: OwnTask, model: nn.Module | None) -> Probl
         raise ConfigError("evaluation.images: a task of your own says itself what it scores")
     inputs = check_inputs(task.content.example_inputs, f"task {task.name}: example_inputs")
     network = _load_own(config) if model is None else check_network(model).eval()
-    try:
-        with torch.no_grad():
-            call(network, inputs)
-    except Exception as error:  # the network's own code
-        raise ConfigError(
-            f"task {task.name}: the network does not run on example_inputs of "
-            f"{describe_shapes(inputs)} ({type(error).__name__}: {one_line(error)})"
-        ) from error
-    try:
-        batches = task.content.calibration()
-        iterator = iter(batches)
-    except ConfigError:
-        raise
-    except Exception as error:  # the user's own code
-        raise ConfigError(
-            f"task {task.name}: calibration gives no batches ({type(error).__name__}: "
-            f"{one_line(error)})"
-        ) from error
-    return network, read_examples(iterator, inputs, config.pruning.calibration_images), task, inputs
+    fault = f"the network does not run on example_inputs of {describe_shapes(inputs)}"
+    with users_code(f"task {task.name}: {fault}"), torch.no_grad():
+        call(network, inputs)
+    with users_code(f"task {task.name}: calibration gives no batches"):
+        batches = iter(task.content.calibration())
+    return network, read_examples(batches, inputs, config.pruning.calibration_images), task, inputs
 
 
 def _load_own(config: RunConfig) -> nn.Module:

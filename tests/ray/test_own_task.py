@@ -1,5 +1,7 @@
 """A network object with its own inputs and score: searched, trained, reported, loaded."""
 
+import copy
+import dataclasses
 import json
 import os
 import signal
@@ -15,7 +17,10 @@ from torch import nn
 import cacp_ray
 from cacp_ray.config.run import RunConfig, load_config
 from cacp_ray.errors import ArtifactError, ConfigError
+from cacp_ray.evaluation.task import FunctionTask, OwnTask
 from cacp_ray.rundir.directory import RunDirectory
+from cacp_ray.tuning.own import TrainContext
+from cacp_ray.workflows.problem import Given
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
@@ -144,9 +149,27 @@ def test_the_policy_answers_with_the_objects(finished):
     assert answer["cost_kept"] <= 0.55
 
 
-def test_a_finished_run_is_not_searched_again_and_other_weights_are_refused(finished, model):
+def test_a_finished_run_is_not_searched_again(finished, model):
     again = search(model, finished.path, resume=True)
     assert again.result["rates"] == finished.result["rates"]
+
+
+def test_other_weights_than_those_of_the_search_are_refused(finished):
+    other = dataclasses.replace(finished, given=Given(Doubler().eval(), finished.given.task))
+    with pytest.raises(ArtifactError, match="other weights"):
+        other.finetune(fit)
+    with pytest.raises(ArtifactError, match="other weights"):
+        other.policy(0.5)
+
+
+def test_all_layers_keep_their_modes_when_a_training_scores_them(model):
+    context = TrainContext(
+        0.5, 0, None, 0.0, [], OwnTask("x", FunctionTask(None, batches, score)), model, {}
+    )
+    net = copy.deepcopy(model).train()
+    net.second.eval()
+    context.score(net)
+    assert (net.training, net.first.training, net.second.training) == (True, True, False)
 
 
 @pytest.mark.slow
@@ -166,6 +189,9 @@ def test_a_killed_trial_goes_on_from_its_report(finished, model, tmp_path):
         assert score(small)["score"] == pytest.approx(best, rel=1e-4)
     with pytest.raises(ArtifactError, match="finished fine-tuning"):
         finished.finetune(fit)
+    small.last.bias.data.add_(1)  # weights of another training
+    cacp_ray.save_finetuned(folder, small, {"score": 1.0})
+    assert finished.finetune(fit, resume=True)["rates"][-1]["finetuned_score"] == 1.0
     assert "PSNR" in finished.report().read_text()
 
 

@@ -1,6 +1,8 @@
 """A subnet folder cannot bring code, and names only code that the caller trusts."""
 
 import json
+import os
+import subprocess
 import sys
 import types
 
@@ -135,7 +137,7 @@ def test_code_beside_a_configuration_serves_its_names_and_no_subnet(
     (home / f"{module}.py").write_text(CODE)
     write_yaml(home / "own.yaml", {"model": {"name": f"{module}:make", "weights": "x"}})
     config = load_config(RunConfig, home / "own.yaml")
-    assert code.python_path()["PYTHONPATH"].endswith(str(home))
+    assert code.code_variable() == {code.VARIABLE: str(home)}
     with pytest.raises(ConfigError, match="may not bring code"):
         load_subnet(subnet, trust=True)
     assert not (home / f"{module}.ran").exists()
@@ -150,3 +152,31 @@ def test_functions_that_make_no_network_are_not_called(name, subnet):
     file.write_text(json.dumps(description))
     with pytest.raises(ConfigError, match="of no package of yours that is imported"):
         load_subnet(subnet)
+
+
+def test_the_users_folders_come_last_in_processes_that_are_started(tmp_path):
+    """A file of theirs must not hide an installed module of the same name."""
+    (tmp_path / "numpy.py").write_text("raise RuntimeError")
+    (tmp_path / "only_here.py").write_text("")
+    script = "import cacp_ray, numpy.linalg, only_here, sys; print(sys.path[-1])"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, code.VARIABLE: str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == str(tmp_path)
+
+
+def test_reading_a_run_adds_no_folder_and_imports_nothing(module, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(code, "_folders", [])
+    (tmp_path / "code" / f"{module}.py").write_text(CODE)
+    run = tmp_path / "run"
+    run.mkdir()
+    values = RunConfig.model_validate({"model": {"name": f"{module}:make", "weights": "x"}})
+    write_yaml(run / "config.yaml", resolved(values))
+    read_run_config(run)
+    assert not code.code_folders()
+    assert not (tmp_path / "code" / f"{module}.ran").exists()
