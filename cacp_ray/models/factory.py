@@ -133,7 +133,8 @@ def find_function(kind: str, name: str) -> Callable[..., Any]:
     except Exception as error:  # whatever the user's module raises
         raise ConfigError(
             f"{kind} {name!r} cannot be imported ({_describe(error)}): write "
-            "package.module:function and make sure that the package is installed or on PYTHONPATH"
+            "package.module:function; the package must be installed, in the working directory, or "
+            "beside the configuration"
         ) from error
     if not callable(function):
         raise ConfigError(
