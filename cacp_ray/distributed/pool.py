@@ -26,7 +26,8 @@ from cacp_ray.evaluation.measurement import FAILED, Candidate, Measurement
 logger = logging.getLogger(__name__)
 
 HANG_S = 300.0
-FIRST_HANG_S = 3600.0  # while no actor of its kind has answered; doubles each time
+FIRST_HANG_S = 3600.0  # while no actor of its kind has answered; doubles each time, up to
+MOST_PATIENCE = 8  # times as much
 HANG_FACTOR = 20.0  # of the slowest measurement so far, image by image
 LOSSES_AN_ATTEMPT = 3
 
@@ -219,10 +220,12 @@ class RayEvaluatorPool:
         return is_its_fault or len(work.failed_on) >= LOSSES_AN_ATTEMPT * self._max_attempts
 
     def _note_speed(self, kind: Kind, measurement: Measurement) -> None:
-        if measurement.images:
-            an_image = measurement.seconds / measurement.images
-            self._slowest[kind] = max(self._slowest.get(kind, 0.0), an_image)
-            self._most_images = max(self._most_images, measurement.images)
+        if measurement.status == "failed":
+            return
+        images = measurement.images or 1  # a task of the user's own counts none: all is one
+        an_image = measurement.seconds / images
+        self._slowest[kind] = max(self._slowest.get(kind, 0.0), an_image)
+        self._most_images = max(self._most_images, images)
 
     def _replace_hung(self) -> None:
         """Replaces actors that have not answered for very long; others get their candidates."""
@@ -242,7 +245,7 @@ class RayEvaluatorPool:
                 )
                 self._fleet.replace(slot)
                 if slowest is None:  # a measurement may simply take that long
-                    self._first_patience = 2 * first_patience
+                    self._first_patience = min(2 * first_patience, MOST_PATIENCE * FIRST_HANG_S)
 
     def _show(self) -> None:
         now = self._actors.now()

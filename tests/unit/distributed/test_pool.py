@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ray.util import metrics
 
@@ -215,6 +215,20 @@ def test_a_longer_measurement_is_no_hang(images: int | None, is_replaced: bool) 
     assert bool(cluster.killed) is is_replaced
 
 
+def test_a_score_that_counts_no_images_tells_what_a_hang_is() -> None:
+    def uncounted(candidate: Candidate, actor: Actor) -> Answer:
+        return Measurement(index=candidate.index, score=0.5, seconds=2.0)
+
+    late = pool.HANG_S + 100.0
+    cluster = FakeCluster(1, score=uncounted, seconds=lambda c: late if c.index == 9 else 2.0)
+    evaluator = open_pool(cluster, 1)
+    score(cluster, evaluator, 1)
+    submit(evaluator, 1, first=9)
+    while not cluster.killed and not evaluator.results(1.0):
+        assert cluster.clock < SECONDS
+    assert cluster.killed
+
+
 def test_patience_doubles_while_no_measurement_is_known() -> None:
     times: list[float] = []
     cluster = FakeCluster(2, seconds=lambda candidate: 3.5 * pool.FIRST_HANG_S)
@@ -417,6 +431,8 @@ Loss = tuple[float, str, int]
     number=st.integers(1, 4),
     follows=st.booleans(),
 )
+@example(losses=[], bad={0: HANG, 1: HANG}, number=1, follows=False)
+@example(losses=[], bad=dict.fromkeys(range(30), HANG), number=1, follows=False)
 def test_whatever_is_lost_and_whenever_every_candidate_comes_back_once(
     losses: list[Loss], bad: dict[int, Answer], number: int, follows: bool
 ) -> None:
@@ -434,7 +450,15 @@ def test_whatever_is_lost_and_whenever_every_candidate_comes_back_once(
         elif nodes:
             cluster.remove_node(nodes[which % len(nodes)], announced=what == "announced")
 
-    evaluator = open_pool(cluster, number, most=6 if follows else None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "FIRST_HANG_S", 60.0)  # all hang twice before any answers, at worst
+        evaluator = open_pool(cluster, number, most=6 if follows else None)
+        check_whatever_is_lost(cluster, evaluator, losses, do)
+
+
+def check_whatever_is_lost(
+    cluster: FakeCluster, evaluator: RayEvaluatorPool, losses: list[Loss], do: Callable[..., object]
+) -> None:
     wait(cluster, evaluator, lambda: evaluator.num_alive > 0)  # else the scorer may be to blame
     for moment, what, which in losses:
         cluster.at(cluster.clock + moment, lambda what=what, which=which: do(what, which))
