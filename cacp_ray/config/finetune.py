@@ -102,8 +102,9 @@ class FinetuneConfig(Section):
         for name, changes in self.variants.items():
             if not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(f"variants: {name!r} is no name: letters, digits, - and _")
-            if "teacher" in changes:
-                raise ValueError(f"variants.{name}.teacher: all variants have one teacher")
+            if shared := changes.keys() & {"teacher", "order"}:
+                key = min(shared)
+                raise ValueError(f"variants.{name}.{key}: all variants have one {key}")
         try:
             assert self.recipes
         except ValidationError as error:

@@ -17,7 +17,8 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cacp_ray.errors import ConfigError, one_line
+from cacp_ray.errors import CacpError, ConfigError, EvaluationError, one_line
+from cacp_ray.io.environment import with_same_versions
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +118,33 @@ def run_tasks(
                 yield items[number], outcome
     finally:
         _cancel(list(running.values()), kills=kills)
+
+
+def run_once(function: Callable[..., Value], *args: Any, cpus: int, name: str) -> Value:
+    """What a function returns that runs as one task with these CPUs, wherever they are free.
+
+    Raises:
+        CacpError: What the function raised.
+        EvaluationError: It raised something else, or its process was lost too often.
+    """
+    task: Any = ray.remote(num_cpus=cpus, max_retries=0)(with_same_versions(_run_with_threads))
+    stored = [ray.put(arg) for arg in args]
+    outcomes = run_tasks(
+        lambda _: task.remote(function, cpus, *stored), [name], name=name, max_attempts=3
+    )
+    ((_, outcome),) = outcomes
+    if isinstance(outcome, RayTaskError) and isinstance(outcome.cause, CacpError):
+        raise outcome.cause
+    if isinstance(outcome, Exception):
+        raise EvaluationError(f"{name} failed: {describe(outcome)}") from outcome
+    return outcome
+
+
+def _run_with_threads(function: Callable[..., Value], cpus: int, *args: Any) -> Value:
+    import torch
+
+    torch.set_num_threads(cpus)
+    return function(*args)
 
 
 def get_outcome(ref: ray.ObjectRef) -> Any:

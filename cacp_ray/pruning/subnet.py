@@ -172,8 +172,20 @@ class Description(Content):
         return self
 
 
-def read_description(folder: Path, *needed: str) -> dict[str, Any]:
+class Trained(Content):
+    """metrics.json, as far as it says which network was trained."""
+
+    subnet: dict[str, Any] | None = None
+
+
+def read_description(folder: Path, *needed: str, is_finetuned: bool = False) -> dict[str, Any]:
     """The content of subnet.json, with these keys.
+
+    Args:
+        folder: Subnet folder.
+        needed: Keys that have to be there.
+        is_finetuned: Whether to describe the network of `finetuned.safetensors`, which keeps other
+            channels where it was cut from a larger trained one (`subnet` in metrics.json).
 
     Raises:
         ArtifactError: The file is missing, is not JSON, has another version, or other content.
@@ -187,7 +199,13 @@ def read_description(folder: Path, *needed: str) -> dict[str, Any]:
             f"{SCHEMA_VERSION}; use the cacp_ray that wrote it"
         )
     is_own = isinstance(content, dict) and "task" in content
-    return check_content(file, content, Description, needed if is_own else (*needed, "num_classes"))
+    keys = needed if is_own else (*needed, "num_classes")
+    description = check_content(file, content, Description, keys)
+    metrics = folder / "metrics.json"
+    if is_finetuned and metrics.exists():
+        trained = check_content(metrics, read_json(metrics), Trained).get("subnet") or {}
+        description = check_content(metrics, description | trained, Description, keys)
+    return description
 
 
 def load_subnet(
@@ -212,8 +230,8 @@ def load_subnet(
         ConfigError: The model's factory is not trusted, or cannot be imported.
     """
     folder = Path(folder)
-    description = read_description(folder)
     use_finetuned = (folder / "finetuned.safetensors").exists() if finetuned is None else finetuned
+    description = read_description(folder, is_finetuned=use_finetuned)
     file = folder / ("finetuned.safetensors" if use_finetuned else "model.safetensors")
     tensors = read_tensors(file)
     name = description["model"]

@@ -22,6 +22,8 @@ class Recipe:
         label_smoothing: Label smoothing of the cross-entropy, in [0, 1].
         distillation: Weight of the teacher's soft labels against the true ones, in [0, 1].
         teacher: `base` network, or the fine-tuned subnet of the next `larger` rate.
+        order: `ladder` trains the largest rate first and cuts each smaller subnet from the next
+            larger trained one; `parallel` trains all as the search left them.
         temperature: Temperature of the distillation (Hinton et al., 2015).
         clip_norm: Largest gradient norm; 0 for no clipping.
         ema: Decay of the weight average, which is measured and kept; 0 for no average.
@@ -44,6 +46,7 @@ class Recipe:
     label_smoothing: Annotated[float, Ge(0), Le(1)] = 0.05
     distillation: Annotated[float, Ge(0), Le(1)] = 0.0
     teacher: Literal["base", "larger"] = "base"
+    order: Literal["ladder", "parallel"] = "parallel"
     temperature: Annotated[float, Gt(0)] = 2.0
     clip_norm: Annotated[float, Ge(0)] = 0.0
     ema: Annotated[float, Ge(0), Lt(1)] = 0.0

@@ -224,13 +224,27 @@ def open_experiment(experiment_dir: Path, content: dict[str, Any], *, resume: bo
         raise ArtifactError(
             f"{experiment_dir} holds a fine-tuning: pass --resume to continue it, or delete it"
         )
-    elif (saved := read_checked(file, Content)) != content:
+    elif (saved := _with_defaults(read_checked(file, Content))) != content:
         # The recipe of an experiment without variants has an empty name.
         changed = ", ".join(changed_keys(saved, content)).replace("..", ".")
         raise ConfigError(
             f"{experiment_dir} was begun with other settings ({changed}): undo the change, or "
             "delete that folder to fine-tune again"
         )
+
+
+def _with_defaults(content: dict[str, Any]) -> dict[str, Any]:
+    """An experiment of an older version says nothing about settings that it did not know."""
+    recipes = content.get("recipes")
+    if not isinstance(recipes, dict):
+        return content
+    defaults = dataclasses.asdict(Recipe())
+    return content | {
+        "recipes": {
+            name: defaults | recipe if isinstance(recipe, dict) else recipe
+            for name, recipe in recipes.items()
+        }
+    }
 
 
 def restore_tuner(trainable: Any, space: dict[str, Any], experiment_dir: Path) -> tune.Tuner | None:

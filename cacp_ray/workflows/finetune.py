@@ -26,11 +26,14 @@ from cacp_ray.reporting.progress import FinetuneProgress
 from cacp_ray.rundir.directory import read_result
 from cacp_ray.rundir.schema import ReportedFile
 from cacp_ray.workflows.finetune_own import finetune_by_task
+from cacp_ray.workflows.ladder import begin_rung, end_rung
 from cacp_ray.workflows.network import check_weights, load_model, make_rebuild
+from cacp_ray.workflows.setup import Setup
 from cacp_ray.workflows.splits import Splits, check_padding, check_splits
 
 logger = logging.getLogger(__name__)
 
+ROW_KEYS = ("cost_kept", "macs", "params", "keep_counts")  # a ladder may change them
 EXPERIMENT_FILE = "finetune.json"  # `cacp_ray.tuning.finetune` writes it
 
 
@@ -44,6 +47,7 @@ class Job:
         data: Splits to learn from, to choose by, and to test on.
         experiment_dir: Folder of Tune's own files.
         cpus: CPUs of a trial or worker.
+        run: Configuration of the run; None for one subnet.
     """
 
     folders: dict[float, Path]
@@ -51,6 +55,7 @@ class Job:
     data: DataConfig
     experiment_dir: Path
     cpus: int
+    run: RunConfig | None = None
 
 
 def finetune(
@@ -134,6 +139,7 @@ def _finetune_run(
         config.data,
         run_dir / "finetune",
         settings.trials.cpus or config.cluster.cpus_per_evaluator,
+        config,
     )
     trained: list[FinetuneProgress] = []
 
@@ -148,6 +154,8 @@ def _finetune_run(
             base = load_model(config.model, len(test.classes))
             result["base"]["test"] = measure_accuracy(base, test).describe()
     for row in result["rates"]:
+        trained_subnet = read_description(run_dir / row["path"], is_finetuned=True)
+        row |= {name: trained_subnet[name] for name in ROW_KEYS if name in trained_subnet}
         row["finetuned_score"] = tuned[row["rate"]].search_score
         row["test_score"] = tuned[row["rate"]].test_score
         row["test_images"] = tuned[row["rate"]].test_images
@@ -217,10 +225,15 @@ def _finetune(
     trials = settings.trials
     project = job.experiment_dir.parent.name
     make_loggers(trials.logging, project)
-    one_by_one = settings.finetune.teacher == "larger"  # which has to be fine-tuned before
-    _check_teacher(job.experiment_dir, one_by_one)
+    is_ladder = settings.finetune.order == "ladder"
+    if is_ladder and len(job.folders) == 1:
+        logger.info("finetune.order ladder: one rate alone is trained as the search left it")
+        is_ladder = False
+    one_by_one = is_ladder or settings.finetune.teacher == "larger"  # larger ones come first
+    _check_order(job.experiment_dir, one_by_one)
     check_address(address)
     logger.info("reading images, starting the trials")
+    setup = Setup.create(job.run) if is_ladder and job.run is not None else None
     splits = Splits(job.data)
     train, search, test = splits.open("train"), splits.read("search"), splits.open("test")
     check_splits({"train": train, "search": search, "test": test})
@@ -244,10 +257,15 @@ def _finetune(
                 load_subnet, job.folders[larger[-1]].resolve(), finetuned=True, trust=True
             )
         where = job.experiment_dir / f"rate-{group[0]:g}" if one_by_one else job.experiment_dir
+        folders = {rate: job.folders[rate] for rate in group}
+        if setup is not None and larger:
+            ((rate, searched),) = folders.items()
+            folders = {rate: job.experiment_dir / "subnets" / searched.name}
+            begin_rung(setup, rate, searched, job.folders[larger[-1]], folders[rate], cpus=job.cpus)
         results |= finetune_subnets(
             load_subnet=partial(load_subnet, finetuned=False, trust=True),
             load_teacher=load_teacher,
-            subnet_folders={rate: job.folders[rate] for rate in group},
+            subnet_folders=folders,
             train_split=train,
             search_split=search,
             test_split=test,
@@ -261,14 +279,17 @@ def _finetune(
             project=project,
             source={"model": job.model.model_dump(), "data": job.data.model_dump(mode="json")},
         )
+        for rate, trained in folders.items():
+            if trained != job.folders[rate]:
+                end_rung(trained, job.folders[rate])
     return results, test
 
 
-def _check_teacher(experiment_dir: Path, one_by_one: bool) -> None:
-    """Refuses to write over what another teacher has taught."""
+def _check_order(experiment_dir: Path, one_by_one: bool) -> None:
+    """Refuses to write over what was trained in another order."""
     others = [experiment_dir] if one_by_one else experiment_dir.glob("rate-*")
     if any((folder / EXPERIMENT_FILE).exists() for folder in others):
         raise ArtifactError(
-            f"{experiment_dir} was begun with another finetune.teacher: undo the change, or delete "
-            "that folder to fine-tune again"
+            f"{experiment_dir} was begun with another finetune.teacher or finetune.order: undo the "
+            "change, or delete that folder to fine-tune again"
         )

@@ -15,6 +15,7 @@ from cacp_ray.evaluation.building import Builder, Built
 from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement, SubnetKey
 from cacp_ray.pruning.cost import describe_cost
 from cacp_ray.pruning.subnet import describe_kept, save_subnet
+from cacp_ray.pruning.surgery import Orders
 from cacp_ray.rundir.records import EpisodeRecord, make_record
 from cacp_ray.searching.budget import uniform
 from cacp_ray.searching.strategy import make_candidates
@@ -229,9 +230,29 @@ def _save(
     facts: Mapping[str, Any],
     scores: Mapping[str, Any],
 ) -> None:
-    config = setup.config
     orders = setup.prepared.with_order(winner.criterion).orders
+    criterion = winner.criterion or setup.config.pruning.criterion
     description = {
+        **describe_subnet(setup, facts, orders, criterion, built),
+        "candidates": {name: scores.get(name) for name in ("policy_score", "search_score")},
+    }
+    save_subnet(folder, built.net, description)
+
+
+def describe_subnet(
+    setup: Setup, facts: Mapping[str, Any], orders: Orders, criterion: str, built: Built
+) -> dict[str, Any]:
+    """The content of subnet.json.
+
+    Args:
+        setup: The problem of the run.
+        facts: `rate`, `cost_kept`, `keep_counts` and what else belongs to this subnet.
+        orders: Channels of the base network by group, those that are kept first.
+        criterion: What ranked them.
+        built: The network.
+    """
+    config = setup.config
+    return {
         "model": config.model.name,
         **({"kwargs": dict(config.model.kwargs)} if config.model.kwargs else {}),
         "input_shape": list(setup.plan.input_shape),
@@ -239,11 +260,9 @@ def _save(
         "base_sha256": setup.sha256,
         "cost": describe_cost(config.cost),
         **facts,
-        "criterion": winner.criterion or config.pruning.criterion,
+        "criterion": criterion,
         "recovery": config.pruning.recovery,
         "uncounted": setup.plan.uncounted,
-        "groups": describe_kept(setup.plan, orders, winner.keep_counts),
+        "groups": describe_kept(setup.plan, orders, facts["keep_counts"]),
         "search": built.scored.describe(),
-        "candidates": {name: scores.get(name) for name in ("policy_score", "search_score")},
     }
-    save_subnet(folder, built.net, description)

@@ -1,0 +1,214 @@
+"""Subnets cut from larger trained ones: the rungs of a ladder, and rates that nobody searched.
+
+A trained subnet has made up for the channels that it lost. One that is cut from it loses little
+more, where one that is cut from the base network loses everything at once. Statistics, importance
+order and repair are made anew on the trained network.
+
+Source: training between two cuts is as old as Han et al. (2015). Ours: one pass down the rates of a
+search, which have to be trained in any case, with repaired cuts that meet each budget exactly.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from torch import nn
+
+from cacp_ray.errors import ArtifactError
+from cacp_ray.evaluation.building import Built
+from cacp_ray.evaluation.preparation import hash_weights
+from cacp_ray.io.files import read_json, read_tensors, write_json, write_tensors
+from cacp_ray.pruning.planner import make_plan
+from cacp_ray.pruning.subnet import load_subnet, read_description, save_subnet
+from cacp_ray.searching.budget import Budget, Ints, grow
+from cacp_ray.workflows.setup import Setup
+from cacp_ray.workflows.winners import build_here, describe_subnet
+
+logger = logging.getLogger(__name__)
+
+# Keys of subnet.json that differ between a search's subnet and one cut from a trained network.
+CUT_KEYS = (
+    "cost_kept", "macs", "params", "keep_counts", "sequential", "cut_from", "criterion", "groups",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A trained subnet of a run, from which smaller ones are cut.
+
+    Attributes:
+        rate: Share of the base network's cost that it keeps.
+        net: The trained network, in evaluation mode.
+        keep_counts: (G,) its channels.
+        kept: The base network's channel of each of its own, by group.
+    """
+
+    rate: float
+    net: nn.Module
+    keep_counts: Ints
+    kept: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A smaller network, repaired, and the content of its subnet.json."""
+
+    net: nn.Module
+    description: dict[str, Any]
+
+
+def read_rung(folder: Path, model: nn.Module | None = None) -> Rung:
+    """The fine-tuned network of a subnet folder.
+
+    Args:
+        folder: Subnet folder of a run.
+        model: The whole network, where the search was given it as an object.
+
+    Raises:
+        ArtifactError: The folder is incomplete, or has not been fine-tuned.
+    """
+    if not (folder / "finetuned.safetensors").exists():
+        raise ArtifactError(
+            f"{folder} has no finetuned.safetensors, the trained network to cut smaller ones from: "
+            "fine-tune its run first"
+        )
+    needed = ("rate", "keep_counts", "groups")
+    description = read_description(folder, *needed, is_finetuned=True)
+    return Rung(
+        description["rate"],
+        load_subnet(folder, finetuned=True, trust=True, model=model),
+        np.array(description["keep_counts"], dtype=np.int64),
+        [group["kept"] for group in description["groups"]],
+    )
+
+
+def nest(budget: Budget, keep_counts: ArrayLike, most: Ints, rate: float) -> Ints:
+    """(G,) the keep counts nearest to the wanted ones that a larger subnet has.
+
+    Groups that are wider than the larger subnet's are cut to its width. What that frees is spent on
+    the others, in proportion to the wanted counts.
+
+    Args:
+        budget: Budget of the base network.
+        keep_counts: (G,) wanted counts, within the budget.
+        most: (G,) counts of the larger subnet, legal ones.
+        rate: Share of the base network's cost.
+    """
+    wanted = np.asarray(keep_counts, dtype=np.int64)
+    within = replace(budget, num_channels=most)
+    counts = np.minimum(wanted, most)[None]
+    return grow(within, counts, wanted[None].astype(np.float64), budget.limit([rate]))[0]
+
+
+def open_rung(setup: Setup, rung: Rung) -> Setup:
+    """The problem of cutting a trained subnet in place of the base network.
+
+    Raises:
+        ArtifactError: The trained subnet has other groups than the base network.
+    """
+    plan = make_plan(rung.net, setup.inputs)
+    wanted = [
+        (group.name, int(count))
+        for group, count in zip(setup.plan.groups, rung.keep_counts, strict=True)
+    ]
+    if [(group.name, group.num_channels) for group in plan.groups] != wanted:
+        raise ArtifactError(
+            f"the trained subnet of rate {rung.rate:.2f} has other channel groups than the whole "
+            "network, so nothing can be cut from it: set finetune.order=parallel"
+        )
+    return replace(
+        setup,
+        model=rung.net,
+        plan=plan,
+        sha256=hash_weights(rung.net.state_dict()),
+        run_dir=None,
+        saved=None,
+        shared=None,
+        stored={},
+        first=None,
+    )
+
+
+def cut_from(setup: Setup, rung: Rung, wanted: Mapping[float, ArrayLike]) -> dict[float, Cut]:
+    """Cuts subnets of smaller rates from a trained one, in this process.
+
+    Args:
+        setup: The problem of the run.
+        rung: The trained subnet.
+        wanted: (G,) keep counts by rate; see `nest`.
+
+    Returns:
+        By rate: the network, repaired, and its description.
+    """
+    counts = {rate: nest(setup.budget, row, rung.keep_counts, rate) for rate, row in wanted.items()}
+    problem = open_rung(setup, rung).prepare()
+    keys = [(tuple(int(count) for count in row), "") for row in counts.values()]
+    cuts = dict(zip(counts, build_here(problem)(keys), strict=True))
+    return {
+        rate: Cut(built.net, _describe(setup, problem, rung, rate, counts[rate], built))
+        for rate, built in cuts.items()
+    }
+
+
+def begin_rung(
+    setup: Setup, rate: float, searched: Path, larger: Path, out: Path, *, cpus: int
+) -> None:
+    """Writes the subnet folder that a rung of the ladder is trained from; one written stays.
+
+    Args:
+        setup: The problem of the run.
+        rate: Rate of the rung.
+        searched: The subnet that the search found for this rate; its keep counts are wanted.
+        larger: The trained subnet of the next larger rate.
+        out: Folder to be written.
+        cpus: CPUs of the Ray task that cuts and repairs.
+
+    Raises:
+        CacpError: There is nothing to cut from, or the task fails.
+    """
+    from cacp_ray.distributed.tasks import run_once
+
+    if (out / "subnet.json").exists():
+        return
+    rung = read_rung(larger)
+    wanted = {rate: read_description(searched, "keep_counts")["keep_counts"]}
+    cut = run_once(cut_from, setup, rung, wanted, cpus=cpus, name=f"the cut to rate {rate:.2f}")
+    description = cut[rate].description
+    save_subnet(out, cut[rate].net, description)
+    logger.info(
+        "rate %.2f: cut from the trained %.2f, %s before training",
+        rate,
+        rung.rate,
+        setup.task.metric.describe(description["search"]["score"]),
+    )
+
+
+def end_rung(trained: Path, folder: Path) -> None:
+    """Copies what was trained into the subnet folder of the search, and which network it is."""
+    write_tensors(folder / "finetuned.safetensors", read_tensors(trained / "finetuned.safetensors"))
+    description = read_description(trained)
+    subnet = {key: description[key] for key in CUT_KEYS}
+    write_json(folder / "metrics.json", read_json(trained / "metrics.json") | {"subnet": subnet})
+
+
+def _describe(
+    setup: Setup, problem: Setup, rung: Rung, rate: float, counts: Ints, built: Built
+) -> dict[str, Any]:
+    facts = {
+        "rate": rate,
+        "cost_kept": float(setup.budget.cost(counts)) / setup.budget.total,
+        "macs": int(setup.plan.macs(counts)),
+        "params": int(setup.plan.params(counts)),
+        "keep_counts": counts.tolist(),
+        "sequential": built.is_sequential,
+        "cut_from": {"rate": rung.rate, "sha256": problem.sha256},
+    }
+    orders = [
+        np.array(channels)[order]
+        for channels, order in zip(rung.kept, problem.prepared.orders, strict=True)
+    ]
+    return describe_subnet(setup, facts, orders, setup.config.pruning.criterion, built)
