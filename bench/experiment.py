@@ -31,6 +31,9 @@ def make_data_parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--train-rows", type=parse_rows, help="START:STOP, by default all")
     parser.add_argument("--search", default="embedded:search", help="Parquet of scored images")
     parser.add_argument("--search-rows", type=parse_rows, help="START:STOP, by default all")
+    parser.add_argument("--test-rows", type=parse_rows, help="START:STOP, by default all")
+    parser.add_argument("--mean", nargs=3, type=float, default=cifar10.MEAN)
+    parser.add_argument("--std", nargs=3, type=float, default=cifar10.STD)
     return parser
 
 
@@ -50,9 +53,9 @@ def run_values(options: argparse.Namespace) -> dict[str, Any]:
         "data": {
             "train": {"path": options.train, "rows": options.train_rows},
             "search": {"path": options.search, "rows": options.search_rows},
-            "test": {"path": options.test},
-            "mean": cifar10.MEAN,
-            "std": cifar10.STD,
+            "test": {"path": options.test, "rows": options.test_rows},
+            "mean": tuple(options.mean),
+            "std": tuple(options.std),
         },
     }
 

@@ -1,10 +1,10 @@
 """Fine-tuned accuracy of searched, random and uniform subnets: python bench/finetune.py --out DIR.
 
-For every seed and method, a search is followed by a fine-tuning of its subnets, all rates side by
-side on Ray Tune, by the same recipe for all. The searches of one seed have the same number of
-evaluations; uniform widths need none. The same command continues a benchmark that was stopped, and
-runs nothing whose result lies in DIR/results, so the tables of committed results can be printed
-anywhere.
+For every seed and method, a search is followed by a fine-tuning of its subnets on Ray Tune, by the
+same recipe for all: side by side (`parallel`), down the `ladder`, or both from the same search. The
+searches of one seed have the same number of evaluations; uniform widths need none. The same command
+continues a benchmark that was stopped, and runs nothing whose result lies in DIR/results, so the
+tables of committed results can be printed anywhere.
 
 - cacp: the default search of this package. Its two answers, the policy's and the best candidate,
   are both repaired layer by layer, and the better on the search split is kept;
@@ -15,11 +15,13 @@ anywhere.
 - base: the base network, trained on by the recipe: the gain of the further epochs alone.
 
 The table compares the fine-tuned accuracy with the base network's on the test split, which is
-measured once a subnet. The package's sample only tries the command out; figures worth reading need
-all of CIFAR-10: --train, --train-rows, --search, --search-rows, --test.
+measured once a subnet. Differences have two intervals of 95 %: t over seeds, and a bootstrap over
+images, which says nothing of other seeds. The package's sample only tries the command out; figures
+worth reading need all of CIFAR-10: --train, --train-rows, --search, --search-rows, --test.
 """
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ import numpy as np
 import torch
 from experiment import make_data_parser, run_values
 from report import bootstrap, print_environment, print_table
+from scipy.stats import t
 
 import cacp_ray
 from cacp_ray.config.finetune import FinetuneConfig
@@ -54,12 +57,11 @@ def main() -> None:
     options = parse_options()
     results: Results = {}
     for seed in options.seeds:
-        for method in options.methods:
-            name = f"{method.replace(' ', '-')}-seed-{seed}"
-            file = options.out / "results" / f"{name}.json"
+        for arm in list_arms(options):
+            file = options.out / "results" / f"{arm.replace(' ', '-')}-seed-{seed}.json"
             if not file.exists():
-                run(method, seed, options.out / name, file, options)
-            results[method, seed] = read_result(file)
+                run(arm, seed, file, options)
+            results[arm, seed] = read_result(file)
     print_results(results, options)
     print_differences(results, options)
     print_environment(options.seeds[0])
@@ -70,6 +72,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs, old or new")
     parser.add_argument("--test", default="embedded:test", help="Parquet of test images")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--orders", nargs="+", choices=("parallel", "ladder"), default=["parallel", "ladder"]
+    )
     parser.add_argument("--rates", nargs="+", type=float, default=[0.3, 0.5, 0.7])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--evaluations", type=int, default=300, help="evaluations of each search")
@@ -78,12 +83,24 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(method: str, seed: int, folder: Path, file: Path, options: argparse.Namespace) -> None:
+def list_arms(options: argparse.Namespace) -> list[str]:
+    """Methods with an order of training each, and the base network."""
+    return [
+        arm
+        for method in options.methods
+        for arm in ([BASE] if method == BASE else [f"{method} {o}" for o in options.orders])
+    ]
+
+
+def run(arm: str, seed: int, file: Path, options: argparse.Namespace) -> None:
     """Searches, fine-tunes and writes accuracies, seconds and which images were right."""
-    recipe = load_config(FinetuneConfig, options.config, [*options.set, f"finetune.seed={seed}"])
+    folder = options.out / file.stem
+    method, _, order = arm.rpartition(" ")
+    settings = [*options.set, f"finetune.seed={seed}", f"finetune.order={order or 'parallel'}"]
+    recipe = load_config(FinetuneConfig, options.config, settings)
     model = ModelConfig(name=options.model, weights=options.weights)
     with FinetuneDisplay() as display:
-        if method == BASE:
+        if arm == BASE:
             rows = train_on(folder, model, recipe, options, display.update)
         else:
             rows = search_and_finetune(method, seed, folder, recipe, options, display.update)
@@ -101,9 +118,10 @@ def run(method: str, seed: int, folder: Path, file: Path, options: argparse.Name
 def search_and_finetune(
     method: str, seed: int, folder: Path, recipe: FinetuneConfig, options: Any, on_epoch: Any
 ) -> list[dict[str, Any]]:
-    """Searches and fine-tunes a run directory, or continues it; a row a rate."""
+    """Fine-tunes a copy of a search, which is run first or continued; a row a rate."""
+    searched = options.out / f"{method.replace(' ', '-')}-seed-{seed}"
     values = {
-        "name": folder.name,
+        "name": searched.name,
         **run_values(options),
         "rates": options.rates,
         "evaluations": options.evaluations,
@@ -111,7 +129,11 @@ def search_and_finetune(
         **METHODS[method],
     }
     search = load_config(RunConfig, values)
-    cacp_ray.search(search, folder, resume=(folder / "config.yaml").exists())
+    if not (searched / "result.json").exists():
+        cacp_ray.search(search, searched, resume=(searched / "config.yaml").exists())
+    if not folder.exists():
+        shutil.copytree(searched, folder.with_suffix(".part"), dirs_exist_ok=True)
+        folder.with_suffix(".part").rename(folder)
     resume = (folder / "finetune").exists()
     result = cacp_ray.finetune(folder, config=recipe, resume=resume, on_epoch=on_epoch)
     seconds = sum(result["seconds"].values()) - result["seconds"]["finetune"]
@@ -203,15 +225,15 @@ def print_results(results: Results, options: Any) -> None:
     whole = 100 * first["hits"]["base"].mean()
     rows = []
     for rate in [*sorted(options.rates), 1.0]:
-        for method in options.methods:
+        for arm in list_arms(options):
             mine = [
                 row
                 for seed in options.seeds
-                for row in results[method, seed]["rates"]
+                for row in results[arm, seed]["rates"]
                 if row["rate"] == rate
             ]
             if mine:
-                rows.append([f"{rate:.2f}", method, *describe(mine, whole)])
+                rows.append([f"{rate:.2f}", arm, *describe(mine, whole)])
     images = first["test_images"]
     title = (
         f"{options.model}, base {whole:.2f} % on {images:,} test images; {first['epochs']} epochs, "
@@ -247,27 +269,43 @@ def describe(mine: list[dict[str, Any]], whole: float) -> list[str]:
 
 
 def print_differences(results: Results, options: Any) -> None:
-    """First method less each other one at a rate, by a paired bootstrap over test images."""
-    compared = [method for method in options.methods if method != BASE]
+    """First arm less each other one, and each ladder less its parallel one, at every rate."""
+    arms = [arm for arm in list_arms(options) if arm != BASE]
+    pairs = [(arms[0], arm) for arm in arms[1:]]
+    pairs += [
+        (f"{method} ladder", f"{method} parallel")
+        for method in options.methods
+        if {f"{method} ladder", f"{method} parallel"} <= set(arms)
+    ]
     rows = []
-    for method in compared[1:]:
+    for first, second in dict.fromkeys(pairs):
         for rate in sorted(options.rates):
             key = f"{rate:g}"
-            gains = np.array(
+            gains = 100 * np.array(
                 [
-                    results[compared[0], seed]["hits"][key] - results[method, seed]["hits"][key]
+                    results[first, seed]["hits"][key] - results[second, seed]["hits"][key]
                     for seed in options.seeds
                 ]
             )
             low, high = bootstrap(gains.mean(0))
-            interval = f"{100 * gains.mean():+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
-            by_seed = " ".join(f"{100 * gain:+.2f}" for gain in gains.mean(1))
-            rows.append([method, f"{rate:.2f}", interval, by_seed])
+            by_seed = gains.mean(1)
+            half = np.inf
+            if len(by_seed) > 1:
+                spread = np.std(by_seed, ddof=1) / len(by_seed) ** 0.5
+                half = t.ppf(0.975, len(by_seed) - 1) * spread
+            rows.append(
+                [
+                    first,
+                    second,
+                    f"{rate:.2f}",
+                    f"{gains.mean():+.2f} ± {half:.2f}",
+                    f"[{low:+.2f}, {high:+.2f}]",
+                    " ".join(f"{gain:+.2f}" for gain in by_seed),
+                ]
+            )
     if rows:
-        title = (
-            f"{compared[0]} less the method on the test split, points, 95 % interval over images"
-        )
-        print_table(title, ["method", "kept", "difference", "by seed"], rows)
+        header = ["arm", "less", "kept", "t over seeds", "over images", "by seed"]
+        print_table("Differences on the test split in points", header, rows)
 
 
 if __name__ == "__main__":
