@@ -26,32 +26,47 @@ def subnet(
         ),
     ],
     evaluations: Annotated[
-        int,
+        int | None,
         typer.Option(
-            min=0, help="0: the policy's own answer; N: the best of N candidates around it."
+            min=0,
+            help="Ask the policy, even after a fine-tuning. 0: its own answer; N: the best of N "
+            "candidates around it.",
         ),
-    ] = 0,
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the subnet; default: subnets/rate-R in the run.")
     ] = None,
 ) -> None:
-    """Make a subnet for any rate from the trained policy, without a new search."""
+    """Make a subnet for any rate without a new search.
+
+    After a fine-tuning, it is cut from the nearest larger trained subnet. Before, the policy
+    answers.
+    """
     from cacp_ray.cli.options import parse_rates
     from cacp_ray.config.saved import read_run_config
     from cacp_ray.reporting.tables import answers_table, make_console
     from cacp_ray.rundir.directory import read_result
     from cacp_ray.rundir.schema import ReportedFile
     from cacp_ray.workflows.answers import answer_rates
+    from cacp_ray.workflows.trained import answer_from_trained, trained_folders
 
     rates = parse_rates(rate)
     read_run_config(run)
     result = read_result(run, ReportedFile)
     if out is not None and len(rates) > 1:
         raise ConfigError("--out is the folder of one subnet: give one rate")
-    answers = answer_rates(run, rates, evaluations, save=len(rates) == 1, out=out)
-    make_console().print(answers_table(result, answers))
+    save = len(rates) == 1
+    if evaluations is None and trained_folders(run):
+        answers = answer_from_trained(run, rates, save=save, out=out)
+        title = "Cut from trained subnets and repaired"
+    else:
+        answers = answer_rates(run, rates, evaluations or 0, save=save, out=out)
+        title = "Subnets from the policy"
+    make_console().print(answers_table(title, result, answers))
     if "path" in answers[0]:
-        typer.echo(f"saved: {run / answers[0]['path']}")
+        folder = run / answers[0]["path"]
+        typer.echo(f"saved: {folder}")
+        typer.echo(f"train it on: cacp-ray finetune {folder}")
 
 
 @app.command()

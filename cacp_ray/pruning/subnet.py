@@ -203,8 +203,9 @@ def read_description(folder: Path, *needed: str, is_finetuned: bool = False) -> 
     description = check_content(file, content, Description, keys)
     metrics = folder / "metrics.json"
     if is_finetuned and metrics.exists():
-        trained = check_content(metrics, read_json(metrics), Trained).get("subnet") or {}
-        description = check_content(metrics, description | trained, Description, keys)
+        trained: dict[str, Any] | None
+        trained = check_content(metrics, read_json(metrics), Trained).get("subnet")
+        description = check_content(metrics, description | (trained or {}), Description, keys)
     return description
 
 

@@ -187,6 +187,7 @@ def words(result: dict[str, Any]) -> list[tuple[str, str]]:
     images = search_images(result)
     part = f", on {images:,} images" if images else ""
     as_scored = "as the search scores candidates"
+    is_ladder = any(row.get("cut_from") for row in result["rates"])
     known = [
         ("uniform", "every group keeps the same share.", _has(result, "uniform_score")),
         ("policy", "what the trained policy itself answers.", has_policy),
@@ -196,7 +197,8 @@ def words(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("scored", f"repaired without training, {as_scored}.", has_policy or has_search),
         ("final", f"as it is saved, {repaired}, and measured in float32.", is_share),
         ("final", f"as it is saved, {repaired}.", not is_share),
-        ("tuned", "the winner, fine-tuned.", True),
+        ("tuned", "the winner, fine-tuned.", not is_ladder),
+        ("tuned", "cut from the next larger tuned network, and fine-tuned.", is_ladder),
         ("change", f"{'points against' if is_share else 'minus'} the base network.", True),
     ]
     return [(word, meaning) for word, meaning, is_used in known if is_used]
@@ -212,8 +214,15 @@ def frontier_columns(result: dict[str, Any]) -> list[Column]:
 
 
 def answer_columns(result: dict[str, Any], answers: Sequence[Row]) -> list[Column]:
-    """Columns of `cacp-ray subnet`: the policy's answer, the best around it, the saved network."""
+    """Columns of `cacp-ray subnet`.
+
+    The policy's answer, the best around it and the saved network, or what was cut from which
+    trained subnet.
+    """
     columns, metric = frontier_columns(result)[:-1], metric_of(result)
+    if any("cut_from" in row for row in answers):
+        columns.append(Column("cut", "from", lambda row: f"{row['cut_from']:.2f}"))
+        return [*columns, _score_column(metric, "score", "", "score")]
     columns.append(_score_column(metric, "policy", "scored", "policy_score"))
     if any(row["scored_score"] != row["policy_score"] for row in answers):
         columns.append(_score_column(metric, "best", "scored", "scored_score"))

@@ -68,11 +68,11 @@ def frontier_table(result: dict[str, Any]) -> Table:
     return make_table(title, frontier_columns(result), result["frontier"])
 
 
-def answers_table(result: dict[str, Any], answers: Sequence[Row]) -> Table:
+def answers_table(title: str, result: dict[str, Any], answers: Sequence[Row]) -> Table:
     """The answers of `cacp-ray subnet`."""
     metric = metric_of(result)
     where = " on the search split" if metric.is_share else ""
-    title = f"Subnets from the policy, {metric.heading}{where}"
+    title = f"{title}, {metric.heading}{where}"
     return make_table(title, answer_columns(result, answers), answers)
 
 

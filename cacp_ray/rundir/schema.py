@@ -168,6 +168,7 @@ class ReportedRow(RateRow):
     batch_speedup: Seconds | None = None
     predicted_latency_ms: Seconds | None = None
     measured_latency_ms: Seconds | None = None
+    cut_from: Rate | None = None
 
 
 class FrontierRow(Content):

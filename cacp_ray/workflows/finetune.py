@@ -156,6 +156,7 @@ def _finetune_run(
     for row in result["rates"]:
         trained_subnet = read_description(run_dir / row["path"], is_finetuned=True)
         row |= {name: trained_subnet[name] for name in ROW_KEYS if name in trained_subnet}
+        row["cut_from"] = (trained_subnet.get("cut_from") or {}).get("rate")
         row["finetuned_score"] = tuned[row["rate"]].search_score
         row["test_score"] = tuned[row["rate"]].test_score
         row["test_images"] = tuned[row["rate"]].test_images

@@ -206,10 +206,18 @@ def test_whole_blocks_become_one_name():
 def test_the_answers_of_a_policy_are_told_apart_from_what_was_searched_and_saved():
     scored = {"rate": 0.5, "cost_kept": 0.499, "macs": 19_960_000, "policy_score": 0.8}
     alone = scored | {"scored_score": 0.8, "score": 0.8}
-    text = render(answers_table(make_result(), [alone]))
+    text = render(answers_table("Subnets", make_result(), [alone]))
     assert "policy" in text
     assert not {"best", "saved"} & set(text.split())
     answer = scored | {"scored_score": 0.82, "score": 0.85, "path": "subnets/rate-0.50"}
-    text = render(answers_table(make_result(), [answer]))
+    text = render(answers_table("Subnets", make_result(), [answer]))
     row = next(line for line in text.splitlines() if line.strip().startswith("0.50"))
     assert row.split()[-3:] == ["80.00", "82.00", "85.00"]
+
+
+def test_a_cut_from_a_trained_subnet_says_from_which():
+    cut = {"rate": 0.5, "cost_kept": 0.499, "macs": 19_960_000, "score": 0.85, "cut_from": 0.7}
+    text = render(answers_table("Subnets", make_result(), [cut]))
+    row = next(line for line in text.splitlines() if line.strip().startswith("0.50"))
+    assert row.split()[-2:] == ["0.70", "85.00"]
+    assert "policy" not in text

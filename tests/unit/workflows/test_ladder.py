@@ -16,6 +16,7 @@ from cacp_ray.pruning.subnet import load_subnet, read_description, save_finetune
 from cacp_ray.searching.budget import spend, uniform
 from cacp_ray.workflows.ladder import cut_from, end_rung, nest, open_rung, read_rung
 from cacp_ray.workflows.setup import Setup
+from cacp_ray.workflows.trained import widths_between
 from cacp_ray.workflows.winners import build_here, describe_subnet
 
 
@@ -148,3 +149,21 @@ def test_a_trained_network_of_other_groups_is_refused(setup, trained):
     rung = dataclasses.replace(read_rung(trained), net=setup.model)
     with pytest.raises(ArtifactError, match="other channel groups than the whole network"):
         open_rung(setup, rung)
+
+
+@given(rate=st.floats(0.16, 1.0))
+def test_widths_between_trained_rates_meet_the_budget_and_those_of_the_rates_are_theirs(
+    setup, rate
+):
+    budget = setup.budget
+    weights = np.ones(len(budget.num_channels))
+    known = {each: uniform(budget, [each], weights)[0].tolist() for each in (0.3, 0.7)}
+    counts = widths_between(budget, known, rate)
+    limit = budget.limit([rate])[0]
+    assert budget.cost(counts) <= limit
+    for group in np.flatnonzero(counts < budget.num_channels):
+        more = counts.copy()
+        more[group] += 1
+        assert budget.cost(more) > limit
+    for each, row in known.items():
+        assert widths_between(budget, known, each).tolist() == row
