@@ -1,0 +1,109 @@
+"""Fine-tuning down the ladder, on real images: stopped between rungs, and asked for other rates."""
+
+import itertools
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+import cacp_ray
+from cacp_ray.errors import ArtifactError
+from cacp_ray.pruning.subnet import load_subnet, read_description
+
+pytestmark = pytest.mark.ray
+
+LADDER = ["finetune.order=ladder", "finetune.epochs=2"]
+
+
+class Stopped(KeyboardInterrupt):
+    pass
+
+
+@pytest.fixture(scope="module")
+def climbed(finished, tmp_path_factory):
+    """A run that was fine-tuned down the ladder, and its result."""
+    folder = tmp_path_factory.mktemp("ladder") / "run"
+    shutil.copytree(finished.path, folder)
+    return folder, cacp_ray.finetune(folder, overrides=LADDER)
+
+
+def test_each_subnet_is_cut_from_the_next_larger_trained_one(climbed):
+    folder, result = climbed
+    rows = result["rates"]
+    assert [row["cut_from"] for row in rows] == [*(row["rate"] for row in rows[1:]), None]
+    for row, larger in itertools.pairwise(rows):
+        subnet = folder / row["path"]
+        trained = read_description(subnet, is_finetuned=True)
+        assert trained["cut_from"]["rate"] == larger["rate"]
+        assert row["keep_counts"] == trained["keep_counts"]
+        assert all(n <= m for n, m in zip(row["keep_counts"], larger["keep_counts"], strict=True))
+        assert sum(p.numel() for p in load_subnet(subnet).parameters()) == row["params"]
+        searched = read_description(subnet)
+        assert "cut_from" not in searched
+        assert load_subnet(subnet, finetuned=False)  # what the search had found
+        assert row["cost_kept"] <= row["rate"]
+
+
+def test_any_rate_is_cut_from_the_nearest_larger_trained_subnet(climbed, tmp_path, run, caplog):
+    folder, result = climbed
+    smallest, largest = result["rates"][0]["rate"], result["rates"][-1]["rate"]
+    between = round(smallest + 0.05, 2)
+    out = tmp_path / "cut"
+    code, printed, errors = run("subnet", folder, "--rate", between, "--out", out)
+    assert code == 0, errors
+    assert f"cacp-ray finetune {out}" in printed
+    larger = min(row["rate"] for row in result["rates"] if row["rate"] >= between)
+    assert read_description(out)["cut_from"]["rate"] == larger
+    assert load_subnet(out)
+    code, printed, errors = run("subnet", folder, "--rate", f"{smallest}:0.9:{0.9 - smallest:.2f}")
+    assert code == 0, errors
+    cells = [line.split()[-2] for line in printed.splitlines() if line.startswith(" 0.")]
+    assert cells == [f"{smallest:.2f}", "1.00"]
+    assert f"rate 0.90 is above every trained rate (largest {largest:.2f})" in caplog.text
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder, damaged)
+    (damaged / "subnets" / f"rate-{larger:.2f}" / "finetuned.safetensors").unlink()
+    code, _, errors = run("subnet", damaged, "--rate", between)
+    assert code == 2
+    assert "no finetuned.safetensors" in errors
+
+
+@pytest.mark.slow
+def test_a_stopped_ladder_goes_on_at_its_rung_and_ends_alike(finished, climbed, tmp_path):
+    whole, result = climbed
+    shutil.copytree(finished.path, tmp_path / "run")
+    stopped, rates = tmp_path / "run", [row["rate"] for row in result["rates"]]
+
+    def stop(progress):
+        if (progress.rate, progress.epoch) == (rates[0], 1):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        cacp_ray.finetune(stopped, overrides=LADDER, on_epoch=stop)
+    assert (stopped / "subnets" / f"rate-{rates[1]:.2f}" / "finetuned.safetensors").exists()
+    assert not (stopped / "subnets" / f"rate-{rates[0]:.2f}" / "finetuned.safetensors").exists()
+    start = stopped / "finetune" / "subnets" / f"rate-{rates[0]:.2f}" / "model.safetensors"
+    cut_at = start.stat().st_mtime_ns
+    epochs = []
+    cacp_ray.finetune(
+        stopped,
+        overrides=LADDER,
+        resume=True,
+        on_epoch=lambda progress: progress.is_restored or epochs.append(progress.rate),
+    )
+    assert start.stat().st_mtime_ns == cut_at
+    assert set(epochs) <= {rates[0]}  # the larger rates were trained before
+    for row in result["rates"]:
+        name = f"{row['path']}/finetuned.safetensors"
+        ours, theirs = load_file(stopped / name), load_file(whole / name)
+        assert all(np.array_equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_other_orders_do_not_mix(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished.path, folder)
+    (folder / "finetune").mkdir()
+    (folder / "finetune" / "finetune.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"begun with another .*finetune\.order"):
+        cacp_ray.finetune(folder, overrides=LADDER, resume=True)
