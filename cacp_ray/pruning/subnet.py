@@ -35,12 +35,14 @@ from cacp_ray.io.schema import (
     version_of,
 )
 from cacp_ray.models.factory import GIVEN, build_model, check_origin, is_known, package_of
+from cacp_ray.pruning.arguments import Dtype, read_arguments
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.resizable import ResizableNetwork
 from cacp_ray.pruning.surgery import Orders, all_tensors
 
 SCHEMA_VERSION = 1
-MAX_INPUT = 2**28  # values of one input: 1 GiB
+MAX_INPUT = 2**28  # values of all inputs: 1 GiB
+Side = Annotated[int, Field(ge=1, le=MAX_INPUT)]
 README = """# Subnet at rate {rate:.2f} ({cost_kept:.2%} of the {cost} of {model} kept)
 
 ```python
@@ -48,8 +50,8 @@ README = """# Subnet at rate {rate:.2f} ({cost_kept:.2%} of the {cost} of {model
 ```
 
 `subnet.json` says which channels of which group were kept; `model.safetensors` holds the weights
-after the search, `finetuned.safetensors` (with `metrics.json`) those after fine-tuning. The input
-is {shape}, {scale}.
+after the search, `finetuned.safetensors` (with `metrics.json`) those after fine-tuning. The
+{shapes}, {scale}.
 """
 
 
@@ -73,14 +75,18 @@ def save_subnet(folder: Path, model: nn.Module, description: Mapping[str, Any]) 
         folder: Subnet folder; it is made when missing.
         model: The small network.
         description: Content of subnet.json without the version: model, num_classes, input_shape,
-            base_sha256, cost, rate, cost_kept, keep_counts, groups, macs, params and accuracies.
+            inputs (`describe_inputs`), base_sha256, cost, rate, cost_kept, keep_counts, groups,
+            macs, params and accuracies.
     """
     write_tensors(folder / "model.safetensors", all_tensors(model))
     code = loading_code(folder, description["model"])
     is_own = description.get("task") is not None
     scale = "as your task has it" if is_own else "scaled to [0, 1] and normalised as in training"
-    shape = tuple(description["input_shape"])
-    text = README.format(**description, code=code, shape=shape, scale=scale)
+    if description.get("inputs"):
+        shapes = f"inputs are {', '.join(map(str, read_arguments(description)))}"
+    else:
+        shapes = f"input is {tuple(description['input_shape'])}"
+    text = README.format(**description, code=code, shapes=shapes, scale=scale)
     write_text(folder / "README.md", text)
     write_json(folder / "subnet.json", {"schema_version": SCHEMA_VERSION} | dict(description))
 
@@ -137,6 +143,21 @@ class KeptGroup(Content):
     kept: list[Annotated[int, Field(ge=0, lt=10**6)]] | None = None
 
 
+class DescribedInput(Content):
+    """An argument of the network; one without shape and dtype is no tensor."""
+
+    name: Name | None = None
+    shape: Annotated[list[Side], Field(max_length=8)] | None = None
+    dtype: Dtype | None = None
+    is_batch: bool = True
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> "DescribedInput":
+        if (self.shape is None) != (self.dtype is None):
+            raise ValueError("a shape and a dtype go together")
+        return self
+
+
 class Scores(Content):
     """Accuracies of a search."""
 
@@ -152,7 +173,8 @@ class Description(Content):
     num_classes: Classes | None = None
     kwargs: dict[str, Any] | None = None
     task: Name | None = None
-    input_shape: Annotated[list[Size], Field(min_length=1, max_length=5)] | None = None
+    input_shape: Annotated[list[Size], Field(max_length=5)] | None = None
+    inputs: Annotated[list[DescribedInput], Field(min_length=1, max_length=100)] | None = None
     classes: list[str] | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
@@ -165,8 +187,15 @@ class Description(Content):
     params: Count | None = None
 
     @model_validator(mode="after")
-    def _fits_memory(self) -> "Description":
-        values = math.prod(self.input_shape or ())
+    def _has_inputs(self) -> "Description":
+        inputs = self.inputs or ()
+        if self.input_shape == [] and not inputs:
+            raise ValueError("input_shape is empty")
+        names = [each.name for each in inputs]
+        if any(names) and (None in names or len(set(names)) < len(names)):
+            raise ValueError("inputs have names of their own, or none has a name")
+        described = sum(math.prod(each.shape or ()) for each in inputs)
+        values = max(math.prod(self.input_shape or ()), described)
         if values > MAX_INPUT:
             raise ValueError(f"an input of {values:,} values; at most {MAX_INPUT:,} are built")
         return self
@@ -262,7 +291,7 @@ def _build_whole(folder: Path, description: Mapping[str, Any], *, trust: bool) -
     if name.startswith(GIVEN):
         raise ConfigError(
             f"{folder}: its network ({name.removeprefix(GIVEN)}) was given as an object in Python: "
-            "load_subnet(..., model=...) with the whole network"
+            "call load_subnet or export in Python, with model= the whole network"
         )
     run = folder.absolute().parents[1:2] if folder.absolute().parent.name == "subnets" else ()
     check_origin(name, folder, *run, *code_folders())

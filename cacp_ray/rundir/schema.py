@@ -116,7 +116,7 @@ class ModelFile(Content):
 
     model: Name | None = None
     sha256: str | None = None
-    input_shape: Annotated[list[Size], Field(min_length=1, max_length=5)] | None = None
+    input_shape: Annotated[list[Size], Field(max_length=5)] | None = None
     classes: Annotated[list[str], Field(min_length=1)] | None = None
     groups: list[OrderedGroup] | None = None
     orders: dict[str, list[Order]] | None = None

@@ -23,6 +23,7 @@ from cacp_ray.models.factory import (
     default_input_shape,
     default_num_classes,
 )
+from cacp_ray.pruning.arguments import describe_inputs
 from cacp_ray.pruning.calibration import (
     Examples,
     Loss,
@@ -185,7 +186,8 @@ class Analysis:
     def save(self, net: nn.Module, folder: str | Path) -> Path:
         """Writes a network that `build` made as a subnet folder, as a search writes it.
 
-        `load_subnet(folder, model=...)` with the whole network reads it.
+        `load_subnet(folder, model=...)` with the whole network reads it, and `export(folder,
+        format, model=...)` exports it.
 
         Raises:
             ConfigError: `build` did not make it.
@@ -201,6 +203,7 @@ class Analysis:
             "model": f"{GIVEN}{type(self.model).__name__}",
             "task": OBJECT,
             "input_shape": list(self.plan.input_shape),
+            **describe_inputs(self.inputs),
             "base_sha256": hash_weights({n: t.cpu() for n, t in self.model.state_dict().items()}),
             "cost": "macs",
             "rate": kept,

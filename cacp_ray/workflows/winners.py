@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.building import Builder, Built
 from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement, SubnetKey
+from cacp_ray.pruning.arguments import describe_inputs
 from cacp_ray.pruning.cost import describe_cost
 from cacp_ray.pruning.subnet import describe_kept, save_subnet
 from cacp_ray.pruning.surgery import Orders
@@ -256,6 +257,7 @@ def describe_subnet(
         "model": config.model.name,
         **({"kwargs": dict(config.model.kwargs)} if config.model.kwargs else {}),
         "input_shape": list(setup.plan.input_shape),
+        **describe_inputs(setup.inputs),
         **setup.task.describe(),
         "base_sha256": setup.sha256,
         "cost": describe_cost(config.cost),
