@@ -124,7 +124,7 @@ def export(
 ) -> None:
     """Write a subnet as one checked file for other programs, for any batch size."""
     from cacp_ray.config.saved import import_code_of
-    from cacp_ray.exporting.subnet import BATCH_SIZES, export_subnet
+    from cacp_ray.exporting.subnet import export_subnet
 
     chosen = {"latest": None, "finetuned": True, "search": False}
     if weights not in chosen:
@@ -132,10 +132,11 @@ def export(
     import_code_of(subnet)
     done = export_subnet(subnet, format, out=out, finetuned=chosen[weights])
     opset = f"opset {done.opset}, " if done.opset is not None else ""
+    sizes = " and ".join(map(str, done.batch_sizes))
     typer.echo(
         f"{done.path}: {'fine-tuned weights' if done.finetuned else 'weights after the search'}, "
         f"{done.size / 1e6:.2f} MB, {opset}largest difference {done.max_error:.1e} of the largest "
-        f"output, at batch sizes {' and '.join(map(str, BATCH_SIZES))}"
+        f"output, {f'at batch sizes {sizes}' if sizes else 'for inputs of fixed shapes only'}"
     )
 
 

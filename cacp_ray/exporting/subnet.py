@@ -10,19 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError, first_line, nearest_names
-from cacp_ray.exporting.formats import FORMATS, Network
+from cacp_ray.exporting.formats import FORMATS, Arguments, Network, make_example
+from cacp_ray.exporting.names import name_outputs
 from cacp_ray.io.files import write_file
+from cacp_ray.pruning.arguments import DTYPES, make_inputs, read_arguments
+from cacp_ray.pruning.inputs import call, tensors_of
 from cacp_ray.pruning.subnet import load_subnet, read_description
 
 TOLERANCE = 1e-4  # share of the largest output; another order of float32 sums gives about 1e-6
-EXAMPLE_BATCH = 2  # size that exporters trace, other than the sizes that are checked
 BATCH_SIZES = (1, 3)
 NOTED = (
-    "model", "num_classes", "classes", "input_shape", "mean", "std", "rate", "cost", "macs",
-    "params",
+    "model", "num_classes", "classes", "input_shape", "inputs", "mean", "std", "rate", "cost",
+    "macs", "params",
 )  # fmt: skip
 
 
@@ -35,7 +37,9 @@ class Exported:
         finetuned: Whether it holds the fine-tuned weights.
         size: Size in bytes.
         opset: ONNX opset; None for the other formats.
-        max_error: Largest difference of an output at BATCH_SIZES, as a share of the largest.
+        max_error: Largest difference of an output, as a share of its largest value.
+        batch_sizes: Sizes at which it was checked; empty where the inputs have no batch, so that
+            the file takes tensors of their very shapes only.
     """
 
     path: Path
@@ -43,18 +47,27 @@ class Exported:
     size: int
     opset: int | None
     max_error: float
+    batch_sizes: tuple[int, ...]
 
 
 def export_subnet(
-    folder: str | Path, format: str, *, out: str | Path | None = None, finetuned: bool | None = None
+    folder: str | Path,
+    format: str,
+    *,
+    out: str | Path | None = None,
+    finetuned: bool | None = None,
+    model: nn.Module | None = None,
 ) -> Exported:
     """Writes a subnet as one file for any batch size, and checks the file.
+
+    It takes what the search's example inputs hold, and returns what the network returns.
 
     Args:
         folder: Subnet folder, such as `runs/NAME/subnets/rate-0.50`.
         format: `onnx`, `torch-export` or `state-dict`.
         out: Path of the file; by default `subnet` with the format's suffix in the folder.
         finetuned: Whether to export the fine-tuned weights; by default where they exist.
+        model: The whole network, for a search that was given it as an object.
 
     Raises:
         ConfigError: The format is unknown or needs a package that is not installed.
@@ -77,17 +90,16 @@ def export_subnet(
         raise ArtifactError(f"{path} exists: delete it, or choose another name with --out")
     if finetuned is None:
         finetuned = (folder / "finetuned.safetensors").exists()
-    model = load_subnet(folder, finetuned=finetuned, trust=True).requires_grad_(False)
-    shape = tuple(description["input_shape"])
-    _check_input(model, shape, folder)
+    net = load_subnet(folder, finetuned=finetuned, trust=True, model=model).requires_grad_(False)
+    arguments = read_arguments(description)
+    _check_call(net, arguments, folder)
     note = {key: description[key] for key in NOTED if key in description}
     note["weights"] = "finetuned" if finetuned else "search"
     results: list[tuple[int | None, float]] = []
 
     def write(temporary: Path) -> None:
-        example = torch.randn(EXAMPLE_BATCH, *shape, generator=torch.Generator().manual_seed(0))
-        opset = kind.write(model, example, json.dumps(note), temporary)
-        results.append((opset, compare(model, kind.read(temporary, model), shape)))
+        opset = kind.write(net, arguments, json.dumps(note), temporary)
+        results.append((opset, compare(net, kind.read(temporary, net), arguments)))
 
     try:
         write_file(path, write)
@@ -96,49 +108,84 @@ def export_subnet(
             f"{path} cannot be written ({error.strerror or error}): choose another name with --out"
         ) from error
     opset, max_error = results[0]
-    return Exported(path, finetuned, path.stat().st_size, opset, max_error)
+    size = path.stat().st_size
+    return Exported(path, finetuned, size, opset, max_error, _batch_sizes(arguments))
 
 
-def _check_input(model: nn.Module, shape: tuple[int, ...], folder: Path) -> None:
+def _check_call(model: nn.Module, arguments: Arguments, folder: Path) -> None:
+    """Refuses inputs that cannot be made, or that the network does not run on."""
+    file = folder / "subnet.json"
+    for index, argument in enumerate(arguments):
+        if argument.shape is None:
+            raise ConfigError(
+                f"{file}: argument {argument.name or index + 1} of the network is no tensor of "
+                f"{', '.join(DTYPES)}: load the network by load_subnet, wrap it in a module that "
+                "takes tensors alone, and export that by torch.export"
+            )
     try:
         with torch.no_grad():
-            output = model(torch.zeros(1, *shape))
+            output = call(model, make_example(arguments))
     except Exception as error:  # the network's own code
+        if len(arguments) == 1 and arguments[0].is_plain:
+            what = f"input_shape {arguments[0].shape}"
+            step = "search again if it takes several inputs, which older versions did not note; "
+        else:
+            what, step = f"inputs ({', '.join(map(str, arguments))})", ""
         raise ArtifactError(
-            f"{folder / 'subnet.json'}: the network does not run on its input_shape {shape} "
-            f"({first_line(error)[:100]}): one of several inputs cannot be exported; else restore "
-            "the file from a copy"
+            f"{file}: the network does not run on its {what} ({first_line(error)[:100]}): {step}"
+            f"{'else ' if step else ''}restore the file from a copy"
         ) from error
-    if not isinstance(output, torch.Tensor):
+    if not name_outputs(output):
         raise ConfigError(
-            f"{folder}: the network returns a {type(output).__name__}, a file has one tensor out: "
-            "load it by load_subnet, and export it with a forward that returns one"
+            f"{folder}: the network returns a {type(output).__name__} without tensors that "
+            "torch can see: register its class by torch.export.register_dataclass, or return a "
+            "tuple or a dictionary"
         )
 
 
-def compare(model: nn.Module, exported: Network, shape: tuple[int, ...]) -> float:
-    """Largest difference on random images at every batch size, as a share of the largest output.
+def _batch_sizes(arguments: Arguments) -> tuple[int, ...]:
+    return BATCH_SIZES if any(argument.is_batch for argument in arguments) else ()
+
+
+def compare(model: nn.Module, exported: Network, arguments: Arguments) -> float:
+    """Largest difference of an output at every batch size, as a share of its largest value.
 
     Raises:
-        EvaluationError: Outputs differ in shape, or by more than `TOLERANCE`.
+        EvaluationError: Outputs differ in number, in shape, or by more than `TOLERANCE`.
     """
     generator = torch.Generator().manual_seed(1)
     largest = 0.0
-    for size in BATCH_SIZES:
-        images = torch.randn(size, *shape, generator=generator)
+    for size in _batch_sizes(arguments) or (None,):
+        where = "" if size is None else f" at batch size {size}"
+        inputs = make_inputs(arguments, size or 1, generator)
         with torch.no_grad():
-            expected, got = model(images), exported(images)
-        if got.shape != expected.shape:
+            expected, got = name_outputs(call(model, inputs)), tensors_of(exported(inputs))
+        if len(got) != len(expected):
             raise EvaluationError(
-                f"the exported file returns {tuple(got.shape)} for {size} images, the network "
-                f"{tuple(expected.shape)}: no file was kept; try another --format"
+                f"the exported file returns {len(got)} tensors{where}, the network "
+                f"{len(expected)}: no file was kept; try another --format"
             )
-        error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
-        if not error <= TOLERANCE:  # NaN too
-            raise EvaluationError(
-                f"the exported file differs from the network by {error:.1e} of the largest output "
-                f"for {size} images, {TOLERANCE:.0e} is allowed: no file was kept; try another "
-                "--format"
-            )
-        largest = max(largest, error)
+        for (name, wanted), tensor in zip(expected, got, strict=True):
+            largest = max(largest, _compare(name, wanted, tensor, where))
     return largest
+
+
+def _compare(name: str, expected: Tensor, got: Tensor, where: str) -> float:
+    """Largest difference of one output, as a share of its largest value."""
+    if got.shape != expected.shape:
+        raise EvaluationError(
+            f"the exported file returns output {name} of shape {tuple(got.shape)}{where}, the "
+            f"network {tuple(expected.shape)}: no file was kept; try another --format"
+        )
+    if not expected.numel():
+        return 0.0
+    if not expected.is_floating_point():
+        expected, got = expected.double(), got.double()
+    error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+    if not error <= TOLERANCE:  # NaN too
+        raise EvaluationError(
+            f"output {name} of the exported file differs from the network's by {error:.1e} of its "
+            f"largest value{where}, {TOLERANCE:.0e} is allowed: no file was kept; try another "
+            "--format"
+        )
+    return error

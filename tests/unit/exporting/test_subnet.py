@@ -15,6 +15,7 @@ from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError, Unsuppo
 from cacp_ray.exporting import subnet
 from cacp_ray.exporting.formats import FORMATS
 from cacp_ray.exporting.subnet import compare, export_subnet
+from cacp_ray.pruning.arguments import Argument
 from cacp_ray.pruning.subnet import load_subnet
 from tests.small import mostly_slow
 from tests.unit.exporting.folders import DEPTHWISE, PER_IMAGE, make_folder
@@ -121,9 +122,10 @@ def test_the_tolerance_is_a_share_of_the_largest_output(scale, spoil, message):
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4)).requires_grad_(False)
     net[1].weight *= scale
     net[1].bias *= scale
-    assert compare(net, lambda images: net(images) * (1 + 5e-5), (3, 2, 2)) < 1e-4
+    arguments = (Argument(None, (3, 2, 2)),)
+    assert compare(net, lambda images: net(images) * (1 + 5e-5), arguments) < 1e-4
     with pytest.raises(EvaluationError, match=message):
-        compare(net, lambda images: spoil(net(images)), (3, 2, 2))
+        compare(net, lambda images: spoil(net(images)), arguments)
 
 
 def test_a_network_of_one_batch_size_is_refused_and_no_file_is_left(tmp_path):

@@ -1,5 +1,6 @@
 """Searches of networks and scores that are a user's own: objects, functions, tasks by name."""
 
+import dataclasses
 import math
 from functools import partial
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import cacp_ray
 from cacp_ray.config.agent_tuning import AgentTuningConfig
 from cacp_ray.config.run import RunConfig, load_config
 from cacp_ray.errors import ConfigError, EvaluationError
@@ -19,6 +21,8 @@ from cacp_ray.searching.budget import uniform
 from cacp_ray.workflows.dry_run import check_search
 from cacp_ray.workflows.problem import Given
 from cacp_ray.workflows.setup import Setup
+from cacp_ray.workflows.winners import build_here, build_winners
+from tests.unit.workflows.test_winners import record
 
 CONFIG = load_config(
     RunConfig, {"model": {"name": "python:Twins"}, "task": "python:task", "rates": [0.5]}
@@ -170,6 +174,20 @@ def test_figures_and_the_name_of_a_score_are_kept():
     scored = task.measure(make_twins())
     assert scored.figures == {"loss": 2.0}
     assert scored.loss == 2.0
+
+
+def test_what_a_search_saves_is_exported(model, tmp_path):
+    setup = set_up(model).prepare()
+    counts = uniform(setup.budget, [0.5], np.ones(len(setup.plan.groups)))[0].tolist()
+    best = dataclasses.replace(record(setup, counts), rate=0.5)
+    (row,) = build_winners(setup, {0.5: best}, tmp_path, build_here(setup))
+    folder = tmp_path / row["path"]
+    done = cacp_ray.export(folder, "torch-export", model=model)
+    inputs = pair(4)
+    got = torch.export.load(done.path).module()(*inputs)
+    torch.testing.assert_close(got, cacp_ray.load_subnet(folder, model=model)(*inputs))
+    about = (folder / "README.md").read_text()
+    assert "inputs are float32 (1, 6, 8), float32 (2, 6, 8), as your task has it" in about
 
 
 def random_twins():
