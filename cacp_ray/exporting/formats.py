@@ -51,7 +51,7 @@ class Format:
 
 
 def write_onnx(model: nn.Module, arguments: Arguments, note: str, path: Path) -> int:
-    """Writes graph and weights as one ONNX file; `exporting.names` says how inputs are called.
+    """Writes graph and weights as one ONNX file, with the tensor names of `exporting.names`.
 
     An output with the name of an input gets `_out` at its end.
 

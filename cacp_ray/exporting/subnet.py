@@ -12,8 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError, first_line, nearest_names
-from cacp_ray.exporting.formats import FORMATS, Arguments, Network, make_example
+from cacp_ray.errors import (
+    ArtifactError,
+    CacpError,
+    ConfigError,
+    EvaluationError,
+    first_line,
+    is_out_of_memory,
+    nearest_names,
+)
+from cacp_ray.exporting.formats import FORMATS, Arguments, Format, Network, make_example
 from cacp_ray.exporting.names import name_outputs
 from cacp_ray.io.files import write_file
 from cacp_ray.pruning.arguments import DTYPES, make_inputs, read_arguments
@@ -99,7 +107,7 @@ def export_subnet(
 
     def write(temporary: Path) -> None:
         opset = kind.write(net, arguments, json.dumps(note), temporary)
-        results.append((opset, compare(net, kind.read(temporary, net), arguments)))
+        results.append((opset, _read_and_compare(net, kind, temporary, arguments)))
 
     try:
         write_file(path, write)
@@ -145,6 +153,20 @@ def _check_call(model: nn.Module, arguments: Arguments, folder: Path) -> None:
 
 def _batch_sizes(arguments: Arguments) -> tuple[int, ...]:
     return BATCH_SIZES if any(argument.is_batch for argument in arguments) else ()
+
+
+def _read_and_compare(model: nn.Module, kind: Format, path: Path, arguments: Arguments) -> float:
+    try:
+        return compare(model, kind.read(path, model), arguments)
+    except (CacpError, OSError):
+        raise
+    except Exception as error:  # a runtime that lacks an operation or a type
+        if is_out_of_memory(error):
+            raise
+        raise EvaluationError(
+            f"the exported file does not run here ({type(error).__name__}: "
+            f"{first_line(error)[:200]}): no file was kept; try another --format"
+        ) from error
 
 
 def compare(model: nn.Module, exported: Network, arguments: Arguments) -> float:

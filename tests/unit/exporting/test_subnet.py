@@ -107,6 +107,18 @@ def test_a_runtime_that_answers_otherwise_is_an_error_and_no_file_is_left(folder
     assert names(folder) == before
 
 
+def test_a_runtime_that_fails_is_an_error_and_no_file_is_left(folder, monkeypatch):
+    def fail(self, *arguments):
+        raise RuntimeError("NOT_IMPLEMENTED : Conv(11)\nof float64")
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", fail)
+    before = names(folder)
+    with pytest.raises(EvaluationError, match=r"does not run here .*NOT_IMPL.*no file") as caught:
+        export_subnet(folder, "onnx")
+    assert "\n" not in str(caught.value)
+    assert names(folder) == before
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-9])
 @pytest.mark.parametrize(
     ("spoil", "message"),
