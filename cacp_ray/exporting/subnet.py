@@ -92,12 +92,13 @@ def export_subnet(
         raise ConfigError(
             f"--format {format} needs {', '.join(missing)}: pip install 'cacp-ray[export]'"
         )
-    description = read_description(folder, "input_shape")
+    read_description(folder, "input_shape")
     path = Path(out) if out is not None else folder / f"subnet{kind.suffix}"
     if path.exists():
         raise ArtifactError(f"{path} exists: delete it, or choose another name with --out")
     if finetuned is None:
         finetuned = (folder / "finetuned.safetensors").exists()
+    description = read_description(folder, "input_shape", is_finetuned=finetuned)
     net = load_subnet(folder, finetuned=finetuned, trust=True, model=model).requires_grad_(False)
     arguments = read_arguments(description)
     _check_call(net, arguments, folder)

@@ -23,7 +23,7 @@ from cacp_ray.models.factory import (
     default_input_shape,
     default_num_classes,
 )
-from cacp_ray.pruning.arguments import describe_inputs
+from cacp_ray.pruning.arguments import Argument, describe_inputs, make_inputs, read_arguments
 from cacp_ray.pruning.calibration import (
     Examples,
     Loss,
@@ -33,7 +33,7 @@ from cacp_ray.pruning.calibration import (
 )
 from cacp_ray.pruning.cost import ChannelGroup
 from cacp_ray.pruning.criteria import rank_channels
-from cacp_ray.pruning.inputs import Inputs, check_inputs, check_network
+from cacp_ray.pruning.inputs import Inputs, check_inputs, check_network, tensors_of
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.resizable import build_subnet
@@ -295,18 +295,22 @@ def inspect_model(
     if is_path or (folder / "subnet.json").exists():
         if num_classes is not None:
             raise ConfigError(f"{name} has its own number of classes: leave --num-classes out")
-        description = read_description(folder, "input_shape", "groups", "rate")
-        model = load_subnet(folder, trust=True)
-        shape = tuple(description["input_shape"])
+        is_finetuned = (folder / "finetuned.safetensors").exists()
+        needed = ("input_shape", "groups", "rate")
+        description = read_description(folder, *needed, is_finetuned=is_finetuned)
+        model = load_subnet(folder, finetuned=is_finetuned, trust=True)
+        arguments = read_arguments(description)
         num_classes = description.get("num_classes")
         base_channels = {group["name"]: group["num_channels"] for group in description["groups"]}
         name = f"{name} ({description['model']} at rate {description['rate']:.2f})"
     else:
         num_classes = default_num_classes(name) if num_classes is None else num_classes
         model = build_model(name, num_classes)
-        shape = default_input_shape(name, model)
+        arguments = (Argument(None, default_input_shape(name, model)),)
     if side is not None:
-        shape = (shape[0], side, side)
+        arguments = (Argument(None, (*(arguments[0].shape or ())[:1], side, side)),)
+    inputs = make_inputs(arguments, 1, torch.Generator().manual_seed(0))
+    shapes = ["x".join(map(str, tensor.shape[1:])) for tensor in tensors_of(inputs)]
     classes = "" if num_classes is None else f", {num_classes} classes"
-    about = f"input {'x'.join(map(str, shape))}{classes}"
-    return Inspection(name, about, analyze(model, torch.zeros(1, *shape)), base_channels)
+    about = f"input {' and '.join(shapes)}{classes}"
+    return Inspection(name, about, analyze(model, inputs), base_channels)

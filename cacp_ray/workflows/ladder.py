@@ -19,7 +19,6 @@ from numpy.typing import ArrayLike
 from torch import nn
 
 from cacp_ray.errors import ArtifactError
-from cacp_ray.evaluation.building import Built
 from cacp_ray.evaluation.preparation import hash_weights
 from cacp_ray.io.files import read_json, read_tensors, write_json, write_tensors
 from cacp_ray.pruning.planner import make_plan
@@ -104,23 +103,27 @@ def nest(budget: Budget, keep_counts: ArrayLike, most: Ints, rate: float) -> Int
     return grow(within, counts, wanted[None].astype(np.float64), budget.limit([rate]))[0]
 
 
-def open_rung(setup: Setup, rung: Rung) -> Setup:
+def open_rung(setup: Setup, rung: Rung) -> tuple[Setup, list[int]]:
     """The problem of cutting a trained subnet in place of the base network.
+
+    Returns:
+        The problem, and which of the base network's groups its groups are. A group with one channel
+        left cannot be cut, and is none of them.
 
     Raises:
         ArtifactError: The trained subnet has other groups than the base network.
     """
     plan = make_plan(rung.net, setup.inputs)
-    wanted = [
-        (group.name, int(count))
-        for group, count in zip(setup.plan.groups, rung.keep_counts, strict=True)
-    ]
-    if [(group.name, group.num_channels) for group in plan.groups] != wanted:
+    places = {group.name: place for place, group in enumerate(setup.plan.groups)}
+    present = [places.get(group.name, -1) for group in plan.groups]
+    sizes = [group.num_channels for group in plan.groups]
+    is_alike = -1 not in present and sizes == rung.keep_counts[present].tolist()
+    if not is_alike or (np.delete(rung.keep_counts, present) > 1).any():
         raise ArtifactError(
             f"the trained subnet of rate {rung.rate:.2f} has other channel groups than the whole "
             "network, so nothing can be cut from it: set finetune.order=parallel"
         )
-    return replace(
+    problem = replace(
         setup,
         model=rung.net,
         plan=plan,
@@ -131,6 +134,7 @@ def open_rung(setup: Setup, rung: Rung) -> Setup:
         stored={},
         first=None,
     )
+    return problem, present
 
 
 def cut_from(setup: Setup, rung: Rung, wanted: Mapping[float, ArrayLike]) -> dict[float, Cut]:
@@ -145,13 +149,26 @@ def cut_from(setup: Setup, rung: Rung, wanted: Mapping[float, ArrayLike]) -> dic
         By rate: the network, repaired, and its description.
     """
     counts = {rate: nest(setup.budget, row, rung.keep_counts, rate) for rate, row in wanted.items()}
-    problem = open_rung(setup, rung).prepare()
-    keys = [(tuple(int(count) for count in row), "") for row in counts.values()]
-    cuts = dict(zip(counts, build_here(problem)(keys), strict=True))
-    return {
-        rate: Cut(built.net, _describe(setup, problem, rung, rate, counts[rate], built))
-        for rate, built in cuts.items()
-    }
+    problem, present = open_rung(setup, rung)
+    problem = problem.prepare()
+    orders = [np.array(channels) for channels in rung.kept]
+    for place, order in zip(present, problem.prepared.orders, strict=True):
+        orders[place] = orders[place][order]
+    keys = [(tuple(row[present].tolist()), "") for row in counts.values()]
+    cuts: dict[float, Cut] = {}
+    for (rate, row), built in zip(counts.items(), build_here(problem)(keys), strict=True):
+        facts = {
+            "rate": rate,
+            "cost_kept": float(setup.budget.cost(row)) / setup.budget.total,
+            "macs": int(setup.plan.macs(row)),
+            "params": int(setup.plan.params(row)),
+            "keep_counts": row.tolist(),
+            "sequential": built.is_sequential,
+            "cut_from": {"rate": rung.rate, "sha256": problem.sha256},
+        }
+        criterion = setup.config.pruning.criterion
+        cuts[rate] = Cut(built.net, describe_subnet(setup, facts, orders, criterion, built))
+    return cuts
 
 
 def begin_rung(
@@ -189,26 +206,8 @@ def begin_rung(
 
 def end_rung(trained: Path, folder: Path) -> None:
     """Copies what was trained into the subnet folder of the search, and which network it is."""
-    write_tensors(folder / "finetuned.safetensors", read_tensors(trained / "finetuned.safetensors"))
     description = read_description(trained)
     subnet = {key: description[key] for key in CUT_KEYS}
+    # The weights last: without the description they would be taken for a damaged file.
     write_json(folder / "metrics.json", read_json(trained / "metrics.json") | {"subnet": subnet})
-
-
-def _describe(
-    setup: Setup, problem: Setup, rung: Rung, rate: float, counts: Ints, built: Built
-) -> dict[str, Any]:
-    facts = {
-        "rate": rate,
-        "cost_kept": float(setup.budget.cost(counts)) / setup.budget.total,
-        "macs": int(setup.plan.macs(counts)),
-        "params": int(setup.plan.params(counts)),
-        "keep_counts": counts.tolist(),
-        "sequential": built.is_sequential,
-        "cut_from": {"rate": rung.rate, "sha256": problem.sha256},
-    }
-    orders = [
-        np.array(channels)[order]
-        for channels, order in zip(rung.kept, problem.prepared.orders, strict=True)
-    ]
-    return describe_subnet(setup, facts, orders, setup.config.pruning.criterion, built)
+    write_tensors(folder / "finetuned.safetensors", read_tensors(trained / "finetuned.safetensors"))

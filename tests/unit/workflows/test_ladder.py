@@ -14,7 +14,7 @@ from cacp_ray.evaluation.classification import Classification
 from cacp_ray.io.files import read_json, write_json
 from cacp_ray.pruning.subnet import load_subnet, read_description, save_finetuned, save_subnet
 from cacp_ray.searching.budget import spend, uniform
-from cacp_ray.workflows.ladder import cut_from, end_rung, nest, open_rung, read_rung
+from cacp_ray.workflows.ladder import Rung, cut_from, end_rung, nest, open_rung, read_rung
 from cacp_ray.workflows.setup import Setup
 from cacp_ray.workflows.trained import widths_between
 from cacp_ray.workflows.winners import build_here, describe_subnet
@@ -167,3 +167,20 @@ def test_widths_between_trained_rates_meet_the_budget_and_those_of_the_rates_are
         assert budget.cost(more) > limit
     for each, row in known.items():
         assert widths_between(budget, known, each).tolist() == row
+
+
+def test_a_group_with_one_channel_left_stays_as_it_is(setup):
+    """It is no group of the trained network, as it cannot be cut."""
+    counts = setup.plan.cost_model.num_channels // 2
+    counts[3] = 1
+    (built,) = build_here(setup)([(tuple(counts.tolist()), "")])
+    kept = [order[:n].tolist() for order, n in zip(setup.prepared.orders, counts, strict=True)]
+    rate = float(setup.budget.cost(counts)) / setup.budget.total
+    rung = Rung(rate, built.net, counts, kept)
+    problem, present = open_rung(setup, rung)
+    assert 3 not in present
+    assert len(problem.plan.groups) == len(counts) - 1
+    cut = cut_from(setup, rung, {rate / 3: np.maximum(counts // 2, 1)})[rate / 3]
+    assert cut.description["keep_counts"][3] == 1
+    assert cut.description["groups"][3]["kept"] == kept[3]
+    assert cut.description["params"] == sum(p.numel() for p in cut.net.parameters())
