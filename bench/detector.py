@@ -95,8 +95,8 @@ def main() -> None:
     for row, rate in zip(rows, RATES, strict=True):
         row.append(f"{np.median(seconds[1.0]) / np.median(seconds[rate]):.2f}x")
     title = (
-        f"SSDLite at {options.side} px: {len(plan.groups)} channel groups, {len(whole.groups)} with "
-        f"decoding as part of it; reachable rates from {plan.reachable[0]:.3f}"
+        f"SSDLite at {options.side} px: {len(plan.groups)} channel groups ({len(whole.groups)} "
+        f"with decoding); reachable rates from {plan.reachable[0]:.3f}"
     )
     header = ["kept", "M MACs", "M parameters", "ONNX, MB", "ONNX against torch", "speed-up"]
     print_table(title, header, rows)

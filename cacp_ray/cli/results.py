@@ -20,11 +20,18 @@ def report(run: RunFolder) -> None:
 def subnet(
     run: RunFolder,
     rate: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Share of the cost KEPT, such as 0.42; LO:HI:STEP prints many and saves none."
         ),
-    ],
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of --rate, after a fine-tuning: the smallest network that loses at most "
+            "so many points (or units of your score) against the whole one on the search split."
+        ),
+    ] = None,
     evaluations: Annotated[
         int | None,
         typer.Option(
@@ -48,15 +55,24 @@ def subnet(
     from cacp_ray.rundir.directory import read_result
     from cacp_ray.rundir.schema import ReportedFile
     from cacp_ray.workflows.answers import answer_rates
-    from cacp_ray.workflows.trained import answer_from_trained, trained_folders
+    from cacp_ray.workflows.trained import answer_from_trained, answer_max_drop, trained_folders
 
-    rates = parse_rates(rate)
+    if (rate is None) == (max_drop is None):
+        raise ConfigError("say how small: give --rate, such as 0.42, or --max-drop, such as 1.0")
+    rates = parse_rates(rate) if rate is not None else []
     read_run_config(run)
     result = read_result(run, ReportedFile)
     if out is not None and len(rates) > 1:
         raise ConfigError("--out is the folder of one subnet: give one rate")
     save = len(rates) == 1
-    if evaluations is None and trained_folders(run):
+    if max_drop is not None:
+        if evaluations is not None:
+            raise ConfigError(
+                "--max-drop cuts trained subnets and asks no policy: leave out --evaluations"
+            )
+        answers = [answer_max_drop(run, max_drop, out=out)]
+        title = "The smallest that is good enough"
+    elif evaluations is None and trained_folders(run):
         answers = answer_from_trained(run, rates, save=save, out=out)
         title = "Cut from trained subnets and repaired"
     else:
@@ -66,7 +82,8 @@ def subnet(
     if "path" in answers[0]:
         folder = run / answers[0]["path"]
         typer.echo(f"saved: {folder}")
-        typer.echo(f"train it on: cacp-ray finetune {folder}")
+        if not (folder / "finetuned.safetensors").exists():
+            typer.echo(f"train it on: cacp-ray finetune {folder}")
 
 
 @app.command()

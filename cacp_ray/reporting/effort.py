@@ -13,6 +13,7 @@ PHASES = {
     "prepare": "data and channel groups",
     "search": "search",
     "frontier": "policy's answers",
+    "cuts": "cuts of the trained",
     "build": "winners",
     "finetune": "fine-tuning",
 }

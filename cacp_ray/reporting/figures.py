@@ -114,7 +114,19 @@ def plot_accuracy(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str
     draw(rates, "uniform_score", color=GREY, marker="x", linestyle=":", label="uniform")
     draw(frontier, "score", color=GREEN, linewidth=1.5, linestyle="--", label="policy alone")
     draw(rates, "score", color=BLUE, marker="o", label="before fine-tuning")
-    draw(rates, "finetuned_score", color=ORANGE, marker="s", label="after fine-tuning")
+    cuts = [row | {"cut": row["score"]} for row in result.get("trained_frontier") or ()]
+    tuned = [row | {"cut": row["finetuned_score"]} for row in rates if row.get("finetuned_score")]
+    if cuts:
+        line = sorted([*cuts, *tuned], key=lambda row: row["cost_kept"])
+        draw(line, "cut", color=ORANGE, linewidth=1.5, linestyle="--", label="cut from trained")
+    draw(
+        tuned,
+        "finetuned_score",
+        color=ORANGE,
+        marker="s",
+        label="after fine-tuning",
+        linestyle="" if cuts else "-",
+    )
     num_hidden = limit_y(axes, np.array(shown), scale * episodes.score, metric_of(result))
     style(axes, f"cost kept (% of {cost_name(result['cost'])})", metric_of(result).axis)
     if axes.get_legend_handles_labels()[0]:

@@ -180,6 +180,12 @@ class FrontierRow(Content):
     score: Score
 
 
+class TrainedRow(FrontierRow):
+    """A network cut from a trained one."""
+
+    cut_from: Rate
+
+
 class PolicyPoint(Content):
     """What the policy was worth amid a search."""
 
@@ -210,6 +216,7 @@ class ReportedFile(Content):
     groups: list[Group]
     base: Base
     frontier: list[FrontierRow]
+    trained_frontier: list[TrainedRow] | None = None
     learning: Learning | None = None
     seconds: dict[str, Seconds | None]
 

@@ -30,6 +30,7 @@ from cacp_ray.workflows.ladder import begin_rung, end_rung
 from cacp_ray.workflows.network import check_weights, load_model, make_rebuild
 from cacp_ray.workflows.setup import Setup
 from cacp_ray.workflows.splits import Splits, check_padding, check_splits
+from cacp_ray.workflows.trained import trained_frontier
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +164,12 @@ def _finetune_run(
     if trained or "finetune" not in result["seconds"]:  # else it had been finished before
         result["seconds"] |= clock.seconds
     write_json(run_dir / "result.json", result)
+    if config.report.frontier and (trained or "trained_frontier" not in result):
+        logger.info("cutting networks of other rates from the trained ones")
+        with clock.phase("cuts"):
+            result["trained_frontier"] = trained_frontier(run_dir)
+        result["seconds"] |= {"cuts": clock.seconds["cuts"]}
+        write_json(run_dir / "result.json", result)
     return result
 
 

@@ -9,7 +9,7 @@ search, which have to be trained in any case, with repaired cuts that meet each 
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -137,38 +137,39 @@ def open_rung(setup: Setup, rung: Rung) -> tuple[Setup, list[int]]:
     return problem, present
 
 
-def cut_from(setup: Setup, rung: Rung, wanted: Mapping[float, ArrayLike]) -> dict[float, Cut]:
-    """Cuts subnets of smaller rates from a trained one, in this process.
+def open_cuts(setup: Setup, rung: Rung) -> Callable[[float, ArrayLike], Cut]:
+    """A function that cuts subnets of smaller rates from a trained one, in this process.
 
-    Args:
-        setup: The problem of the run.
-        rung: The trained subnet.
-        wanted: (G,) keep counts by rate; see `nest`.
-
-    Returns:
-        By rate: the network, repaired, and its description.
+    It takes a rate and wanted keep counts (G,), see `nest`, and returns the network, repaired, with
+    its description. Statistics and order are made once.
     """
-    counts = {rate: nest(setup.budget, row, rung.keep_counts, rate) for rate, row in wanted.items()}
     problem, present = open_rung(setup, rung)
     problem = problem.prepare()
     orders = [np.array(channels) for channels in rung.kept]
     for place, order in zip(present, problem.prepared.orders, strict=True):
         orders[place] = orders[place][order]
-    keys = [(tuple(row[present].tolist()), "") for row in counts.values()]
-    cuts: dict[float, Cut] = {}
-    for (rate, row), built in zip(counts.items(), build_here(problem)(keys), strict=True):
+    build, criterion = build_here(problem), setup.config.pruning.criterion
+
+    def cut(rate: float, wanted: ArrayLike) -> Cut:
+        counts = nest(setup.budget, wanted, rung.keep_counts, rate)
+        (built,) = build([(tuple(counts[present].tolist()), "")])
         facts = {
             "rate": rate,
-            "cost_kept": float(setup.budget.cost(row)) / setup.budget.total,
-            "macs": int(setup.plan.macs(row)),
-            "params": int(setup.plan.params(row)),
-            "keep_counts": row.tolist(),
+            "cost_kept": float(setup.budget.cost(counts)) / setup.budget.total,
+            "macs": int(setup.plan.macs(counts)),
+            "params": int(setup.plan.params(counts)),
+            "keep_counts": counts.tolist(),
             "sequential": built.is_sequential,
             "cut_from": {"rate": rung.rate, "sha256": problem.sha256},
         }
-        criterion = setup.config.pruning.criterion
-        cuts[rate] = Cut(built.net, describe_subnet(setup, facts, orders, criterion, built))
-    return cuts
+        return Cut(built.net, describe_subnet(setup, facts, orders, criterion, built))
+
+    return cut
+
+
+def cut_one(setup: Setup, rung: Rung, rate: float, wanted: ArrayLike) -> Cut:
+    """One cut of `open_cuts`."""
+    return open_cuts(setup, rung)(rate, wanted)
 
 
 def begin_rung(
@@ -192,15 +193,15 @@ def begin_rung(
     if (out / "subnet.json").exists():
         return
     rung = read_rung(larger)
-    wanted = {rate: read_description(searched, "keep_counts")["keep_counts"]}
-    cut = run_once(cut_from, setup, rung, wanted, cpus=cpus, name=f"the cut to rate {rate:.2f}")
-    description = cut[rate].description
-    save_subnet(out, cut[rate].net, description)
+    wanted = read_description(searched, "keep_counts")["keep_counts"]
+    name = f"the cut to rate {rate:.2f}"
+    cut = run_once(cut_one, setup, rung, rate, wanted, cpus=cpus, name=name)
+    save_subnet(out, cut.net, cut.description)
     logger.info(
         "rate %.2f: cut from the trained %.2f, %s before training",
         rate,
         rung.rate,
-        setup.task.metric.describe(description["search"]["score"]),
+        setup.task.metric.describe(cut.description["search"]["score"]),
     )
 
 

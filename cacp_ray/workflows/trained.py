@@ -5,21 +5,24 @@ between those of the trained rates. Nothing of a policy is needed, so runs of ev
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cacp_ray.config.saved import check_new, read_run_config
-from cacp_ray.errors import ArtifactError
+from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.pruning.subnet import read_description, save_subnet
 from cacp_ray.rundir.directory import read_result
 from cacp_ray.rundir.schema import ReportedFile
 from cacp_ray.searching.budget import Budget, Ints, scale_to_budget, spend
-from cacp_ray.workflows.ladder import Cut, Rung, cut_from, read_rung
+from cacp_ray.workflows.ladder import Cut, Rung, open_cuts, read_rung
 from cacp_ray.workflows.problem import Given
 from cacp_ray.workflows.setup import Setup
+from cacp_ray.workflows.winners import frontier_rates
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,75 @@ def trained_folders(run_dir: Path) -> dict[float, Path]:
     }
 
 
+@dataclass(frozen=True)
+class Ladder:
+    """The trained subnets of a run, from which others are cut.
+
+    Attributes:
+        setup: The problem of the run.
+        folders: Subnet folder by trained rate.
+        widths: Keep counts by trained rate.
+        given: Network and task of a search that was given them as objects.
+    """
+
+    setup: Setup
+    folders: Mapping[float, Path]
+    widths: Mapping[float, Sequence[int]]
+    given: Given | None = None
+
+    @classmethod
+    def open(
+        cls, run_dir: Path, setup: Setup | None = None, given: Given | None = None
+    ) -> "Ladder":
+        """The ladder of a fine-tuned run; `setup` is made where it is not given.
+
+        Raises:
+            ArtifactError: The run is not fine-tuned, or its networks are missing.
+        """
+        config, folders = read_run_config(run_dir), trained_folders(run_dir)
+        if not folders:
+            raise ArtifactError(
+                f"{run_dir} has no trained subnets: run `cacp-ray finetune` on it first"
+            )
+        widths = {
+            rate: read_description(folder, "keep_counts", is_finetuned=True)["keep_counts"]
+            for rate, folder in folders.items()
+        }
+        return cls(setup or Setup.create(config, run_dir, given), folders, widths, given)
+
+    def cut(self, rates: Sequence[float]) -> Iterator[Cut]:
+        """Cuts each rate from the nearest larger trained one, in their order, and repairs it.
+
+        Above every trained rate, the base network is cut.
+        """
+        opened: float | None = None
+        cut_rate: Callable[[float], Cut] | None = None
+        for rate in rates:
+            # The trained rate itself too: its widths, repaired anew, are the network that is there.
+            larger = min((each for each in self.folders if each >= rate), default=1.0)
+            if larger == 1.0:
+                logger.warning(
+                    "rate %.2f is above every trained rate (largest %.2f): cut from the base "
+                    "network",
+                    rate,
+                    max(self.folders),
+                )
+            if cut_rate is None or larger != opened:
+                opened, cut_rate = larger, self.open_rung(larger)
+            yield cut_rate(rate)
+
+    def open_rung(self, larger: float) -> Callable[[float], Cut]:
+        """What cuts smaller rates from one trained rate, or at 1.0 from the base network."""
+        if larger in self.folders:
+            model = None if self.given is None else self.given.model
+            rung = read_rung(self.folders[larger], model)
+        else:
+            counts = self.setup.budget.num_channels
+            rung = Rung(1.0, self.setup.model, counts, [range(count) for count in counts])
+        cut = open_cuts(self.setup, rung)
+        return lambda rate: cut(rate, widths_between(self.setup.budget, self.widths, rate))
+
+
 def answer_from_trained(
     run_dir: Path,
     rates: Sequence[float],
@@ -42,8 +114,6 @@ def answer_from_trained(
     given: Given | None = None,
 ) -> list[dict[str, Any]]:
     """Subnets for any rates, each cut from the nearest larger trained one and repaired.
-
-    Above every trained rate, they are cut from the base network.
 
     Args:
         run_dir: Folder of a run that has been fine-tuned.
@@ -60,42 +130,110 @@ def answer_from_trained(
         ArtifactError: The run is not fine-tuned, its networks are missing, or a folder exists.
         InfeasibleRateError: A rate cannot be reached.
     """
-    config = read_run_config(run_dir)
-    folders = trained_folders(run_dir)
-    if not folders:
-        raise ArtifactError(
-            f"{run_dir} has no trained subnets: run `cacp-ray finetune` on it first"
-        )
-    places = {rate: out or run_dir / "subnets" / f"rate-{rate:.2f}" for rate in rates}
+    places = {rate: _place(run_dir, rate, out) for rate in rates}
     for place in places.values() if save else ():
         check_new(place, "load it", "give another folder (--out)")
-    setup = Setup.create(config, run_dir, given)
+    ladder = Ladder.open(run_dir, given=given)
     for rate in rates:
-        setup.budget.check(rate)
-    known = {
-        rate: read_description(folder, "keep_counts", is_finetuned=True)["keep_counts"]
-        for rate, folder in folders.items()
-    }
-    cuts: dict[float, Cut] = {}
-    for rung_rate, smaller in _share_out(rates, folders).items():
-        rung = _open(setup, folders, rung_rate, given)
-        wanted = {rate: widths_between(setup.budget, known, rate) for rate in smaller}
-        cuts |= cut_from(setup, rung, wanted)
-    names = ("rate", "cost_kept", "macs", "params", "keep_counts")
-    answers: list[dict[str, Any]] = []
-    for rate in rates:
-        description = cuts[rate].description
-        answers.append(
-            {name: description[name] for name in names}
-            | {
-                "score": description["search"]["score"],
-                "cut_from": description["cut_from"]["rate"],
-            }
+        ladder.setup.budget.check(rate)
+    return [
+        _as_row(cut) | (_save(run_dir, cut, places[rate], out) if save else {})
+        for rate, cut in zip(rates, ladder.cut(rates), strict=True)
+    ]
+
+
+def answer_max_drop(
+    run_dir: Path, drop: float, *, out: Path | None = None, given: Given | None = None
+) -> dict[str, Any]:
+    """The smallest network that loses at most `drop` against the base network.
+
+    Trained subnets are taken as they are. Below the smallest that is good enough, smaller ones are
+    cut from it by bisection over the rate, in steps of 0.01, and repaired; without one that is good
+    enough, they are cut from the base network. All are judged on the search split, so expect a
+    little more to be lost on other data.
+
+    Args:
+        run_dir: Folder of a run that has been fine-tuned.
+        drop: What may be lost: points of a share such as top-1, else units of the score; 0 or more.
+        out: Folder of the subnet; by default `subnets/rate-R` in the run.
+        given: Network and task of a search that was given them as objects.
+
+    Returns:
+        A row as of `answer_from_trained`, with the `path` of the subnet. A trained subnet that no
+        smaller one replaces is not written again.
+
+    Raises:
+        ArtifactError: The run is not fine-tuned, its networks are missing, or a folder exists.
+        ConfigError: `drop` is negative, or no network is good enough.
+    """
+    if not (math.isfinite(drop) and drop >= 0):
+        raise ConfigError(f"--max-drop {drop:g}: give 0 or more, such as 1.0")
+    if out is not None:
+        check_new(out, "load it", "give another folder (--out)")
+    ladder = Ladder.open(run_dir, given=given)
+    setup, result = ladder.setup, read_result(run_dir, ReportedFile)
+    least = result["base"]["search"]["score"] - drop / setup.task.metric.scale
+    good = {r["rate"]: r for r in result["rates"] if (r["finetuned_score"] or -math.inf) >= least}
+    top = min(good, default=1.0)
+    below = [rate for rate in ladder.folders if rate < top]
+    floor = max(setup.budget.smallest / setup.budget.total, *below, 0.0)
+    steps = [step / 100 for step in range(math.ceil(100 * floor + 1e-9), round(100 * top))]
+    cut_rate = ladder.open_rung(top)
+    found: Cut | None = None
+    low, high = 0, len(steps)  # steps from `high` on are good enough, as far as is known
+    while low < high:
+        middle = (low + high) // 2
+        cut = cut_rate(steps[middle])
+        score = cut.description["search"]["score"]
+        logger.info("rate %.2f: %s", steps[middle], setup.task.metric.describe(score))
+        if score >= least:
+            high, found = middle, cut
+        else:
+            low = middle + 1
+    if found is not None:
+        place = _place(run_dir, steps[high], out)
+        check_new(place, "load it", "give another folder (--out)")
+        return _as_row(found) | _save(run_dir, found, place, out)
+    if not good:
+        raise ConfigError(
+            f"{run_dir}: no network is within {drop:g} of the base network on the search split: "
+            "raise --max-drop"
         )
-        if save:
-            save_subnet(places[rate], cuts[rate].net, description)
-            answers[-1]["path"] = str(out.absolute() if out else places[rate].relative_to(run_dir))
-    return answers
+    row = good[top]
+    names = ("rate", "cost_kept", "macs", "params", "keep_counts", "path")
+    return {name: row[name] for name in names} | {"score": row["finetuned_score"], "cut_from": top}
+
+
+def trained_frontier(run_dir: Path, setup: Setup | None = None) -> list[dict[str, Any]]:
+    """What networks cut from the trained ones are worth, at rates below the largest trained one."""
+    ladder = Ladder.open(run_dir, setup)
+    reachable = [
+        rate
+        for rate in frontier_rates(ladder.setup)
+        if rate < max(ladder.folders) and rate not in ladder.folders
+    ]
+    names = ("rate", "cost_kept", "macs", "score", "cut_from")
+    return [
+        {name: row[name] for name in names}
+        for row in map(_as_row, ladder.cut(sorted(reachable, reverse=True)))
+    ][::-1]
+
+
+def _as_row(cut: Cut) -> dict[str, Any]:
+    names = ("rate", "cost_kept", "macs", "params", "keep_counts")
+    return {name: cut.description[name] for name in names} | {
+        "score": cut.description["search"]["score"],
+        "cut_from": cut.description["cut_from"]["rate"],
+    }
+
+
+def _place(run_dir: Path, rate: float, out: Path | None) -> Path:
+    return out or run_dir / "subnets" / f"rate-{rate:.2f}"
+
+
+def _save(run_dir: Path, cut: Cut, place: Path, out: Path | None) -> dict[str, Any]:
+    save_subnet(place, cut.net, cut.description)
+    return {"path": str(place.absolute() if out else place.relative_to(run_dir))}
 
 
 def widths_between(budget: Budget, known: Mapping[float, Sequence[int]], rate: float) -> Ints:
@@ -109,26 +247,3 @@ def widths_between(budget: Budget, known: Mapping[float, Sequence[int]], rate: f
     desired = np.array([np.interp(rate, rates, column) for column in rows.T])[None]
     scaled = scale_to_budget(budget, desired / budget.num_channels, [rate])
     return spend(budget, scaled, [rate])[0]
-
-
-def _share_out(rates: Sequence[float], trained: Iterable[float]) -> dict[float, list[float]]:
-    """By trained rate, or 1.0 for the base network, the rates that are cut from it."""
-    shared: dict[float, list[float]] = {}
-    for rate in rates:
-        # The trained rate itself too: its widths, repaired anew, are the network that is there.
-        larger = min((each for each in trained if each >= rate), default=1.0)
-        shared.setdefault(larger, []).append(rate)
-        if larger == 1.0:
-            logger.warning(
-                "rate %.2f is above every trained rate (largest %.2f): cut from the base network",
-                rate,
-                max(trained),
-            )
-    return shared
-
-
-def _open(setup: Setup, folders: Mapping[float, Path], rate: float, given: Given | None) -> Rung:
-    if rate in folders:
-        return read_rung(folders[rate], None if given is None else given.model)
-    counts = setup.budget.num_channels
-    return Rung(1.0, setup.model, counts, [range(count) for count in counts])

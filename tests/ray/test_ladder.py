@@ -69,6 +69,26 @@ def test_any_rate_is_cut_from_the_nearest_larger_trained_subnet(climbed, tmp_pat
     assert "no finetuned.safetensors" in errors
 
 
+def test_the_smallest_network_within_a_drop_is_found_between_the_trained_rates(
+    climbed, tmp_path, run
+):
+    folder, result = climbed
+    base = 100 * result["base"]["search"]["score"]
+    lowest = base - 100 * min(row["finetuned_score"] for row in result["rates"])
+    code, printed, errors = run("subnet", folder, "--max-drop", lowest + 3, "--out", tmp_path / "a")
+    assert code == 0, errors
+    found = read_description(tmp_path / "a")
+    assert found["rate"] < min(row["rate"] for row in result["rates"])
+    assert 100 * found["search"]["score"] >= base - lowest - 3
+    code, _, errors = run("subnet", folder, "--max-drop", -1)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "give 0 or more" in errors
+    for arguments in ([], ["--rate", 0.5, "--max-drop", 1]):
+        code, _, errors = run("subnet", folder, *arguments)
+        assert (code, errors.count("\n")) == (2, 1)
+        assert "give --rate, such as 0.42, or --max-drop" in errors
+
+
 @pytest.mark.slow
 def test_a_stopped_ladder_goes_on_at_its_rung_and_ends_alike(finished, climbed, tmp_path):
     whole, result = climbed

@@ -14,7 +14,7 @@ from cacp_ray.evaluation.classification import Classification
 from cacp_ray.io.files import read_json, write_json
 from cacp_ray.pruning.subnet import load_subnet, read_description, save_finetuned, save_subnet
 from cacp_ray.searching.budget import spend, uniform
-from cacp_ray.workflows.ladder import Rung, cut_from, end_rung, nest, open_rung, read_rung
+from cacp_ray.workflows.ladder import Rung, cut_one, end_rung, nest, open_cuts, open_rung, read_rung
 from cacp_ray.workflows.setup import Setup
 from cacp_ray.workflows.trained import widths_between
 from cacp_ray.workflows.winners import build_here, describe_subnet
@@ -74,7 +74,8 @@ def test_nested_counts_meet_the_budget_within_the_larger_subnet(setup, data):
 def test_a_cut_keeps_channels_of_the_trained_subnet_alone(setup, trained):
     rung = read_rung(trained)
     counts = uniform(setup.budget, [0.4, 0.3], np.ones(len(setup.plan.groups)))
-    cuts = cut_from(setup, rung, dict(zip((0.4, 0.3), counts, strict=True)))
+    cut = open_cuts(setup, rung)
+    cuts = {rate: cut(rate, row) for rate, row in zip((0.4, 0.3), counts, strict=True)}
     for rate, wanted in zip((0.4, 0.3), counts, strict=True):
         description = cuts[rate].description
         assert (
@@ -96,7 +97,7 @@ def test_a_cut_keeps_channels_of_the_trained_subnet_alone(setup, trained):
 
 def test_a_whole_cut_is_the_trained_network_itself(setup, trained):
     rung = read_rung(trained)
-    cut = cut_from(setup, rung, {0.7: rung.keep_counts})[0.7]
+    cut = cut_one(setup, rung, 0.7, rung.keep_counts)
     image = setup.search.take(8).tensors()[0]
     with torch.no_grad():
         torch.testing.assert_close(cut.net(image), rung.net(image), rtol=0, atol=1e-4)
@@ -118,7 +119,7 @@ def test_the_folder_of_the_search_then_holds_the_trained_network(setup, trained,
     save_subnet(
         searched, built.net, describe_subnet(setup, facts, setup.prepared.orders, "cap", built)
     )
-    cut = cut_from(setup, read_rung(trained), {0.3: counts - 1})[0.3]
+    cut = cut_one(setup, read_rung(trained), 0.3, counts - 1)
     save_subnet(start, cut.net, cut.description)
     save_finetuned(start, cut.net, {"score": 0.8})
     end_rung(start, searched)
@@ -180,7 +181,7 @@ def test_a_group_with_one_channel_left_stays_as_it_is(setup):
     problem, present = open_rung(setup, rung)
     assert 3 not in present
     assert len(problem.plan.groups) == len(counts) - 1
-    cut = cut_from(setup, rung, {rate / 3: np.maximum(counts // 2, 1)})[rate / 3]
+    cut = cut_one(setup, rung, rate / 3, np.maximum(counts // 2, 1))
     assert cut.description["keep_counts"][3] == 1
     assert cut.description["groups"][3]["kept"] == kept[3]
     assert cut.description["params"] == sum(p.numel() for p in cut.net.parameters())
