@@ -123,7 +123,8 @@ def tune_agent(
             settings, folder, resume=resume, address=address, on_progress=display.update
         )
     make_console().print(tuning_table(result))
-    typer.echo(f"best settings: cacp-ray search {folder / 'best.yaml'} --cache {folder / 'cache'}")
+    cache = "" if settings.search.task else f" --cache {folder / 'cache'}"  # knows images alone
+    typer.echo(f"best settings: cacp-ray search {folder / 'best.yaml'}{cache}")
     typer.echo(f"report: {folder / 'report.html'}")
 
 

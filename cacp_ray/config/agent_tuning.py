@@ -103,10 +103,6 @@ class AgentTuningConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> "AgentTuningConfig":
-        if self.search.task is not None:
-            raise ValueError(
-                "search.task: tuning of the agent takes images of classes alone so far"
-            )
         if self.search.strategy not in AGENTS:
             raise ValueError(f"search.strategy {self.search.strategy} has no agent: {AGENTS}")
         if len(set(self.seeds)) < len(self.seeds):

@@ -7,10 +7,12 @@ whole.
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import logging
 import math
 import os
+import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -19,14 +21,16 @@ from typing import Any
 import numpy as np
 
 from cacp_ray.data.images import ImageSet
-from cacp_ray.errors import ArtifactError
+from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.evaluation.computation import hash_computation
 from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement, SubnetKey
 from cacp_ray.evaluation.preparation import Prepared
+from cacp_ray.evaluation.task import OwnTask
 from cacp_ray.io.environment import installed_versions
 from cacp_ray.io.files import parse_json
 from cacp_ray.io.jsonl import append_line, read_lines
 from cacp_ray.pruning.calibration import update_hash
+from cacp_ray.pruning.inputs import Inputs
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +49,51 @@ def key_of_scores(prepared: Prepared, split: ImageSet, *, recovery: str, dtype: 
         recovery: How candidates are repaired.
         dtype: Precision of their computation; with the device where it is no CPU.
     """
-    digest = hashlib.sha256(f"{VERSION} {installed_versions()} {dtype} {recovery}\n".encode())
-    digest.update(f"{prepared.model}\n{split.mean} {split.std}\n".encode())
-    digest.update(hash_computation(prepared.model, split.take(1).tensors()[0]).encode())
+    about = f"{split.mean} {split.std}"
+    digest = _hash_network(prepared, split.take(1).tensors()[0], about, recovery, dtype)
+    _update(digest, "images", split.images)
+    _update(digest, "labels", split.labels)
+    return digest.hexdigest()
+
+
+def key_of_own_scores(
+    prepared: Prepared, task: OwnTask, inputs: Inputs, *, recovery: str, device: str
+) -> str:
+    """The same for a task of the user's own, whose code takes the place of the images.
+
+    The key covers the source of the module that the task is named by, and of the one that defines
+    its class; neither modules that these import, nor data that the score reads.
+
+    Args:
+        prepared: What candidates share.
+        task: The task, given by its name.
+        inputs: What the network is called with, for one example.
+        recovery: How candidates are repaired.
+        device: Kind of device that scores.
+
+    Raises:
+        ConfigError: The source cannot be read.
+    """
+    digest = _hash_network(prepared, inputs, f"task {task.name}", recovery, device)
+    for module in sorted({task.name.partition(":")[0], type(task.content).__module__}):
+        try:
+            source = inspect.getsource(sys.modules[module])
+        except (KeyError, OSError, TypeError) as error:
+            raise ConfigError(
+                f"task {task.name}: the source of module {module} cannot be read, by which known "
+                "measurements are told from others: define the task in a .py file"
+            ) from error
+        digest.update(f"{module}\n{source}\n".encode())
+    return digest.hexdigest()
+
+
+def _hash_network(
+    prepared: Prepared, inputs: Inputs, about: str, recovery: str, computed: str
+) -> Any:
+    """A hash of the network and its repair; the caller adds what scores it."""
+    digest = hashlib.sha256(f"{VERSION} {installed_versions()} {computed} {recovery}\n".encode())
+    digest.update(f"{prepared.model}\n{about}\n".encode())
+    digest.update(hash_computation(prepared.model, inputs).encode())
     for (name, dimension), axis in sorted(prepared.plan.axes.items()):
         _update(digest, f"{name} {dimension}", axis.group)
     for ordered in (prepared, *(prepared.others[name] for name in sorted(prepared.others))):
@@ -58,9 +104,7 @@ def key_of_scores(prepared: Prepared, split: ImageSet, *, recovery: str, dtype: 
                 _update(digest, f"{name} {field}", value)
     if recovery == "bn":
         update_hash(digest, prepared.calibration)
-    _update(digest, "images", split.images)
-    _update(digest, "labels", split.labels)
-    return digest.hexdigest()
+    return digest
 
 
 def _update(digest: Any, name: str, value: np.ndarray[Any, Any]) -> None:

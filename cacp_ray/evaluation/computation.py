@@ -11,20 +11,22 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cacp_ray.pruning.inputs import Inputs, call, tensors_of
 
-def hash_computation(model: nn.Module, images: Tensor) -> str:
+
+def hash_computation(model: nn.Module, inputs: Inputs) -> str:
     """sha256 of the operations of a forward pass in evaluation mode, in their order.
 
     The hash covers the arguments of each operation: shapes, numbers, and the values of tensors that
-    are constants of the code (neither weights, nor input, nor results). One normalised image
-    (1, C, H, W) is enough.
+    are constants of the code (neither weights, nor inputs, nor results). Inputs of one example,
+    such as a normalised image (1, C, H, W), are enough.
     """
     was_training = model.training
     model.eval()
-    weights = {t.data_ptr() for t in (*model.parameters(), *model.buffers(), images)}
+    weights = {t.data_ptr() for t in (*model.parameters(), *model.buffers(), *tensors_of(inputs))}
     recorder = _Recorder(weights)
     with torch.no_grad(), recorder:
-        model(images)
+        call(model, inputs)
     model.train(was_training)
     return recorder.digest.hexdigest()
 

@@ -205,12 +205,15 @@ def finetune_line(progress: FinetuneProgress) -> str:
 
 
 def tuning_panel(ranked: Sequence[TrialProgress]) -> RenderableType:
-    """Table of the best trials."""
-    table = _table("trial", "evaluations", "best top-1\n(%, mean)", "mean over\ntime (%)")
+    """Table of the best trials; there is at least one."""
+    metric = ranked[0].metric
+    units = ("(%, mean)", "time (%)") if metric.is_share else ("(mean)", "time")
+    heads = f"best {metric.name}\n{units[0]}", f"mean over\n{units[1]}"
+    table = _table("trial", "evaluations", *heads)
     table.add_column("settings")
     for trial in ranked[:MOST_TRIALS]:
-        accuracy = format_percent(trial.score), format_percent(trial.area)
-        table.add_row(trial.name, f"{trial.evaluations:,}", *accuracy, _settings(trial))
+        scores = metric.format(trial.score), metric.format(trial.area)
+        table.add_row(trial.name, f"{trial.evaluations:,}", *scores, _settings(trial))
     return table
 
 
@@ -218,7 +221,8 @@ def tuning_line(progress: TrialProgress) -> str:
     """A trial's round in one line."""
     return (
         f"{progress.name}  {progress.evaluations:,} evaluations  "
-        f"best top-1 {format_percent(progress.score)} %  {_settings(progress)}"
+        f"best {progress.metric.heading}: {progress.metric.format(progress.score)}  "
+        f"{_settings(progress)}"
     )
 
 

@@ -37,7 +37,7 @@ class FinetuneProgress:
 
 @dataclass(frozen=True)
 class TrialProgress:
-    """State of an agent-tuning trial; `score`, `area` are means over rates and seeds, in [0, 1]."""
+    """State of an agent-tuning trial; `score` and `area` are means over rates and seeds."""
 
     name: str
     settings: Mapping[str, Any]  # values that the trial tries, by key path of the configuration
@@ -46,3 +46,4 @@ class TrialProgress:
     area: float  # mean of `score` over the evaluations so far
     is_whole: bool  # whether its searches have reached their end; False where Tune stopped it
     since: int = 0  # evaluations when it got these settings; above 0 only in a population
+    metric: Metric = TOP1  # what scores measure

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cacp_ray.evaluation.measurement import DASH, Metric
+from cacp_ray.evaluation.measurement import DASH, TOP1, Metric
 
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -293,8 +293,8 @@ def search_images(result: dict[str, Any]) -> int | None:
 
 
 def metric_of(result: dict[str, Any]) -> Metric:
-    """What the scores of a run measure."""
-    return Metric(**result["metric"])
+    """What the scores of a run or a tuning measure; earlier tunings had images of classes alone."""
+    return Metric(**result["metric"]) if result.get("metric") else TOP1
 
 
 def base_score(result: dict[str, Any], split: str) -> float | None:

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
 
-from cacp_ray.evaluation.measurement import TOP1
+from cacp_ray.evaluation.measurement import Metric
 from cacp_ray.io.files import read_text
 from cacp_ray.io.schema import Content, read_checked
 from cacp_ray.reporting.figures import BLUE, GREY, ORANGE, Plot, limit_y, save_plots, style
 from cacp_ray.reporting.html import write_page
-from cacp_ray.reporting.summary import format_percent, format_seconds, format_setting
+from cacp_ray.reporting.summary import format_percent, format_seconds, format_setting, metric_of
 from cacp_ray.rundir.schema import TuningFile
 
 HEIGHT = 3.0
@@ -32,8 +32,12 @@ def write_tuning_report(folder: Path) -> Path:
             unreadable, or there are no trials.
     """
     result = read_checked(folder / "result.json", TuningFile)
-    importance = rank_importance(result)
-    first = ("importance", "Which settings matter", lambda axes: plot_importance(axes, importance))
+    importance, metric = rank_importance(result), metric_of(result)
+    first = (
+        "importance",
+        "Which settings matter",
+        lambda axes: plot_importance(axes, importance, metric),
+    )
     plots: list[tuple[str, str, Plot]] = [first] if importance.values else []
     for key in result["start"]:
         plots.append((key, key, lambda axes, key=key: plot_setting(axes, result, key)))
@@ -43,6 +47,7 @@ def write_tuning_report(folder: Path) -> Path:
         folder / "report.html",
         "tuning.html.jinja",
         result=result,
+        metric=metric,
         header=tuning_header(result),
         rows=tuning_rows(result),
         num_stopped=sum(not row["is_whole"] for row in result["trials"]),
@@ -60,17 +65,21 @@ def write_tuning_report(folder: Path) -> Path:
 def tuning_header(result: dict[str, Any]) -> list[str]:
     """Heads of the columns of `tuning_rows`."""
     settings = [key.partition(".")[2].replace("_", " ") for key in result["start"]]
-    heads = ["trial", "best top-1 (%)", "mean over time (%)", "evaluations", "known (%)"]
+    metric = metric_of(result)
+    unit = " (%)" if metric.is_share else ""
+    scores = f"best {metric.name}{unit}", f"mean over time{unit}"
+    heads = ["trial", *scores, "evaluations", "known (%)"]
     return [*heads, *(["settings since"] if has_changed(result) else []), *settings]
 
 
 def tuning_rows(result: dict[str, Any]) -> list[list[str]]:
     """Cells of every trial, the best first."""
+    metric = metric_of(result)
     return [
         [
             row["name"].removeprefix("trial-") + (" (as it was)" * is_start(row, result)),
-            format_percent(row["score"]),
-            format_percent(row["area"]),
+            metric.format(row["score"]),
+            metric.format(row["area"]),
             f"{row['evaluations']:,}",
             "-" if row.get("known") is None else format_percent(row["known"], 0),  # none asked for
             *([f"{row['since']:,}"] if has_changed(result) else []),
@@ -93,7 +102,8 @@ def is_start(row: dict[str, Any], result: dict[str, Any]) -> bool:
 def tuning_table(result: dict[str, Any]) -> Table:
     """The best trials as a table for the terminal."""
     num = len(result["trials"])
-    title = f"{result['name']}: {num} trials, accuracy is the mean over rates and seeds"
+    name = metric_of(result).name
+    title = f"{result['name']}: {num} trials, {name} is the mean over rates and seeds"
     table = Table(title=title, box=box.SIMPLE_HEAD)
     for head in tuning_header(result):
         table.add_column(head, justify="right")
@@ -106,9 +116,9 @@ def tuning_table(result: dict[str, Any]) -> Table:
 
 @dataclass(frozen=True)
 class Importance:
-    """Correlation of accuracy with the settings, over the trials that reached the end."""
+    """Correlation of the score with the settings, over the trials that reached the end."""
 
-    values: dict[str, float]  # Spearman's rank correlation with accuracy, by numeric setting
+    values: dict[str, float]  # Spearman's rank correlation with the score, by numeric setting
     num_trials: int
 
     @property
@@ -137,13 +147,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def plot_importance(axes: Axes, importance: Importance) -> str:
+def plot_importance(axes: Axes, importance: Importance, metric: Metric) -> str:
     """Plots rank correlations as bars, the strongest on top; returns the caption."""
     ranked = sorted(importance.values.items(), key=lambda item: abs(item[1]))
     axes.axvspan(-importance.chance, importance.chance, color=GREY, alpha=0.15, linewidth=0)
     axes.barh([key for key, _ in ranked], [value for _, value in ranked], color=BLUE, height=0.6)
     axes.set_xticks([-1, -0.5, 0, 0.5, 1])
-    style(axes, "rank correlation with top-1", "")
+    style(axes, f"rank correlation with {metric.name}", "")
     return (
         f"Over the {importance.num_trials} trials to the end: right of the middle, higher values "
         "are better. Within the grey, a setting that changes nothing would lie as well."
@@ -151,10 +161,10 @@ def plot_importance(axes: Axes, importance: Importance) -> str:
 
 
 def plot_setting(axes: Axes, result: dict[str, Any], key: str) -> str:
-    """Plots the accuracy of all trials against one setting; returns the caption."""
-    rows = result["trials"]
+    """Plots the score of all trials against one setting; returns the caption."""
+    rows, metric = result["trials"], metric_of(result)
     done = np.array([row["is_whole"] for row in rows])
-    y = np.array([100 * row[result["objective"]] for row in rows])
+    y = np.array([metric.scale * row[result["objective"]] for row in rows])
     values = [row["settings"][key] for row in rows]
     if all(is_number(value) for value in values):
         x = np.array(values, dtype=float)
@@ -168,8 +178,8 @@ def plot_setting(axes: Axes, result: dict[str, Any], key: str) -> str:
     axes.scatter(x[~done], y[~done], s=26, facecolors="none", edgecolors=GREY)
     axes.scatter(x[done], y[done], s=30, c=BLUE)
     axes.scatter(x[starts], y[starts], s=90, facecolors="none", edgecolors=ORANGE, linewidths=2)
-    limit_y(axes, y[done], y, TOP1)
-    style(axes, key, "top-1 (%)")
+    limit_y(axes, y[done], y, metric)
+    style(axes, key, f"{metric.name} (%)" if metric.is_share else metric.name)
     hollow = " Hollow: stopped early." if not done.all() else ""
     return f"Dots: {done.sum()} trials to the end; ringed: as it was.{hollow}"
 

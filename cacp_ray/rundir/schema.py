@@ -344,7 +344,7 @@ class TrialRow(Content):
 
     name: Name
     score: Score
-    area: Share
+    area: Score
     evaluations: Count
     is_whole: bool
     since: Count = 0
@@ -357,6 +357,8 @@ class TuningFile(Content):
 
     name: Name
     objective: Literal["score", "area"]
+    metric: MetricEntry | None = None
+    task: Name | None = None
     start: dict[str, Any]
     trials: Annotated[list[TrialRow], Field(min_length=1)]
     answers: dict[str, Count]

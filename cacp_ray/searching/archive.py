@@ -18,6 +18,7 @@ class Archive:
 
     def __init__(self, total: int) -> None:
         self._total = total  # cost of the whole network, in the unit that the rates limit
+        self.lowest: float | None = None  # score of the poorest measurement; None before the first
         # Three parallel lists; costs and ranks both rise strictly.
         self._costs: list[int] = []
         self._ranks: list[Rank] = []
@@ -27,6 +28,7 @@ class Archive:
         """Adds one measurement; a policy's answer after the search is none of the search's."""
         if record.status != "ok" or record.is_answer:
             return
+        self.lowest = record.score if self.lowest is None else min(self.lowest, record.score)
         cost = round(record.cost_kept * self._total)
         rank = (*record.rank, -cost, -record.index)
         end = bisect.bisect_right(self._costs, cost)

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 
 from cacp_ray.distributed.broker import BrokeredEvaluator
-from cacp_ray.evaluation.measurement import Evaluator
+from cacp_ray.evaluation.measurement import TOP1, Evaluator, Metric
 from cacp_ray.io.files import parse_json, read_json, write_json
 from cacp_ray.reporting.progress import TrialProgress
 from cacp_ray.tuning.experiment import (
@@ -49,7 +50,7 @@ class Search(Protocol):
 
     @property
     def score(self) -> float:
-        """Mean over rates of the best accuracy so far; a rate without a candidate counts as 0."""
+        """Mean over rates of the best score so far."""
         ...
 
     @property
@@ -73,12 +74,13 @@ class AgentTask:
     begin: BeginSearch
     seeds: tuple[int, ...]  # one for each search of a trial
     evaluations: int  # length of each search, unless nothing new is left earlier
+    metric: Metric = TOP1  # what scores measure
 
 
-def _read_progress(name: str, metrics: Any) -> TrialProgress:
+def _read_progress(name: str, metrics: Any, metric: Metric) -> TrialProgress:
     # The settings of this report; a population may have changed the trial's since.
     values = (metrics[key] for key in ("evaluations", "score", "area", "is_whole", "since"))
-    return TrialProgress(name, parse_json(metrics["settings"]), *values)
+    return TrialProgress(name, parse_json(metrics["settings"]), *values, metric=metric)
 
 
 def agent_trial(config: dict[str, Any], *, task: AgentTask, broker: Any) -> None:
@@ -160,17 +162,16 @@ def tune_agents(
         ArtifactError: `experiment_dir` is damaged.
         EvaluationError: A trial died more often than it is restarted.
     """
+    read = partial(_read_progress, metric=task.metric)
     trainable = tune.with_resources(
         tune.with_parameters(agent_trial, task=task, broker=broker), {"cpu": trial_cpus}
     )
-    with running_tune(
-        lambda trial, metrics: on_progress(_read_progress(_name_trial(trial), metrics))
-    ):
+    with running_tune(lambda trial, metrics: on_progress(read(_name_trial(trial), metrics))):
         if can_restore(experiment_dir):
             tuner = restore(experiment_dir, trainable, dict(space))
             for result in tuner.get_results():
                 if "evaluations" in (result.metrics or {}):
-                    on_progress(_read_progress(Path(result.path).name, result.metrics))
+                    on_progress(read(Path(result.path).name, result.metrics))
         else:
             tuner = tune.Tuner(
                 trainable,
@@ -191,7 +192,7 @@ def tune_agents(
             )
         results = tuner.fit()
     check_trials(results, "the search of")
-    return [_read_progress(Path(result.path).name, result.metrics) for result in results]
+    return [read(Path(result.path).name, result.metrics) for result in results]
 
 
 def _name_trial(trial: Trial) -> str:

@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from cacp_ray.config.run import ClusterConfig, RunConfig
 from cacp_ray.errors import ConfigError
-from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache, key_of_scores
+from cacp_ray.evaluation.cache import (
+    CachedEvaluator,
+    MeasurementCache,
+    key_of_own_scores,
+    key_of_scores,
+)
 from cacp_ray.evaluation.gpu import Need
 from cacp_ray.evaluation.measurement import Evaluator
 from cacp_ray.evaluation.scorer import measure_task_need, read_dtype
@@ -162,12 +167,20 @@ def scorer_arguments(setup: Setup, gpus: float = 0.0) -> dict[str, Any]:
 
 
 def key_of_run(setup: Setup, device: str) -> str:
-    """Content key of the measurements on a device, see `key_of_scores`."""
-    dtype = setup.config.evaluation.dtype
+    """Content key of the measurements on a device: `key_of_scores` or `key_of_own_scores`.
+
+    Raises:
+        ConfigError: The source of a task of the user's own cannot be read.
+    """
+    dtype, recovery = setup.config.evaluation.dtype, setup.config.pruning.recovery
+    if isinstance(setup.task, OwnTask):
+        return key_of_own_scores(
+            setup.prepared, setup.task, setup.inputs, recovery=recovery, device=device
+        )
     return key_of_scores(
         setup.prepared,
         setup.search,
-        recovery=setup.config.pruning.recovery,
+        recovery=recovery,
         # The driver may have no GPU to ask.
         dtype=str(read_dtype(dtype)) if device == "cpu" else f"{device} {dtype}",
     )

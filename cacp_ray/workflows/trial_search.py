@@ -1,7 +1,7 @@
 """One search of a tuning's trial: in rounds, checkpointed after every one."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 from cacp_ray.config.agent_tuning import with_settings
 from cacp_ray.evaluation.measurement import Evaluator
 from cacp_ray.rundir.directory import RunDirectory
+from cacp_ray.searching.archive import Archive
 from cacp_ray.searching.loop import SearchLoop
 from cacp_ray.workflows.setup import Setup
 from cacp_ray.workflows.strategy import make_run_strategy
@@ -44,9 +45,8 @@ class TrialSearch:
 
     @property
     def score(self) -> float:
-        """Mean over rates of the best so far; 0 for a rate that has none."""
-        best = self._loop.progress.best.values()
-        return float(np.mean([0.0 if record is None else record.score for record in best]))
+        """Mean over rates of the best so far, see `mean_best`."""
+        return mean_best(self._loop.archive, self._loop.progress.best)
 
     @property
     def is_done(self) -> bool:
@@ -57,6 +57,17 @@ class TrialSearch:
         """One round, and the learning from it."""
         self._loop.tick(self._strategy)
         self._loop.checkpoint(self._strategy)
+
+
+def mean_best(archive: Archive, rates: Iterable[float]) -> float:
+    """Mean over rates of the best score; the lowest of all stands for a rate that has none.
+
+    On a scale of any signs, 0 might be better than all scores. It is the mean where nothing was
+    measured yet.
+    """
+    lowest = 0.0 if archive.lowest is None else archive.lowest
+    best = [archive.best(rate) for rate in rates]
+    return float(np.mean([lowest if record is None else record.score for record in best]))
 
 
 def begin_search(

@@ -8,7 +8,7 @@ import csv
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from cacp_ray.config.agent_tuning import (
 )
 from cacp_ray.config.run import load_config, resolved
 from cacp_ray.config.saved import is_run, open_folder
-from cacp_ray.evaluation.scorer import Scorer
+from cacp_ray.evaluation.task_scorer import make_scorer
 from cacp_ray.io.clock import Clock
-from cacp_ray.io.environment import describe_environment
+from cacp_ray.io.environment import describe_environment, with_same_versions
 from cacp_ray.io.files import read_json, write_file, write_json, write_yaml
 from cacp_ray.reporting.progress import TrialProgress
 from cacp_ray.reporting.tuning import write_tuning_report
@@ -91,16 +91,17 @@ def _run_tuning(
             check_strategy(setup)
             setup = setup.prepare()
             join(search, address)
+            gpus = find_gpu_share(setup)
         if not is_begun:
             stack.enter_context(RunDirectory(folder).locked())
         write_yaml(folder / "config.yaml", resolved(config))
         write_json(folder / "environment.json", describe_environment(config.seed))
         with clock.phase("trials"):
-            trials, status, counts = _run_trials(config, setup, folder, on_progress)
+            trials, status, counts = _run_trials(config, setup, gpus, folder, on_progress)
     rows = rank_trials(
         [
             {
-                **asdict(trial),
+                **{name: value for name, value in vars(trial).items() if name != "metric"},
                 "settings": dict(trial.settings),
                 "known": known_share(trial.name, counts),
             }
@@ -111,6 +112,8 @@ def _run_tuning(
     result = {
         "name": config.name,
         "objective": config.objective,
+        "metric": vars(setup.task.metric),
+        "task": search.task,
         "rates": search.rates,
         "start": {
             key: as_text(value) for key, value in read_settings(search, config.space).items()
@@ -152,7 +155,7 @@ def trials_at_once(config: AgentTuningConfig, num_evaluators: int) -> int:
 
 
 def _run_trials(
-    config: AgentTuningConfig, setup: Setup, folder: Path, on_progress: OnProgress
+    config: AgentTuningConfig, setup: Setup, gpus: float, folder: Path, on_progress: OnProgress
 ) -> tuple[list[TrialProgress], Any, dict[str, tuple[int, int]]]:
     """Where each trial ended, how the broker answered, and by search what it asked."""
     from cacp_ray.distributed.broker import read_answers, start_broker, stop_broker
@@ -164,7 +167,6 @@ def _run_trials(
     cpus = search.cluster.cpus_per_evaluator
     wanted = search.cluster.max_evaluators
     useful = search.evaluations * config.trials * len(config.seeds)
-    gpus = find_gpu_share(setup)
     nodes, free = read_nodes(), read_free()
     room = find_room(nodes, free, cpus, gpus, wanted, useful)
     if wanted is not None and room.total > max(1, room.now):
@@ -177,7 +179,7 @@ def _run_trials(
         "%d evaluators, %d of %d trials at once", num_evaluators, max_concurrent, config.trials
     )
     broker = start_broker(
-        Scorer,
+        with_same_versions(make_scorer),
         scorer_arguments(setup, gpus),
         num_evaluators=room.on_cpus,
         num_gpu_evaluators=room.on_gpus,
@@ -192,7 +194,12 @@ def _run_trials(
     trial_setup = replace(setup, shared=None)  # evaluators alone need what candidates share
     try:
         trials = tune_agents(
-            task=AgentTask(partial(begin_search, trial_setup), config.seeds, search.evaluations),
+            task=AgentTask(
+                partial(begin_search, trial_setup),
+                config.seeds,
+                search.evaluations,
+                setup.task.metric,
+            ),
             broker=broker,
             space={
                 key: make_domain(

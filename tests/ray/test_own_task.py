@@ -300,6 +300,48 @@ def run_cli(folder, *arguments):
     )
 
 
+TUNING_YAML = """
+name: tuned
+search:
+  name: own
+  model: {name: "beside:make"}
+  task: "beside:Signals"
+  rates: [0.3, 0.6]
+  pruning: {sequential: false}
+trials: 2
+evaluations: 10
+seeds: [0]
+scheduler: none
+space: {agent.lr: {log_uniform: [3.0e-4, 1.0e-2]}}
+"""
+
+
+@pytest.mark.slow
+def test_the_agent_is_tuned_on_a_task_beside_the_configuration(tmp_path):
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    home.mkdir()
+    elsewhere.mkdir()
+    (home / "beside.py").write_text(MODULE)
+    (home / "tuning.yaml").write_text(TUNING_YAML)
+    done = run_cli(elsewhere, "tune-agent", home / "tuning.yaml", "--run-dir", home / "tuned")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "best agreement" in done.stdout
+    assert "--cache" not in done.stdout
+    result = json.loads((home / "tuned" / "result.json").read_text())
+    assert result["metric"] == {"name": "agreement", "is_share": False}
+    assert result["task"] == "beside:Signals"
+    assert len(result["trials"]) == 2
+    for row in result["trials"]:
+        assert (row["evaluations"], row["is_whole"]) == (10, True)
+        assert row["area"] <= row["score"] < 0  # 0 would be the whole network's
+    assert result["answers"]["cached"] + result["answers"]["joined"] > 0
+    page = (home / "tuned" / "report.html").read_text().split("<body")[1]
+    assert "agreement" in page
+    assert "top-1" not in page
+    best = load_config(RunConfig, home / "tuned" / "best.yaml")
+    assert best.task == "beside:Signals"
+
+
 @pytest.mark.slow
 def test_code_beside_the_configuration_is_found_here_and_by_evaluators(tmp_path):
     home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"

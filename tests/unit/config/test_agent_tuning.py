@@ -1,5 +1,6 @@
 """Configuration of the agent's tuning: what is refused, and what a trial's settings become."""
 
+import json
 import math
 import random
 import re
@@ -20,11 +21,22 @@ from cacp_ray.config.agent_tuning import (
 )
 from cacp_ray.config.run import RunConfig, load_config
 from cacp_ray.errors import ArtifactError, ConfigError
-from cacp_ray.reporting.tuning import rank_correlation, rank_importance, tuning_rows
+from cacp_ray.io.schema import find_problem
+from cacp_ray.reporting.tuning import (
+    rank_correlation,
+    rank_importance,
+    tuning_header,
+    tuning_rows,
+    write_tuning_report,
+)
+from cacp_ray.rundir.schema import TuningFile
+from cacp_ray.searching.archive import Archive
 from cacp_ray.tuning.agents import measure_area, note_settings
 from cacp_ray.tuning.experiment import restore
 from cacp_ray.tuning.scheduler import make_scheduler
+from cacp_ray.workflows.trial_search import mean_best
 from cacp_ray.workflows.tune_agent import known_share, rank_trials, trials_at_once
+from tests.unit.searching.test_archive import TOTAL, record
 
 
 def load(**changes):
@@ -136,6 +148,52 @@ def test_trials_that_came_to_their_end_are_ranked_before_those_stopped():
     assert rank_trials(rows, "area")[0]["name"] == "to the end"
 
 
+def test_a_rate_without_a_network_counts_as_the_lowest_score():
+    archive, rates = Archive(TOTAL), (0.2, 0.5)
+    assert mean_best(archive, rates) == 0.0
+    archive.add(record(0, 10, -1e30, status="failed"))
+    assert mean_best(archive, rates) == 0.0
+    for index, (cost, score) in enumerate([(10, -3.0), (9, -7.0), (20, -1.0)], 1):
+        archive.add(record(index, cost, score))
+    assert mean_best(archive, rates) == pytest.approx((-7.0 - 3.0) / 2)  # 0 would be the best
+    archive.add(record(9, 4, -9.0))
+    assert mean_best(archive, rates) == pytest.approx((-9.0 - 3.0) / 2)
+
+
+RESULT = {
+    "name": "tuning", "objective": "area", "start": {"agent.lr": 0.001},
+    "answers": {"scored": 3, "cached": 1, "joined": 0}, "seconds": {"trials": 2.0},
+    "trials": [
+        {
+            "name": "trial-0", "settings": {"agent.lr": 0.001}, "evaluations": 9, "is_whole": True,
+            "score": -0.25, "area": -12.5, "known": 0.5, "since": 0,
+        }
+    ],
+}  # fmt: skip
+
+
+def test_tables_and_the_report_show_the_score_of_a_task(tmp_path):
+    metric = {"name": "PSNR (dB)", "is_share": False}
+    own = RESULT | {"metric": metric, "task": "mynet:Upscaling"}
+    assert find_problem(own, TuningFile) == ""
+    assert tuning_header(own)[1:3] == ["best PSNR (dB)", "mean over time"]
+    assert tuning_rows(own) == [["0 (as it was)", "-0.25", "-12.5", "9", "50", "0.001"]]
+    (tmp_path / "result.json").write_text(json.dumps(own))
+    (tmp_path / "environment.json").write_text("{}")
+    for name in ("best.yaml", "config.yaml"):
+        (tmp_path / name).write_text("task: mynet:Upscaling\n")
+    page = write_tuning_report(tmp_path).read_text()
+    assert "PSNR (dB)" in page
+    assert "top-1" not in page
+    assert "--cache" not in page
+
+
+def test_a_tuning_of_before_there_were_tasks_is_of_top1():
+    assert find_problem(RESULT, TuningFile) == ""
+    assert tuning_header(RESULT)[1:3] == ["best top-1 (%)", "mean over time (%)"]
+    assert tuning_rows(RESULT)[0][1:3] == ["-25.00", "-1250.00"]
+
+
 def test_rank_correlation_is_spearmans():
     x = np.array([1.0, 2.0, 3.0, 4.0])
     assert rank_correlation(x, np.exp(x)) == pytest.approx(1.0)
@@ -164,9 +222,10 @@ def test_the_row_of_the_settings_as_they_were_is_marked():
 
 def test_the_example_of_the_page_loads():
     page = Path("docs/tuning.md").read_text()
-    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
-    config = load_config(AgentTuningConfig, yaml.safe_load(block))
+    whole, own = map(yaml.safe_load, re.findall(r"```yaml\n(.*?)```", page, re.DOTALL))
+    config = load_config(AgentTuningConfig, whole)
     assert set(config.space) == {"agent.lr", "agent.noise", "agent.drafts"}
+    assert load_config(AgentTuningConfig, whole | own).search.task == "mynet:Upscaling"
 
 
 def test_a_population_changes_settings_within_the_space():

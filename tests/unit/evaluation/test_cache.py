@@ -2,23 +2,37 @@
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from cacp_ray.errors import ArtifactError
+from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.evaluation.cache import (
     CachedEvaluator,
     MeasurementCache,
     check_folder,
+    key_of_own_scores,
     key_of_scores,
 )
 from cacp_ray.evaluation.measurement import Candidate, LocalEvaluator
+from cacp_ray.evaluation.task import OwnTask, _made
 from tests.small import measurement_of
 from tests.unit.evaluation.test_fusion import Plain, make_prepared, randomize
 
 KEY = "a" * 64
+SOURCE = """
+class First:
+    example_inputs = ()
+    def calibration(self):
+        return []
+    def score(self, net):
+        return {score}
+
+class Second(First):
+    pass
+"""
 
 
 def measure(candidate):
@@ -178,6 +192,37 @@ def test_the_key_is_of_all_that_a_score_depends_on():
     ]
     assert len(set(changed)) == len(changed)
     assert key() == changed[0]
+
+
+def test_the_key_of_a_task_is_of_its_code_too(tmp_path, monkeypatch):
+    prepared, split = make_prepared(randomize(Plain(torch.nn.ReLU())))
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "task_of_a_key.py"
+
+    def key(score="0.0", name="First", prepared=prepared, **changes):
+        file.write_text(SOURCE.format(score=score))
+        sys.modules.pop("task_of_a_key", None)
+        _made.clear()
+        task = OwnTask.make(f"task_of_a_key:{name}")
+        given = {"recovery": "none", "device": "cpu"} | changes
+        return key_of_own_scores(prepared, task, split.take(1).tensors()[0], **given)
+
+    weights = {**prepared.tensors, "conv1.weight": prepared.tensors["conv1.weight"] + 1}
+    changed = [
+        key(),
+        key(score="1.0 "),
+        key(name="Second"),
+        key(prepared=dataclasses.replace(prepared, tensors=weights)),
+        key(recovery="bn"),
+        key(device="cuda"),
+    ]
+    assert len(set(changed)) == len(changed)
+    assert key() == changed[0]
+    sys.modules["task_of_a_key"].__file__ = None  # such as code that was typed in
+    file.unlink()
+    task, inputs = OwnTask("task_of_a_key:First"), split.take(1).tensors()[0]
+    with pytest.raises(ConfigError, match=r"source of module task_of_a_key cannot be read"):
+        key_of_own_scores(prepared, task, inputs, recovery="none", device="cpu")
 
 
 def test_the_key_is_of_what_the_network_computes(monkeypatch):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from cacp_ray.evaluation.measurement import Metric
 from cacp_ray.reporting import displays
 from cacp_ray.reporting.displays import (
     ConvertDisplay,
@@ -74,6 +75,19 @@ def test_live_trials_are_ranked_by_the_objective(objective, first):
     assert re.search(r"trial-\d", last)[0] == first
     assert "lr 0.00123" in last
     assert "2 of 24 trials begun" in last
+
+
+def test_trials_of_a_task_show_its_score(clock):
+    file = io.StringIO()
+    trial = replace(make_trial("trial-1", score=-1.5, area=-20.25), metric=Metric("PSNR (dB)"))
+    with TuningDisplay(24, "score", console=make_console(file)) as display:
+        display.update(trial)
+    assert file.getvalue() == "trial-1  54 evaluations  best PSNR (dB): -1.5  lr 0.00123\n"
+    file = io.StringIO()
+    with TuningDisplay(24, "score", console=make_terminal(file)) as display:
+        display.update(trial)
+    assert "best PSNR (dB)" in file.getvalue()
+    assert "-20.25" in file.getvalue()
 
 
 def test_without_a_terminal_the_search_is_one_plain_line(clock):

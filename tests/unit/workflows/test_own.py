@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import cacp_ray
-from cacp_ray.config.agent_tuning import AgentTuningConfig
 from cacp_ray.config.run import RunConfig, load_config
 from cacp_ray.errors import ConfigError, EvaluationError
 from cacp_ray.evaluation.measurement import Candidate
@@ -19,6 +18,7 @@ from cacp_ray.evaluation.task_scorer import TaskScorer
 from cacp_ray.pruning.calibration import find_inputs, read_examples
 from cacp_ray.searching.budget import uniform
 from cacp_ray.workflows.dry_run import check_search
+from cacp_ray.workflows.evaluators import find_gpu_share
 from cacp_ray.workflows.problem import Given
 from cacp_ray.workflows.setup import Setup
 from cacp_ray.workflows.winners import build_here, build_winners
@@ -316,8 +316,7 @@ def test_settings_of_images_are_refused(settings, message, tmp_path):
         check_search(load_config(RunConfig, values | settings), tmp_path / "run")
 
 
-def test_an_agent_is_not_tuned_on_a_task():
-    space = {"agent.lr": {"choice": [0.001, 0.002]}}
-    values = {"search": {"task": "x:Y"}, "space": space}
-    with pytest.raises(ConfigError, match=r"search\.task"):
-        load_config(AgentTuningConfig, values)
+def test_the_memory_of_a_task_on_a_gpu_is_not_measured(model):
+    config = load_config(RunConfig, CONFIG.model_dump(), ["cluster.gpus_per_evaluator=auto"])
+    with pytest.raises(ConfigError, match="give a share of a GPU for a task of your own"):
+        find_gpu_share(set_up(model, config=config))
