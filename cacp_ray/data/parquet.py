@@ -64,7 +64,9 @@ class ParquetSource:
                 labels = self._open(file).read(columns=[column])[column]
             if not pa.types.is_integer(labels.type):
                 raise ArtifactError(
-                    f"data {self.name}: labels are {labels.type}; they must be integers"
+                    f"data {file}: labels in column {column} are {labels.type}; they must be "
+                    "integers, a class for each image: numbers to predict, or several labels, are "
+                    "the business of a task of your own (docs/tasks.md)"
                 )
             try:
                 parts.append(labels.cast(pa.int64()).fill_null(NO_LABEL).to_numpy())
@@ -178,8 +180,13 @@ class ParquetSource:
                 raise ArtifactError(f"data {self.name}: two columns are named {name}; drop one")
             if name in known:
                 return name
+        elsewhere = (
+            "; several label columns, or none, are the business of a task of your own "
+            "(docs/tasks.md)"
+        )
         raise ArtifactError(
             f"data {self.name}: none of the columns {', '.join(names)} among {', '.join(known)}"
+            f"{elsewhere if names is LABEL_COLUMNS else ': rename the column of images'}"
         )
 
 

@@ -352,6 +352,25 @@ CASES = {
         search_with(table(labels(lambda y: [str(each) for each in y])), "data.search.path"),
         "they must be integers",
     ),
+    "labels that are numbers to predict": (
+        search_with(table(labels(lambda y: [each / 10 for each in y])), "data.search.path"),
+        r"column label are double; they must be integers, .*task of your own \(docs/tasks.md\)",
+    ),
+    "several labels for an image": (
+        search_with(table(labels(lambda y: [[each, 0] for each in y])), "data.search.path"),
+        r"column label are list<.*>; they must be integers, .*task of your own \(docs/tasks.md\)",
+    ),
+    "several label columns": (
+        search_with(
+            table(
+                lambda data: data.append_column("sex", data["label"]).rename_columns(
+                    {"label": "age"}
+                )
+            ),
+            "data.search.path",
+        ),
+        r"none of the columns label.* task of your own \(docs/tasks.md\)",
+    ),
     "no label column": (
         search_with(table(lambda data: data.drop_columns(["label"])), "data.search.path"),
         "none of the columns label",
