@@ -31,8 +31,9 @@ from cacp_ray.searching.strategies import AGENTS, STRATEGIES
 from cacp_ray.training.recipe import Recipe
 
 Rate = Annotated[float, Field(gt=0, le=1)]
-Channels = tuple[float, float, float]
+Channels = tuple[float, ...]
 Positive = Annotated[float, Field(gt=0)]
+NUM_CHANNELS = (1, 3)  # of images: gray, and red, green, blue
 
 
 def is_section(value: Any) -> TypeGuard[dict[str, Any]]:
@@ -116,11 +117,22 @@ class DataConfig(Section):
     mean: Channels | None = Field(
         default=None,
         description="mean of red, green, blue in [0, 1], as in the training of the weights; needed "
-        "unless the data is embedded or published weights bring it",
+        "unless the data is embedded or published weights bring it; one number: images are read "
+        "as gray, with one channel",
     )
-    std: tuple[Positive, Positive, Positive] | None = Field(
-        default=None, description="deviation of red, green, blue in [0, 1], likewise"
+    std: tuple[Positive, ...] | None = Field(
+        default=None, description="deviation of red, green, blue, or of gray, in [0, 1], likewise"
     )
+
+    @field_validator("mean", "std")
+    @classmethod
+    def _of_gray_or_colours(cls, values: Channels | None) -> Channels | None:
+        if values is not None and len(values) not in NUM_CHANNELS:
+            raise ValueError(
+                f"{len(values)} numbers: give one for gray images or three for colours; images of "
+                "other channels are the business of a task of your own (docs/tasks.md)"
+            )
+        return values
 
 
 def add_transforms(values: Any) -> Any:

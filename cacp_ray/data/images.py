@@ -31,6 +31,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 DECODED_TOGETHER = 512
 PROGRESS_SECONDS = 10.0
+DEEP = ("I", "F")  # Pillow's modes of more than 8 bits: converting clips them
 MAX_UNNAMED_CLASSES = 100_000  # a larger label is taken for a mistake
 # Pillow raises these at bytes that are no image or too large an image.
 DECODE_ERRORS = (
@@ -43,11 +44,11 @@ class ImageSet:
     """Decoded images of one split, in file order.
 
     Attributes:
-        images: uint8 (N, H, W, 3).
+        images: uint8 (N, H, W, C): red, green and blue, or one gray channel.
         labels: int64 (N,), each in [0, number of classes).
         classes: Class names.
-        mean: (3,) channel means of images in [0, 1], for normalisation.
-        std: (3,) channel standard deviations of images in [0, 1].
+        mean: (C,) channel means of images in [0, 1], for normalisation.
+        std: (C,) channel standard deviations of images in [0, 1].
     """
 
     images: NDArray[np.uint8]
@@ -102,28 +103,35 @@ class Rows:
 
 @dataclass(frozen=True)
 class Shape:
-    """Resizing and cropping of decoded images, as torchvision does them; by default neither.
+    """Colours, resizing and cropping of decoded images, as torchvision resizes and crops.
+
+    By default, images are RGB and as large as they are.
 
     Attributes:
         resize: Length of the shorter side in pixels.
         crop: Side of the central square that is kept, in pixels.
         interpolation: How pixels are resampled.
         max_pixels: Larger images are refused: decoded, a few of them would fill the memory.
+        is_gray: Whether they are read as one gray channel.
     """
 
     resize: int | None = None
     crop: int | None = None
     interpolation: Interpolation = "bilinear"
     max_pixels: int = MAX_PIXELS
+    is_gray: bool = False
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """Resizes and crops an image.
 
         Raises:
-            ValueError: It has more than `max_pixels`, before or after that.
+            ValueError: It has more than `max_pixels`, before or after that, or is to be gray and
+                has more than 8 bits.
         """
         check_size(*image.size, self.max_pixels)
-        image = image.convert("RGB")
+        if self.is_gray and image.mode.startswith(DEEP):
+            raise ValueError(f"mode {image.mode}, which 8 bits would cut off; scale it to 8 bits")
+        image = image.convert("L" if self.is_gray else "RGB")
         if self.resize is not None:
             shorter = min(image.size)
             width, height = (int(self.resize * side / shorter) for side in image.size)
@@ -260,7 +268,7 @@ def describe_error(error: Exception) -> str:
 
 
 def decode(source: Source, rows: NDArray[np.int64], shape: Shape) -> NDArray[np.uint8]:
-    """Images uint8 (N, H, W, 3) at rising `rows` (N,).
+    """Images uint8 (N, H, W, C) at rising `rows` (N,).
 
     Raises:
         ArtifactError: An image cannot be decoded, or images differ in size.
@@ -270,7 +278,7 @@ def decode(source: Source, rows: NDArray[np.int64], shape: Shape) -> NDArray[np.
         row, data = item
         try:
             image = Image.open(io.BytesIO(data or b""))
-            return np.asarray(shape(image))
+            return np.atleast_3d(np.asarray(shape(image)))  # (H, W, C)
         except DECODE_ERRORS as error:
             raise ArtifactError(
                 f"data {source.where(row)}: cannot decode the image ({describe_error(error)}); "

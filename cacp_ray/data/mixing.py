@@ -64,5 +64,5 @@ def write_parquet(path: Path, images: ImageSet) -> None:
 
 def _encode(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, "PNG")
     return buffer.getvalue()

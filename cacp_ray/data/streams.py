@@ -35,9 +35,9 @@ class ImageStream:
         rows: (N,) rising rows of the source.
         labels: (N,), each in [0, number of classes).
         classes: Class names.
-        shape: How images are resized and cropped.
-        mean: (3,) channel means of images in [0, 1], for normalisation.
-        std: (3,) channel standard deviations of images in [0, 1].
+        shape: Colours and sizes of images.
+        mean: (C,) channel means of images in [0, 1], for normalisation.
+        std: (C,) channel standard deviations of images in [0, 1].
     """
 
     source: Source

@@ -19,12 +19,12 @@ def from_shared(array: NDArray[Any]) -> Tensor:
 def to_normalized(
     images: NDArray[np.uint8], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Tensor:
-    """Images uint8 (N, H, W, 3) -> normalised float32 (N, 3, H, W), channels_last."""
+    """Images uint8 (N, H, W, C) -> normalised float32 (N, C, H, W), channels_last."""
     return normalize(from_shared(np.ascontiguousarray(images)), mean, std)
 
 
 def normalize(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Does what `to_normalized` does with a tensor (N, H, W, 3), on its device."""
+    """Does what `to_normalized` does with a tensor (N, H, W, C), on its device."""
     x = pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255.0)  # keeps the NHWC memory
     centre, spread = (
         torch.tensor(values, device=x.device).view(1, -1, 1, 1) for values in (mean, std)
@@ -52,7 +52,7 @@ def augment(
     tops = (torch.randint(span, (n, 1), generator=generator) - padding).view(-1).tolist()
     lefts = (torch.randint(span, (n, 1), generator=generator) - padding).view(-1).tolist()
     flips = (torch.rand(n, 1, generator=generator) < 0.5).view(-1).tolist()
-    # Tiled to a row of pixels: numpy is fast along long rows, and slow along three channels.
+    # Tiled to a row of pixels: numpy is fast along long rows, and slow along channels.
     middle = np.tile(255 * np.array(mean, np.float32), width)
     scale = np.tile(1 / (255 * np.array(std, np.float32)), width)
     x = np.zeros((n, height, width * channels), np.float32)

@@ -24,7 +24,7 @@ TOLERANCE = {"cpu": 1e-3, "cuda": 1e-2}  # CUDA convolves in TF32
 class Pixels:
     """A split's images on a device; they are normalised there, batch by batch."""
 
-    values: Tensor  # uint8 (N, H, W, 3)
+    values: Tensor  # uint8 (N, H, W, C)
     mean: tuple[float, ...]  # of each colour, as in `ImageSet`
     std: tuple[float, ...]  # of each colour, as in `ImageSet`
 

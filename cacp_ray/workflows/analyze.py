@@ -43,6 +43,7 @@ from cacp_ray.pruning.subnet import describe_kept, load_subnet, read_description
 from cacp_ray.pruning.surgery import Cutter, Orders, all_tensors, reorder_weights
 from cacp_ray.searching.budget import Budget, uniform
 from cacp_ray.training.metrics import find_device
+from cacp_ray.workflows.network import find_channels
 from cacp_ray.workflows.problem import OBJECT
 from cacp_ray.workflows.setup import make_budget
 
@@ -306,7 +307,9 @@ def inspect_model(
     else:
         num_classes = default_num_classes(name) if num_classes is None else num_classes
         model = build_model(name, num_classes)
-        arguments = (Argument(None, default_input_shape(name, model)),)
+        shape = default_input_shape(name, model)
+        channels = find_channels(model.eval(), torch.zeros(1, *shape))
+        arguments = (Argument(None, (channels or shape[0], *shape[1:])),)
     if side is not None:
         arguments = (Argument(None, (*(arguments[0].shape or ())[:1], side, side)),)
     inputs = make_inputs(arguments, 1, torch.Generator().manual_seed(0))

@@ -196,11 +196,13 @@ def _make_subnet_job(folder: Path, settings: FinetuneConfig) -> Job:
         raise ConfigError(
             f"{folder} was searched on other classes than data.search has: give the data of its run"
         )
-    height, width = first.images.shape[1:3]
-    if (description.get("input_shape") or [3, height, width])[1:] != [height, width]:
+    height, width, channels = first.images.shape[1:]
+    shape = [channels, height, width]
+    if (searched := description.get("input_shape") or shape) != shape:
         raise ConfigError(
-            f"{folder} was searched on images of {description['input_shape'][1:]} pixels, "
-            f"data.search has {[height, width]}: set data.resize and data.crop as in its run"
+            f"{folder} was searched on images of {searched} (channels, height, width), "
+            f"data.search has {shape}: set data.mean, data.std, data.resize and data.crop as in "
+            "its run"
         )
     model = settings.model or ModelConfig(name=description["model"])
     cpus = settings.trials.cpus or 1

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cacp_ray.config.run import ModelConfig, RunConfig
+from cacp_ray.config.run import NUM_CHANNELS, ModelConfig, RunConfig
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.evaluation.preparation import hash_weights
 from cacp_ray.io.schema import read_checked
@@ -24,6 +24,8 @@ from cacp_ray.models.pretrained import (
 from cacp_ray.rundir.schema import ModelFile
 
 logger = logging.getLogger(__name__)
+
+MOST_CHANNELS = 16  # the largest number that is tried
 
 
 def load_model(config: ModelConfig, num_classes: int | None) -> nn.Module:
@@ -50,13 +52,14 @@ def check_output(model: nn.Module, image: Tensor, num_classes: int) -> None:
         num_classes: Classes of the data.
 
     Raises:
-        ConfigError: It returns something else than (1, num_classes).
+        ConfigError: It returns something else than (1, num_classes), or takes other channels.
     """
     try:
         with torch.no_grad():
             output = model(image)
-    except Exception:  # the network's own code; making its plan tells what is wrong
-        return
+    except Exception:  # the network's own code
+        check_channels(model, image)
+        return  # making its plan tells what is wrong
     if isinstance(output, Tensor) and output.shape == (1, num_classes):
         return
     if isinstance(output, Tensor):
@@ -69,6 +72,44 @@ def check_output(model: nn.Module, image: Tensor, num_classes: int) -> None:
         f"for one image, the network returns {given}: a search reads scores of shape "
         f"(1, {num_classes}), one for each class of the data; name a factory in model.name whose "
         "network returns them alone"
+    )
+
+
+def find_channels(model: nn.Module, image: Tensor) -> int | None:
+    """Channels of the images that a network takes; those of `image` (1, C, H, W) are tried first.
+
+    Returns:
+        None where it runs on no number of channels.
+    """
+    for channels in (image.shape[1], *range(1, MOST_CHANNELS + 1)):
+        try:
+            with torch.no_grad():
+                model(image[:, :1].repeat(1, channels, 1, 1))
+        except Exception:  # the network's own code
+            continue
+        return channels
+    return None
+
+
+def check_channels(model: nn.Module, image: Tensor) -> None:
+    """Refuses images (1, C, H, W) of other channels than a network takes.
+
+    A network that runs on no number of channels passes: it has another fault.
+
+    Raises:
+        ConfigError: It takes another number of channels.
+    """
+    given, taken = image.shape[1], find_channels(model, image)
+    if taken is None or taken == given:
+        return
+    if taken in NUM_CHANNELS:
+        names = {1: "one number each, for gray images", 3: "three numbers each, for colours"}
+        step = f"give them {names[taken]}, or name another network in model.name"
+    else:
+        step = "such images are the business of a task of your own (docs/tasks.md)"
+    raise ConfigError(
+        f"the first layer of the network takes {taken} channel{'s' * (taken > 1)}, and images have "
+        f"{given} by data.mean and data.std: {step}"
     )
 
 

@@ -22,7 +22,13 @@ class Splits:
     def __init__(self, data: DataConfig) -> None:
         """Opens nothing yet."""
         self._data = data
-        self._shape = Shape(data.resize, data.crop, data.interpolation, data.max_pixels)
+        self._shape = Shape(
+            data.resize,
+            data.crop,
+            data.interpolation,
+            data.max_pixels,
+            is_gray=data.mean is not None and len(data.mean) == 1,
+        )
         self._sources: dict[str, Source] = {}
 
     def read(self, name: str, count: int | None = None) -> ImageSet:
@@ -99,10 +105,10 @@ class Splits:
 
 
 def find_normalisation(data: DataConfig) -> tuple[Channels, Channels]:
-    """Mean and deviation of the colours; the embedded sample has those of CIFAR-10.
+    """Mean and deviation of each channel; the embedded sample has those of CIFAR-10.
 
     Raises:
-        ConfigError: They are not given for other data.
+        ConfigError: They are not given for other data, or differ in length.
     """
     mean, std = data.mean, data.std
     if all(s.path.startswith("embedded:") for s in (data.train, data.search, data.test)):
@@ -114,6 +120,12 @@ def find_normalisation(data: DataConfig) -> tuple[Channels, Channels]:
         raise ConfigError(
             f"data.{lacking} not given: set data.mean and data.std as in the training of the "
             f"weights (CIFAR-10: {list(cifar10.MEAN)} and {list(cifar10.STD)})"
+        )
+    if len(mean) != len(std):
+        raise ConfigError(
+            f"data.mean has {len(mean)} and data.std {len(std)} numbers: give both one for gray "
+            "images or three for colours; images of other channels are the business of a task of "
+            "your own (docs/tasks.md)"
         )
     return mean, std
 

@@ -12,7 +12,7 @@ from cacp_ray.io.environment import describe_environment
 from cacp_ray.io.files import write_json, write_yaml
 from cacp_ray.training.base import train_base
 from cacp_ray.training.loop import EpochResult
-from cacp_ray.workflows.network import load_model
+from cacp_ray.workflows.network import check_channels, load_model
 from cacp_ray.workflows.splits import Splits, check_padding, check_splits
 
 
@@ -37,6 +37,7 @@ def train_model(
     check_padding(config.training, search, "training.padding")
     torch.manual_seed(config.training.seed)
     model = load_model(config.model, len(train.classes))
+    check_channels(model, search.take(1).tensors()[0])
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     write_yaml(run_dir / "config.yaml", resolved(config))
     write_json(run_dir / "environment.json", describe_environment(config.training.seed))

@@ -23,7 +23,8 @@ def test_commands_parse():
         group.commands[name].make_context(name, arguments, resilient_parsing=False)
 
 
-def test_the_example_loads():
-    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    config = load_config(DataConfig, yaml.safe_load(block)["data"])
-    assert config.search.images_per_class == 5
+def test_the_examples_load():
+    blocks = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    gray, drawn = (load_config(DataConfig, yaml.safe_load(block)["data"]) for block in blocks)
+    assert (gray.mean, gray.std) == ((0.13,), (0.31,))
+    assert drawn.search.images_per_class == 5
