@@ -5,6 +5,7 @@ import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -100,6 +101,16 @@ class FolderSource:
     def where(self, row: int) -> str:
         """See `ParquetSource`."""
         return self.files[row].path
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Keeps the paths of the files, because pyarrow's entries cannot be sent elsewhere."""
+        kept = {name: value for name, value in vars(self).items() if name != "_entries"}
+        return kept | {"files": [file.path for file in self.files]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Rows stay those of the first listing, which is not repeated."""
+        files = [fs.FileInfo(path, fs.FileType.File) for path in state["files"]]
+        vars(self).update(state | {"files": files})
 
     def _inside(self, file: str) -> str:
         return posixpath.relpath(file, self.root)

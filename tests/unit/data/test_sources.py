@@ -135,6 +135,20 @@ def test_a_footer_and_the_labels_are_read_once_whatever_splits_lie_there(shards,
     assert (opened["labels"], opened["footers"]) == (4, 7)
 
 
+def test_a_folder_travels_with_its_listing(tmp_path):
+    for value in range(4):
+        folder = tmp_path / f"class{value % 2}"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{value}.png").write_bytes(IMAGES[value])
+    source = open_source(str(tmp_path))
+    rows, labels, classes = read_labels(source, Rows())
+    sent = pickle.loads(pickle.dumps(source))
+    (tmp_path / "class0" / "00.png").write_bytes(IMAGES[9])
+    assert values(read_images(sent, Rows())) == values(read_images(source, Rows())) == [0, 2, 1, 3]
+    assert (sent.labels.tolist(), sent.classes) == (labels.tolist(), classes)
+    assert [sent.where(row) for row in rows] == [source.where(row) for row in rows]
+
+
 def test_bytes_that_rot_within_an_image_are_found_where_pages_have_checksums(shards):
     """A changed image may still decode, to other pixels."""
     file = shards / "train-00001-of-00003.parquet"
