@@ -92,9 +92,7 @@ def test_crops_larger_than_the_images_are_refused(subnet):
 def test_a_subnet_is_trained_on_images_as_it_was_searched_on(subnet):
     describe(subnet, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], input_shape=[3, 64, 64])
     config = {"data": DATA, "finetune": RECIPE}
-    with pytest.raises(
-        ConfigError, match=r"images of \[64, 64\] pixels, data.search has \[32, 32\]"
-    ):
+    with pytest.raises(ConfigError, match=r"images of \[3, 64, 64\] .* has \[3, 32, 32\]"):
         cacp_ray.finetune(subnet, config=config)
     assert not (subnet / "finetune").exists()
     describe(subnet, input_shape=[3, 32, 32])
