@@ -62,6 +62,8 @@ def finetune_by_task(
             "`cacp-ray finetune` or cacp_ray.finetune"
         )
     function = _find_train(train, task.content, task.name)
+    if config.finetune.order == "ladder":
+        logger.warning("finetune.order ladder: a task of your own is trained side by side so far")
     saved = read_checked(run_dir / "model.json", ModelFile, ("sha256",))
     result = read_result(run_dir, ReportedFile)
     is_given = config.model.name.startswith(GIVEN)

@@ -75,7 +75,7 @@ def test_the_smallest_network_within_a_drop_is_found_between_the_trained_rates(
     folder, result = climbed
     base = 100 * result["base"]["search"]["score"]
     lowest = base - 100 * min(row["finetuned_score"] for row in result["rates"])
-    code, printed, errors = run("subnet", folder, "--max-drop", lowest + 3, "--out", tmp_path / "a")
+    code, _, errors = run("subnet", folder, "--max-drop", lowest + 3, "--out", tmp_path / "a")
     assert code == 0, errors
     found = read_description(tmp_path / "a")
     assert found["rate"] < min(row["rate"] for row in result["rates"])
