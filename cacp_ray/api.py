@@ -1,7 +1,8 @@
 """What a Python user may call; each name is documented where it is defined."""
 
 from cacp_ray.exporting.subnet import export_subnet as export
-from cacp_ray.pruning.subnet import load_subnet, save_finetuned
+from cacp_ray.pruning.subnet import load_subnet
+from cacp_ray.rundir.finetuned import save_finetuned
 from cacp_ray.workflows.analyze import Analysis, analyze
 from cacp_ray.workflows.compare import compare
 from cacp_ray.workflows.finetune import finetune

@@ -65,7 +65,7 @@ def users_code(what: str) -> Generator[None]:
         yield
     except CacpError:
         raise
-    except Exception as error:  # whatever that code raises
+    except (Exception, SystemExit) as error:  # whatever that code raises
         if is_out_of_memory(error):
             raise
         raise ConfigError(f"{what} ({type(error).__name__}: {one_line(error)})") from error

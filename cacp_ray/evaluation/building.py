@@ -1,6 +1,5 @@
 """Builds the network to save from keep counts: cut, repaired and measured in float32."""
 
-import copy
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,7 +10,7 @@ from cacp_ray.evaluation.measurement import Scored, SubnetKey
 from cacp_ray.evaluation.preparation import Prepared, cut_networks
 from cacp_ray.evaluation.task import OwnTask
 from cacp_ray.pruning.calibration import inputs_together
-from cacp_ray.pruning.resizable import build_subnet
+from cacp_ray.pruning.resizable import build_subnet, copy_as
 from cacp_ray.pruning.sequential import recover_sequentially
 
 
@@ -71,5 +70,5 @@ class Builder:
 
     def _measure(self, net: nn.Module) -> Scored:
         if self._device != "cpu" or isinstance(self._task, OwnTask):  # which may change it
-            net = copy.deepcopy(net).to(self._device)
+            net = copy_as(self._prepared.model, net).to(self._device)
         return self._task.measure(net)

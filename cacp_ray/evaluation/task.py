@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cacp_ray.errors import ConfigError, EvaluationError, users_code
 from cacp_ray.evaluation.measurement import Metric, Scored
+from cacp_ray.io.numbers import as_number
 from cacp_ray.models.factory import import_function
 from cacp_ray.pruning.calibration import Loss
 
@@ -145,8 +145,11 @@ class OwnTask:
             ConfigError: It is not a number.
         """
         net.eval()
-        with torch.no_grad():
-            value = self.content.score(net)
+        try:
+            with torch.no_grad():
+                value = self.content.score(net)
+        except SystemExit as error:  # it would end an evaluator, or the command, without a word
+            raise EvaluationError(f"the task's score exits ({error}): return a number") from error
         net.eval()
         return read_score(value)
 
@@ -172,23 +175,11 @@ def read_score(value: Any) -> Scored:
         raise ConfigError(
             f"the task's score returned a mapping with {names}: one entry must be `score`"
         )
-    numbers = {str(name): _as_number(name, number) for name, number in figures.items()}
+    numbers = {str(n): as_number(f"the task's {n}", number) for n, number in figures.items()}
     for name, number in numbers.items():
         if not math.isfinite(number):
             raise EvaluationError(f"the task's {name} is not finite ({number})")
     return Scored(score=numbers.pop(SCORE), figures=numbers)
-
-
-def _as_number(name: Any, value: Any) -> float:
-    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not is_number and isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1:
-        is_number = True
-    if not is_number:
-        raise ConfigError(
-            f"the task's {name} is of type {type(value).__name__}: return one number, or a mapping "
-            "of numbers with `score`"
-        )
-    return float(value)
 
 
 def measure_first(task: OwnTask, net: nn.Module) -> Scored:

@@ -6,21 +6,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from cacp_ray.evaluation.classification import Classification
 from cacp_ray.evaluation.gpu import open_gpu
 from cacp_ray.evaluation.measurement import Candidate, Measurement
-from cacp_ray.evaluation.preparation import CutNetwork, Prepared, cut_networks
+from cacp_ray.evaluation.preparation import Prepared, cut_networks
 from cacp_ray.evaluation.scorer import Scorer
 from cacp_ray.evaluation.task import OwnTask
+from cacp_ray.pruning.resizable import copy_as
 
 
 class TaskScorer:
     """Cuts, repairs and hands each candidate to the task's `score`; a `ScoreFunction`.
 
-    Every candidate is a network of its own copies of the weights, so that whatever a score does to
-    them ends with it.
+    Every candidate is a network of its own, so that whatever a score does to it ends with it.
     """
 
     def __init__(
@@ -44,7 +43,7 @@ class TaskScorer:
             torch.set_num_threads(threads)
         if gpu:
             open_gpu(gpu)
-        self._task = task
+        self._task, self._model = task, prepared.model
         self._network = cut_networks(prepared, recovery, "cuda" if gpu else "cpu")
 
     def __reduce__(self) -> tuple[Callable[[], "TaskScorer"], tuple[()]]:
@@ -59,19 +58,13 @@ class TaskScorer:
         """
         started = time.perf_counter()
         network = self._network(candidate.criterion)
-        scored = self._task.measure(load_copy(network, candidate.keep_counts))
+        scored = self._task.measure(copy_as(self._model, network.load(candidate.keep_counts)))
         return Measurement(
             **vars(scored),
             index=candidate.index,
             seconds=time.perf_counter() - started,
             finished_at=time.time(),
         )
-
-
-def load_copy(network: CutNetwork, keep_counts: tuple[int, ...]) -> nn.Module:
-    """The network at keep counts with copies of all tensors; valid until the next call."""
-    tensors = {**network.tensors, **network.cut(keep_counts)}
-    return network.resizable.load({name: tensor.clone() for name, tensor in tensors.items()})
 
 
 def make_scorer(

@@ -149,6 +149,11 @@ def read_examples(loader: Iterable[Any], example_inputs: Inputs, count: int) -> 
         for given in itertools.islice(loader, count):
             content = tree_map_only(Tensor, lambda t: t.detach().cpu(), given)
             batch = Batch(find_inputs(content, example_inputs), content)
+            if not len(batch):
+                raise ConfigError(
+                    f"calibration batch {len(batches)} is empty ({describe_batch(content)}): yield "
+                    "one example or more"
+                )
             batches.append(batch)
             seen += len(batch)
             if seen >= count:
@@ -180,12 +185,13 @@ def find_inputs(content: Any, example_inputs: Inputs) -> Inputs:
         is_sequence = isinstance(content, list | tuple) and content
         inputs = content[0] if is_sequence else content
     else:
-        is_nested = isinstance(content, list | tuple) and isinstance(content[0], list | tuple)
+        is_sequence = isinstance(content, list | tuple) and content
+        is_nested = is_sequence and isinstance(content[0], list | tuple)
         inputs = content[0] if is_nested else content
         if isinstance(inputs, list | tuple):
             inputs = tuple(inputs[: len(example_inputs)])
     wanted, given = tensors_of(example_inputs), tensors_of(inputs) if _is_inputs(inputs) else []
-    if [t.ndim for t in given] != [t.ndim for t in wanted]:
+    if [(t.ndim, t.dtype) for t in given] != [(t.ndim, t.dtype) for t in wanted]:
         raise ConfigError(
             f"calibration batches are {describe_batch(content)}: their inputs must be like "
             f"example_inputs ({describe_batch(example_inputs)}); yield the inputs first"
@@ -200,7 +206,8 @@ def _is_inputs(inputs: Any) -> bool:
 def describe_batch(content: Any) -> str:
     """What a batch looks like, for messages."""
     if isinstance(content, Tensor):
-        return f"a tensor {tuple(content.shape)}"
+        kind = "" if content.dtype == torch.float32 else f" of {str(content.dtype)[6:]}"
+        return f"a tensor {tuple(content.shape)}{kind}"
     if isinstance(content, Mapping):
         return f"a dictionary with {', '.join(map(str, list(content)[:4]))}"
     if isinstance(content, list | tuple):
@@ -209,7 +216,27 @@ def describe_batch(content: Any) -> str:
     return f"of type {type(content).__name__}"
 
 
+def mean_loss(model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
+    """The loss of a batch, with a gradient.
+
+    Raises:
+        ConfigError: A user's loss fails, or returns something else.
+    """
+    if loss is classify:
+        return classify(model, batch.content)
+    with users_code("the loss fails on a calibration batch"):
+        value: Any = loss(model, batch.content)
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        is_scalar = isinstance(value, Tensor) and value.numel() == 1
+        found = "a tensor without a gradient" if is_scalar else describe_batch(value)
+        raise ConfigError(
+            f"the loss returns {found}: return the mean over the batch as one tensor, computed "
+            "from the network's output with gradients"
+        )
+    return value.squeeze()
+
+
 def run_batch(model: nn.Module, batch: Batch) -> None:
     """Passes a batch through a network, for what hooks take from it."""
-    with torch.inference_mode():
+    with users_code("the network fails on a calibration batch"), torch.inference_mode():
         call(model, batch.inputs)

@@ -86,10 +86,21 @@ def build_subnet(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         for name, tensor in tensors.items()
     }
     small = ResizableNetwork(model).load(copies)
+    _train_as(model, small)
+    return small
+
+
+def copy_as(model: nn.Module, net: nn.Module) -> nn.Module:
+    """An independent copy of a cut network, whose parameters are trained where the model's are."""
+    copied = copy.deepcopy(net)
+    _train_as(model, copied)
+    return copied
+
+
+def _train_as(model: nn.Module, small: nn.Module) -> None:
     is_trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in small.named_parameters():
         parameter.requires_grad_(is_trained[name])
-    return small
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:

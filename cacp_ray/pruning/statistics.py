@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from cacp_ray.errors import EvaluationError
 from cacp_ray.io.environment import give_back_memory
 from cacp_ray.pruning.axis import Axis
-from cacp_ray.pruning.calibration import PASSED, Batch, Loss, classify, run_batch
+from cacp_ray.pruning.calibration import PASSED, Batch, Loss, classify, mean_loss, run_batch
 from cacp_ray.pruning.patches import choose_places, is_product, take_inputs
 from cacp_ray.pruning.plan import Consumer, Plan
 from cacp_ray.pruning.torch_types import Convolution
@@ -253,7 +253,7 @@ class _Gates:
         """Adds the gradients on one batch."""
         self._gates = torch.ones(len(batch), self._size + 1, requires_grad=True)
         with torch.enable_grad():
-            total = len(batch) * loss(model, batch.content)
+            total = len(batch) * mean_loss(model, batch, loss)
             # If nothing reads the gates, the loss still has to depend on them.
             total = total + 0 * self._gates.sum()
             gradient = torch.autograd.grad(total, self._gates)[0][:, : self._size].double()

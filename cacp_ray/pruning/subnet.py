@@ -100,41 +100,6 @@ def loading_code(folder: Path, model: str) -> str:
     return "\n".join([*imports, f"net = cacp_ray.load_subnet({path}{whole})"])
 
 
-def save_finetuned(folder: str | Path, net: nn.Module, metrics: Mapping[str, Any]) -> None:
-    """Writes a subnet's weights after a training of one's own, and what it measured.
-
-    `report`, `evaluate`, `export` and `load_subnet` then take them.
-
-    Args:
-        folder: Subnet folder, such as `runs/NAME/subnets/rate-0.50`.
-        net: The network that `load_subnet` gave, trained.
-        metrics: Numbers for metrics.json; `score` is that of the task.
-
-    Raises:
-        ConfigError: `net` is another network, or `metrics` has no finite `score`.
-        ArtifactError: The folder holds no subnet.
-    """
-    path = Path(folder)
-    read_description(path)
-    saved = read_tensors(path / "model.safetensors")
-    tensors = all_tensors(net)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wanted = {name: tuple(tensor.shape) for name, tensor in saved.items()}
-    if shapes != wanted:
-        name = min(
-            name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name)
-        )
-        raise ConfigError(
-            f"{path} holds another network than the one given: {name} is {wanted.get(name)} there "
-            f"and {shapes.get(name)} here; give the network that load_subnet made"
-        )
-    score = metrics.get("score")
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        raise ConfigError("metrics needs the network's `score`, a finite number")
-    write_tensors(path / "finetuned.safetensors", tensors)
-    write_json(path / "metrics.json", {**metrics, "search_score": float(score)})
-
-
 class KeptGroup(Content):
     """A group of a subnet, with the channels of the base network that it kept."""
 

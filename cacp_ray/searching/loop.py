@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.measurement import Candidate, Evaluator, SubnetKey
 from cacp_ray.io.files import read_json, write_json
 from cacp_ray.pruning.cost import CostModel, Limited
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 WAIT_SECONDS = 2.0
 MAX_REPEATS = 200
+MOST_FAILURES = 8  # candidates without any that succeeds; one allocation may fail for its own sake
 
 Result = tuple[Candidate, EpisodeRecord]
 
@@ -112,6 +114,8 @@ class SearchLoop:
         self._stopwatch = Stopwatch()
         self._last_checkpoint = time.monotonic()
         self._ticks = 0
+        self._num_failed = 0  # measured since this process began
+        self._has_measured = False
 
     @property
     def records(self) -> Sequence[EpisodeRecord]:
@@ -352,6 +356,7 @@ class SearchLoop:
             first, *repeats = candidates
             results.append((first, self._episodes.record(first, measurement, is_answer=is_answer)))
             results += [(c, self._episodes.repeat(c, is_answer=is_answer)) for c in repeats]
+            self._num_failed += measurement.status != "ok"
             if not measurement.cached:
                 self._stopwatch.note_finish()
         return results
@@ -370,6 +375,20 @@ class SearchLoop:
             strategy.tell(results)
             self._num_told += len(results)
             self._note_best(results)
+            self._check_failures([row for _, row in results])
+
+    def _check_failures(self, rows: Sequence[EpisodeRecord]) -> None:
+        """Ends a search whose first candidates all fail: the others would fail alike.
+
+        Raises:
+            EvaluationError: MOST_FAILURES failed since this process began, and none succeeded.
+        """
+        self._has_measured |= any(row.status == "ok" for row in rows)
+        if self._num_failed >= MOST_FAILURES and not self._has_measured:
+            raise EvaluationError(
+                f"the first {self._num_failed} candidates all failed, the last with: "
+                f"{rows[-1].error}; mend that, and go on with --resume (in Python: resume=True)"
+            )
 
     def _note_best(self, results: Sequence[Result]) -> None:
         """Keeps what candidates race against; probes at other rates than the run's never do."""

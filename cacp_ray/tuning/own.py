@@ -4,6 +4,7 @@ A report is a checkpoint, which holds the network, the best weights so far and w
 wants to keep. A trial that dies, and an experiment whose driver was killed, go on from there.
 """
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -19,8 +20,10 @@ from cacp_ray.errors import ConfigError
 from cacp_ray.evaluation.measurement import Scored
 from cacp_ray.evaluation.task import OwnTask
 from cacp_ray.io.files import write_json
+from cacp_ray.io.numbers import as_number
 from cacp_ray.io.schema import read_checked
-from cacp_ray.pruning.subnet import load_subnet, save_finetuned
+from cacp_ray.pruning.subnet import load_subnet
+from cacp_ray.rundir.finetuned import write_finetuned
 from cacp_ray.rundir.schema import MetricsFile
 from cacp_ray.tuning.experiment import (
     ReportCallback,
@@ -80,11 +83,18 @@ class TrainContext:
             net: The network as it is now.
             state: What to go on with: tensors, numbers, texts, lists and dictionaries of them, such
                 as `{"optimizer": optimizer.state_dict()}`.
-            **figures: Other numbers for the history, such as a loss.
+            **figures: Other numbers for the history, such as a loss; those that are not finite are
+                left out.
 
         Returns:
             The score.
+
+        Raises:
+            ConfigError: A figure is no number.
+            EvaluationError: The score is not finite.
         """
+        others = {name: as_number(f"context.report: {name}", n) for name, n in figures.items()}
+        others = {name: number for name, number in others.items() if math.isfinite(number)}
         scored = self._measure(net)
         self.epoch += 1
         weights = {name: value.detach().cpu() for name, value in net.state_dict().items()}
@@ -92,7 +102,7 @@ class TrainContext:
             copies = {name: value.clone() for name, value in weights.items()}
             self._best = {"model": copies, "epoch": self.epoch, "score": scored.score}
         now = time.monotonic()
-        row = {"epoch": self.epoch, "search_score": scored.score, **scored.figures, **figures}
+        row = {"epoch": self.epoch, "search_score": scored.score, **scored.figures, **others}
         self.history.append(row | {"epoch_seconds": now - self._started})
         self._started = now
         with tempfile.TemporaryDirectory() as folder:
@@ -209,7 +219,7 @@ def finetune_own(
             "seconds": sum(row["epoch_seconds"] for row in saved["history"]),
             "history": saved["history"],
         }
-        save_finetuned(job.folders[rate], net, kept[rate])
+        write_finetuned(job.folders[rate], net, kept[rate])
     write_json(experiment_dir / CHOICE_FILE, {f"{rate:g}": "" for rate in kept})
     return kept
 

@@ -14,10 +14,18 @@ from torch import nn
 from cacp_ray.config.run import RunConfig, load_config, resolved
 from cacp_ray.errors import ConfigError, users_code
 from cacp_ray.evaluation.classification import Classification
-from cacp_ray.evaluation.preparation import hash_weights
+from cacp_ray.evaluation.preparation import hash_weights, needed_kinds
 from cacp_ray.evaluation.task import FunctionTask, OwnTask
 from cacp_ray.models.factory import GIVEN, package_of
-from cacp_ray.pruning.calibration import Calibration, Loss, classify, read_examples
+from cacp_ray.pruning.calibration import (
+    Batch,
+    Calibration,
+    Loss,
+    classify,
+    mean_loss,
+    read_examples,
+    run_batch,
+)
 from cacp_ray.pruning.inputs import Inputs, call, check_inputs, check_network, describe_shapes
 from cacp_ray.workflows.network import check_output, load_model
 from cacp_ray.workflows.splits import Splits, check_padding, check_splits
@@ -110,7 +118,25 @@ def read_own(config: RunConfig, task: OwnTask, model: nn.Module | None) -> Probl
         call(network, inputs)
     with users_code(f"task {task.name}: calibration gives no batches"):
         batches = iter(task.content.calibration())
-    return network, read_examples(batches, inputs, config.pruning.calibration_images), task, inputs
+    examples = read_examples(batches, inputs, config.pruning.calibration_images)
+    run_batch(network, examples.batches[0])
+    kinds = needed_kinds(config.pruning.criterion, config.pruning.recovery)
+    if "gates" in kinds:
+        check_loss(network, examples.batches[0], find_loss(task, config.pruning.criterion, kinds))
+    return network, examples, task, inputs
+
+
+def check_loss(network: nn.Module, batch: Batch, loss: Loss) -> None:
+    """Refuses a loss that gives no gradient, before anything is started.
+
+    Raises:
+        ConfigError: It fails on a batch, or returns something else than a loss.
+    """
+    trained = copy.deepcopy(network)
+    for parameter in trained.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    with torch.enable_grad():
+        mean_loss(trained, batch, loss)
 
 
 def _load_own(config: RunConfig) -> nn.Module:

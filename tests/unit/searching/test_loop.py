@@ -286,6 +286,23 @@ def test_the_same_keep_counts_in_another_order_are_another_candidate(tmp_path, m
     }
 
 
+@pytest.mark.parametrize("mode", ["rounds", "async"])
+def test_a_search_ends_whose_first_candidates_all_fail_and_goes_on_when_that_is_mended(
+    tmp_path, mode
+):
+    def fail(candidate):
+        return measurement_of(candidate.index, 0.0, status="failed", error="no such layer")
+
+    def search(score):
+        loop = make_loop(tmp_path, LocalEvaluator(score), mode=mode)
+        loop.run(ClimbingStrategy())
+        return loop
+
+    with pytest.raises(EvaluationError, match=r"candidates all failed, .*no such layer; mend"):
+        search(fail)
+    assert search(measure).done
+
+
 def test_it_works_with_the_local_evaluator(tmp_path, uninterrupted):
     make_loop(tmp_path, LocalEvaluator(measure)).run(ClimbingStrategy())
     assert rows(tmp_path) == uninterrupted

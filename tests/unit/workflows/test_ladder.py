@@ -12,7 +12,8 @@ from cacp_ray.config.run import RunConfig, load_config
 from cacp_ray.errors import ArtifactError
 from cacp_ray.evaluation.classification import Classification
 from cacp_ray.io.files import read_json, write_json
-from cacp_ray.pruning.subnet import load_subnet, read_description, save_finetuned, save_subnet
+from cacp_ray.pruning.subnet import load_subnet, read_description, save_subnet
+from cacp_ray.rundir.finetuned import save_finetuned
 from cacp_ray.searching.budget import spend, uniform
 from cacp_ray.workflows.ladder import Rung, cut_one, end_rung, nest, open_cuts, open_rung, read_rung
 from cacp_ray.workflows.setup import Setup

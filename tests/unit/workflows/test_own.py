@@ -119,12 +119,20 @@ def spoil(net, way):
     elif way == "mode":
         net.train()
         net(*pair(2))
+    elif way == "hooks":
+        net.calls = getattr(net, "calls", 0) + 1
+        net.left.register_forward_hook(lambda module, inputs, output: output + net.calls)
+    elif way == "training":
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        with torch.enable_grad():
+            net(*pair(2))["sum"].square().mean().backward()
+        optimizer.step()
     else:
         net.left.weight = nn.Parameter(torch.zeros_like(net.left.weight))
     return score(net.eval())
 
 
-@pytest.mark.parametrize("way", ["weights", "mode", "replaced"])
+@pytest.mark.parametrize("way", ["weights", "mode", "hooks", "training", "replaced"])
 def test_what_a_score_does_to_a_network_ends_with_it(model, way):
     setup = set_up(model, make_task(partial(spoil, way=way))).prepare()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -271,6 +279,46 @@ def test_a_score_that_is_not_finite_is_a_failed_candidate(value):
 @pytest.mark.parametrize("value", [3, 3.0, np.float32(3), torch.tensor(3.0), torch.tensor([3])])
 def test_numbers_of_every_kind_are_scores(value):
     assert read_score(value).score == 3.0
+
+
+def test_a_score_that_exits_is_a_failed_candidate():
+    def leave(net):
+        raise SystemExit(4)
+
+    task = OwnTask.make("python:task", make_task(leave))
+    with pytest.raises(EvaluationError, match=r"score exits \(4\)"):
+        task.measure(nn.Identity())
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda net, batch: 1.0, "of type float: return the mean"),
+        (lambda net, batch: net(*batch[0])["sum"], r"a tensor \(5, 1, 6, 8\): return the mean"),
+        (lambda net, batch: torch.zeros(()), "without a gradient: return the mean"),
+        (lambda net, batch: 1 / 0, "loss fails on a calibration batch .ZeroDivisionError"),
+    ],
+)
+def test_a_loss_without_a_gradient_is_refused_before_a_search(model, loss, message):
+    with pytest.raises(ConfigError, match=message):
+        set_up(model, make_task(loss_of=loss), criterion="taylor")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((torch.rand(5, 3, 6, 8), torch.rand(5, 2, 6, 8)), "network fails on a calibration batch"),
+        (tuple(t.double() for t in pair(5)), "of float64"),
+        (pair(0), "calibration batch 0 is empty"),
+        ((), "their inputs must be like"),
+    ],
+)
+def test_batches_that_the_network_does_not_take_are_one_line(model, given, message):
+    with pytest.raises(ConfigError, match=message):
+        set_up(model, dataclasses.replace(make_task(), make_loader=lambda: [(given, 0)]))
+    plan = cacp_ray.analyze(model, pair(1))
+    with pytest.raises(ConfigError, match=message):
+        plan.calibrate([(given, 0)])
 
 
 def test_batches_of_every_kind_give_their_inputs():
