@@ -137,7 +137,7 @@ def test_the_run_says_what_its_score_is(finished):
 
 def test_another_process_is_told_to_give_the_objects_again(finished):
     folder = finished.subnets[0.4]
-    with pytest.raises(ConfigError, match=r"load_subnet\(\.\.\., model=\.\.\.\)"):
+    with pytest.raises(ConfigError, match="with model= the whole network"):
         cacp_ray.load_subnet(folder)
     with pytest.raises(ConfigError, match="given in Python"):
         cacp_ray.finetune(finished.path)
