@@ -14,7 +14,8 @@ Parquet files with encoded images. This script trains every network. A seed is o
 strategy, at equal evaluations (uniform has nothing to search), and one training of every subnet by
 the task's own loop. The same loop trains the whole network on. Validation data judges the searches;
 the table is of test data, which chose nothing. Cells are means over seeds and half the width of a
-95 % t interval over seeds. The same command goes on after a kill.
+95 % t interval over seeds. The same command goes on after a kill, and prints the tables of finished
+results without any data.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from scipy.stats import t
 from torch import nn
 
 import cacp_ray
+from cacp_ray.io.environment import describe_environment
 
 RATES = (0.3, 0.5, 0.7)
 STRATEGIES = ("uniform", "random", "cacp")
@@ -106,36 +108,56 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=120)
     options = parser.parse_args()
     for name in options.tasks:
-        problem, folder = PROBLEMS[name](options), options.out / name
-        net = train_base(problem, folder)
-        results = []
-        for seed in options.seeds:
-            for strategy in STRATEGIES:
-                file = folder / f"{strategy}-{seed}.json"
-                if not file.exists():
-                    where = folder / "runs" / f"{strategy}-{seed}"
-                    found = run_one(problem, net, where, strategy, seed, options.evaluations)
-                    file.write_text(json.dumps(found, indent=1))
-                results.append(json.loads(file.read_text()))
-        trained_on = [train_on(problem, net, seed) for seed in options.seeds]
-        scale = 1.0 if "dB" in problem.metric else 100.0
-        base = scale * problem.measure(net, "test")
-        table = [
-            [f"{strategy}, {when}", *(
-                cell([row[when] for r in results if r["strategy"] == strategy
-                      for row in r["rows"] if row["rate"] == rate], scale)
-                for rate in RATES
-            )]
-            for when in ("before", "after")
-            for strategy in STRATEGIES
-        ]  # fmt: skip
-        unit = "%" if scale > 1 else ""
-        title = (
-            f"{name}: {problem.metric} {unit} on test data, whole network {base:.2f}, trained on "
-            f"{cell(trained_on, scale)}; {len(options.seeds)} seeds"
-        )
-        print_table(title, ["strategy", *map(str, RATES)], table)
+        files = {
+            (s, n): options.out / name / f"{s}-{n}.json" for n in options.seeds for s in STRATEGIES
+        }
+        whole = options.out / name / "base.json"
+        if not all(file.exists() for file in (*files.values(), whole)):
+            run_all(PROBLEMS[name](options), options.out / name, files, whole, options)
+        results = [json.loads(file.read_text()) for file in files.values()]
+        print_results(name, results, json.loads(whole.read_text()), len(options.seeds))
     print_environment(options.seeds[0])
+
+
+def run_all(
+    problem: Problem, folder: Path, files: dict[tuple[str, int], Path], whole: Path, options: Any
+) -> None:
+    """Runs what has no file yet; writes a file for each search and one for the whole network."""
+    net = train_base(problem, folder)
+    for (strategy, seed), file in files.items():
+        if not file.exists():
+            where = folder / "runs" / f"{strategy}-{seed}"
+            found = run_one(problem, net, where, strategy, seed, options.evaluations)
+            file.write_text(json.dumps(found, indent=1))
+    base = {
+        "metric": problem.metric,
+        "test": problem.measure(net, "test"),
+        "trained_on": [train_on(problem, net, seed) for seed in options.seeds],
+        "environment": describe_environment(0),
+    }
+    whole.write_text(json.dumps(base, indent=1))
+
+
+def print_results(
+    name: str, results: list[dict[str, Any]], base: dict[str, Any], seeds: int
+) -> None:
+    """One table: strategies before and after training, by rate."""
+    is_share = "dB" not in base["metric"]
+    scale = 100.0 if is_share else 1.0
+    table = [
+        [f"{strategy}, {when}", *(
+            cell([row[when] for r in results if r["strategy"] == strategy
+                  for row in r["rows"] if row["rate"] == rate], scale)
+            for rate in RATES
+        )]
+        for when in ("before", "after")
+        for strategy in STRATEGIES
+    ]  # fmt: skip
+    title = (
+        f"{name}: {base['metric']}{' %' if is_share else ''} on test data, whole network "
+        f"{scale * base['test']:.2f}, trained on {cell(base['trained_on'], scale)}; {seeds} seeds"
+    )
+    print_table(title, ["strategy", *map(str, RATES)], table)
 
 
 def train_on(problem: Problem, net: nn.Module, seed: int) -> float:
