@@ -57,6 +57,11 @@ class Metric:
         return 100.0 if self.is_share else 1.0
 
     @property
+    def example(self) -> str:
+        """What one thing that a network is scored on is called."""
+        return "image" if self.is_share else "example"
+
+    @property
     def heading(self) -> str:
         """The name with its unit, over numbers that stand for themselves."""
         return f"{self.name} in %" if self.is_share else self.name

@@ -138,8 +138,12 @@ def _is_text(path: Path) -> bool:
 
 def write_yaml(path: Path, value: Any) -> None:
     """Writes YAML in the order of the keys."""
-    text = yaml.safe_dump(value, sort_keys=False)
-    write_text(path, text)
+    write_text(path, to_yaml(value))
+
+
+def to_yaml(value: Any) -> str:
+    """YAML in the order of the keys."""
+    return yaml.safe_dump(value, sort_keys=False)
 
 
 def read_text(path: Path) -> str:

@@ -57,15 +57,17 @@ def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
     columns = [name, *effort, *itertools.chain(*blocks)]
     rows = [dataclasses.asdict(run) for run in comparison.runs]
     markers = "Full markers: the best candidate within each rate. Hollow: the policy's own answer."
+    what = "Accuracy" if comparison.metric.is_share else "Score"
     report = write_page(
         out / "report.html",
         "comparison.html.jinja",
+        metric=comparison.metric,
         title=comparison_title(comparison),
         columns=columns,
         rows=[[column.text(row) for column in columns] for row in rows],
         paths=[(run.label, run.path) for run in comparison.runs],
         notes=comparison_notes(comparison),
-        figure=Drawing(png, "Accuracy against cost", markers),
+        figure=Drawing(png, f"{what} against cost", markers),
     )
     return [report, png, svg, out / JSON_FILE]
 

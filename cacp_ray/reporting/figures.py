@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 
 from cacp_ray.evaluation.measurement import Metric
 from cacp_ray.io.files import write_file
-from cacp_ray.reporting.summary import base_score, cost_name, metric_of, search_images
+from cacp_ray.reporting.summary import (
+    base_score,
+    cost_name,
+    count_examples,
+    metric_of,
+    search_images,
+    sentence,
+)
 
 # Narrow figures with large letters stay readable on a phone.
 WIDTH, DPI = 5.8, 170
@@ -141,9 +148,10 @@ def plot_latency(axes: Axes, result: dict[str, Any]) -> str:
     scale = metric_of(result).scale
     is_finetuned = all(row.get("finetuned_score") is not None for row in rates)
     key = "finetuned_score" if is_finetuned else "score"
-    batch = f"{result.get('latency_batch', 'a batch of')} images"
+    metric = metric_of(result)
+    batch = count_examples(metric, result.get("latency_batch", "a batch of"))
     looks: list[tuple[str, str, dict[str, Any]]] = [
-        ("", "1 image", {"color": BLUE, "marker": "o"}),
+        ("", count_examples(metric, 1), {"color": BLUE, "marker": "o"}),
         ("batch_", batch, {"color": ORANGE, "marker": "s"}),
     ]
     for prefix, label, look in looks:
@@ -163,8 +171,8 @@ def plot_latency(axes: Axes, result: dict[str, Any]) -> str:
         axes.legend(fontsize=10, frameon=False)
     when = "after fine-tuning" if is_finetuned else "before fine-tuning"
     return (
-        f"{metric_of(result).name.capitalize()} {when} against measured speed in float32 on one "
-        "thread; numbers are rates. Fewer MACs are not always faster for a single image."
+        f"{sentence(metric.name)} {when} against measured speed in float32 on one thread; numbers "
+        f"are rates. Fewer MACs are not always faster for a single {metric.example}."
     )
 
 

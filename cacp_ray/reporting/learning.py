@@ -23,7 +23,7 @@ from cacp_ray.reporting.figures import (
     save_plots,
     style,
 )
-from cacp_ray.reporting.summary import metric_of
+from cacp_ray.reporting.summary import metric_of, sentence
 
 REWARD_WINDOW = 10  # the reward of a rate is the mean of its last candidates
 HEIGHT = 3.3
@@ -41,7 +41,7 @@ def draw_learning(
     points, images = learning.get("policy_score") or [], learning.get("images")
     plots: list[tuple[str, str, Plot]] = [
         ("learning-reward", "Reward", lambda axes: plot_reward(axes, lines, images, metric)),
-        ("learning-critic", "Loss of the critics", lambda axes: plot_critic(axes, lines)),
+        ("learning-critic", "Loss of the critics", lambda axes: plot_critic(axes, lines, metric)),
         ("learning-noise", "Exploration", lambda axes: plot_noise(axes, lines)),
     ]
     if points:
@@ -91,13 +91,13 @@ def plot_policy(
     images = max(point["images"] for point in points)
     unseen = " Dashed: rates that are not searched." if not all(p["seen"] for p in points) else ""
     return (
-        f"{metric.name.capitalize()} of the policy's answer at that moment, measured after the "
+        f"{sentence(metric.name)} of the policy's answer at that moment, measured after the "
         f"search on the first {images:,} images of the search split; no choice depends on it."
         f"{unseen}"
     )
 
 
-def plot_critic(axes: Axes, lines: Sequence[Line]) -> str:
+def plot_critic(axes: Axes, lines: Sequence[Line], metric: Metric) -> str:
     """Plots the loss of the critics; returns the caption."""
     steps, values = _series(lines, "critic_loss")
     axes.plot(steps, values, color=BLUE, **_marker(steps))
@@ -106,7 +106,7 @@ def plot_critic(axes: Axes, lines: Sequence[Line]) -> str:
     _finish(axes, "squared error", lines)
     return (
         "Squared error of the critics on the episodes that they learn from: mean since the "
-        "previous point, in the agent's scale of returns. It needs no scored images."
+        f"previous point, in the agent's scale of returns. It needs no scored {metric.example}s."
     )
 
 

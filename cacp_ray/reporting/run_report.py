@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from cacp_ray.io.files import read_text
+from cacp_ray.io.files import parse_yaml, read_text, to_yaml
 from cacp_ray.io.schema import Content, read_checked
 from cacp_ray.pruning.subnet import loading_code, read_description
 from cacp_ray.reporting.effort import list_facts, list_phases
@@ -73,7 +73,7 @@ def write_report(run_dir: Path, episodes: pa.Table, save: Save = save_figure) ->
     """
     result = read_result(run_dir, ReportedFile)
     environment = read_checked(run_dir / "environment.json", Content)
-    config = read_text(run_dir / "config.yaml")
+    config = _read_config(run_dir)
     metrics = read_metrics(run_dir, result)
     folder, lines = run_dir / "figures", read_learning(run_dir)
     rows, later = summary_rows(result), list_later_answers(run_dir, result)
@@ -106,6 +106,22 @@ def write_report(run_dir: Path, episodes: pa.Table, save: Save = save_figure) ->
         config=config,
         rates=rows[1:],
     )
+
+
+def _read_config(run_dir: Path) -> str:
+    """The configuration as text; a task of the user's own reads no images, so `data` is left out.
+
+    Raises:
+        ArtifactError: The file is missing or unreadable.
+    """
+    text = read_text(run_dir / "config.yaml")
+    try:
+        values = parse_yaml(text)
+    except ValueError:
+        return text
+    if not isinstance(values, dict) or values.get("task") is None:
+        return text
+    return to_yaml({name: value for name, value in values.items() if name != "data"})
 
 
 def draw_figures(

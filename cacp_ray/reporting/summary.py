@@ -64,6 +64,16 @@ def format_seconds(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def sentence(text: str) -> str:
+    """The text as the beginning of a sentence; names such as `PSNR (dB)` keep their letters."""
+    return text[:1].upper() + text[1:]
+
+
+def count_examples(metric: Metric, count: object) -> str:
+    """A number of images, or of a task's examples, such as `1 image` or `64 examples`."""
+    return f"{count} {metric.example}{'' if count == 1 else 's'}"
+
+
 def format_setting(value: Any) -> str:
     """A float with three digits, any other value as it is."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
@@ -132,10 +142,13 @@ def _speed_columns(result: dict[str, Any]) -> list[Column]:
     """Latency of one image, speed-up for one image and for a batch; none where not measured."""
     if not has_latency(result):
         return []
-    batch = f"{result.get('latency_batch', 'batch')} images"
+    metric = metric_of(result)
+    one, batch = (
+        count_examples(metric, count) for count in (1, result.get("latency_batch", "batch"))
+    )
     return [
-        Column("latency", "ms, 1 image", lambda row: format_number(row.get("latency_ms"), 2)),
-        Column("speed-up", "1 image", lambda row: _format_speedup(row.get("speedup"))),
+        Column("latency", f"ms, {one}", lambda row: format_number(row.get("latency_ms"), 2)),
+        Column("speed-up", one, lambda row: _format_speedup(row.get("speedup"))),
         Column("speed-up", batch, lambda row: _format_speedup(row.get("batch_speedup"))),
     ]
 

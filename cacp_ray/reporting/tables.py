@@ -20,6 +20,7 @@ from cacp_ray.reporting.summary import (
     answer_columns,
     frontier_columns,
     metric_of,
+    sentence,
     size_columns,
     standard_errors,
     summary_rows,
@@ -46,7 +47,7 @@ def final_table(result: dict[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [
         make_table(title, [*size_columns(result), subnet], summary_rows(result)),
         accuracy_table(result),
-        Text(" ".join(f"{word.capitalize()}: {text}" for word, text in words(result))),
+        Text(" ".join(f"{sentence(word)}: {text}" for word, text in words(result))),
     ]
     if errors := standard_errors(result):
         parts.append(Text(f"Standard error (binomial) on the {', on the '.join(errors)}."))

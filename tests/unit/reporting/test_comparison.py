@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from cacp_ray.errors import ArtifactError
-from cacp_ray.evaluation.measurement import TOP1
+from cacp_ray.evaluation.measurement import TOP1, Metric
 from cacp_ray.reporting.comparison import ComparedRun, Comparison
 from cacp_ray.reporting.comparison_figure import (
     draw_comparison,
@@ -266,3 +266,13 @@ def test_a_base_network_of_other_images_is_said_to_be_so_and_not_drawn():
         plot_frontiers(axes, comparison)
         lines.append("base network" in [line.get_label() for line in axes.get_lines()])
     assert lines == [True, False]
+
+
+def test_a_comparison_of_scores_speaks_of_the_task(tmp_path):
+    runs = (make_run("cacp"), make_run("random"))
+    write_comparison(Comparison("macs", Metric("PSNR (dB)"), 0.92, 0, 0, runs), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "Score against cost" in page
+    assert "same network, task, order" in page
+    assert "Accuracy" not in page
+    assert "images" not in page.split("<body")[1]

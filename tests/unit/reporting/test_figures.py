@@ -8,10 +8,10 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cacp_ray.reporting.figures import plot_accuracy, plot_progress, read_episodes
+from cacp_ray.reporting.figures import plot_accuracy, plot_latency, plot_progress, read_episodes
 from cacp_ray.reporting.groups import fit_importance
 from cacp_ray.reporting.run_report import draw_figures
-from tests.unit.reporting.synthetic import RATES, make_episodes, make_result
+from tests.unit.reporting.synthetic import RATES, make_episodes, make_own_result, make_result
 
 MANY_RATES = tuple(round(0.08 * i, 2) for i in range(1, 13))
 
@@ -135,3 +135,11 @@ def test_no_importance_is_read_out_of_noise_or_of_too_few_candidates():
     assert fit_importance(*make_measured(np.zeros(4), noise=1.0)) is None
     assert fit_importance(*make_measured(np.ones(4), count=11)) is None
     assert fit_importance(make_result(), make_episodes(50)) is None  # no keep counts recorded
+
+
+def test_captions_of_a_task_speak_of_examples_and_keep_the_letters_of_its_score():
+    axes = Figure().add_subplot()
+    caption = plot_latency(axes, make_own_result())
+    assert caption.startswith("PSNR (dB) after fine-tuning against measured speed")
+    assert caption.endswith("for a single example.")
+    assert axes.get_legend_handles_labels()[1] == ["1 example", "64 examples", "base"]

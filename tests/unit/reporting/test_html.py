@@ -1,10 +1,12 @@
 import re
 from html.parser import HTMLParser
 
+import pyarrow as pa
 import pytest
 from torch import nn
 
 from cacp_ray.errors import ArtifactError
+from cacp_ray.io.files import write_yaml
 from cacp_ray.pruning.subnet import save_subnet
 from cacp_ray.reporting.run_report import write_report
 from tests.unit.reporting.synthetic import (
@@ -12,6 +14,7 @@ from tests.unit.reporting.synthetic import (
     make_episodes,
     make_learning,
     make_lines,
+    make_own_result,
     make_result,
     make_run,
 )
@@ -224,3 +227,26 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
     with pytest.raises(ZeroDivisionError):
         report(tmp_path, make_result() | {"name": "other"})
     assert (tmp_path / "report.html").read_bytes() == before
+
+
+def test_the_report_of_a_task_says_nothing_of_images(tmp_path):
+    run_dir = make_run(tmp_path, make_own_result())
+    data = {"train": "embedded:train"}
+    write_yaml(run_dir / "config.yaml", {"name": "a", "data": data, "task": "mine:Task", "seed": 3})
+    episodes = make_episodes(9)
+    place = episodes.column_names.index("images")
+    episodes = episodes.set_column(place, "images", pa.array([0] * 9))  # a task does not tell
+    page = Page(write_report(run_dir, episodes, draw_nothing).read_text("utf-8"))
+    body = page.text[page.text.index("made smaller at") :]
+    assert "image" not in body
+    assert "for one example and for a batch" in body
+    assert "embedded" not in body
+    assert "name: a\ntask: mine:Task\nseed: 3\n" in body
+
+
+def test_the_report_of_images_shows_the_whole_configuration(tmp_path):
+    run_dir = make_run(tmp_path, make_result())
+    write_yaml(run_dir / "config.yaml", {"data": {"train": "embedded:train"}, "task": None})
+    page = Page(write_report(run_dir, make_episodes(9), draw_nothing).read_text("utf-8"))
+    assert "train: embedded:train\ntask: null\n" in page.text
+    assert "for one image and for a batch" in page.text

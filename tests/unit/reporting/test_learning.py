@@ -7,10 +7,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cacp_ray.errors import ArtifactError
-from cacp_ray.evaluation.measurement import TOP1
+from cacp_ray.evaluation.measurement import TOP1, Metric
 from cacp_ray.io.jsonl import read_journal
 from cacp_ray.reporting.learning import (
     draw_learning,
+    plot_critic,
     plot_noise,
     plot_policy,
     plot_reward,
@@ -70,3 +71,12 @@ def test_a_last_line_cut_short_is_left_out_and_an_earlier_one_is_an_error(tmp_pa
     path.write_text('{"evaluations": 1}\n{"evalu\n{"evaluations": 3}\n')
     with pytest.raises(ArtifactError, match="line 2"):
         read_journal(path)
+
+
+def test_captions_of_a_task_speak_of_examples_and_keep_the_letters_of_its_score():
+    lines, metric = make_lines(9), Metric("PSNR (dB)")
+    assert "no scored examples" in plot_critic(Figure().add_subplot(), lines, metric)
+    assert "no scored images" in plot_critic(Figure().add_subplot(), lines, TOP1)
+    points = make_learning(lines)["policy_score"]
+    caption = plot_policy(Figure().add_subplot(), lines, points, metric)
+    assert caption.startswith("PSNR (dB) of the policy's answer")

@@ -8,13 +8,14 @@ from cacp_ray.reporting.summary import (
     format_macs,
     format_number,
     format_seconds,
+    sentence,
     short_columns,
     size_columns,
     standard_errors,
     summary_rows,
     words,
 )
-from tests.unit.reporting.synthetic import make_result
+from tests.unit.reporting.synthetic import make_own_result, make_result
 
 
 def cells(result: dict, columns: list) -> dict[str, dict[tuple[str, str], str]]:
@@ -181,3 +182,17 @@ def test_a_search_on_part_of_the_split_is_said_and_has_no_standard_error_of_the_
     result["rates"][0]["search_images"] = 300
     assert "on 300 images" in dict(words(result))["search"]
     assert standard_errors(result) != whole
+
+
+def test_a_sentence_begins_with_a_capital_and_names_keep_their_letters():
+    names = ("top-1", "PSNR (dB)", "mIoU", "")
+    assert [sentence(name) for name in names] == ["Top-1", "PSNR (dB)", "MIoU", ""]
+
+
+def test_heads_of_a_task_speak_of_examples():
+    heads = [
+        [column.unit for column in size_columns(result)[-3:]]
+        for result in (make_result(), make_own_result())
+    ]
+    assert heads[0] == ["ms, 1 image", "1 image", "64 images"]
+    assert heads[1] == ["ms, 1 example", "1 example", "64 examples"]
