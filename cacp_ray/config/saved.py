@@ -21,7 +21,8 @@ def open_folder(run_dir: Path, config: Section, *, resume: bool) -> None:
     """
     saved = run_dir / "config.yaml"
     if not resume:
-        check_new(run_dir, "pass --resume to continue it", "choose another --run-dir")
+        use = "pass --resume (in Python resume=True) to continue it"
+        check_new(run_dir, use, "choose another --run-dir")
         return
     if not saved.exists():
         raise ArtifactError(f"{run_dir} holds no run (no config.yaml): start it without --resume")

@@ -60,13 +60,13 @@ def build_on_nodes(
         in_order=True,
         max_attempts=MAX_ATTEMPTS,
         is_stuck=lambda subnet: shares[subnet] > 0 and not _has_gpus(),  # GPUs may be gone for good
-        say=lambda left: logger.info("%d networks are being built, or wait for a node", left),
+        say=lambda left: logger.info("networks being built, or waiting for a node: %d", left),
         say_seconds=SAY_SECONDS,
     ):
         if isinstance(outcome, Exception):
             raise EvaluationError(
                 f"a final subnet cannot be built: {describe(outcome)}; mend that, or give nodes "
-                "more memory, and run again with --resume"
+                "more memory, and run again with --resume, in Python resume=True"
             ) from outcome
         yield outcome
 

@@ -43,7 +43,7 @@ def measure_on_gpus(
         lambda node: on_node(task, node).remote(**stored),
         asked,
         timeout=TIMEOUT_S,
-        say=lambda left: logger.info("GPUs are measured: %d nodes have not answered", left),
+        say=lambda left: logger.info("GPUs are measured; nodes left: %d", left),
     ):
         if not isinstance(outcome, Exception):
             results[node] = outcome

@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cacp_ray.errors import CacpError, ConfigError, EvaluationError, one_line
+from cacp_ray.errors import CacpError, ConfigError, EvaluationError, first_line
 from cacp_ray.io.environment import with_same_versions
 
 logger = logging.getLogger(__name__)
@@ -37,19 +37,24 @@ def share(value: Value) -> tuple[ray.ObjectRef, Value]:
     return ref, ray.get(ref)
 
 
-def check_sendable(parts: Mapping[str, Any]) -> None:
+def check_sendable(parts: Mapping[str, Any], to: str = "evaluators") -> None:
     """Refuses objects that cannot be sent to other processes.
+
+    Args:
+        parts: The objects, by the names that their owner knows.
+        to: What the other processes are called.
 
     Raises:
         ConfigError: Naming the first one.
     """
     for name, part in parts.items():
         try:
-            ray.put(part)
+            # `ray.put` pickles alike, but its error fills pages.
+            ray.cloudpickle.dumps(part)  # pyright: ignore[reportAttributeAccessIssue]
         except Exception as error:  # whatever the objects inside raise
             raise ConfigError(
-                f"{name} cannot be sent to evaluators ({type(error).__name__}: {one_line(error)}): "
-                "open files, connections and loaders inside it, when it is called"
+                f"{name} cannot be sent to {to} ({first_line(error)}): open files, connections and "
+                "loaders inside it, when it is called"
             ) from error
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.exceptions import RayError
 from ray.tune.experiment import Trial
 from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback, TBXLoggerCallback
 
 from cacp_ray.distributed.cluster import environment
+from cacp_ray.distributed.tasks import describe
 from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError
 
 # A trial is restarted this often from its last checkpoint.
@@ -133,8 +135,8 @@ def restore(folder: Path, trainable: Any, space: dict[str, Any]) -> tune.Tuner:
         tuner.get_results()
     except Exception as error:  # a damaged pickle raises anything
         raise ArtifactError(
-            f"{folder} is damaged ({type(error).__name__}): remove it, and --resume begins these "
-            "trials anew"
+            f"{folder} is damaged ({type(error).__name__}): remove it, and --resume (in Python "
+            "resume=True) begins these trials anew"
         ) from error
     return tuner
 
@@ -147,8 +149,19 @@ def check_trials(results: Any, what: str) -> None:
     """
     for result in results:
         if result.error is not None:
-            reason = (str(result.error).strip().splitlines() or [type(result.error).__name__])[-1]
             raise EvaluationError(
-                f"{what} {Path(result.path).name} failed {MAX_FAILURES + 1} times ({reason}); see "
-                f"{result.path}, then continue with --resume"
+                f"{what} {Path(result.path).name} failed {MAX_FAILURES + 1} times "
+                f"({_describe(result.error)}); see {result.path}, then continue with --resume, in "
+                "Python resume=True"
             )
+
+
+def _describe(error: Exception) -> str:
+    """Name of the error and the first line of its message."""
+    if isinstance(error, RayError):
+        return describe(error)
+    # Tune keeps the text of an error that cannot be pickled: frames are indented, then it follows.
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    frames = [number for number, line in enumerate(lines) if line.startswith(" ")]
+    after = lines[frames[-1] + 1 :] if frames else lines
+    return (after or lines or [type(error).__name__])[0].strip()

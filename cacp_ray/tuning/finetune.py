@@ -222,7 +222,8 @@ def open_experiment(experiment_dir: Path, content: dict[str, Any], *, resume: bo
         )
     elif not resume:
         raise ArtifactError(
-            f"{experiment_dir} holds a fine-tuning: pass --resume to continue it, or delete it"
+            f"{experiment_dir} holds a fine-tuning: pass --resume (in Python resume=True) to "
+            "continue it, or delete it"
         )
     elif (saved := _with_defaults(read_checked(file, Content))) != content:
         # The recipe of an experiment without variants has an empty name.

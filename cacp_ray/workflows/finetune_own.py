@@ -79,7 +79,7 @@ def finetune_by_task(
     gpus = 0.0 if cluster.gpus_per_evaluator == "auto" else float(cluster.gpus_per_evaluator)
     connect(address, runtime_env=cluster.runtime_env)
     check_room(cluster.cpus_per_evaluator, gpus, address)
-    check_sendable({"train": function})
+    check_sendable({"train": function}, "trials")
     job = OwnJob(
         {row["rate"]: (run_dir / row["path"]).resolve() for row in result["rates"]},
         task,
