@@ -60,7 +60,7 @@ def subnet(
     if (rate is None) == (max_drop is None):
         raise ConfigError("say how small: give --rate, such as 0.42, or --max-drop, such as 1.0")
     rates = parse_rates(rate) if rate is not None else []
-    read_run_config(run)
+    config = read_run_config(run)
     result = read_result(run, ReportedFile)
     if out is not None and len(rates) > 1:
         raise ConfigError("--out is the folder of one subnet: give one rate")
@@ -82,7 +82,8 @@ def subnet(
     if "path" in answers[0]:
         folder = run / answers[0]["path"]
         typer.echo(f"saved: {folder}")
-        if not (folder / "finetuned.safetensors").exists():
+        # A subnet of a task of the user's own is trained with its run, or by their own code.
+        if config.task is None and not (folder / "finetuned.safetensors").exists():
             typer.echo(f"train it on: cacp-ray finetune {folder}")
 
 

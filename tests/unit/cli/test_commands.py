@@ -17,7 +17,9 @@ from cacp_ray.config.saved import open_folder
 from cacp_ray.errors import ConfigError, EvaluationError
 from cacp_ray.models.factory import build_model
 from cacp_ray.rundir.directory import RunDirectory
+from cacp_ray.workflows import answers
 from tests.unit.exporting.folders import make_folder
+from tests.unit.reporting.synthetic import make_own_result, make_result, make_run
 
 FEW = {"search": {"path": "embedded:search", "rows": [0, 100]}}
 MODEL = {"name": "resnet20", "weights": "embedded:resnet20_cifar10"}
@@ -342,3 +344,17 @@ def test_an_unexpected_failure_is_one_line_and_code_1(run, tmp_path, monkeypatch
     assert code == 1
     assert err.count("\n") == 1
     assert "KeyError" in err
+
+
+@pytest.mark.parametrize("task", [None, "mine:Task"])
+def test_only_a_subnet_of_images_is_sent_to_the_fine_tuning(run, tmp_path, monkeypatch, task):
+    result = make_own_result(is_finetuned=False) if task else make_result(is_finetuned=False)
+    folder = make_run(tmp_path / "run", result)
+    values = {"name": "x", "model": MODEL, "data": FEW, "task": task}
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    answer = result["rates"][0] | {"scored_score": 0.5, "policy_score": 0.5}
+    monkeypatch.setattr(answers, "answer_rates", lambda *_, **options: [answer])
+    code, out, _ = run("subnet", folder, "--rate", "0.42")
+    assert code == 0
+    assert f"saved: {folder}" in out
+    assert ("train it on: cacp-ray finetune" in out) == (task is None)
