@@ -110,9 +110,12 @@ def import_function(
     except ValueError:  # written in C, and says nothing of its arguments
         pass
     except TypeError as error:
-        wanted = ", ".join([*arguments, *keywords])
+        # Positional arguments are ours, and keywords the user's own.
+        rule = f"it must take ({', '.join(arguments)})"
+        if not arguments and (keywords or kind == "model"):
+            rule = f"it takes ({', '.join(_names_of(function))}); see model.kwargs"
         raise ConfigError(
-            f"{kind} {name!r} cannot be called ({_describe(error)}): it must take ({wanted})"
+            f"{kind} {name!r} cannot be called ({_describe(error)}): {rule}"
         ) from error
     return function
 
@@ -127,19 +130,21 @@ def find_function(kind: str, name: str) -> Callable[..., Any]:
     Raises:
         ConfigError: It cannot be imported, or is no function.
     """
+    form = f"package.module:{'Class' if kind == 'task' else 'function'}"
     module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise ConfigError(f"{kind} {name!r} cannot be imported: write {form}")
     try:
         function = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever the user's module raises
         raise ConfigError(
-            f"{kind} {name!r} cannot be imported ({_describe(error)}): write "
-            "package.module:function; the package must be installed, in the working directory, or "
-            "beside the configuration"
+            f"{kind} {name!r} cannot be imported ({_describe(error)}): write {form}; the "
+            "package must be installed, in the working directory, or beside the configuration"
         ) from error
     if not callable(function):
+        wanted = "a class or a function without arguments" if kind == "task" else "a function"
         raise ConfigError(
-            f"{kind} {name!r} is a {type(function).__name__}, not a function: write "
-            "package.module:function"
+            f"{kind} {name!r} is a {type(function).__name__}, not {wanted}: write {form}"
         )
     return function
 
@@ -225,9 +230,11 @@ def _call(name: str, function: Callable[..., Any], given: Mapping[str, Any]) -> 
         if is_out_of_memory(error):
             raise
         arguments = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        rule = f"it was given ({arguments}) and must return the network"
+        if not all(_takes(function, key) for key in given):
+            rule = f"it takes ({', '.join(_names_of(function))})"
         raise ConfigError(
-            f"model {name!r} cannot be built ({_describe(error)}): it must take "
-            f"({arguments}) and return the network; see model.kwargs"
+            f"model {name!r} cannot be built ({_describe(error)}): {rule}; see model.kwargs"
         ) from error
 
 
@@ -245,6 +252,13 @@ def _build_from_factory(name: str, given: dict[str, Any]) -> nn.Module:
 
 def _describe(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _names_of(function: Callable[..., Any]) -> list[str]:
+    """Names of the arguments that a function takes."""
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    parameters = inspect.signature(function).parameters.values()
+    return [f"{stars.get(p.kind, '')}{p.name}" for p in parameters]
 
 
 def _takes(function: Callable[..., Any], argument: str) -> bool:

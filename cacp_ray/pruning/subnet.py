@@ -36,6 +36,7 @@ from cacp_ray.io.schema import (
 )
 from cacp_ray.models.factory import GIVEN, build_model, check_origin, is_known, package_of
 from cacp_ray.pruning.arguments import Dtype, read_arguments
+from cacp_ray.pruning.inputs import check_network
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.resizable import ResizableNetwork
 from cacp_ray.pruning.surgery import Orders, all_tensors
@@ -43,14 +44,14 @@ from cacp_ray.pruning.surgery import Orders, all_tensors
 SCHEMA_VERSION = 1
 MAX_INPUT = 2**28  # values of all inputs: 1 GiB
 Side = Annotated[int, Field(ge=1, le=MAX_INPUT)]
-README = """# Subnet at rate {rate:.2f} ({cost_kept:.2%} of the {cost} of {model} kept)
+README = """# Subnet at rate {rate:.2f} ({cost_kept:.2%} of the {cost} of {name} kept)
 
 ```python
 {code}  # the fine-tuned weights where there are some
 ```
 
 `subnet.json` says which channels of which group were kept; `model.safetensors` holds the weights
-after the search, `finetuned.safetensors` (with `metrics.json`) those after fine-tuning. The
+{when}, `finetuned.safetensors` (with `metrics.json`) those after fine-tuning. The
 {shapes}, {scale}.
 """
 
@@ -86,7 +87,14 @@ def save_subnet(folder: Path, model: nn.Module, description: Mapping[str, Any]) 
         shapes = f"inputs are {', '.join(map(str, read_arguments(description)))}"
     else:
         shapes = f"input is {tuple(description['input_shape'])}"
-    text = README.format(**description, code=code, shapes=shapes, scale=scale)
+    facts = {
+        "rate": description["rate"],
+        "cost_kept": description["cost_kept"],
+        "cost": description["cost"].replace("macs", "MACs"),
+        "name": description["model"].removeprefix(GIVEN),
+        "when": "after the search" if description.get("search") else "as they were cut or repaired",
+    }
+    text = README.format(**facts, code=code, shapes=shapes, scale=scale)
     write_text(folder / "README.md", text)
     write_json(folder / "subnet.json", {"schema_version": SCHEMA_VERSION} | dict(description))
 
@@ -222,7 +230,8 @@ def load_subnet(
 
     Raises:
         ArtifactError: The folder is incomplete, or its files do not fit each other.
-        ConfigError: The model's factory is not trusted, or cannot be imported.
+        ConfigError: The model's factory is not trusted, or cannot be imported, or `model` is no
+            network.
     """
     folder = Path(folder)
     use_finetuned = (folder / "finetuned.safetensors").exists() if finetuned is None else finetuned
@@ -231,7 +240,7 @@ def load_subnet(
     tensors = read_tensors(file)
     name = description["model"]
     if model is not None:
-        whole = copy.deepcopy(getattr(model, "_orig_mod", model)).cpu()
+        whole = copy.deepcopy(check_network(model)).cpu()
     else:
         whole = _build_whole(folder, description, trust=trust)
     wrong = sorted(all_tensors(whole).keys() ^ tensors.keys())

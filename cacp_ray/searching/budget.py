@@ -11,14 +11,16 @@ The clamp of one group follows AMC (He et al., 2018, Alg. 1) with the exact cost
 spending the rest is ours.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cacp_ray.errors import InfeasibleRateError
+from cacp_ray.errors import ConfigError, InfeasibleRateError
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -64,8 +66,11 @@ class Budget:
         """Refuses a rate that no legal keep counts reach.
 
         Raises:
+            ConfigError: The rate is no number.
             InfeasibleRateError: Even the smallest counts cost more, or the rate is above 1.
         """
+        if not isinstance(rate, Real) or math.isnan(rate):
+            raise ConfigError(f"rate {rate!r}: give a number, the share of the cost that is kept")
         reachable = np.ceil(1e4 * self.smallest / self.total) / 1e4
         if self.limit(rate) < self.smallest:
             raise InfeasibleRateError(

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -72,6 +73,10 @@ class Analysis:
         default_factory=WeakKeyDictionary[nn.Module, tuple[list[int], Orders, str]], repr=False
     )
 
+    def __repr__(self) -> str:
+        network, macs = type(self.model).__name__, self.budget.total
+        return f"Analysis({network}, {len(self.groups)} channel groups, {macs:,} MACs)"
+
     @property
     def groups(self) -> tuple[ChannelGroup, ...]:
         """Channel groups in the order of the forward pass."""
@@ -94,6 +99,7 @@ class Analysis:
         """(G,) the same keep ratio in every group, within the budget of `rate` and using it up.
 
         Raises:
+            ConfigError: The rate is no number.
             InfeasibleRateError: The rate cannot be reached.
         """
         self.budget.check(rate)
@@ -110,8 +116,14 @@ class Analysis:
             loss: (network, batch) -> mean loss of the batch, for criteria that read gradients.
 
         Raises:
-            ConfigError: The loader gives nothing, or other inputs than the network takes.
+            ConfigError: The loader gives nothing, or other inputs than the network takes; or
+                `images` is no such number, or `loss` no function.
         """
+        is_count = isinstance(images, Integral) and not isinstance(images, bool)
+        if not is_count or images < 1:
+            raise ConfigError(f"images {images!r}: give a whole number, at least 1")
+        if loss is not None and not callable(loss):
+            raise ConfigError(f"loss is of type {type(loss).__name__}: give loss(net, batch)")
         examples = read_examples(loader, self.inputs, images)
         kinds = {"inputs"} if loss is None else {"inputs", "gates"}
         model = copy.deepcopy(self.model).cpu().eval()
@@ -142,6 +154,11 @@ class Analysis:
             ConfigError: Another number of groups, a count outside 1 ... C of its group, or a
                 criterion or repair that needs what was not collected.
         """
+        if not isinstance(criterion, str):
+            raise ConfigError(
+                f"criterion is of type {type(criterion).__name__}: give its name, such as l1, or "
+                "package.module:function"
+            )
         counts = self._check_counts(keep_counts)
         if counts.ndim != 1:
             raise ConfigError(f"keep counts of shape {counts.shape}: give one for each group")
@@ -219,7 +236,10 @@ class Analysis:
         return path
 
     def _check_counts(self, keep_counts: ArrayLike) -> NDArray[np.int64]:
-        counts = np.asarray(keep_counts)
+        try:
+            counts = np.asarray(keep_counts)
+        except ValueError as error:  # lists of unequal lengths
+            raise ConfigError("keep counts: give one whole number for each group") from error
         if counts.shape[-1:] != (len(self.groups),):
             raise ConfigError(
                 f"keep counts of shape {counts.shape}: the network has {len(self.groups)} channel "
@@ -251,7 +271,7 @@ def analyze(model: nn.Module, example_inputs: Inputs, *, floor: float = 0.1) -> 
         ConfigError: No such input, or no such floor.
         UnsupportedModelError: It does not run, or nothing in it can be cut.
     """
-    if not 0 < floor <= 1:
+    if not isinstance(floor, Real) or not 0 < floor <= 1:
         raise ConfigError(f"floor {floor}: it must be above 0 and at most 1")
     model = check_network(model)  # without the wrapper of torch.compile
     inputs = check_inputs(example_inputs)

@@ -70,16 +70,17 @@ def answer_rates(
             f"{run_dir} was searched by {config.strategy}, which has no policy for every rate: "
             f"search with strategy {' or '.join(CONDITIONAL)}"
         )
-    untrained = ArtifactError(f"{run_dir} has no trained policy yet: continue it with --resume")
+    resume = "continue the run with --resume, in Python resume=True"
+    untrained = ArtifactError(f"{run_dir} has no trained policy yet: {resume}")
     checkpoint = RunDirectory(run_dir).find_checkpoint()
     if checkpoint is None and (latest := run_dir / "checkpoints" / "LATEST.json").exists():
-        raise ArtifactError(f"{latest}: names no whole checkpoint; continue the run with --resume")
+        raise ArtifactError(f"{latest}: names no whole checkpoint; {resume}")
     if checkpoint is None:
         raise untrained
     for rate in rates if save else ():
         folder = out or run_dir / "subnets" / f"rate-{rate:.2f}"
         check_new(folder, "load it", "give another folder (--out)")
-    logger.info("loading network, images and agent")
+    logger.info("loading network, %s and agent", "images" if config.task is None else "task")
     setup = Setup.create(config, run_dir, given)
     for rate in rates:
         setup.budget.check(rate)

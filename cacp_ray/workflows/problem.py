@@ -73,8 +73,9 @@ def find_task(config: RunConfig, given: Given | None) -> OwnTask | None:
         return None
     if config.task == OBJECT:
         raise ConfigError(
-            "the task of this run was given in Python: call cacp_ray.search(...) again with the "
-            "same model, calibration and score, and resume=True"
+            f"task {OBJECT} stands for objects that were given in Python: give a run the same "
+            "model, calibration and score again, in cacp_ray.search(..., resume=True); in a new "
+            "configuration, write package.module:Class"
         )
     return OwnTask.make(config.task)
 
@@ -143,8 +144,9 @@ def _load_own(config: RunConfig) -> nn.Module:
     """The network of the configuration; without weights, its function brings them."""
     if config.model.name.startswith(GIVEN):
         raise ConfigError(
-            "the network of this run was given in Python: call cacp_ray.search(...) again with it, "
-            "and resume=True"
+            f"model {config.model.name} stands for a network that was given in Python: give a run "
+            "the same again, in cacp_ray.search(model=..., resume=True); in a new configuration, "
+            "write package.module:function"
         )
     model = check_network(load_model(config.model, None)).eval()
     if config.model.weights is not None:

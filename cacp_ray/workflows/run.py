@@ -27,8 +27,8 @@ class Run:
     """
 
     path: Path
-    result: dict[str, Any]
-    mirror: RunMirror | None = None
+    result: dict[str, Any] = field(repr=False)
+    mirror: RunMirror | None = field(default=None, repr=False)
     given: Given | None = field(default=None, repr=False)
 
     @property

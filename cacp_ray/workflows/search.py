@@ -119,11 +119,27 @@ def search(
     Raises:
         CacpError: Bad input, before anything is written, or a failed run.
     """
+    functions = {"calibration": calibration, "score": score, "loss": loss}
+    parts = functions | {"example_inputs": example_inputs}
+    if task is not None:
+        given_too = [name for name, part in parts.items() if part is not None]
+        given_too += ["metric"] if metric != SCORE else []
+        if given_too:
+            raise ConfigError(
+                f"search(task=..., {given_too[0]}=...): a task brings its own {given_too[0]}; give "
+                "the task or its parts, not both"
+            )
+    for name, part in functions.items():
+        if part is not None and not callable(part) and not isinstance(part, str):
+            raise ConfigError(
+                f"{name} is of type {type(part).__name__}, not a function: "
+                + ("write lambda: loader" if name == "calibration" else "see docs/tasks.md")
+            )
     if task is None and score is not None:
         if calibration is None or example_inputs is None:
             raise ConfigError("search(score=...) needs calibration=... and example_inputs=... too")
         task = FunctionTask(example_inputs, calibration, score, loss, metric)
-    elif score is None and not (calibration is example_inputs is loss is None):
+    elif score is None and any(part is not None for part in parts.values()):
         raise ConfigError("search(calibration=..., example_inputs=...) needs score=... too")
     chosen, given = configure(config, settings, model, task)
     return _search_in(chosen, given, run_dir, resume, address, on_progress, cache, storage)
@@ -177,7 +193,8 @@ def _open_mirror(uri: str, folder: Path, config: RunConfig, resume: bool) -> Run
         mirror.pull(folder)
     elif mirror.config is not None:
         raise ArtifactError(
-            f"storage {uri} holds a run: pass --resume to continue it, or choose another --storage"
+            f"storage {uri} holds a run: pass --resume (in Python resume=True) to continue it, or "
+            "choose another --storage"
         )
     return mirror
 
@@ -208,8 +225,8 @@ def _run_search(
                 lock.enter_context(run.locked())
                 if is_run(run_dir):
                     raise ArtifactError(
-                        f"{run_dir}: another process has begun a run there: pass --resume to "
-                        "continue it, or choose another --run-dir"
+                        f"{run_dir}: another process has begun a run there: pass --resume (in "
+                        "Python resume=True) to continue it, or choose another --run-dir"
                     )
             with clock.phase("start"):
                 if setup.saved is None:
@@ -325,9 +342,11 @@ def _ask_policy(
     """
     rates = setup.config.rates
     others = frontier_rates(setup) if setup.config.report.frontier else []
+    number = len(rates) + len(others)
     logger.info(
-        "the policy answers: %d rates, of which %d count as the last evaluations",
-        len(rates) + len(others),
+        "the policy answers: %d %s, of which the last evaluations are %d",
+        number,
+        "rate" if number == 1 else "rates",
         len(rates),
     )
     counts = policy.policy([*rates, *others])

@@ -169,7 +169,8 @@ def build_winners(
             raise EvaluationError(f"no candidate of rate {rate:.2f} was measured: see the journal")
         contenders[rate] = {record.key: record for record in records}
     keys = [key for records in contenders.values() for key in records]
-    logger.info("repairing %d networks, and measuring them in float32", len(keys))
+    several = ("networks", "them") if len(keys) > 1 else ("network", "it")
+    logger.info("repairing %d %s, and measuring %s in float32", len(keys), *several)
     networks = iter(build(keys))
     rows: list[dict[str, Any]] = []
     for rate, best in searched.items():

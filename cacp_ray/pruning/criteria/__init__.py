@@ -67,9 +67,10 @@ def score_channels(
     for kind in sorted(needs(name)):
         # A network without consumers has no input moments: the criterion then falls back.
         if not getattr(statistics, kind) and (kind != "inputs" or plan.consumers):
+            step = "give plan.calibrate a loss=" if kind == "gates" else "call plan.calibrate"
             raise ConfigError(
-                f"criterion {name!r} reads statistics of calibration images ({kind}), which were "
-                "not collected: collect them, or choose a criterion of the weights, such as l1"
+                f"criterion {name!r} reads statistics of training data ({kind}), which were not "
+                f"collected: choose a criterion of the weights, such as l1, or {step}"
             )
     return _check_scores(name, plan, get_criterion(name)(plan, tensors, statistics, seed))
 

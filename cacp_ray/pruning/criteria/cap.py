@@ -102,7 +102,7 @@ def _make_positive(covariance: Tensor) -> Tensor:
         result = covariance + noise * identity
     raise EvaluationError(
         "criterion cap: an input covariance is not finite; check that the network gives finite "
-        "activations on the calibration images, then collect the statistics again"
+        "activations on the calibration data, then collect the statistics again"
     )
 
 

@@ -13,6 +13,7 @@ from cacp_ray.models.factory import (
     build_model,
     default_input_shape,
     default_num_classes,
+    find_function,
 )
 from cacp_ray.models.pretrained import load_weights
 from cacp_ray.training.metrics import measure
@@ -124,3 +125,40 @@ def test_weights_with_nan_missing_or_cut_short_are_refused(tmp_path):
         load_weights(net, str(file))
     with pytest.raises(ArtifactError, match="no such file"):
         load_weights(nn.Identity(), str(tmp_path / "none"))
+
+
+def wide(width=24, *, depth=2):
+    return nn.Conv2d(width, depth, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (f"{__name__}:wide", r"'widht'.*: it takes \(width, depth\); see model\.kwargs"),
+        ("resnet20", r"'widht'.*: it takes \(num_classes.*\); see model\.kwargs"),
+        ("torchvision:resnet18", r"'widht'.*: it was given \(.*widht=3\)"),
+    ],
+)
+def test_a_wrong_argument_is_refused_with_those_that_the_network_takes(name, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        build_model(name, None, {"widht": 3})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        (
+            "task",
+            "mytask",
+            r"task 'mytask' cannot be imported: write package\.module:Class$",
+        ),
+        ("task", ":Task", r"write package\.module:Class$"),
+        ("train", "mytask:", r"write package\.module:function$"),
+        ("task", "math:pi", "is a float, not a class or a function without arguments"),
+        ("task", "no_such_package:Task", r"write package\.module:Class; the package must"),
+    ],
+)
+def test_a_name_of_the_users_own_is_refused_with_its_form(kind, name, message):
+    with pytest.raises(ConfigError, match=message):
+        find_function(kind, name)

@@ -137,3 +137,13 @@ def test_needs_are_those_of_the_registration(reads):
     assert needs("own") == reads
     register("own", last_first)
     assert needs("own") == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("name", "step"), [("taylor", r"give plan\.calibrate a loss=$"), ("cap", r"plan\.calibrate$")]
+)
+def test_statistics_that_are_missing_are_refused_with_the_next_step(network, name, step):
+    _, plan, tensors, _ = network
+    with pytest.raises(ConfigError, match=step) as caught:
+        score_channels(name, plan, tensors, Statistics(), 0)
+    assert "images" not in str(caught.value)

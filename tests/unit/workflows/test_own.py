@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from functools import partial
 
 import numpy as np
@@ -368,3 +369,55 @@ def test_the_memory_of_a_task_on_a_gpu_is_not_measured(model):
     config = load_config(RunConfig, CONFIG.model_dump(), ["cluster.gpus_per_evaluator=auto"])
     with pytest.raises(ConfigError, match="give a share of a GPU for a task of your own"):
         find_gpu_share(set_up(model, config=config))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"task": "mine:Task", "score": score},
+            r"^search\(task=\.\.\., score=\.\.\.\): a task brings",
+        ),
+        ({"task": "mine:Task", "calibration": batches}, "brings its own calibration"),
+        ({"task": "mine:Task", "example_inputs": pair(1)}, "brings its own example_inputs"),
+        ({"task": "mine:Task", "loss": score}, "brings its own loss"),
+        ({"task": "mine:Task", "metric": "PSNR (dB)"}, "brings its own metric"),
+        ({"calibration": list(batches()), "score": score}, "of type list.*write lambda: loader"),
+        ({"score": 3.0}, "score is of type float, not a function"),
+        ({"loss": 3.0}, "loss is of type float, not a function"),
+        ({"example_inputs": pair(1)}, r"needs score=\.\.\. too"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused_in_one_line(options, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        cacp_ray.search(**options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "form"),
+    [("python:Twins", "Counted", "function"), ("make_twins", "python:task", "Class")],
+)
+def test_names_of_given_objects_mean_nothing_in_a_new_configuration(model, task, form):
+    names = [name if ":" in name else f"{__name__}:{name}" for name in (model, task)]
+    config = load_config(RunConfig, {"model": {"name": names[0]}, "task": names[1]})
+    with pytest.raises(ConfigError, match=rf"in a new configuration, .*module:{form}$"):
+        Setup.create(config)
+
+
+def test_a_run_shows_itself_without_its_numbers(tmp_path):
+    run = cacp_ray.api.Run(tmp_path, {"rates": list(range(1000))}, None, Given(None, make_task()))
+    assert repr(run) == f"Run(path={tmp_path!r})"
+
+
+@pytest.mark.parametrize(("rates", "words"), [([0.5], "network, .* it "), ([0.4, 0.5], "networks")])
+def test_the_log_counts_networks(model, tmp_path, caplog, rates, words):
+    setup = set_up(model).prepare()
+    counts = [uniform(setup.budget, [rate], np.ones(len(setup.plan.groups)))[0] for rate in rates]
+    best = {
+        rate: dataclasses.replace(record(setup, kept.tolist()), rate=rate)
+        for rate, kept in zip(rates, counts, strict=True)
+    }
+    with caplog.at_level("INFO", "cacp_ray"):
+        build_winners(setup, best, tmp_path, build_here(setup))
+    assert re.search(rf"repairing {len(rates)} {words}", caplog.text)
