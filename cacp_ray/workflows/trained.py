@@ -205,12 +205,15 @@ def answer_max_drop(
 
 
 def trained_frontier(run_dir: Path, setup: Setup | None = None) -> list[dict[str, Any]]:
-    """What networks cut from the trained ones are worth, at rates below the largest trained one."""
+    """What networks cut from the trained ones are worth, at tenths below the largest trained rate.
+
+    A cut takes some seconds, so there are fewer than answers of a policy.
+    """
     ladder = Ladder.open(run_dir, setup)
     reachable = [
         rate
         for rate in frontier_rates(ladder.setup)
-        if rate < max(ladder.folders) and rate not in ladder.folders
+        if rate < max(ladder.folders) and rate not in ladder.folders and round(100 * rate) % 10 == 0
     ]
     names = ("rate", "cost_kept", "macs", "score", "cut_from")
     return [
