@@ -13,7 +13,7 @@ from cacp_ray.pruning.subnet import load_subnet, read_description
 
 pytestmark = pytest.mark.ray
 
-LADDER = ["finetune.order=ladder", "finetune.epochs=2"]
+LADDER = ["finetune.order=ladder", "finetune.epochs=2", "finetune.distillation=0"]
 
 
 class Stopped(KeyboardInterrupt):
@@ -45,6 +45,7 @@ def test_each_subnet_is_cut_from_the_next_larger_trained_one(climbed):
         assert row["cost_kept"] <= row["rate"]
 
 
+@pytest.mark.slow
 def test_any_rate_is_cut_from_the_nearest_larger_trained_subnet(climbed, tmp_path, run, caplog):
     folder, result = climbed
     smallest, largest = result["rates"][0]["rate"], result["rates"][-1]["rate"]
@@ -69,6 +70,7 @@ def test_any_rate_is_cut_from_the_nearest_larger_trained_subnet(climbed, tmp_pat
     assert "no finetuned.safetensors" in errors
 
 
+@pytest.mark.slow
 def test_the_smallest_network_within_a_drop_is_found_between_the_trained_rates(
     climbed, tmp_path, run
 ):
