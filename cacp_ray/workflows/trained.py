@@ -53,10 +53,8 @@ class Ladder:
     given: Given | None = None
 
     @classmethod
-    def open(
-        cls, run_dir: Path, setup: Setup | None = None, given: Given | None = None
-    ) -> "Ladder":
-        """The ladder of a fine-tuned run; `setup` is made where it is not given.
+    def open(cls, run_dir: Path, given: Given | None = None) -> "Ladder":
+        """The ladder of a fine-tuned run.
 
         Raises:
             ArtifactError: The run is not fine-tuned, or its networks are missing.
@@ -70,7 +68,7 @@ class Ladder:
             rate: read_description(folder, "keep_counts", is_finetuned=True)["keep_counts"]
             for rate, folder in folders.items()
         }
-        return cls(setup or Setup.create(config, run_dir, given), folders, widths, given)
+        return cls(Setup.create(config, run_dir, given), folders, widths, given)
 
     def cut(self, rates: Sequence[float]) -> Iterator[Cut]:
         """Cuts each rate from the nearest larger trained one, in their order, and repairs it.
@@ -82,7 +80,7 @@ class Ladder:
         for rate in rates:
             # The trained rate itself too: its widths, repaired anew, are the network that is there.
             larger = min((each for each in self.folders if each >= rate), default=1.0)
-            if larger == 1.0:
+            if larger not in self.folders:
                 logger.warning(
                     "rate %.2f is above every trained rate (largest %.2f): cut from the base "
                     "network",
@@ -133,7 +131,7 @@ def answer_from_trained(
     places = {rate: _place(run_dir, rate, out) for rate in rates}
     for place in places.values() if save else ():
         check_new(place, "load it", "give another folder (--out)")
-    ladder = Ladder.open(run_dir, given=given)
+    ladder = Ladder.open(run_dir, given)
     for rate in rates:
         ladder.setup.budget.check(rate)
     return [
@@ -170,7 +168,7 @@ def answer_max_drop(
         raise ConfigError(f"--max-drop {drop:g}: give 0 or more, such as 1.0")
     if out is not None:
         check_new(out, "load it", "give another folder (--out)")
-    ladder = Ladder.open(run_dir, given=given)
+    ladder = Ladder.open(run_dir, given)
     setup, result = ladder.setup, read_result(run_dir, ReportedFile)
     least = result["base"]["search"]["score"] - drop / setup.task.metric.scale
     good = {r["rate"]: r for r in result["rates"] if (r["finetuned_score"] or -math.inf) >= least}
@@ -204,12 +202,12 @@ def answer_max_drop(
     return {name: row[name] for name in names} | {"score": row["finetuned_score"], "cut_from": top}
 
 
-def trained_frontier(run_dir: Path, setup: Setup | None = None) -> list[dict[str, Any]]:
+def trained_frontier(run_dir: Path) -> list[dict[str, Any]]:
     """What networks cut from the trained ones are worth, at tenths below the largest trained rate.
 
     A cut takes some seconds, so there are fewer than answers of a policy.
     """
-    ladder = Ladder.open(run_dir, setup)
+    ladder = Ladder.open(run_dir)
     reachable = [
         rate
         for rate in frontier_rates(ladder.setup)
@@ -245,8 +243,9 @@ def widths_between(budget: Budget, known: Mapping[float, Sequence[int]], rate: f
     Each group's count is interpolated along the rate, up to the whole network at rate 1. Below
     the smallest known rate, that one's counts are scaled down.
     """
-    rates = [*sorted(known), 1.0]
-    rows = np.array([*(known[each] for each in rates[:-1]), budget.num_channels], dtype=np.float64)
+    widths = {1.0: budget.num_channels, **known}
+    rates = sorted(widths)
+    rows = np.array([widths[each] for each in rates], dtype=np.float64)
     desired = np.array([np.interp(rate, rates, column) for column in rows.T])[None]
     scaled = scale_to_budget(budget, desired / budget.num_channels, [rate])
     return spend(budget, scaled, [rate])[0]

@@ -186,3 +186,11 @@ def test_a_group_with_one_channel_left_stays_as_it_is(setup):
     assert cut.description["keep_counts"][3] == 1
     assert cut.description["groups"][3]["kept"] == kept[3]
     assert cut.description["params"] == sum(p.numel() for p in cut.net.parameters())
+
+
+def test_a_trained_rate_of_one_is_no_rate_above_all(setup):
+    whole = setup.plan.cost_model.num_channels
+    known = {0.5: (whole // 2).tolist(), 1.0: whole.tolist()}
+    assert widths_between(setup.budget, known, 1.0).tolist() == whole.tolist()
+    counts = widths_between(setup.budget, known, 0.8)
+    assert setup.budget.cost(counts) <= setup.budget.limit([0.8])[0]
