@@ -262,7 +262,7 @@ def _finetune(
     for group in [[rate] for rate in rates] if one_by_one else [rates]:
         larger = [rate for rate in rates if rate > group[0]]
         load_teacher = load_base_model
-        if one_by_one and larger:
+        if larger and settings.finetune.teacher == "larger":
             load_teacher = partial(
                 load_subnet, job.folders[larger[-1]].resolve(), finetuned=True, trust=True
             )

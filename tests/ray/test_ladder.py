@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import cacp_ray
 from cacp_ray.errors import ArtifactError
 from cacp_ray.pruning.subnet import load_subnet, read_description
+from cacp_ray.tuning.finetune import finetune_subnets
 
 pytestmark = pytest.mark.ray
 
@@ -22,14 +23,30 @@ class Stopped(KeyboardInterrupt):
 
 @pytest.fixture(scope="module")
 def climbed(finished, tmp_path_factory):
-    """A run that was fine-tuned down the ladder, and its result."""
+    """A run that was fine-tuned down the ladder, its result, and the teacher of every rung."""
     folder = tmp_path_factory.mktemp("ladder") / "run"
     shutil.copytree(finished.path, folder)
-    return folder, cacp_ray.finetune(folder, overrides=LADDER)
+    teachers = []
+
+    def note_teacher(*, load_teacher, **settings):
+        teachers.append(load_teacher())
+        return finetune_subnets(load_teacher=load_teacher, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cacp_ray.tuning.finetune.finetune_subnets", note_teacher)
+        result = cacp_ray.finetune(folder, overrides=LADDER)
+    return folder, result, teachers
+
+
+def test_every_rung_learns_from_the_base_network(climbed):
+    _, result, teachers = climbed
+    assert len(teachers) == len(result["rates"])
+    sizes = {sum(p.numel() for p in teacher.parameters()) for teacher in teachers}
+    assert sizes == {result["base"]["params"]}
 
 
 def test_each_subnet_is_cut_from_the_next_larger_trained_one(climbed):
-    folder, result = climbed
+    folder, result, _ = climbed
     rows = result["rates"]
     assert [row["cut_from"] for row in rows] == [*(row["rate"] for row in rows[1:]), None]
     for row, larger in itertools.pairwise(rows):
@@ -47,7 +64,7 @@ def test_each_subnet_is_cut_from_the_next_larger_trained_one(climbed):
 
 @pytest.mark.slow
 def test_any_rate_is_cut_from_the_nearest_larger_trained_subnet(climbed, tmp_path, run, caplog):
-    folder, result = climbed
+    folder, result, _ = climbed
     smallest, largest = result["rates"][0]["rate"], result["rates"][-1]["rate"]
     between = round(smallest + 0.05, 2)
     out = tmp_path / "cut"
@@ -74,7 +91,7 @@ def test_any_rate_is_cut_from_the_nearest_larger_trained_subnet(climbed, tmp_pat
 def test_the_smallest_network_within_a_drop_is_found_between_the_trained_rates(
     climbed, tmp_path, run
 ):
-    folder, result = climbed
+    folder, result, _ = climbed
     base = 100 * result["base"]["search"]["score"]
     lowest = base - 100 * min(row["finetuned_score"] for row in result["rates"])
     code, _, errors = run("subnet", folder, "--max-drop", lowest + 3, "--out", tmp_path / "a")
@@ -93,7 +110,7 @@ def test_the_smallest_network_within_a_drop_is_found_between_the_trained_rates(
 
 @pytest.mark.slow
 def test_a_stopped_ladder_goes_on_at_its_rung_and_ends_alike(finished, climbed, tmp_path):
-    whole, result = climbed
+    whole, result, _ = climbed
     shutil.copytree(finished.path, tmp_path / "run")
     stopped, rates = tmp_path / "run", [row["rate"] for row in result["rates"]]
 
