@@ -11,7 +11,7 @@ from torch import nn
 from cacp_ray.errors import ConfigError
 from cacp_ray.io.files import read_tensors, write_json, write_tensors
 from cacp_ray.io.numbers import read_numbers
-from cacp_ray.io.schema import find_problem
+from cacp_ray.io.schema import find_problem, read_checked
 from cacp_ray.pruning.subnet import read_description
 from cacp_ray.pruning.surgery import all_tensors
 from cacp_ray.rundir.schema import MetricsFile
@@ -41,11 +41,29 @@ def save_finetuned(folder: str | Path, net: nn.Module, metrics: Mapping[str, Any
         raise ConfigError(f"metrics: {taken[0]} is a name of our own: choose another")
     # Whole numbers stay whole, as counts of epochs and images are.
     numbers = {name: int(n) if n == math.trunc(n) else n for name, n in numbers.items()}
-    write_finetuned(Path(folder), net, numbers | {"score": float(numbers["score"])})
+    subnet = _find_trained(Path(folder), net)
+    content = numbers | {"score": float(numbers["score"])}
+    write_finetuned(Path(folder), net, content | ({} if subnet is None else {"subnet": subnet}))
+
+
+def _find_trained(folder: Path, net: Any) -> dict[str, Any] | None:
+    """What metrics.json says of a network cut from a larger trained one, where `net` is that."""
+    file, weights = folder / "metrics.json", folder / "finetuned.safetensors"
+    if not (isinstance(net, nn.Module) and file.exists() and weights.exists()):
+        return None
+    subnet = read_checked(file, MetricsFile).get("subnet")
+    return subnet if _shapes(all_tensors(net)) == _shapes(read_tensors(weights)) else None
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def write_finetuned(folder: Path, net: nn.Module, content: Mapping[str, Any]) -> None:
     """Writes finetuned.safetensors, then metrics.json with this content and its `score`.
+
+    With `subnet` in the content, the network is the one that is there already, trained further;
+    otherwise it is the search's.
 
     Raises:
         ConfigError: `net` is another network or has weights that are NaN, or the content does not
@@ -55,10 +73,9 @@ def write_finetuned(folder: Path, net: nn.Module, content: Mapping[str, Any]) ->
     if not isinstance(net, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"the network is of type {type(net).__name__}: give a torch.nn.Module")
     read_description(folder)
-    saved = read_tensors(folder / "model.safetensors")
+    saved = "finetuned.safetensors" if "subnet" in content else "model.safetensors"
     tensors = all_tensors(net)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wanted = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    shapes, wanted = _shapes(tensors), _shapes(read_tensors(folder / saved))
     if shapes != wanted:
         name = min(
             name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name)

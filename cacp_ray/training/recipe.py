@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict
 
+Order = Literal["ladder", "parallel"]
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -46,7 +48,7 @@ class Recipe:
     label_smoothing: Annotated[float, Ge(0), Le(1)] = 0.05
     distillation: Annotated[float, Ge(0), Le(1)] = 0.0
     teacher: Literal["base", "larger"] = "base"
-    order: Literal["ladder", "parallel"] = "parallel"
+    order: Order = "parallel"
     temperature: Annotated[float, Gt(0)] = 2.0
     clip_norm: Annotated[float, Ge(0)] = 0.0
     ema: Annotated[float, Ge(0), Lt(1)] = 0.0

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from cacp_ray.config.run import (
 from cacp_ray.config.saved import is_run, read_run_config
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.streams import ImageStream
-from cacp_ray.errors import ArtifactError, ConfigError
+from cacp_ray.errors import ConfigError
 from cacp_ray.evaluation.classification import measure_accuracy
 from cacp_ray.io.clock import Clock
 from cacp_ray.io.files import read_json, write_json
@@ -26,16 +26,13 @@ from cacp_ray.reporting.progress import FinetuneProgress
 from cacp_ray.rundir.directory import read_result
 from cacp_ray.rundir.schema import ReportedFile
 from cacp_ray.workflows.finetune_own import finetune_by_task
-from cacp_ray.workflows.ladder import begin_rung, end_rung
+from cacp_ray.workflows.ladder import check_order, list_experiments, note_trained
 from cacp_ray.workflows.network import check_weights, load_model, make_rebuild
 from cacp_ray.workflows.setup import Setup
 from cacp_ray.workflows.splits import Splits, check_padding, check_splits
 from cacp_ray.workflows.trained import trained_frontier
 
 logger = logging.getLogger(__name__)
-
-ROW_KEYS = ("cost_kept", "macs", "params", "keep_counts")  # a ladder may change them
-EXPERIMENT_FILE = "finetune.json"  # `cacp_ray.tuning.finetune` writes it
 
 
 @dataclass(frozen=True)
@@ -89,13 +86,6 @@ def finetune(
     is_subnet = (where / "subnet.json").exists()
     run_dir = where.resolve().parent.parent if is_subnet else where
     searched = None if is_subnet and not is_run(run_dir) else read_run_config(run_dir)
-    if searched is not None and searched.task is not None:
-        if is_subnet or config is not None or overrides:
-            raise ConfigError(
-                f"{where}: a task of your own is trained by its train(net, context), for a whole "
-                "run and without settings of ours: give the run alone"
-            )
-        return finetune_by_task(where, resume=resume, address=address, on_report=_log_report)
     source = config.model_dump(exclude_unset=True) if isinstance(config, FinetuneConfig) else config
     sections = {"finetune", "model", "data"}
     settings = load_config(
@@ -104,6 +94,19 @@ def finetune(
         overrides,
         defaults=None if searched is None else searched.model_dump(include=sections),
     )
+    if searched is not None and searched.task is not None:
+        order = settings.finetune.order
+        asked = searched.finetune if is_subnet else replace(searched.finetune, order=order)
+        if is_subnet or settings != FinetuneConfig(
+            finetune=asked, model=searched.model, data=searched.data
+        ):
+            raise ConfigError(
+                f"{where}: a task of your own is trained by its train(net, context), for a whole "
+                "run; of our settings only finetune.order counts: give the run alone"
+            )
+        return finetune_by_task(
+            where, order=order, resume=resume, address=address, on_report=_log_report
+        )
     if is_subnet:
         _finetune(_make_subnet_job(where, settings), settings, resume, address, on_epoch)
         return read_json(where / "metrics.json")
@@ -155,9 +158,7 @@ def _finetune_run(
             base = load_model(config.model, len(test.classes))
             result["base"]["test"] = measure_accuracy(base, test).describe()
     for row in result["rates"]:
-        trained_subnet = read_description(run_dir / row["path"], is_finetuned=True)
-        row |= {name: trained_subnet[name] for name in ROW_KEYS if name in trained_subnet}
-        row["cut_from"] = (trained_subnet.get("cut_from") or {}).get("rate")
+        note_trained(row, run_dir)
         row["finetuned_score"] = tuned[row["rate"]].search_score
         row["test_score"] = tuned[row["rate"]].test_score
         row["test_images"] = tuned[row["rate"]].test_images
@@ -240,7 +241,7 @@ def _finetune(
         logger.info("finetune.order ladder: one rate alone is trained as the search left it")
         is_ladder = False
     one_by_one = is_ladder or settings.finetune.teacher == "larger"  # larger ones come first
-    _check_order(job.experiment_dir, one_by_one)
+    check_order(job.experiment_dir, one_by_one)
     check_address(address)
     logger.info("reading images, starting the trials")
     setup = Setup.create(job.run) if is_ladder and job.run is not None else None
@@ -256,22 +257,16 @@ def _finetune(
     check_room(job.cpus, trials.gpus, address, actors=least, asked_by=asked_by)
     streams = [split for split in (train, test) if isinstance(split, ImageStream)]
     probe_nodes([job.experiment_dir.parent], streams)
-    load_base_model = make_rebuild(job.model, len(train.classes))  # its file may be here alone
-    rates = sorted(job.folders, reverse=True)
+    load_base = make_rebuild(job.model, len(train.classes))  # its file may be here alone
     results: dict[float, Any] = {}
-    for group in [[rate] for rate in rates] if one_by_one else [rates]:
-        larger = [rate for rate in rates if rate > group[0]]
-        load_teacher = load_base_model
+    for where, folders in list_experiments(
+        setup, job.folders, job.experiment_dir, one_by_one, job.cpus
+    ):
+        load_teacher = load_base
+        larger = [rate for rate in results if rate > min(folders)]
         if larger and settings.finetune.teacher == "larger":
-            load_teacher = partial(
-                load_subnet, job.folders[larger[-1]].resolve(), finetuned=True, trust=True
-            )
-        where = job.experiment_dir / f"rate-{group[0]:g}" if one_by_one else job.experiment_dir
-        folders = {rate: job.folders[rate] for rate in group}
-        if setup is not None and larger:
-            ((rate, searched),) = folders.items()
-            folders = {rate: job.experiment_dir / "subnets" / searched.name}
-            begin_rung(setup, rate, searched, job.folders[larger[-1]], folders[rate], cpus=job.cpus)
+            above = job.folders[min(larger)].resolve()
+            load_teacher = partial(load_subnet, above, finetuned=True, trust=True)
         results |= finetune_subnets(
             load_subnet=partial(load_subnet, finetuned=False, trust=True),
             load_teacher=load_teacher,
@@ -289,17 +284,4 @@ def _finetune(
             project=project,
             source={"model": job.model.model_dump(), "data": job.data.model_dump(mode="json")},
         )
-        for rate, trained in folders.items():
-            if trained != job.folders[rate]:
-                end_rung(trained, job.folders[rate])
     return results, test
-
-
-def _check_order(experiment_dir: Path, one_by_one: bool) -> None:
-    """Refuses to write over what was trained in another order."""
-    others = [experiment_dir] if one_by_one else experiment_dir.glob("rate-*")
-    if any((folder / EXPERIMENT_FILE).exists() for folder in others):
-        raise ArtifactError(
-            f"{experiment_dir} was begun with another finetune.teacher or finetune.order: undo the "
-            "change, or delete that folder to fine-tune again"
-        )

@@ -4,8 +4,8 @@
 # Basic: tasks, networks and training functions are the user's own.
 
 import inspect
-import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from cacp_ray.io.schema import read_checked
 from cacp_ray.models.factory import GIVEN, import_function
 from cacp_ray.rundir.directory import read_result
 from cacp_ray.rundir.schema import ModelFile, ReportedFile
+from cacp_ray.training.recipe import Order
+from cacp_ray.workflows.ladder import check_order, list_experiments, note_trained
 from cacp_ray.workflows.network import check_hash, load_model
 from cacp_ray.workflows.problem import Given, find_task
-
-logger = logging.getLogger(__name__)
+from cacp_ray.workflows.setup import Setup
 
 
 def finetune_by_task(
@@ -29,17 +30,21 @@ def finetune_by_task(
     train: Callable[..., object] | str | None = None,
     *,
     given: Given | None = None,
+    order: Order | None = None,
     resume: bool = False,
     address: str | None = None,
     on_report: Callable[[dict[str, Any]], object] = lambda report: None,
 ) -> dict[str, Any]:
     """Trains the subnet of every rate by a user's function, each as a trial of Ray Tune.
 
+    They are trained side by side, or one after another down the ladder (`finetune.order`).
+
     Args:
         run_dir: Run directory of a search with a task of the user's own.
         train: (network, context) -> nothing; see `cacp_ray.tuning.own.TrainContext`. None takes the
             method `train` of the task.
         given: Network and task of a search that was given them as objects.
+        order: As `finetune.order`; None takes that of the run.
         resume: Whether to go on with an interrupted fine-tuning.
         address: Address of a Ray cluster.
         on_report: Called with every report of a trial: its rate and figures.
@@ -62,8 +67,6 @@ def finetune_by_task(
             "`cacp-ray finetune` or cacp_ray.finetune"
         )
     function = _find_train(train, task.content, task.name)
-    if config.finetune.order == "ladder":
-        logger.warning("finetune.order ladder: a task of your own is trained side by side so far")
     saved = read_checked(run_dir / "model.json", ModelFile, ("sha256",))
     result = read_result(run_dir, ReportedFile)
     is_given = config.model.name.startswith(GIVEN)
@@ -74,6 +77,10 @@ def finetune_by_task(
     else:
         whole = load_model(config.model, None)
     check_hash(hash_weights(whole.state_dict()), saved, run_dir)
+    experiment_dir = run_dir / "finetune"
+    is_ladder = (order or config.finetune.order) == "ladder" and len(result["rates"]) > 1
+    check_order(experiment_dir, is_ladder)
+    setup = Setup.create(config, run_dir, given) if is_ladder else None
     check_address(address)
     cluster = config.cluster
     gpus = 0.0 if cluster.gpus_per_evaluator == "auto" else float(cluster.gpus_per_evaluator)
@@ -89,9 +96,16 @@ def finetune_by_task(
         cluster.cpus_per_evaluator,
         gpus,
     )
+    trained: dict[float, dict[str, Any]] = {}
+    model = whole if is_given else None
     with clock.phase("finetune"):
-        trained = finetune_own(job, run_dir / "finetune", resume=resume, on_report=on_report)
+        for where, folders in list_experiments(
+            setup, job.folders, experiment_dir, is_ladder, job.cpus, model
+        ):
+            rung = replace(job, folders=folders)
+            trained |= finetune_own(rung, where, resume=resume, on_report=on_report)
     for row in result["rates"]:
+        note_trained(row, run_dir)
         row["finetuned_score"] = trained[row["rate"]]["score"]
     result["seconds"] |= clock.seconds
     write_json(run_dir / "result.json", result)

@@ -9,7 +9,7 @@ search, which have to be trained in any case, with repaired cuts that meet each 
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ from cacp_ray.workflows.winners import build_here, describe_subnet
 
 logger = logging.getLogger(__name__)
 
+EXPERIMENT_FILE = "finetune.json"  # `cacp_ray.tuning.finetune` writes it
+COPIED = "copied.json"  # in a rung's folder once the search's folder has what it trained
+ROW_KEYS = ("cost_kept", "macs", "params", "keep_counts")  # of result.json; a ladder changes them
 # Keys of subnet.json that differ between a search's subnet and one cut from a trained network.
 CUT_KEYS = (
     "cost_kept", "macs", "params", "keep_counts", "sequential", "cut_from", "criterion", "groups",
@@ -172,27 +175,58 @@ def cut_one(setup: Setup, rung: Rung, rate: float, wanted: ArrayLike) -> Cut:
     return open_cuts(setup, rung)(rate, wanted)
 
 
-def begin_rung(
-    setup: Setup, rate: float, searched: Path, larger: Path, out: Path, *, cpus: int
-) -> None:
-    """Writes the subnet folder that a rung of the ladder is trained from; one written stays.
+def list_experiments(
+    setup: Setup | None,
+    folders: Mapping[float, Path],
+    experiment_dir: Path,
+    one_by_one: bool,
+    cpus: int,
+    model: nn.Module | None = None,
+) -> Iterator[tuple[Path, dict[float, Path]]]:
+    """The experiments of a fine-tuning in their order; the caller runs each before the next.
 
     Args:
-        setup: The problem of the run.
-        rate: Rate of the rung.
-        searched: The subnet that the search found for this rate; its keep counts are wanted.
-        larger: The trained subnet of the next larger rate.
-        out: Folder to be written.
+        setup: The problem of the run, to cut each subnet from the next larger trained one; None
+            trains them as the search left them.
+        folders: Subnet folders of the search by rate; what a rung trains is copied there.
+        experiment_dir: Folder of the fine-tuning's own files.
+        one_by_one: Whether each rate is an experiment, the largest first.
         cpus: CPUs of the Ray task that cuts and repairs.
+        model: The whole network, where the search was given it as an object.
+
+    Yields:
+        Folder of the experiment, and the subnet folders to be trained in it, by rate.
 
     Raises:
-        CacpError: There is nothing to cut from, or the task fails.
+        CacpError: There is nothing to cut from, or a task fails.
     """
+    if not one_by_one:
+        yield experiment_dir, dict(folders)
+        return
+    larger: Path | None = None
+    for rate in sorted(folders, reverse=True):
+        where, searched = experiment_dir / f"rate-{rate:g}", folders[rate]
+        if setup is None or larger is None:
+            yield where, {rate: searched}
+        else:
+            start = experiment_dir / "subnets" / searched.name
+            if (start / COPIED).exists():  # it may have been trained further there
+                yield where, {rate: searched}
+            else:
+                _begin_rung(setup, rate, searched, read_rung(larger, model), start, cpus)
+                yield where, {rate: start}
+                end_rung(start, searched)
+        larger = searched
+
+
+def _begin_rung(
+    setup: Setup, rate: float, searched: Path, rung: Rung, out: Path, cpus: int
+) -> None:
+    """Writes the subnet folder that a rung is trained from; one written stays."""
     from cacp_ray.distributed.tasks import run_once
 
     if (out / "subnet.json").exists():
         return
-    rung = read_rung(larger)
     wanted = read_description(searched, "keep_counts")["keep_counts"]
     name = f"the cut to rate {rate:.2f}"
     cut = run_once(cut_one, setup, rung, rate, wanted, cpus=cpus, name=name)
@@ -212,3 +246,21 @@ def end_rung(trained: Path, folder: Path) -> None:
     # The weights last: without the description they would be taken for a damaged file.
     write_json(folder / "metrics.json", read_json(trained / "metrics.json") | {"subnet": subnet})
     write_tensors(folder / "finetuned.safetensors", read_tensors(trained / "finetuned.safetensors"))
+    write_json(trained / COPIED, {"to": folder.name})
+
+
+def note_trained(row: dict[str, Any], run_dir: Path) -> None:
+    """Puts what was trained into a rate's row of result.json: another network, after a ladder."""
+    trained = read_description(run_dir / row["path"], is_finetuned=True)
+    row |= {name: trained[name] for name in ROW_KEYS if name in trained}
+    row["cut_from"] = (trained.get("cut_from") or {}).get("rate")
+
+
+def check_order(experiment_dir: Path, one_by_one: bool) -> None:
+    """Refuses to write over what was trained in another order."""
+    others = [experiment_dir] if one_by_one else experiment_dir.glob("rate-*")
+    if any((folder / EXPERIMENT_FILE).exists() for folder in others):
+        raise ArtifactError(
+            f"{experiment_dir} was begun with another finetune.teacher or finetune.order: undo the "
+            "change, or delete that folder to fine-tune again"
+        )

@@ -8,6 +8,7 @@ from typing import Any
 from cacp_ray.config.saved import read_run_config
 from cacp_ray.reporting.run_report import report_run
 from cacp_ray.rundir.mirror import RunMirror
+from cacp_ray.training.recipe import Order
 from cacp_ray.workflows.answers import answer_rates
 from cacp_ray.workflows.finetune import finetune
 from cacp_ray.workflows.finetune_own import finetune_by_task
@@ -44,6 +45,7 @@ class Run:
         self,
         train: Callable[..., object] | str | None = None,
         *,
+        order: Order | None = None,
         resume: bool = False,
         address: str | None = None,
     ) -> dict[str, Any]:
@@ -51,12 +53,14 @@ class Run:
 
         A task of the user's own is trained by `train(net, context)`, or by its own method of that
         name (`cacp_ray.workflows.finetune_own`); images of classes as by `cacp_ray.finetune`.
+        `order` replaces `finetune.order` of the run.
         """
         if train is None and self.given is None and read_run_config(self.path).task is None:
-            result = finetune(self.path, resume=resume, address=address)
+            overrides = [] if order is None else [f"finetune.order={order}"]
+            result = finetune(self.path, overrides=overrides, resume=resume, address=address)
         else:
             result = finetune_by_task(
-                self.path, train, given=self.given, resume=resume, address=address
+                self.path, train, given=self.given, order=order, resume=resume, address=address
             )
         self.result.update(result)
         return result

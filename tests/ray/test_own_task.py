@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,6 +194,25 @@ def test_a_killed_trial_goes_on_from_its_report(finished, model, tmp_path):
     cacp_ray.save_finetuned(folder, small, {"score": 1.0})
     assert finished.finetune(fit, resume=True)["rates"][-1]["finetuned_score"] == 1.0
     assert "PSNR" in finished.report().read_text()
+
+
+@pytest.mark.slow
+def test_a_ladder_cuts_each_network_from_the_next_larger_trained_one(finished, model, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished.path, folder, ignore=shutil.ignore_patterns("finetune"))
+    run = dataclasses.replace(finished, path=folder, result={})
+    rows = run.finetune(fit, order="ladder")["rates"]
+    assert [row["cut_from"] for row in rows] == [0.7, None]
+    small = cacp_ray.load_subnet(folder / rows[0]["path"], model=model)
+    assert score(small)["score"] == pytest.approx(rows[0]["finetuned_score"], rel=1e-4)
+    # The network that was trained is the one that may be trained further elsewhere.
+    small.last.bias.data.add_(1)
+    cacp_ray.save_finetuned(folder / rows[0]["path"], small, {"score": 1.0})
+    again = cacp_ray.load_subnet(folder / rows[0]["path"], model=model)
+    assert torch.equal(again.last.bias, small.last.bias)
+    assert run.finetune(fit, order="ladder", resume=True)["rates"][0]["finetuned_score"] == 1.0
+    with pytest.raises(ArtifactError, match="was begun with another"):
+        run.finetune(fit, order="parallel", resume=True)
 
 
 def test_weights_of_a_training_elsewhere_are_saved(finished, model):
