@@ -26,9 +26,11 @@ from cacp_ray.data.images import ImageSet, read_parquet
 from cacp_ray.evaluation.measurement import Candidate
 from cacp_ray.evaluation.preparation import CutNetwork, prepare
 from cacp_ray.evaluation.scorer import Scorer
-from cacp_ray.exporting.formats import read_onnx, write_onnx
+from cacp_ray.exporting.onnx_files import read_onnx, write_onnx
+from cacp_ray.exporting.source import Source
 from cacp_ray.models.factory import build_model
 from cacp_ray.models.pretrained import load_weights
+from cacp_ray.pruning.arguments import Argument
 from cacp_ray.pruning.calibration import image_batches
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.statistics import collect_statistics
@@ -43,7 +45,7 @@ Network = Callable[[Tensor], object]
 def compile_onnx(model: nn.Module, example: Tensor) -> Network:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "small.onnx"
-        write_onnx(model, example, "", path)
+        write_onnx(Source(model, (Argument(None, tuple(example.shape[1:])),), ""), path)
         return read_onnx(path, model)
 
 

@@ -334,7 +334,7 @@ SITUATIONS: dict[str, Callable[[], Made]] = {
     "one-dimensional signals": one_dimension,
     "volumes": three_dimensions,
     "grey images that are not square": grey,
-    "wrapped by torch.compile": lambda: (torch.compile(plain()), X),
+    "wrapped by torch.compile": lambda: (torch.compile(plain(), backend="eager"), X),
     "wrapped by DataParallel": lambda: (nn.DataParallel(plain()), X),
     "TorchScript": scripted,
     "lazy layers": lambda: (nn.Sequential(nn.LazyConv2d(8, 3), nn.Flatten()), X),

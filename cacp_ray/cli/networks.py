@@ -113,7 +113,13 @@ def export(
             metavar="SUBNET", help="Subnet folder, such as runs/NAME/subnets/rate-0.50."
         ),
     ],
-    format: Annotated[str, typer.Option(help="onnx, torch-export or state-dict.")],
+    format: Annotated[str, typer.Option(help="onnx, openvino, torch-export or state-dict.")],
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Compute with 8-bit integers: onnx and openvino.")
+    ] = False,
+    max_drop: Annotated[
+        float, typer.Option(metavar="POINTS", help="What INT8 may lose on the search split.")
+    ] = 1.0,
     out: Annotated[
         Path | None,
         typer.Option(help="File to write; default: subnet.onnx (or similar) in the folder."),
@@ -124,19 +130,26 @@ def export(
 ) -> None:
     """Write a subnet as one checked file for other programs, for any batch size."""
     from cacp_ray.config.saved import import_code_of
-    from cacp_ray.exporting.subnet import export_subnet
+    from cacp_ray.workflows.export import export as export_file
 
     chosen = {"latest": None, "finetuned": True, "search": False}
     if weights not in chosen:
         raise ConfigError(f"--weights {weights}: choose finetuned, search or latest")
     import_code_of(subnet)
-    done = export_subnet(subnet, format, out=out, finetuned=chosen[weights])
+    done = export_file(
+        subnet, format, out=out, finetuned=chosen[weights], int8=int8, max_drop=max_drop
+    )
     opset = f"opset {done.opset}, " if done.opset is not None else ""
     sizes = " and ".join(map(str, done.batch_sizes))
+    checked = (
+        f"largest difference {done.max_error:.1e} of the largest output"
+        if done.scores is None
+        else "search split: {} in float32, {} in INT8".format(*done.scores)
+    )
     typer.echo(
         f"{done.path}: {'fine-tuned weights' if done.finetuned else 'weights after the search'}, "
-        f"{done.size / 1e6:.2f} MB, {opset}largest difference {done.max_error:.1e} of the largest "
-        f"output, {f'at batch sizes {sizes}' if sizes else 'for inputs of fixed shapes only'}"
+        f"{done.size / 1e6:.2f} MB, {opset}{checked}, "
+        f"{f'at batch sizes {sizes}' if sizes else 'for inputs of fixed shapes only'}"
     )
 
 

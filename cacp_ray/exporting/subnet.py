@@ -6,8 +6,12 @@ exported file has been checked.
 
 import importlib.util
 import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +25,14 @@ from cacp_ray.errors import (
     is_out_of_memory,
     nearest_names,
 )
-from cacp_ray.exporting.formats import FORMATS, Arguments, Format, Network, make_example
+from cacp_ray.exporting.formats import FORMATS, Format
 from cacp_ray.exporting.names import name_outputs
-from cacp_ray.io.files import write_file
+from cacp_ray.exporting.source import Arguments, FileNetwork, Network, Source, make_example
 from cacp_ray.pruning.arguments import DTYPES, make_inputs, read_arguments
-from cacp_ray.pruning.inputs import call, tensors_of
+from cacp_ray.pruning.inputs import Inputs, call, tensors_of
 from cacp_ray.pruning.subnet import load_subnet, read_description
 
+T = TypeVar("T")
 TOLERANCE = 1e-4  # share of the largest output; another order of float32 sums gives about 1e-6
 BATCH_SIZES = (1, 3)
 NOTED = (
@@ -45,9 +50,11 @@ class Exported:
         finetuned: Whether it holds the fine-tuned weights.
         size: Size in bytes.
         opset: ONNX opset; None for the other formats.
-        max_error: Largest difference of an output, as a share of its largest value.
+        max_error: Largest difference of an output, as a share of its largest value; of an INT8
+            file, which is judged by its score, 0.
         batch_sizes: Sizes at which it was checked; empty where the inputs have no batch, so that
             the file takes tensors of their very shapes only.
+        scores: Scores of the network in float32 and of its INT8 file, in words; None for others.
     """
 
     path: Path
@@ -56,6 +63,24 @@ class Exported:
     opset: int | None
     max_error: float
     batch_sizes: tuple[int, ...]
+    scores: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What an INT8 file is made from and judged by.
+
+    Attributes:
+        calibration: Inputs whose activations give the scales.
+        measure: Score of a network.
+        max_drop: What the score may lose against float32.
+        describe: A score in words.
+    """
+
+    calibration: Sequence[Inputs]
+    measure: Callable[[nn.Module], float]
+    max_drop: float
+    describe: Callable[[float], str]
 
 
 def export_subnet(
@@ -65,6 +90,7 @@ def export_subnet(
     out: str | Path | None = None,
     finetuned: bool | None = None,
     model: nn.Module | None = None,
+    int8: Quantization | None = None,
 ) -> Exported:
     """Writes a subnet as one file for any batch size, and checks the file.
 
@@ -72,16 +98,19 @@ def export_subnet(
 
     Args:
         folder: Subnet folder, such as `runs/NAME/subnets/rate-0.50`.
-        format: `onnx`, `torch-export` or `state-dict`.
+        format: `onnx`, `openvino`, `torch-export` or `state-dict`; the first two also as INT8,
+            `onnx-int8` and `openvino-int8`.
         out: Path of the file; by default `subnet` with the format's suffix in the folder.
         finetuned: Whether to export the fine-tuned weights; by default where they exist.
         model: The whole network, for a search that was given it as an object.
+        int8: What an INT8 file is made from.
 
     Raises:
         ConfigError: The format is unknown or needs a package that is not installed.
         ArtifactError: The folder is incomplete, or the file exists or cannot be written.
         UnsupportedModelError: The network cannot be exported.
-        EvaluationError: The file computes something else and was deleted.
+        EvaluationError: The file computes something else, or as INT8 loses too much, and was
+            deleted.
     """
     folder = Path(folder)
     if format not in FORMATS:
@@ -90,12 +119,15 @@ def export_subnet(
     missing = [name for name in kind.packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"--format {format} needs {', '.join(missing)}: pip install 'cacp-ray[export]'"
+            f"--format {format} needs {', '.join(missing)}: pip install 'cacp-ray[{kind.extra}]'"
         )
     read_description(folder, "input_shape")
     path = Path(out) if out is not None else folder / f"subnet{kind.suffix}"
-    if path.exists():
-        raise ArtifactError(f"{path} exists: delete it, or choose another name with --out")
+    if kind.beside is not None and path.suffix != kind.suffix[-4:]:
+        raise ConfigError(f"--out {path}: this format needs a name that ends in {kind.suffix[-4:]}")
+    for taken in (path, *([] if kind.beside is None else [path.with_suffix(kind.beside)])):
+        if taken.exists():
+            raise ArtifactError(f"{taken} exists: delete it, or choose another name with --out")
     if finetuned is None:
         finetuned = (folder / "finetuned.safetensors").exists()
     description = read_description(folder, "input_shape", is_finetuned=finetuned)
@@ -104,21 +136,28 @@ def export_subnet(
     _check_call(net, arguments, folder)
     note = {key: description[key] for key in NOTED if key in description}
     note["weights"] = "finetuned" if finetuned else "search"
-    results: list[tuple[int | None, float]] = []
-
-    def write(temporary: Path) -> None:
-        opset = kind.write(net, arguments, json.dumps(note), temporary)
-        results.append((opset, _read_and_compare(net, kind, temporary, arguments)))
-
+    source = Source(net, arguments, json.dumps(note), () if int8 is None else int8.calibration)
+    max_error, scores = 0.0, None
     try:
-        write_file(path, write)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+            made = Path(temporary) / path.name
+            opset = kind.write(source, made)
+            if int8 is None:
+                max_error = _read_and_compare(net, kind, made, arguments)
+            else:
+                scores = _read_and_judge(source, kind, made, int8)
+            if kind.beside is not None:  # first: a file without its weights would look complete
+                os.replace(made.with_suffix(kind.beside), path.with_suffix(kind.beside))
+            os.replace(made, path)
     except OSError as error:
         raise ArtifactError(
             f"{path} cannot be written ({error.strerror or error}): choose another name with --out"
         ) from error
-    opset, max_error = results[0]
     size = path.stat().st_size
-    return Exported(path, finetuned, size, opset, max_error, _batch_sizes(arguments))
+    if kind.beside is not None:
+        size += path.with_suffix(kind.beside).stat().st_size
+    return Exported(path, finetuned, size, opset, max_error, _batch_sizes(arguments), scores)
 
 
 def _check_call(model: nn.Module, arguments: Arguments, folder: Path) -> None:
@@ -157,8 +196,35 @@ def _batch_sizes(arguments: Arguments) -> tuple[int, ...]:
 
 
 def _read_and_compare(model: nn.Module, kind: Format, path: Path, arguments: Arguments) -> float:
+    return _running(lambda: compare(model, kind.read(path, model), arguments))
+
+
+def _read_and_judge(
+    source: Source, kind: Format, path: Path, int8: Quantization
+) -> tuple[str, str]:
+    """Scores of the network and of its INT8 file, which has run at every batch size."""
+
+    def run() -> FileNetwork:
+        network = kind.read(path, source.net)
+        for size in _batch_sizes(source.arguments) or (1,):
+            network(make_inputs(source.arguments, size, torch.Generator().manual_seed(1)))
+        return FileNetwork(network, source)
+
+    file = _running(run)
+    before, after = int8.measure(source.net), _running(lambda: int8.measure(file))
+    scores = int8.describe(before), int8.describe(after)
+    if not before - after <= int8.max_drop:  # NaN too
+        raise EvaluationError(
+            "{} in float32, {} in INT8: that loses more than --max-drop allows, and no file was "
+            "kept; raise it, or export without --int8".format(*scores)
+        )
+    return scores
+
+
+def _running(run: Callable[[], T]) -> T:
+    """Runs an exported file; errors of its runtime become one line."""
     try:
-        return compare(model, kind.read(path, model), arguments)
+        return run()
     except (CacpError, OSError):
         raise
     except Exception as error:  # a runtime that lacks an operation or a type

@@ -12,7 +12,7 @@ from cacp_ray.errors import ArtifactError
 from cacp_ray.pruning.subnet import load_subnet, read_description
 from cacp_ray.tuning.finetune import finetune_subnets
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 LADDER = ["finetune.order=ladder", "finetune.epochs=2", "finetune.distillation=0"]
 
@@ -62,7 +62,6 @@ def test_each_subnet_is_cut_from_the_next_larger_trained_one(climbed):
         assert row["cost_kept"] <= row["rate"]
 
 
-@pytest.mark.slow
 def test_any_rate_is_cut_from_the_nearest_larger_trained_subnet(climbed, tmp_path, run, caplog):
     folder, result, _ = climbed
     smallest, largest = result["rates"][0]["rate"], result["rates"][-1]["rate"]
@@ -87,7 +86,6 @@ def test_any_rate_is_cut_from_the_nearest_larger_trained_subnet(climbed, tmp_pat
     assert "no finetuned.safetensors" in errors
 
 
-@pytest.mark.slow
 def test_the_smallest_network_within_a_drop_is_found_between_the_trained_rates(
     climbed, tmp_path, run
 ):
@@ -108,7 +106,6 @@ def test_the_smallest_network_within_a_drop_is_found_between_the_trained_rates(
         assert "give --rate, such as 0.42, or --max-drop" in errors
 
 
-@pytest.mark.slow
 def test_a_stopped_ladder_goes_on_at_its_rung_and_ends_alike(finished, climbed, tmp_path):
     whole, result, _ = climbed
     shutil.copytree(finished.path, tmp_path / "run")

@@ -196,7 +196,6 @@ def test_a_killed_trial_goes_on_from_its_report(finished, model, tmp_path):
     assert "PSNR" in finished.report().read_text()
 
 
-@pytest.mark.slow
 def test_a_ladder_cuts_each_network_from_the_next_larger_trained_one(finished, model, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished.path, folder, ignore=shutil.ignore_patterns("finetune"))
@@ -267,6 +266,7 @@ def make_doubler():
     return Doubler()
 
 
+@pytest.mark.slow
 def test_a_task_by_name_needs_no_objects(tmp_path):
     settings = SETTINGS | {"strategy": "random", "rates": [0.5], "evaluations": 4}
     names = {"model": {"name": f"{__name__}:make_doubler"}, "task": f"{__name__}:Doubling"}

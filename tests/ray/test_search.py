@@ -122,6 +122,7 @@ class Bomb:
         return Path.touch, (self.file,)
 
 
+@pytest.mark.slow
 def test_a_policy_answers_alike_without_the_pickles_of_its_checkpoint(finished, tmp_path):
     path = shutil.copytree(finished.path, tmp_path / "run")
     checkpoint, told = RunDirectory(path).find_checkpoint()

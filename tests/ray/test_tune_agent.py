@@ -145,6 +145,7 @@ def score(candidate):
     return measurement_of(candidate.index, score, 1.0, 1 - score, images=10, seconds=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_search_goes_on_from_anothers_folder_with_other_settings(tmp_path):
     config = load_config(RunConfig, {"evaluations": 60})

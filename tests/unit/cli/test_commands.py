@@ -268,6 +268,11 @@ def test_bad_input_of_inspect_is_refused_in_one_line(run, arguments, message):
         (["SUBNET", "--format", "state-dict", "--weights", "finetuned"], "finetuned.safetensors"),
         (["SUBNET", "--format", "onnx", "--out", "SUBNET"], "exists: delete it"),
         (["SUBNET"], "--format"),
+        (["SUBNET", "--format", "onnx", "--int8"], "lies in no run"),
+        (["SUBNET", "--format", "onnx-int8"], "lies in no run"),
+        (["SUBNET", "--format", "state-dict", "--int8"], "--int8 is for --format onnx"),
+        (["SUBNET", "--format", "onnx", "--int8", "--max-drop", "nan"], "--max-drop nan: give 0"),
+        (["SUBNET", "--format", "openvino", "--out", "a.onnx"], r"--out a\.onnx: .*\.xml"),
     ],
 )
 def test_bad_input_of_export_is_refused_in_one_line(run, tmp_path, arguments, message):

@@ -21,8 +21,10 @@ def test_every_command_and_code_block_runs(tmp_path, monkeypatch, capfd):
     make_folder(tmp_path / "runs/mine/subnets/rate-0.50", DEPTHWISE, 8)
     monkeypatch.chdir(tmp_path)
     commands = re.findall(r"^cacp-ray export .+$", PAGE, re.MULTILINE)
-    assert len(commands) == 4
+    assert len(commands) == 7
     for line in commands:
+        if "--int8" in line:  # `tests/ray/test_export.py` has a run for them
+            continue
         monkeypatch.setattr(sys, "argv", shlex.split(line))
         with pytest.raises(SystemExit) as caught:
             main()

@@ -17,7 +17,8 @@ from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError, Unsuppo
 from cacp_ray.exporting.formats import FORMATS
 from cacp_ray.exporting.subnet import compare
 from cacp_ray.pruning.arguments import Argument, describe_inputs, make_inputs, read_arguments
-from cacp_ray.pruning.inputs import call, check_inputs
+from cacp_ray.pruning.inputs import call, check_inputs, tensors_of
+from tests.small import mostly_slow
 from tests.unit.exporting.several import CASES, Dataclasses, Segmenter, Siamese, Unknown, image
 
 
@@ -35,7 +36,13 @@ def case(request, tmp_path_factory):
     return net, folder, names
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "format",
+    mostly_slow(
+        [name for name, kind in FORMATS.items() if not kind.is_int8],
+        ("onnx", "torch-export", "state-dict"),
+    ),
+)
 def test_the_file_takes_and_returns_what_the_network_does(case, format):
     whole, folder, (ins, outs) = case
     done = cacp_ray.export(folder, format, model=whole)
@@ -47,7 +54,9 @@ def test_the_file_takes_and_returns_what_the_network_does(case, format):
         with torch.no_grad():
             expected, structure = tree_flatten(call(net, inputs))
         expected = [value for value in expected if value is not None]
-        if format == "onnx":
+        if format == "openvino":
+            got = tensors_of(FORMATS[format].read(done.path, net)(inputs))
+        elif format == "onnx":
             session = onnxruntime.InferenceSession(done.path)
             assert [value.name for value in session.get_inputs()] == ins
             assert [value.name for value in session.get_outputs()] == outs

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+import openvino
 import pytest
 import torch
 from safetensors import safe_open
@@ -38,6 +39,9 @@ def folder(tmp_path):
     return make_folder(tmp_path / "rate-0.50", DEPTHWISE, 8)
 
 
+FLOATS = [name for name, kind in FORMATS.items() if not kind.is_int8]
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -48,6 +52,8 @@ def run_file(path: Path, folder: Path, images: torch.Tensor) -> torch.Tensor:
         session = onnxruntime.InferenceSession(path)
         (logits,) = session.run(None, {"image": images.numpy()})
         return torch.from_numpy(np.asarray(logits))
+    if path.suffix == ".xml":
+        return torch.from_numpy(openvino.Core().compile_model(path, "CPU")(images.numpy())[0])
     if path.suffix == ".pt2":
         return torch.export.load(path).module()(images)
     net = load_subnet(folder, finetuned=False)
@@ -58,11 +64,12 @@ def run_file(path: Path, folder: Path, images: torch.Tensor) -> torch.Tensor:
     return net(images)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FLOATS)
 def test_the_file_computes_what_the_subnet_computes_for_any_batch(network, format):
     before = names(network)
     done = export_subnet(network, format)
-    assert names(network) == sorted([*before, done.path.name])  # one file
+    files = [done.path, *([done.path.with_suffix(".bin")] if format == "openvino" else [])]
+    assert names(network) == sorted([*before, *(file.name for file in files)])
     net = load_subnet(network)
     shape = json.loads((network / "subnet.json").read_text())["input_shape"]
     for size in (1, 2, 5):
@@ -72,7 +79,7 @@ def test_the_file_computes_what_the_subnet_computes_for_any_batch(network, forma
         assert got.shape == expected.shape
         assert not got.requires_grad
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
-    content = done.path.read_bytes()
+    content = b"".join(file.read_bytes() for file in files)
     assert done.size == len(content)
     assert b"site-packages" not in content  # no paths of this machine
     assert str(Path.cwd()).encode() not in content
@@ -149,7 +156,7 @@ def test_a_network_of_one_batch_size_is_refused_and_no_file_is_left(tmp_path):
     assert names(folder) == before
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FLOATS)
 def test_an_existing_file_is_left_alone(folder, format):
     path = folder / f"subnet{FORMATS[format].suffix}"
     path.write_text("mine")

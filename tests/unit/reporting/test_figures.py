@@ -49,6 +49,7 @@ def test_what_was_not_measured_has_no_figure(tmp_path):
     assert names == ["accuracy", "learning", "keep-ratios", "keep-counts"]
 
 
+@pytest.mark.slow
 def test_equal_runs_give_equal_files_and_leave_matplotlib_as_it_was(tmp_path):
     before = dict(mpl.rcParams)
     for name in ("a", "b"):

@@ -45,6 +45,7 @@ def test_time_is_that_of_all_images_of_all_evaluations_shared_by_the_evaluators(
     assert estimate_search(under(setup, part), [2], can_grow=True).seconds == pytest.approx(100)
 
 
+@pytest.mark.slow
 def test_a_small_network_takes_less_time_than_a_large_one(setup):
     def measure(rate):
         parts = estimate._parts(under(setup, load_config(RunConfig, {"rates": [rate]})), 50)

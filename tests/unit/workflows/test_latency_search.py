@@ -169,6 +169,7 @@ def test_the_base_is_described_by_its_latency(table_path):
     assert "macs and latency / 1.2, reachable rates" in Setup.create(config).describe()
 
 
+@pytest.mark.slow
 def test_a_run_is_not_continued_with_another_table(table_path, tmp_path):
     config = read_config(table_path, "latency")
     setup = Setup.create(config)
