@@ -26,6 +26,18 @@ Address = Annotated[
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 
 
+def parse_numbers(option: str, text: str) -> list[int]:
+    """Reads whole numbers of 1 or more with commas between them.
+
+    Raises:
+        ConfigError: The text has another form.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part[:9]) >= 1 for part in parts):
+        raise ConfigError(f"{option} {text}: write whole numbers of 1 or more, such as 1,64")
+    return [int(part) for part in parts]
+
+
 def parse_rates(text: str) -> list[float]:
     """Reads `0.42`, or `LO:HI:STEP` with both ends.
 

@@ -88,6 +88,52 @@ def subnet(
 
 
 @app.command()
+def benchmark(
+    places: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN|SUBNET...", help="A run directory, or subnets of one run."),
+    ],
+    formats: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="NAME,...",
+            help="Of torch, onnx, onnx-int8, openvino, openvino-int8; default: what is installed.",
+        ),
+    ] = None,
+    batch: Annotated[str, typer.Option(metavar="N,...", help="Batch sizes.")] = "1,64",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of every runtime.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file to write; default: benchmark.json in the run.")
+    ] = None,
+) -> None:
+    """Prune, quantise, or both: score, size and latency in the formats that deploy a network."""
+    from cacp_ray.cli.options import parse_numbers
+    from cacp_ray.config.saved import import_code_of
+    from cacp_ray.io.files import write_json
+    from cacp_ray.reporting.tables import benchmark_table, make_console
+    from cacp_ray.rundir.schema import BENCHMARK_FILE
+    from cacp_ray.workflows.benchmark import benchmark as measure
+
+    for place in places:
+        import_code_of(place)
+    content = measure(
+        places,
+        formats=None if formats is None else formats.split(","),
+        batches=parse_numbers("--batch", batch),
+        threads=threads,
+    )
+    make_console().print(benchmark_table(content))
+    is_run = len(places) == 1 and not (places[0] / "subnet.json").exists()
+    if out is None and is_run:
+        out = places[0] / BENCHMARK_FILE
+    if out is not None:
+        write_json(out, content)
+        note = "; cacp-ray report shows it" if is_run else ""
+        typer.echo(f"saved: {out}{note}")
+
+
+@app.command()
 def evaluate(
     path: Annotated[
         Path, typer.Argument(metavar="RUN|SUBNET", help="Run directory or subnet folder.")

@@ -7,9 +7,10 @@ are measured at nearly the same time.
 import copy
 import statistics
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from cacp_ray.pruning.torch_types import as_channels_last
 
 WARMUP_SHARE = 0.25
+CPU = torch.device("cpu")
 Clock = Callable[[], float]  # seconds
 
 
@@ -69,16 +71,42 @@ def measure_latency(
     Returns:
         The latency of each model; all have one pass for each finished round.
     """
-    started, clock = time.perf_counter(), clock or time.perf_counter
     x = example_input.float() if example_input.is_floating_point() else example_input
     if x.ndim == 4:
         x = x.contiguous(memory_format=torch.channels_last)
-    copies = [_copy_for_timing(model) for model in models.values()]
+    copies = {name: _copy_for_timing(model) for name, model in models.items()}
+    passes = {name: partial(model, x) for name, model in copies.items()}
     with use_threads(threads), torch.inference_mode():
-        _run_rounds(copies, x, warmup, started + WARMUP_SHARE * seconds, clock)
-        rounds = _run_rounds(copies, x, repeats, started + seconds, clock)
+        return measure_passes(
+            passes, repeats=repeats, warmup=warmup, seconds=seconds, clock=clock, device=x.device
+        )
+
+
+def measure_passes(
+    passes: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int = 50,
+    warmup: int = 5,
+    seconds: float = 60.0,
+    clock: Clock | None = None,
+    device: torch.device | None = None,
+) -> dict[str, Latency]:
+    """Times passes in turn, each after an untimed one; the settings are those of `measure_latency`.
+
+    Args:
+        passes: What runs a network once, by its name.
+        repeats: Rounds to time.
+        warmup: Untimed rounds before.
+        seconds: No round begins later than this.
+        clock: Clock of a pass.
+        device: Device whose work is waited for; None is the CPU.
+    """
+    started, clock, device = time.perf_counter(), clock or time.perf_counter, device or CPU
+    calls = list(passes.values())
+    _run_rounds(calls, warmup, started + WARMUP_SHARE * seconds, clock, device)
+    rounds = _run_rounds(calls, repeats, started + seconds, clock, device)
     columns = zip(*rounds, strict=True)
-    return {name: Latency(passes) for name, passes in zip(models, columns, strict=True)}
+    return {name: Latency(column) for name, column in zip(passes, columns, strict=True)}
 
 
 @contextmanager
@@ -103,22 +131,26 @@ def _copy_for_timing(model: nn.Module) -> nn.Module:
 
 
 def _run_rounds(
-    models: list[nn.Module], x: Tensor, limit: int, deadline: float, clock: Clock
+    calls: Sequence[Callable[[], object]],
+    limit: int,
+    deadline: float,
+    clock: Clock,
+    device: torch.device,
 ) -> list[tuple[float, ...]]:
-    """Milliseconds of each model in up to `limit` rounds; at least one, none begun too late."""
+    """Milliseconds of each pass in up to `limit` rounds; at least one, none begun too late."""
     rounds: list[tuple[float, ...]] = []
     while not rounds or (len(rounds) < limit and time.perf_counter() < deadline):
-        rounds.append(tuple(time_pass(model, x, clock) for model in models))
+        rounds.append(tuple(time_pass(call, clock, device) for call in calls))
     return rounds
 
 
-def time_pass(model: nn.Module, x: Tensor, clock: Clock) -> float:
+def time_pass(call: Callable[[], object], clock: Clock, device: torch.device) -> float:
     """Milliseconds of one pass, right after an untimed one."""
-    model(x)
-    _wait_for(x.device)
+    call()
+    _wait_for(device)
     started = clock()
-    model(x)
-    _wait_for(x.device)
+    call()
+    _wait_for(device)
     return 1000 * (clock() - started)
 
 

@@ -10,6 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 import torch
@@ -217,7 +218,9 @@ def _time_widths(
     times: list[list[float]] = []  # by round
     with torch.inference_mode():
         while len(times) < 2 or (len(times) < rounds and time.perf_counter() < started + seconds):
-            times.append([time_pass(layer, x, settings.clock) for layer, x in timed])
+            times.append(
+                [time_pass(partial(layer, x), settings.clock, x.device) for layer, x in timed]
+            )
     return dict(zip(pairs, map(list, zip(*times, strict=True)), strict=True))
 
 

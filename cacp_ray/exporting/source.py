@@ -4,7 +4,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,7 @@ def exporting(tool: str, arguments: Arguments) -> Iterator[None]:
                 logging.disable(logging.WARNING)
                 warnings.simplefilter("ignore")
                 stack.enter_context(redirect_stderr(io.StringIO()))  # graphs that failed
+                stack.enter_context(redirect_stdout(io.StringIO()))  # progress bars
             yield
     except Exception as error:  # compilers fail in many ways, all of them about the network
         reason = error.__cause__ or error  # torch.onnx says only where torch.export failed

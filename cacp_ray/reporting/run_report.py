@@ -9,6 +9,12 @@ import pyarrow as pa
 from cacp_ray.io.files import parse_yaml, read_text, to_yaml
 from cacp_ray.io.schema import Content, read_checked
 from cacp_ray.pruning.subnet import loading_code, read_description
+from cacp_ray.reporting.benchmark import (
+    benchmark_columns,
+    conclude,
+    describe_benchmark,
+    plot_benchmark,
+)
 from cacp_ray.reporting.effort import list_facts, list_phases
 from cacp_ray.reporting.figures import (
     Drawing,
@@ -48,7 +54,13 @@ from cacp_ray.reporting.summary import (
     words,
 )
 from cacp_ray.rundir.directory import RunDirectory, read_result
-from cacp_ray.rundir.schema import MetricsFile, ReportedFile, read_learning
+from cacp_ray.rundir.schema import (
+    BENCHMARK_FILE,
+    BenchmarkFile,
+    MetricsFile,
+    ReportedFile,
+    read_learning,
+)
 
 # What the figure and the facts of a fine-tuning read.
 SHOWN_METRICS = ("best_epoch", "search_score_before", "seconds", "history")
@@ -77,7 +89,8 @@ def write_report(run_dir: Path, episodes: pa.Table, save: Save = save_figure) ->
     metrics = read_metrics(run_dir, result)
     folder, lines = run_dir / "figures", read_learning(run_dir)
     rows, later = summary_rows(result), list_later_answers(run_dir, result)
-    drawings = draw_figures(result, episodes, metrics, folder, save)
+    timed = read_benchmark(run_dir)
+    drawings = draw_figures(result, episodes, metrics, folder, save, timed)
     learning = draw_learning(result, lines, folder, save)
     return write_page(
         run_dir / "report.html",
@@ -94,6 +107,9 @@ def write_report(run_dir: Path, episodes: pa.Table, save: Save = save_figure) ->
         has_latency=has_latency(result),
         has_importance=any(drawing.path.stem == "importance" for drawing in drawings),
         figures=drawings,
+        benchmark=None if timed is None else _cells(benchmark_columns(timed), timed["rows"]),
+        benchmark_words="" if timed is None else describe_benchmark(timed),
+        benchmark_conclusions=[] if timed is None else conclude(timed),
         learning=learning,
         loading=_loading(run_dir, rows[1:], result["base"].get("model", "")),
         later=_loading(run_dir, later, result["base"].get("model", "")),
@@ -130,8 +146,9 @@ def draw_figures(
     metrics: Metrics,
     folder: Path,
     save: Save = save_figure,
+    timed: dict[str, Any] | None = None,
 ) -> list[Drawing]:
-    """Writes the PNG and SVG files of a run."""
+    """Writes the PNG and SVG files of a run; `timed` is the content of benchmark.json."""
     scored = read_episodes(episodes)
     what = "Accuracy" if metric_of(result).is_share else "Score"
     plots: list[tuple[str, str, Plot]] = [
@@ -143,6 +160,9 @@ def draw_figures(
     if has_latency(result):
         speed: Plot = lambda axes: plot_latency(axes, result)  # noqa: E731
         plots.insert(1, ("latency", f"{what} against speed", speed))
+    if timed is not None:
+        deployed: Plot = lambda axes: plot_benchmark(axes, timed)  # noqa: E731
+        plots.insert(1, ("benchmark", f"{what} against speed where it is deployed", deployed))
     if metrics:
         draw: Plot = lambda axes: plot_finetuning(axes, result, metrics)  # noqa: E731
         plots.insert(-2, ("finetuning", "Fine-tuning", draw))
@@ -168,6 +188,16 @@ def read_metrics(run_dir: Path, result: dict[str, Any]) -> Metrics:
         if len(content["history"]) == content["epochs"]:
             metrics[row["rate"]] = content
     return metrics
+
+
+def read_benchmark(run_dir: Path) -> dict[str, Any] | None:
+    """The content of benchmark.json; None where nothing was benchmarked.
+
+    Raises:
+        ArtifactError: The file is unreadable.
+    """
+    file = run_dir / BENCHMARK_FILE
+    return read_checked(file, BenchmarkFile) if file.exists() else None
 
 
 def list_later_answers(run_dir: Path, result: dict[str, Any]) -> list[Row]:

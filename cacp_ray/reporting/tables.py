@@ -13,6 +13,7 @@ from rich.text import Text
 
 from cacp_ray.evaluation.measurement import DASH
 from cacp_ray.pruning.cost import ChannelGroup, CostModel
+from cacp_ray.reporting.benchmark import benchmark_columns, conclude, describe_benchmark
 from cacp_ray.reporting.summary import (
     Column,
     Row,
@@ -30,6 +31,7 @@ from cacp_ray.reporting.summary import (
 PLAIN_WIDTH = 110
 MAX_RUN_NAME = 34  # columns; a longer path is folded
 MANY_GROUPS = 24
+TEXT_HEADS = ("subnet", "run", "rates", "format")
 
 
 def make_console(file: TextIO | None = None) -> Console:
@@ -75,6 +77,16 @@ def answers_table(title: str, result: dict[str, Any], answers: Sequence[Row]) ->
     where = " on the search split" if metric.is_share else ""
     title = f"{title}, {metric.heading}{where}"
     return make_table(title, answer_columns(result, answers), answers)
+
+
+def benchmark_table(content: dict[str, Any]) -> RenderableType:
+    """Output of `benchmark`: a row a network and format, and the conclusion."""
+    title = f"Where it is deployed: {content['name']}"
+    return Group(
+        make_table(title, benchmark_columns(content), content["rows"]),
+        Text(describe_benchmark(content)),
+        *map(Text, conclude(content)),
+    )
 
 
 def groups_table(
@@ -227,7 +239,7 @@ def _braces(numbers: Sequence[str]) -> str:
 def make_table(
     title: str, columns: Sequence[Column], rows: Sequence[Row], *, show_edge: bool = True
 ) -> Table:
-    """A table of right-aligned numbers; `subnet`, `run` and `rates` head columns of text."""
+    """A table of right-aligned numbers; columns of `TEXT_HEADS` are text."""
     table = Table(
         title=Text(title) if title else None,
         title_justify="left",
@@ -239,7 +251,7 @@ def make_table(
     for column in columns:
         table.add_column(
             Text(f"{column.head}\n{column.unit}"),
-            justify="left" if column.head in ("subnet", "run", "rates") else "right",
+            justify="left" if column.head in TEXT_HEADS else "right",
             no_wrap=column.head not in ("subnet", "run"),
             max_width=MAX_RUN_NAME if column.head == "run" else None,
             overflow="fold",

@@ -25,6 +25,7 @@ from cacp_ray.io.schema import (
 )
 
 LEARNING_FILE = "learning.jsonl"
+BENCHMARK_FILE = "benchmark.json"
 
 SHA256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -229,6 +230,48 @@ class ReportedFile(Content):
             )
             if not fits:
                 raise ValueError(f"rate {row.rate:g}: keep_counts do not fit the groups")
+        return self
+
+
+class TimedFormat(Content):
+    """Latency at one batch size."""
+
+    batch: Annotated[int, Field(ge=1)]
+    median_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    quartiles_ms: Annotated[list[Seconds], Field(min_length=2, max_length=2)]
+    speedup: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class BenchmarkRow(Content):
+    """A network in one format."""
+
+    network: Annotated[str, Field(pattern=r"^(base|[0-9.]+)$")]
+    format: Name
+    size: Count
+    score: Score
+    latency: Annotated[list[TimedFormat], Field(min_length=1)]
+
+
+class BenchmarkReference(Content):
+    """What speeds are compared with."""
+
+    network: Name
+    format: Name
+
+
+class BenchmarkFile(Content):
+    """benchmark.json: networks of a run in the formats that deploy them."""
+
+    metric: MetricEntry
+    images: Count
+    threads: Annotated[int, Field(ge=1)]
+    reference: BenchmarkReference
+    rows: Annotated[list[BenchmarkRow], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> "BenchmarkFile":
+        if len({tuple(timed.batch for timed in row.latency) for row in self.rows}) > 1:
+            raise ValueError("rows have other batch sizes than the first")
         return self
 
 

@@ -18,6 +18,7 @@ from cacp_ray.errors import ConfigError, EvaluationError
 from cacp_ray.models.factory import build_model
 from cacp_ray.rundir.directory import RunDirectory
 from cacp_ray.workflows import answers
+from cacp_ray.workflows.benchmark import check_formats, find_subnets
 from tests.unit.exporting.folders import make_folder
 from tests.unit.reporting.synthetic import make_own_result, make_result, make_run
 
@@ -284,6 +285,42 @@ def test_bad_input_of_export_is_refused_in_one_line(run, tmp_path, arguments, me
     assert err.count("\n") == 1
     assert not out
     assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none"], "none"),
+        (["SUBNET"], "lies in no run"),
+        (["SUBNET", "--format", "onxx"], "unknown format 'onxx': did you mean onnx"),
+        (["SUBNET", "--format", ""], "unknown format ''"),
+        (["SUBNET", "--batch", "0"], "--batch 0: write whole numbers"),
+        (["SUBNET", "--batch", "1,x"], "--batch 1,x: write whole numbers"),
+        (["SUBNET", "--threads", "0"], "--threads"),
+    ],
+)
+def test_bad_input_of_benchmark_is_refused_in_one_line(run, tmp_path, arguments, message):
+    folder = make_folder(tmp_path / "subnet", "tests.unit.pruning.networks:Plain", 8)
+    code, out, err = run("benchmark", *[str(folder) if a == "SUBNET" else a for a in arguments])
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert not out
+
+
+def test_a_format_without_its_package_is_left_out_unless_it_was_asked_for(monkeypatch):
+    monkeypatch.setattr(
+        "cacp_ray.workflows.benchmark.importlib.util.find_spec", lambda name: name != "nncf" or None
+    )
+    assert check_formats(None) == ["torch", "onnx", "onnx-int8", "openvino"]
+    with pytest.raises(ConfigError, match=r"openvino-int8 needs nncf: .*cacp-ray\[openvino\]"):
+        check_formats(["torch", "openvino-int8"])
+
+
+def test_subnets_of_several_runs_are_not_compared(tmp_path):
+    places = [make_run(tmp_path / name, make_result()) for name in ("a", "b")]
+    with pytest.raises(ConfigError, match="a benchmark is of one run"):
+        find_subnets(places)
 
 
 def test_ctrl_c_says_how_to_go_on(run, monkeypatch):
