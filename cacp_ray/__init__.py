@@ -4,6 +4,7 @@
 alone imports neither torch nor ray.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from cacp_ray.io.code import extend_path
@@ -38,6 +39,11 @@ __all__ = [
     "tune_agent",
 ]
 
+LIGHT = {
+    "export": "cacp_ray.workflows.export",
+    "load_subnet": "cacp_ray.pruning.subnet",
+    "save_finetuned": "cacp_ray.rundir.finetuned",
+}
 
 extend_path()
 
@@ -45,6 +51,8 @@ extend_path()
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'cacp_ray' has no attribute {name!r}")
+    if name in LIGHT:  # who only loads a network needs neither ray nor what reports need
+        return getattr(import_module(LIGHT[name]), name)
     from cacp_ray import api
 
     return getattr(api, name)

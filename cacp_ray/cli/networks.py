@@ -153,6 +153,23 @@ def export(
     )
 
 
+@app.command()
+def push(
+    place: Annotated[
+        Path, typer.Argument(metavar="RUN|SUBNET", help="Run directory or subnet folder.")
+    ],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Model on the Hub.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository private.")
+    ] = False,
+) -> None:
+    """Upload subnets with a model card to the Hugging Face Hub."""
+    from cacp_ray.workflows.push import push as upload
+
+    address = upload(place, repo, private=private)
+    typer.echo(f'{address}: load one by cacp_ray.load_subnet("hf://{repo}/rate-R")')
+
+
 def run_finetune(folder: Path, **options: Any) -> dict[str, Any]:
     """Fine-tunes while a display shows the epochs."""
     from cacp_ray import api

@@ -23,6 +23,7 @@ from cacp_ray.io.files import (
     write_tensors,
     write_text,
 )
+from cacp_ray.io.hub import PREFIX, fetch_folder
 from cacp_ray.io.schema import (
     Classes,
     Content,
@@ -99,9 +100,10 @@ def save_subnet(folder: Path, model: nn.Module, description: Mapping[str, Any]) 
     write_json(folder / "subnet.json", {"schema_version": SCHEMA_VERSION} | dict(description))
 
 
-def loading_code(folder: Path, model: str) -> str:
+def loading_code(folder: Path | str, model: str) -> str:
     """Lines of Python that load a subnet of a network of this name."""
-    path = json.dumps(folder.as_posix(), ensure_ascii=False)
+    place = folder if isinstance(folder, str) else folder.as_posix()
+    path = json.dumps(place, ensure_ascii=False)
     package = package_of(model)
     imports = ["import cacp_ray", *([f"import {package}"] if package else [])]
     whole = ", model=whole_network" if model.startswith(GIVEN) else ""
@@ -221,7 +223,8 @@ def load_subnet(
     """A plain network in evaluation mode.
 
     Args:
-        folder: Subnet folder, such as `runs/NAME/subnets/rate-0.50`.
+        folder: Subnet folder, such as `runs/NAME/subnets/rate-0.50`, or one on the Hugging Face
+            Hub, such as `hf://OWNER/REPO/rate-0.50` (`cacp-ray push`).
         finetuned: Whether to read the fine-tuned weights; None reads them where there are some.
         trust: Whether to import whatever module `subnet.json` names for the network, and call its
             function. Otherwise networks of cacp_ray, torchvision and timm load, and those whose
@@ -229,11 +232,12 @@ def load_subnet(
         model: The whole network, for a search that was given it as an object; it is not changed.
 
     Raises:
-        ArtifactError: The folder is incomplete, or its files do not fit each other.
+        ArtifactError: The folder is incomplete, cannot be downloaded, or its files do not fit each
+            other.
         ConfigError: The model's factory is not trusted, or cannot be imported, or `model` is no
             network.
     """
-    folder = Path(folder)
+    folder = fetch_folder(str(folder)) if str(folder).startswith(PREFIX) else Path(folder)
     use_finetuned = (folder / "finetuned.safetensors").exists() if finetuned is None else finetuned
     description = read_description(folder, is_finetuned=use_finetuned)
     file = folder / ("finetuned.safetensors" if use_finetuned else "model.safetensors")
