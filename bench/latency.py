@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from report import print_environment, print_table
 
 from cacp_ray.config.run import ModelConfig, PruningConfig
-from cacp_ray.evaluation.latency import measure_latency
-from cacp_ray.evaluation.latency_table import LatencyTable, Settings
+from cacp_ray.evaluation.latency import use_threads
+from cacp_ray.evaluation.latency_table import RUNTIMES, LatencyTable, Settings
 from cacp_ray.evaluation.layer_timing import fit_calibration, measure_table
+from cacp_ray.exporting.timing import make_timer
 from cacp_ray.models.factory import default_input_shape
 from cacp_ray.pruning.latency_cost import Calibration, make_latency_cost
 from cacp_ray.pruning.plan import Plan
@@ -86,32 +87,24 @@ def bench_network(
     shape = (shape[0], int(side), int(side)) if side else shape
     plan = make_plan(model, torch.zeros(1, *shape))
     started = time.perf_counter()
-    table = measure_table(name, model, plan, settings, round_to=round_to)
+    timer = make_timer(settings)
+    table = measure_table(name, model, plan, settings, round_to=round_to, timer=timer)
     seconds = time.perf_counter() - started
     plan = with_latency(plan, table)
     counts = draw_subnets(plan, round_to, options.subnets, options.seed)
     tensors, cut = all_tensors(model), Cutter(plan)
-    nets = {
-        str(i): build_subnet(model, tensors | cut(tensors, row))
-        for i, row in enumerate(counts.tolist())
-    }
     x = torch.randn(settings.batch, *shape)
-    latencies = measure_latency(
-        nets,
-        x,
-        threads=settings.threads,
-        repeats=options.repeats,
-        seconds=60.0,
-        clock=settings.clock,
-    )
-    measured = np.array([1e6 * latency.median_ms for latency in latencies.values()])
+    nets = [(build_subnet(model, tensors | cut(tensors, row)), x) for row in counts.tolist()]
+    with use_threads(settings.threads):
+        passed = timer(nets, 2, options.repeats, 60.0)
+    measured = np.array([1e6 * statistics.median(times) for times in passed])
     halves = [
-        np.array([statistics.median(one.rounds_ms[first::2]) for one in latencies.values()])
-        for first in (0, 1)
+        np.array([statistics.median(times[first::2]) for times in passed]) for first in (0, 1)
     ]
     assert plan.cost_model.latency is not None
     predicted = plan.cost_model.latency(counts).astype(np.float64)
     return [
+        settings.runtime,
         f"{name.rpartition(':')[2]}, {'x'.join(map(str, shape[1:]))}",
         str(round_to),
         f"{len(table.cells):,} in {seconds:.0f} s",
@@ -130,15 +123,16 @@ def main() -> None:
     parser.add_argument("--subnets", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--runtime", nargs="+", choices=RUNTIMES, default=["torch"])
     options = parser.parse_args()
-    settings = Settings()
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(1)
     rows = [
-        bench_network(spec, round_to, settings, options)
+        bench_network(spec, round_to, Settings(runtime=runtime), options)
         for spec in options.network
         for round_to in options.round_to
+        for runtime in options.runtime
     ]
-    header = ["network", "widths in steps of", "table", "subnets, ms"]
+    header = ["runtime", "network", "widths in steps of", "table", "subnets, ms"]
     for what in ("table", "not monotone", "MACs", "measured twice"):
         header += [f"{what}: error, %", "largest, %", "rank"]
     print_table("Predicted latency of random subnets", header, rows)

@@ -44,19 +44,34 @@ def measure_layers(
         ),
     ] = 8,
     seconds: Annotated[float, typer.Option(min=0, help="Approximate time limit.")] = 120.0,
+    runtime: Annotated[
+        str, typer.Option(help="What deploys the networks: torch, onnxruntime or openvino.")
+    ] = "torch",
+    command: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead, a program that takes an ONNX file as its last argument and prints "
+            "milliseconds, for example one that runs it on a phone."
+        ),
+    ] = None,
 ) -> None:
     """Time the layers of a network at many widths, for searches with cost: latency."""
     from rich.progress import Progress
 
-    from cacp_ray.evaluation.latency_table import Settings, save_table
+    from cacp_ray.evaluation.latency_table import COMMAND, Settings, save_table
     from cacp_ray.evaluation.layer_timing import measure_table
+    from cacp_ray.exporting.timing import make_timer
     from cacp_ray.reporting.tables import make_console
     from cacp_ray.workflows.analyze import inspect_model
 
     if out.is_dir():
         raise ConfigError(f"--out {out} is a folder: name a file in it, such as table.parquet")
-    settings = Settings(device, threads, batch)
+    if command is not None and runtime != "torch":
+        raise ConfigError("--command times by itself: leave out --runtime")
+    runtime = runtime if command is None else COMMAND
+    settings = Settings(device, threads, batch, runtime, command)
     settings.check()
+    timer = make_timer(settings)
     inspected = inspect_model(model, side=side, num_classes=num_classes)
     try:
         with Progress(console=make_console(), disable=state["quiet"]) as progress:
@@ -69,6 +84,7 @@ def measure_layers(
                 points=points,
                 round_to=round_to,
                 seconds=seconds,
+                timer=timer,
                 on_progress=lambda what, done, total: progress.update(
                     task, description=what, completed=done, total=total
                 ),

@@ -20,6 +20,9 @@ from cacp_ray.pruning.torch_types import as_channels_last
 WARMUP_SHARE = 0.25
 CPU = torch.device("cpu")
 Clock = Callable[[], float]  # seconds
+Networks = Sequence[tuple[nn.Module, Tensor]]  # each with its input, on the same device
+# (networks, least rounds, most rounds, seconds) -> milliseconds of each network's passes
+Timer = Callable[[Networks, int, int, float], list[list[float]]]
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,7 @@ def measure_latency(
     Returns:
         The latency of each model; all have one pass for each finished round.
     """
-    x = example_input.float() if example_input.is_floating_point() else example_input
-    if x.ndim == 4:
-        x = x.contiguous(memory_format=torch.channels_last)
+    x = _as_timed(example_input)
     copies = {name: _copy_for_timing(model) for name, model in models.items()}
     passes = {name: partial(model, x) for name, model in copies.items()}
     with use_threads(threads), torch.inference_mode():
@@ -90,6 +91,7 @@ def measure_passes(
     seconds: float = 60.0,
     clock: Clock | None = None,
     device: torch.device | None = None,
+    least: int = 1,
 ) -> dict[str, Latency]:
     """Times passes in turn, each after an untimed one; the settings are those of `measure_latency`.
 
@@ -100,13 +102,32 @@ def measure_passes(
         seconds: No round begins later than this.
         clock: Clock of a pass.
         device: Device whose work is waited for; None is the CPU.
+        least: Rounds that are timed however long they take.
     """
     started, clock, device = time.perf_counter(), clock or time.perf_counter, device or CPU
     calls = list(passes.values())
     _run_rounds(calls, warmup, started + WARMUP_SHARE * seconds, clock, device)
-    rounds = _run_rounds(calls, repeats, started + seconds, clock, device)
+    rounds = _run_rounds(calls, repeats, started + seconds, clock, device, least)
     columns = zip(*rounds, strict=True)
     return {name: Latency(column) for name, column in zip(passes, columns, strict=True)}
+
+
+def torch_timer(clock: Clock) -> Timer:
+    """Times networks in PyTorch, as `measure_latency` does."""
+
+    def run(networks: Networks, least: int, most: int, seconds: float) -> list[list[float]]:
+        passes = {
+            str(index): partial(_copy_for_timing(net), _as_timed(x))
+            for index, (net, x) in enumerate(networks)
+        }
+        with torch.inference_mode():
+            measured = measure_passes(
+                passes, repeats=most, warmup=1, seconds=seconds, clock=clock, least=least,
+                device=networks[0][1].device,
+            )  # fmt: skip
+        return [list(latency.rounds_ms) for latency in measured.values()]
+
+    return run
 
 
 @contextmanager
@@ -126,6 +147,11 @@ def speedup(base: Latency, model: Latency) -> float:
     return statistics.median(whole / small for whole, small in pairs)
 
 
+def _as_timed(x: Tensor) -> Tensor:
+    x = x.float() if x.is_floating_point() else x
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
 def _copy_for_timing(model: nn.Module) -> nn.Module:
     return as_channels_last(copy.deepcopy(model).float().eval())
 
@@ -136,10 +162,11 @@ def _run_rounds(
     deadline: float,
     clock: Clock,
     device: torch.device,
+    least: int = 1,
 ) -> list[tuple[float, ...]]:
-    """Milliseconds of each pass in up to `limit` rounds; at least one, none begun too late."""
+    """Milliseconds of each pass in up to `limit` rounds; at least `least`, none begun too late."""
     rounds: list[tuple[float, ...]] = []
-    while not rounds or (len(rounds) < limit and time.perf_counter() < deadline):
+    while len(rounds) < least or (len(rounds) < limit and time.perf_counter() < deadline):
         rounds.append(tuple(time_pass(call, clock, device) for call in calls))
     return rounds
 

@@ -38,22 +38,31 @@ from cacp_ray.pruning.latency_cost import (
 
 KEY = b"cacp_ray.latency"
 VERSION = 1
+TORCH, OPENVINO, COMMAND = "torch", "openvino", "command"
+RUNTIMES = (TORCH, "onnxruntime", OPENVINO)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How passes are timed: float32, channels_last, not fused, in inference mode."""
+    """How passes are timed, in float32; by torch in channels_last, not fused, in inference mode."""
 
     device: str = "cpu"  # `cpu` or `cuda`
-    threads: int = 1  # threads of torch
+    threads: int = 1  # threads of the runtime
     batch: int = 1  # images a pass
+    runtime: str = TORCH  # of RUNTIMES, or `command`
+    command: str | None = None  # program that times an ONNX file
 
     def check(self) -> None:
         """Refuses a device that this machine does not have.
 
         Raises:
-            ConfigError: The device is neither `cpu` nor `cuda`, or there is no CUDA device.
+            ConfigError: The runtime is unknown, the device is neither `cpu` nor `cuda`, or there is
+                no CUDA device.
         """
+        if self.runtime not in (*RUNTIMES, COMMAND):
+            raise ConfigError(f"runtime {self.runtime}: choose {', '.join(RUNTIMES)}")
+        if self.runtime != TORCH and self.device != "cpu":
+            raise ConfigError(f"device {self.device}: {self.runtime} is timed on the CPU")
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"device {self.device}: choose cpu or cuda")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -63,7 +72,10 @@ class Settings:
     def clock(self) -> Clock:
         """CPU time where one thread works: other processes do not lengthen it; else wall time."""
         one_thread = self.device == "cpu" and self.threads == 1
-        return time.thread_time if one_thread else time.perf_counter
+        if not one_thread:
+            return time.perf_counter
+        # OpenVINO works in a thread of its own.
+        return time.process_time if self.runtime == OPENVINO else time.thread_time
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,14 @@ networks, cut at random, show what a network adds to the sum of its layers.
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterable
-from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cacp_ray.evaluation.latency import measure_latency, time_pass, use_threads
+from cacp_ray.evaluation.latency import Timer, torch_timer, use_threads
 from cacp_ray.evaluation.latency_table import (
     Cell,
     LatencyTable,
@@ -49,49 +47,50 @@ def measure_table(
     repeats: int = 30,
     seconds: float = 120.0,
     networks: int = NETWORKS,
+    timer: Timer | None = None,
     on_progress: Callable[[str, int, int], object] = lambda what, done, total: None,
 ) -> LatencyTable:
     """Times every layer of a network at a grid of widths.
 
     A side of a layer that is cut gets up to `points` widths, multiples of `round_to`, which is that
     of the search (`pruning.round_to`). Each width and network is timed up to `repeats` times while
-    `seconds` last; six passes of each always run. `on_progress` is told what was visited, the
+    `seconds` last; six passes of each layer always run. `timer` times in another runtime than
+    PyTorch; it is the one of the settings. `on_progress` is told what was visited, the
     finished visits, and all visits.
     """
-    device = settings.device
+    device, timer = settings.device, timer or torch_timer(settings.clock)
     grid = choose_widths(plan.cost_model.layers, plan.cost_model.num_channels, points, round_to)
     counts = draw_counts(plan, networks, round_to, np.random.default_rng(SEED))
     tensors, cut = all_tensors(model), Cutter(plan)
-    nets = {
-        str(index): build_subnet(model, tensors | cut(tensors, row)).to(device)
-        for index, row in enumerate(counts.tolist())
-    }
     images = torch.randn(settings.batch, *plan.input_shape, device=device)
+    nets = [
+        (build_subnet(model, tensors | cut(tensors, row)).to(device), images)
+        for row in counts.tolist()
+    ]
     rounds, total = -(-repeats // SWEEPS), SWEEPS * (len(grid) + 1)
     half = seconds / (2 * SWEEPS)  # of a sweep: for its layers, and for whole networks
     passes: dict[tuple[LayerShape, int, int], list[float]] = {}
-    whole: dict[str, list[float]] = {key: [] for key in nets}
+    whole: list[list[float]] = [[] for _ in nets]
     done = 0
     with use_threads(settings.threads), torch.random.fork_rng([]):  # pyright: ignore[reportUnknownMemberType]
         for _ in range(SWEEPS):
             for shape, widths in grid.items():
-                times = _time_widths(shape, widths, settings, rounds, half / len(grid))
-                for pair, milliseconds in times.items():
+                pairs = [(inputs, outputs) for inputs in widths[0] for outputs in widths[1]]
+                layers = [make_layer(shape, *pair, settings) for pair in pairs]
+                times = timer(layers, 2, rounds, half / len(grid))
+                for pair, milliseconds in zip(pairs, times, strict=True):
                     passes.setdefault((shape, *pair), []).extend(milliseconds)
                 done += 1
                 on_progress(str(shape), done, total)
-            latencies = measure_latency(
-                nets, images, repeats=rounds, warmup=1, seconds=half, clock=settings.clock
-            )
-            for key, latency in latencies.items():
-                whole[key] += latency.rounds_ms
+            for index, passed in enumerate(timer(nets, 1, rounds, half)):
+                whole[index] += passed
             done += 1
             on_progress("whole networks", done, total)
     cells = tuple(_summarise(*key, milliseconds) for key, milliseconds in passes.items())
-    layers = make_latency_cost(plan.cost_model.layers, make_grids(cells), Calibration())
-    measured = np.array([1e6 * statistics.median(whole[key]) for key in nets])
-    calibration = fit_calibration(layers.sum_layers(counts), measured)
-    predicted = calibration.constant + calibration.scale * layers.sum_layers(counts)
+    summed = make_latency_cost(plan.cost_model.layers, make_grids(cells), Calibration())
+    measured = np.array([1e6 * statistics.median(passed) for passed in whole])
+    calibration = fit_calibration(summed.sum_layers(counts), measured)
+    predicted = calibration.constant + calibration.scale * summed.sum_layers(counts)
     return LatencyTable(
         network=name,
         input_shape=plan.input_shape,
@@ -203,25 +202,13 @@ def make_input(shape: LayerShape, layer: nn.Module, batch: int) -> Tensor:
     return torch.randn(batch, first.in_channels, shape.height, shape.width)
 
 
-def _time_widths(
-    shape: LayerShape, widths: Widths, settings: Settings, rounds: int, seconds: float
-) -> dict[tuple[int, int], list[float]]:
-    """Milliseconds of passes at every pair of widths; at least two passes each."""
-    started = time.perf_counter()
-    pairs = [(inputs, outputs) for inputs in widths[0] for outputs in widths[1]]
-    timed: list[tuple[nn.Module, Tensor]] = []
-    for pair in pairs:
-        layer = build_layer(shape, *pair)
-        x = make_input(shape, layer, settings.batch).to(settings.device)
-        layer.to(settings.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        timed.append((layer, x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x))
-    times: list[list[float]] = []  # by round
-    with torch.inference_mode():
-        while len(times) < 2 or (len(times) < rounds and time.perf_counter() < started + seconds):
-            times.append(
-                [time_pass(partial(layer, x), settings.clock, x.device) for layer, x in timed]
-            )
-    return dict(zip(pairs, map(list, zip(*times, strict=True)), strict=True))
+def make_layer(
+    shape: LayerShape, inputs: int, outputs: int, settings: Settings
+) -> tuple[nn.Module, Tensor]:
+    """A layer of given widths with its input, on the device of the settings."""
+    layer = build_layer(shape, inputs, outputs)
+    x = make_input(shape, layer, settings.batch)
+    return layer.to(settings.device), x.to(settings.device)
 
 
 def _summarise(shape: LayerShape, inputs: int, outputs: int, passes: list[float]) -> Cell:

@@ -5,6 +5,7 @@ JSON text under the key `cacp_ray` (ONNX: metadata properties, OpenVINO: runtime
 safetensors: header, torch.export: extra file).
 """
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,10 @@ class Format:
     extra: str = ""
     beside: str | None = None
     is_int8: bool = False
+
+    def missing_packages(self) -> list[str]:
+        """Packages that it needs and that are not installed."""
+        return [name for name in self.packages if importlib.util.find_spec(name) is None]
 
 
 ONNX = ("onnx", "onnxruntime", "onnxscript")

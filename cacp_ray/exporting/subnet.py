@@ -4,7 +4,6 @@ The file is read back and compared with the network in PyTorch before it gets it
 exported file has been checked.
 """
 
-import importlib.util
 import json
 import os
 import tempfile
@@ -116,8 +115,7 @@ def export_subnet(
     if format not in FORMATS:
         raise ConfigError(f"unknown export format {format!r}: {nearest_names(format, FORMATS)}")
     kind = FORMATS[format]
-    missing = [name for name in kind.packages if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := kind.missing_packages():
         raise ConfigError(
             f"--format {format} needs {', '.join(missing)}: pip install 'cacp-ray[{kind.extra}]'"
         )

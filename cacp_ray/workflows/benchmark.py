@@ -4,7 +4,6 @@ All networks are timed in turn, in one sitting, so that they can be compared wit
 """
 
 import copy
-import importlib.util
 import json
 import logging
 import tempfile
@@ -146,7 +145,7 @@ def check_formats(formats: Sequence[str] | None) -> list[str]:
         if name not in BENCHMARKED:
             raise ConfigError(f"unknown format {name!r}: {nearest_names(name, BENCHMARKED)}")
         kind = FORMATS.get(name)
-        missing = [p for p in (kind.packages if kind else ()) if not importlib.util.find_spec(p)]
+        missing = kind.missing_packages() if kind else []
         if missing and formats is not None and kind is not None:
             raise ConfigError(
                 f"format {name} needs {', '.join(missing)}: pip install 'cacp-ray[{kind.extra}]'"

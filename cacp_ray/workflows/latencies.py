@@ -4,14 +4,18 @@ import copy
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cacp_ray.errors import ConfigError
 from cacp_ray.evaluation.classification import Classification
-from cacp_ray.evaluation.latency import Latency, measure_latency, speedup
+from cacp_ray.evaluation.latency import measure_latency, speedup, use_threads
+from cacp_ray.evaluation.latency_table import COMMAND, Settings
+from cacp_ray.exporting.timing import make_timer
 from cacp_ray.models.factory import GIVEN
 from cacp_ray.pruning.subnet import load_subnet
 from cacp_ray.workflows.setup import Setup
@@ -76,17 +80,24 @@ def predict_latencies(
     }  # fmt: skip
     rows = {"base": (result["base"], cost_model.num_channels)}
     rows |= {row["path"]: (row, np.array(row["keep_counts"])) for row in result["rates"]}
-    latencies: dict[str, Latency] = {}
-    if settings.device != "cuda" or torch.cuda.is_available():
+    medians: dict[str, float] = {}
+    if can_time(settings):
         x = torch.zeros(settings.batch, *setup.plan.input_shape, device=settings.device)
-        latencies = measure_latency(
-            {name: copy.deepcopy(model).to(settings.device) for name, model in models.items()},
-            x,
-            threads=settings.threads,
-            repeats=100,
-            seconds=seconds,
-            clock=settings.clock,
-        )
+        nets = [(copy.deepcopy(model).to(settings.device), x) for model in models.values()]
+        with use_threads(settings.threads):
+            times = make_timer(settings)(nets, 1, 100, seconds)
+        medians = {name: median(passed) for name, passed in zip(models, times, strict=True)}
     for name, (row, counts) in rows.items():
         row["predicted_latency_ms"] = int(cost_model.latency(counts)) / 1e6
-        row["measured_latency_ms"] = latencies[name].median_ms if latencies else None
+        row["measured_latency_ms"] = medians.get(name)
+
+
+def can_time(settings: Settings) -> bool:
+    """Whether the device and the runtime of a latency table are here; a command's may not be."""
+    if settings.runtime == COMMAND or (settings.device == "cuda" and not torch.cuda.is_available()):
+        return False
+    try:
+        make_timer(settings)
+    except ConfigError:
+        return False
+    return True

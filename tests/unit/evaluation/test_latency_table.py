@@ -78,7 +78,9 @@ def test_a_saved_table_is_read_again_with_how_it_was_measured(measured, tmp_path
     again = load_table(path)
     assert again == table
     about = json.loads(pq.read_schema(path).metadata[b"cacp_ray.latency"])
-    assert about["settings"] == {"device": "cpu", "threads": 1, "batch": 1}
+    assert about["settings"] == {
+        "device": "cpu", "threads": 1, "batch": 1, "runtime": "torch", "command": None,
+    }  # fmt: skip
     assert (about["dtype"], about["memory_format"]) == ("float32", "channels_last")
     assert about["torch"] == torch.__version__
     counts = draw_counts(plan, 20, 1, np.random.default_rng(0))
