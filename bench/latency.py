@@ -73,7 +73,7 @@ def sum_as_measured(plan: Plan, table: LatencyTable, counts: Ints) -> Ints:
 
 def on_a_line(values: Ints, measured: Floats) -> Floats:
     """Predictions by the line from `values` that fits these networks best."""
-    line = fit_calibration(values, measured)
+    line = fit_calibration(np.asarray(values), measured)
     return line.constant + line.scale * values
 
 

@@ -9,6 +9,8 @@ networks, cut at random, show what a network adds to the sum of its layers.
 import math
 import statistics
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -89,8 +91,8 @@ def measure_table(
     cells = tuple(_summarise(*key, milliseconds) for key, milliseconds in passes.items())
     summed = make_latency_cost(plan.cost_model.layers, make_grids(cells), Calibration())
     measured = np.array([1e6 * statistics.median(passed) for passed in whole])
-    calibration = fit_calibration(summed.sum_layers(counts), measured)
-    predicted = calibration.constant + calibration.scale * summed.sum_layers(counts)
+    calibration = fit_calibration(summed.sum_layers(counts), measured, summed.sum_macs(counts))
+    predicted = replace(summed, calibration=calibration)(counts)
     return LatencyTable(
         network=name,
         input_shape=plan.input_shape,
@@ -148,8 +150,10 @@ def draw_counts(plan: Plan, number: int, round_to: int, rng: np.random.Generator
     return counts
 
 
-def fit_calibration(layers: Ints, measured: NDArray[np.float64]) -> Calibration:
-    """Constant and scale by least relative squares, neither of them negative.
+def fit_calibration(
+    layers: Ints, measured: NDArray[np.float64], macs: NDArray[np.float64] | None = None
+) -> Calibration:
+    """Constant, scale and time of a multiply-accumulate by least relative squares, none negative.
 
     A second fit leaves out the worst-fitting quarter of the networks: one that was measured while
     the machine was busy must not bend the line.
@@ -157,20 +161,39 @@ def fit_calibration(layers: Ints, measured: NDArray[np.float64]) -> Calibration:
     Args:
         layers: (N,) nanoseconds of the networks' layers.
         measured: (N,) nanoseconds of the networks.
+        macs: (N,) multiply-accumulates of the layers; None leaves that term out.
     """
+    terms = [np.ones(len(measured)), layers.astype(np.float64)]
+    design = np.stack([*terms, *([] if macs is None else [macs])], axis=1)
     chosen = np.arange(len(measured))
-    constant = scale = 0.0
+    found = np.zeros(design.shape[1])
     for _ in range(2):
-        x, y = layers[chosen], measured[chosen]
-        design = np.stack([1 / y, x / y], axis=1)
-        constant, scale = np.linalg.lstsq(design, np.ones(len(y)))[0].tolist()
-        if constant < 0 or len(set(x.tolist())) == 1:
-            constant, scale = 0.0, float((x / y).sum() / ((x / y) ** 2).sum())
-        elif scale < 0:
-            constant, scale = float((1 / y).sum() / ((1 / y) ** 2).sum()), 0.0
-        errors = np.abs(constant + scale * layers - measured) / measured
+        found = _fit(design[chosen], measured[chosen])
+        errors = np.abs(design @ found - measured) / measured
         chosen = np.argsort(errors, kind="stable")[: max(2, -(-3 * len(measured) // 4))]
-    return Calibration(constant, scale)
+    return Calibration(*found.tolist())
+
+
+def _fit(design: NDArray[np.float64], measured: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Coefficients of least relative squares, of which none is negative.
+
+    There are three at most, so every choice of those that are not zero is tried. The smaller of
+    two equal choices, and the scale before the constant, are kept.
+    """
+    relative = design / measured[:, None]
+    best, least = np.zeros(design.shape[1]), np.inf
+    order = [1, 0, *range(2, design.shape[1])]
+    for size in range(1, len(order) + 1):
+        for used in combinations(order, size):
+            columns = list(used)
+            if np.linalg.matrix_rank(relative[:, columns]) < size:
+                continue
+            part = np.linalg.lstsq(relative[:, columns], np.ones(len(measured)))[0]
+            error = float(np.square(relative[:, columns] @ part - 1).sum())
+            if (part >= 0).all() and error < least - 1e-12:
+                best, least = np.zeros(design.shape[1]), error
+                best[columns] = part
+    return best
 
 
 def build_layer(shape: LayerShape, inputs: int, outputs: int) -> nn.Module:

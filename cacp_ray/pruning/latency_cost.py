@@ -3,7 +3,8 @@
 Each layer of the network was timed alone at a grid of widths (`cacp_ray.evaluation.latency_table`).
 Between the widths of a grid its time is interpolated bilinearly, in whole numbers, so that it never
 falls when a width grows. A calibration adds what a network spends outside its layers (sums,
-activations, pools, calls): latency = constant + scale * layers.
+activations, pools, calls) and saves where a runtime joins them: latency = constant + scale * layers
++ per_mac * multiply-accumulates.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,20 @@ class LayerShape:
     batch_norm: bool  # whether a batch norm alone takes its output; it is timed with the layer
     height: int  # rows of the input; rows of the matrix for linear
     width: int  # columns of the input, 1 for linear
+
+    def macs_of_a_pair(self) -> float:
+        """Multiply-accumulates of one input channel with one output channel.
+
+        Where parts stay or go whole, the inputs count as one channel.
+        """
+        if self.kind == "linear":
+            return float(self.height)
+        places = 1.0
+        sides = zip((self.height, self.width), self.kernel, self.stride, self.padding,
+                    self.dilation, strict=True)  # fmt: skip
+        for size, kernel, stride, padding, dilation in sides:
+            places *= kernel * ((size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1)
+        return places * (self.part[0] if self.groups == 0 else 1)
 
     def __str__(self) -> str:
         if self.kind == "linear":
@@ -63,10 +78,11 @@ class Grid:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What turns the sum of the layers into the latency of a network; neither is negative."""
+    """What turns the sum of the layers into the latency of a network; nothing is negative."""
 
     constant: float = 0.0  # nanoseconds that every network takes
     scale: float = 1.0  # factor on the sum of the layers
+    per_mac: float = 0.0  # nanoseconds of a multiply-accumulate beyond that
 
 
 def monotone(times: ArrayLike) -> Ints:
@@ -98,13 +114,23 @@ class LatencyCost:
     below_input: Ints  # (S, W) input width -> index of the last node up to it
     below_output: Ints  # (S, W) output width -> index of the last node up to it
     nanoseconds: Ints  # (S, Q, P) times at the nodes, rising both ways
+    weights: Floats  # (T,) multiply-accumulates of a pair of channels
     calibration: Calibration
 
     def __call__(self, keep_counts: ArrayLike) -> Ints:
         """Int (..., G) -> int64 (...)."""
-        layers = self.sum_layers(keep_counts)
-        total = self.calibration.constant + self.calibration.scale * layers
+        known = self.calibration
+        total = known.constant + known.scale * self.sum_layers(keep_counts)
+        if known.per_mac:
+            total = total + known.per_mac * self.sum_macs(keep_counts)
         return np.rint(total).astype(np.int64)
+
+    def sum_macs(self, keep_counts: ArrayLike) -> Floats:
+        """Int (..., G) -> float (...) multiply-accumulates of the timed layers."""
+        counts = np.asarray(keep_counts, dtype=np.float64)
+        outputs = counts @ self.outputs.T + self.output_bias  # (..., T)
+        inputs = counts @ self.inputs.T + self.input_bias
+        return (self.weights * inputs * outputs).sum(axis=-1)
 
     def sum_layers(self, keep_counts: ArrayLike) -> Ints:
         """Int (..., G) -> int64 (...) nanoseconds of the layers timed alone."""
@@ -160,6 +186,7 @@ def make_latency_cost(
         below_input=below_input,
         below_output=below_output,
         nanoseconds=times,
+        weights=np.array([layer.shape.macs_of_a_pair() for layer in layers]),
         calibration=calibration,
     )
 

@@ -190,6 +190,28 @@ def test_the_calibration_finds_the_line_and_leaves_out_the_networks_that_were_di
     assert (calibration.constant, calibration.scale) == pytest.approx((500, 1.5), rel=0.02)
 
 
+def test_the_calibration_finds_what_layers_and_multiplications_explain():
+    rng = np.random.default_rng(0)
+    layers, macs = rng.integers(1000, 9000, 24), rng.uniform(1e5, 9e5, 24)
+    measured = 400 + 0.3 * layers + 0.005 * macs
+    calibration = fit_calibration(layers, measured, macs)
+    assert dataclasses.astuple(calibration) == pytest.approx((400, 0.3, 0.005))
+    assert fit_calibration(layers, 400 + 0.3 * layers, macs).per_mac == pytest.approx(0, abs=1e-9)
+
+
+def test_a_table_of_before_multiplications_counted_is_read(measured, tmp_path):
+    _, table, _ = measured
+    save_table(table, tmp_path / "new.parquet")
+    parquet = pq.read_table(tmp_path / "new.parquet")
+    about = json.loads(parquet.schema.metadata[b"cacp_ray.latency"])
+    del about["calibration"]["per_mac"], about["settings"]["runtime"], about["settings"]["command"]
+    parquet = parquet.replace_schema_metadata({b"cacp_ray.latency": json.dumps(about).encode()})
+    pq.write_table(parquet, tmp_path / "old.parquet")
+    old = load_table(tmp_path / "old.parquet")
+    assert old.calibration.per_mac == 0
+    assert old.settings == Settings()
+
+
 def test_the_calibration_is_never_negative():
     layers = np.arange(1, 13) * 1000
     calibration = fit_calibration(layers, 1.5 * layers - 500)

@@ -2,9 +2,12 @@ import dataclasses
 import pickle
 
 import numpy as np
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.cost import UNIT, describe_cost, describe_total
 from cacp_ray.pruning.latency_cost import (
     Calibration,
@@ -14,6 +17,7 @@ from cacp_ray.pruning.latency_cost import (
     make_latency_cost,
     monotone,
 )
+from cacp_ray.pruning.planner import make_plan
 from tests.toy import toy_cost_model, with_toy_latency
 
 ONE = (1, 1)
@@ -48,6 +52,24 @@ def test_a_table_of_two_layers():
 
 def test_the_calibration_is_a_constant_and_a_scale():
     assert two_layers(Calibration(1000.0, 2.0))([8]) == 1000 + 2 * 371
+
+
+def test_multiplications_cost_beyond_the_layers():
+    # 3x3 convolution of 3 to 8 channels at 8x8, then 8 to 10.
+    macs = 9 * 8 * 8 * 3 * 8 + 8 * 10
+    assert two_layers().sum_macs([8]) == macs
+    assert two_layers(Calibration(1000.0, 2.0, 0.5))([8]) == round(1000 + 2 * 371 + macs / 2)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "torchvision:mobilenet_v2"])
+def test_multiplications_of_the_timed_layers_are_those_of_the_network(name):
+    plan = make_plan(build_model(name, 10).eval(), torch.zeros(1, 3, 32, 32))
+    layers = plan.cost_model.layers
+    grid = Grid(np.array([1, 2000]), np.array([1, 2000]), np.ones((2, 2)))
+    cost = make_latency_cost(layers, {layer.shape: grid for layer in layers}, Calibration())
+    whole = plan.cost_model.num_channels
+    for counts in (whole, np.maximum(whole // 2, 1)):
+        assert cost.sum_macs(counts) == plan.macs(counts)
 
 
 def test_widths_beyond_the_table_cost_as_its_last():
