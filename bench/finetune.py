@@ -95,8 +95,8 @@ def list_arms(options: argparse.Namespace) -> list[str]:
 def run(arm: str, seed: int, file: Path, options: argparse.Namespace) -> None:
     """Searches, fine-tunes and writes accuracies, seconds and which images were right."""
     folder = options.out / file.stem
-    method, _, order = arm.rpartition(" ")
-    settings = [*options.set, f"finetune.seed={seed}", f"finetune.order={order or 'parallel'}"]
+    method, _, order = (arm, "", "parallel") if arm == BASE else arm.rpartition(" ")
+    settings = [*options.set, f"finetune.seed={seed}", f"finetune.order={order}"]
     recipe = load_config(FinetuneConfig, options.config, settings)
     model = ModelConfig(name=options.model, weights=options.weights)
     with FinetuneDisplay() as display:

@@ -32,6 +32,17 @@ def subnet(
             "so many points (or units of your score) against the whole one on the search split."
         ),
     ] = None,
+    latency: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MS",
+            help="Instead, after a fine-tuning: the largest network of at most so many "
+            "milliseconds, by the run's latency table or measured here (batch 1, one thread).",
+        ),
+    ] = None,
+    runtime: Annotated[
+        str, typer.Option(help="What --latency measures: torch, onnxruntime or openvino.")
+    ] = "torch",
     evaluations: Annotated[
         int | None,
         typer.Option(
@@ -51,25 +62,37 @@ def subnet(
     """
     from cacp_ray.cli.options import parse_rates
     from cacp_ray.config.saved import read_run_config
+    from cacp_ray.evaluation.latency_table import Settings
+    from cacp_ray.reporting.summary import binomial_error
     from cacp_ray.reporting.tables import answers_table, make_console
     from cacp_ray.rundir.directory import read_result
     from cacp_ray.rundir.schema import ReportedFile
     from cacp_ray.workflows.answers import answer_rates
-    from cacp_ray.workflows.trained import answer_from_trained, answer_max_drop, trained_folders
+    from cacp_ray.workflows.trained import answer_from_trained, trained_folders
+    from cacp_ray.workflows.wishes import answer_latency, answer_max_drop
 
-    if (rate is None) == (max_drop is None):
-        raise ConfigError("say how small: give --rate, such as 0.42, or --max-drop, such as 1.0")
+    if (rate, max_drop, latency).count(None) != 2:
+        raise ConfigError(
+            "say how small: give one of --rate, such as 0.42, --max-drop, such as 1.0, and "
+            "--latency, such as 2.5"
+        )
     rates = parse_rates(rate) if rate is not None else []
     config = read_run_config(run)
     result = read_result(run, ReportedFile)
     if out is not None and len(rates) > 1:
         raise ConfigError("--out is the folder of one subnet: give one rate")
     save = len(rates) == 1
-    if max_drop is not None:
-        if evaluations is not None:
-            raise ConfigError(
-                "--max-drop cuts trained subnets and asks no policy: leave out --evaluations"
-            )
+    if rate is None and evaluations is not None:
+        raise ConfigError(
+            f"--{'latency' if max_drop is None else 'max-drop'} cuts trained subnets and asks no "
+            "policy: leave out --evaluations"
+        )
+    if latency is not None:
+        settings = Settings(runtime=runtime)
+        settings.check()
+        answers = [answer_latency(run, latency, settings, out=out)]
+        title = "The largest that is fast enough"
+    elif max_drop is not None:
         answers = [answer_max_drop(run, max_drop, out=out)]
         title = "The smallest that is good enough"
     elif evaluations is None and trained_folders(run):
@@ -79,6 +102,13 @@ def subnet(
         answers = answer_rates(run, rates, evaluations or 0, save=save, out=out)
         title = "Subnets from the policy"
     make_console().print(answers_table(title, result, answers))
+    first = answers[0]
+    if "latency_ms" in first:
+        typer.echo(f"latency: {first['latency_ms']:.3g} ms")
+    images = result["base"]["search"]["images"]
+    if rate is None and result["metric"]["is_share"] and images:
+        error = 100 * binomial_error(first["score"], images)
+        typer.echo(f"standard error of its accuracy: {error:.2f} points ({images:,} images)")
     if "path" in answers[0]:
         folder = run / answers[0]["path"]
         typer.echo(f"saved: {folder}")

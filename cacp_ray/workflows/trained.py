@@ -5,7 +5,6 @@ between those of the trained rates. Nothing of a policy is needed, so runs of ev
 """
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cacp_ray.config.saved import check_new, read_run_config
-from cacp_ray.errors import ArtifactError, ConfigError
+from cacp_ray.errors import ArtifactError
 from cacp_ray.pruning.subnet import read_description, save_subnet
 from cacp_ray.rundir.directory import read_result
 from cacp_ray.rundir.schema import ReportedFile
@@ -128,78 +127,16 @@ def answer_from_trained(
         ArtifactError: The run is not fine-tuned, its networks are missing, or a folder exists.
         InfeasibleRateError: A rate cannot be reached.
     """
-    places = {rate: _place(run_dir, rate, out) for rate in rates}
+    places = {rate: place_of(run_dir, rate, out) for rate in rates}
     for place in places.values() if save else ():
         check_new(place, "load it", "give another folder (--out)")
     ladder = Ladder.open(run_dir, given)
     for rate in rates:
         ladder.setup.budget.check(rate)
     return [
-        _as_row(cut) | (_save(run_dir, cut, places[rate], out) if save else {})
+        as_row(cut) | (save_cut(run_dir, cut, places[rate], out) if save else {})
         for rate, cut in zip(rates, ladder.cut(rates), strict=True)
     ]
-
-
-def answer_max_drop(
-    run_dir: Path, drop: float, *, out: Path | None = None, given: Given | None = None
-) -> dict[str, Any]:
-    """The smallest network that loses at most `drop` against the base network.
-
-    Trained subnets are taken as they are. Below the smallest that is good enough, smaller ones are
-    cut from it by bisection over the rate, in steps of 0.01, and repaired; without one that is good
-    enough, they are cut from the base network. All are judged on the search split, so expect a
-    little more to be lost on other data.
-
-    Args:
-        run_dir: Folder of a run that has been fine-tuned.
-        drop: What may be lost: points of a share such as top-1, else units of the score; 0 or more.
-        out: Folder of the subnet; by default `subnets/rate-R` in the run.
-        given: Network and task of a search that was given them as objects.
-
-    Returns:
-        A row as of `answer_from_trained`, with the `path` of the subnet. A trained subnet that no
-        smaller one replaces is not written again.
-
-    Raises:
-        ArtifactError: The run is not fine-tuned, its networks are missing, or a folder exists.
-        ConfigError: `drop` is negative, or no network is good enough.
-    """
-    if not (math.isfinite(drop) and drop >= 0):
-        raise ConfigError(f"--max-drop {drop:g}: give 0 or more, such as 1.0")
-    if out is not None:
-        check_new(out, "load it", "give another folder (--out)")
-    ladder = Ladder.open(run_dir, given)
-    setup, result = ladder.setup, read_result(run_dir, ReportedFile)
-    least = result["base"]["search"]["score"] - drop / setup.task.metric.scale
-    good = {r["rate"]: r for r in result["rates"] if (r["finetuned_score"] or -math.inf) >= least}
-    top = min(good, default=1.0)
-    below = [rate for rate in ladder.folders if rate < top]
-    floor = max(setup.budget.smallest / setup.budget.total, *below, 0.0)
-    steps = [step / 100 for step in range(math.ceil(100 * floor + 1e-9), round(100 * top))]
-    cut_rate = ladder.open_rung(top)
-    found: Cut | None = None
-    low, high = 0, len(steps)  # steps from `high` on are good enough, as far as is known
-    while low < high:
-        middle = (low + high) // 2
-        cut = cut_rate(steps[middle])
-        score = cut.description["search"]["score"]
-        logger.info("rate %.2f: %s", steps[middle], setup.task.metric.describe(score))
-        if score >= least:
-            high, found = middle, cut
-        else:
-            low = middle + 1
-    if found is not None:
-        place = _place(run_dir, steps[high], out)
-        check_new(place, "load it", "give another folder (--out)")
-        return _as_row(found) | _save(run_dir, found, place, out)
-    if not good:
-        raise ConfigError(
-            f"{run_dir}: no network is within {drop:g} of the base network on the search split: "
-            "raise --max-drop"
-        )
-    row = good[top]
-    names = ("rate", "cost_kept", "macs", "params", "keep_counts", "path")
-    return {name: row[name] for name in names} | {"score": row["finetuned_score"], "cut_from": top}
 
 
 def trained_frontier(run_dir: Path) -> list[dict[str, Any]]:
@@ -216,11 +153,12 @@ def trained_frontier(run_dir: Path) -> list[dict[str, Any]]:
     names = ("rate", "cost_kept", "macs", "score", "cut_from")
     return [
         {name: row[name] for name in names}
-        for row in map(_as_row, ladder.cut(sorted(reachable, reverse=True)))
+        for row in map(as_row, ladder.cut(sorted(reachable, reverse=True)))
     ][::-1]
 
 
-def _as_row(cut: Cut) -> dict[str, Any]:
+def as_row(cut: Cut) -> dict[str, Any]:
+    """A row of `answer_from_trained`."""
     names = ("rate", "cost_kept", "macs", "params", "keep_counts")
     return {name: cut.description[name] for name in names} | {
         "score": cut.description["search"]["score"],
@@ -228,11 +166,13 @@ def _as_row(cut: Cut) -> dict[str, Any]:
     }
 
 
-def _place(run_dir: Path, rate: float, out: Path | None) -> Path:
+def place_of(run_dir: Path, rate: float, out: Path | None) -> Path:
+    """Subnet folder of a rate."""
     return out or run_dir / "subnets" / f"rate-{rate:.2f}"
 
 
-def _save(run_dir: Path, cut: Cut, place: Path, out: Path | None) -> dict[str, Any]:
+def save_cut(run_dir: Path, cut: Cut, place: Path, out: Path | None) -> dict[str, Any]:
+    """Writes a cut to its folder; returns its `path`, relative to the run unless `out` is given."""
     save_subnet(place, cut.net, cut.description)
     return {"path": str(place.absolute() if out else place.relative_to(run_dir))}
 

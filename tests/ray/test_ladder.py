@@ -103,7 +103,34 @@ def test_the_smallest_network_within_a_drop_is_found_between_the_trained_rates(
     for arguments in ([], ["--rate", 0.5, "--max-drop", 1]):
         code, _, errors = run("subnet", folder, *arguments)
         assert (code, errors.count("\n")) == (2, 1)
-        assert "give --rate, such as 0.42, or --max-drop" in errors
+        assert "give one of --rate, such as 0.42, --max-drop" in errors
+
+
+def test_the_largest_network_that_is_fast_enough_is_found(climbed, tmp_path, run, monkeypatch):
+    folder, result, _ = climbed
+    largest = result["rates"][-1]
+    code, printed, errors = run("subnet", folder, "--latency", 1000)
+    assert code == 0, errors
+    assert f"saved: {folder / largest['path']}" in printed
+    assert "standard error of its accuracy: " in printed
+    # A made-up clock, by which a network takes as many milliseconds as it has percent of the MACs.
+    whole = result["base"]["params"]
+
+    def count(networks, least, most, seconds):
+        return [[100 * sum(p.numel() for p in net.parameters()) / whole] for net, _ in networks]
+
+    monkeypatch.setattr("cacp_ray.workflows.wishes.make_timer", lambda settings: count)
+    wanted = 100 * (result["rates"][0]["params"] + largest["params"]) / (2 * whole)
+    out = tmp_path / "fast"
+    code, printed, errors = run("subnet", folder, "--latency", wanted, "--out", out)
+    assert code == 0, errors
+    found = read_description(out)
+    assert found["params"] <= wanted / 100 * whole
+    assert result["rates"][0]["rate"] < found["rate"] < largest["rate"]
+    for milliseconds, message in ((1e-6, "the smallest network takes"), (0, "above 0")):
+        code, _, errors = run("subnet", folder, "--latency", milliseconds)
+        assert (code, errors.count("\n")) == (2, 1)
+        assert message in errors
 
 
 def test_a_stopped_ladder_goes_on_at_its_rung_and_ends_alike(finished, climbed, tmp_path):
