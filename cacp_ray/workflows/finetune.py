@@ -22,6 +22,7 @@ from cacp_ray.evaluation.classification import measure_accuracy
 from cacp_ray.io.clock import Clock
 from cacp_ray.io.files import read_json, write_json
 from cacp_ray.pruning.subnet import load_subnet, read_description
+from cacp_ray.reporting.artifacts import log_networks
 from cacp_ray.reporting.progress import FinetuneProgress
 from cacp_ray.rundir.directory import read_result
 from cacp_ray.rundir.schema import ReportedFile
@@ -171,6 +172,8 @@ def _finetune_run(
             result["trained_frontier"] = trained_frontier(run_dir)
         result["seconds"] |= {"cuts": clock.seconds["cuts"]}
         write_json(run_dir / "result.json", result)
+    if trained:
+        log_networks(settings.trials.logging, run_dir.name, run_dir, result)
     return result
 
 
