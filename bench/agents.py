@@ -35,7 +35,8 @@ import torch
 from experiment import RATES
 from report import parse_rows
 
-from cacp_ray.config.run import RunConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import RunConfig
 from cacp_ray.data import cifar10
 from cacp_ray.data.images import ImageSet
 from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache, key_of_scores

@@ -33,7 +33,8 @@ from scipy.stats import t
 
 import cacp_ray
 from cacp_ray.config.finetune import FinetuneConfig
-from cacp_ray.config.run import ModelConfig, RunConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import ModelConfig, RunConfig
 from cacp_ray.io.environment import describe_environment
 from cacp_ray.io.files import read_json, write_file, write_json
 from cacp_ray.pruning.subnet import save_subnet

@@ -30,7 +30,8 @@ from report import append_row, print_environment, print_table, read_rows
 from scipy.stats import kendalltau
 from torch import nn
 
-from cacp_ray.config.run import RunConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import RunConfig
 from cacp_ray.data.images import ImageSet
 from cacp_ray.pruning.subnet import save_subnet
 from cacp_ray.rundir.finetuned import save_finetuned

@@ -21,7 +21,8 @@ from scale import RATES, pretend
 from torch.profiler import ProfilerActivity, profile
 
 from cacp_ray.agent.cacp.algorithm import CACPConfig
-from cacp_ray.config.run import PruningConfig, RunConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import PruningConfig, RunConfig
 from cacp_ray.evaluation.measurement import Candidate, LocalEvaluator
 from cacp_ray.evaluation.scorer import Scorer
 from cacp_ray.models.factory import build_model

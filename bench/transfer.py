@@ -35,7 +35,8 @@ from report import append_row, print_environment, print_table, read_rows
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cacp_ray.config.run import RunConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import RunConfig
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.mixing import mix, write_parquet
 from cacp_ray.evaluation.measurement import LocalEvaluator

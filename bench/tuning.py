@@ -22,7 +22,8 @@ from report import append_row, print_environment, print_table, read_rows
 
 import cacp_ray
 from cacp_ray.config.agent_tuning import AgentTuningConfig, with_settings
-from cacp_ray.config.run import RunConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import RunConfig
 from cacp_ray.io.files import read_json, write_json
 from cacp_ray.pruning.subnet import load_subnet
 from cacp_ray.reporting.displays import TuningDisplay

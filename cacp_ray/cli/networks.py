@@ -58,7 +58,8 @@ def train(
 ) -> None:
     """Train a base network."""
     from cacp_ray import api
-    from cacp_ray.config.run import TrainConfig, load_config
+    from cacp_ray.config.reading import load_config
+    from cacp_ray.config.run import TrainConfig
 
     settings = load_config(TrainConfig, config, overrides or [])
     folder = run_dir or Path("runs") / settings.name

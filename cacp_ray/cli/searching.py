@@ -73,7 +73,8 @@ def search(
     ] = None,
 ) -> None:
     """Search a smaller network for every rate, all in one search."""
-    from cacp_ray.config.run import RunConfig, load_config
+    from cacp_ray.config.reading import load_config
+    from cacp_ray.config.run import RunConfig
 
     if price is not None and not dry_run:
         raise ConfigError("--price needs --dry-run: give both")
@@ -110,7 +111,7 @@ def tune_agent(
     """Find the agent settings that search best on a network, with Ray Tune."""
     from cacp_ray import api
     from cacp_ray.config.agent_tuning import AgentTuningConfig
-    from cacp_ray.config.run import load_config
+    from cacp_ray.config.reading import load_config
     from cacp_ray.reporting.displays import TuningDisplay
     from cacp_ray.reporting.tables import make_console
     from cacp_ray.reporting.tuning import tuning_table

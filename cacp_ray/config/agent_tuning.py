@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
-from cacp_ray.config.run import RunConfig, Section, is_section, load_config, resolved
+from cacp_ray.config.reading import load_config, resolved
+from cacp_ray.config.run import RunConfig, Section, is_section
 from cacp_ray.errors import ConfigError
 from cacp_ray.searching.strategies import AGENTS
 

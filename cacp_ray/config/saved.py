@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from cacp_ray.config.run import RunConfig, Section, load_config, resolved
+from cacp_ray.config.reading import load_config, resolved
+from cacp_ray.config.run import RunConfig, Section
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.io.files import changed_keys, check_writable
 from cacp_ray.models.factory import check_origin, import_beside

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cacp_ray.config.run import RunConfig, resolved
+from cacp_ray.config.reading import resolved
+from cacp_ray.config.run import RunConfig
 from cacp_ray.config.saved import read_run_config
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.evaluation.measurement import Metric

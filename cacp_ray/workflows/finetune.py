@@ -8,12 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cacp_ray.config.finetune import FinetuneConfig
-from cacp_ray.config.run import (
-    DataConfig,
-    ModelConfig,
-    RunConfig,
-    load_config,
-)
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import DataConfig, ModelConfig, RunConfig
 from cacp_ray.config.saved import is_run, read_run_config
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.streams import ImageStream

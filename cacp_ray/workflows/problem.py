@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from cacp_ray.config.run import RunConfig, load_config, resolved
+from cacp_ray.config.reading import load_config, resolved
+from cacp_ray.config.run import RunConfig
 from cacp_ray.errors import ConfigError, users_code
 from cacp_ray.evaluation.classification import Classification
 from cacp_ray.evaluation.preparation import hash_weights, needed_kinds

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from cacp_ray.config.run import RunConfig, resolved
+from cacp_ray.config.reading import resolved
+from cacp_ray.config.run import RunConfig
 from cacp_ray.config.saved import check_unchanged, is_run, open_folder
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.evaluation.cache import check_folder

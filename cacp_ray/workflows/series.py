@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cacp_ray.config.run import RunConfig, load_config, resolved
+from cacp_ray.config.reading import load_config, resolved
+from cacp_ray.config.run import RunConfig
 from cacp_ray.config.saved import is_run, open_folder
 from cacp_ray.errors import ArtifactError, ConfigError, nearest_names
 from cacp_ray.reporting.comparison import Comparison

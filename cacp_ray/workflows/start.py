@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cacp_ray.config.run import RunConfig, resolved
+from cacp_ray.config.reading import resolved
+from cacp_ray.config.run import RunConfig
 from cacp_ray.evaluation.preparation import Prepared
 from cacp_ray.io.clock import Clock
 from cacp_ray.io.environment import describe_environment, give_back_memory

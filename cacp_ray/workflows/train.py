@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from cacp_ray.config.run import TrainConfig, resolved
+from cacp_ray.config.reading import resolved
+from cacp_ray.config.run import TrainConfig
 from cacp_ray.config.saved import open_folder
 from cacp_ray.io.environment import describe_environment
 from cacp_ray.io.files import write_json, write_yaml

@@ -19,7 +19,7 @@ from cacp_ray.config.agent_tuning import (
     read_settings,
     with_settings,
 )
-from cacp_ray.config.run import load_config, resolved
+from cacp_ray.config.reading import load_config, resolved
 from cacp_ray.config.saved import is_run, open_folder
 from cacp_ray.evaluation.task_scorer import make_scorer
 from cacp_ray.io.clock import Clock

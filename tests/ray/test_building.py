@@ -9,7 +9,8 @@ import pytest
 import ray
 import torch
 
-from cacp_ray.config.run import RunConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import RunConfig
 from cacp_ray.distributed import building
 from cacp_ray.distributed.building import build_on_nodes, is_alone
 from cacp_ray.distributed.tasks import share

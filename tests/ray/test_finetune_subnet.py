@@ -7,7 +7,8 @@ import yaml
 from safetensors.torch import load_file
 
 import cacp_ray
-from cacp_ray.config.run import RunConfig, resolved
+from cacp_ray.config.reading import resolved
+from cacp_ray.config.run import RunConfig
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.io.files import write_yaml
 from cacp_ray.workflows.finetune import _check_order

@@ -113,7 +113,8 @@ SPLIT = {"path": "embedded:train", "images_per_class": 3, "seed": 5}
 
 def draw():
     """Draws a search split of resized images by class."""
-    from cacp_ray.config.run import DataConfig, load_config
+    from cacp_ray.config.reading import load_config
+    from cacp_ray.config.run import DataConfig
     from cacp_ray.workflows.splits import Splits
 
     values = {"train": {"path": SPLIT["path"]}, "search": SPLIT, "resize": 40, "crop": 32}

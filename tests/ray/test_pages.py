@@ -67,7 +67,8 @@ def folder(tmp_path, monkeypatch):
 def searched(tmp_path_factory):
     """A folder with runs/mine in it."""
     from cacp_ray import search
-    from cacp_ray.config.run import RunConfig, load_config
+    from cacp_ray.config.reading import load_config
+    from cacp_ray.config.run import RunConfig
 
     root = tmp_path_factory.mktemp("pages")
     search(load_config(RunConfig, MINE), root / "runs" / "mine")

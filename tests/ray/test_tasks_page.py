@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cacp_ray.config.run import RunConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import RunConfig
 
 pytestmark = pytest.mark.ray
 

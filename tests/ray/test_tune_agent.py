@@ -15,7 +15,8 @@ import yaml
 
 import cacp_ray
 from cacp_ray.config.agent_tuning import AgentTuningConfig, with_settings
-from cacp_ray.config.run import RunConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import RunConfig
 from cacp_ray.errors import ArtifactError
 from cacp_ray.evaluation.cache import CachedEvaluator, MeasurementCache
 from cacp_ray.evaluation.measurement import LocalEvaluator

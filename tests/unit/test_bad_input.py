@@ -20,7 +20,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from cacp_ray.config.run import RunConfig, load_config, resolved
+from cacp_ray.config.reading import load_config, resolved
+from cacp_ray.config.run import RunConfig
 from cacp_ray.models.factory import build_model
 from cacp_ray.models.pretrained import resolve_weights
 from tests.unit.exporting.folders import make_folder

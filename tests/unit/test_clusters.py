@@ -10,7 +10,8 @@ import yaml
 from packaging.requirements import Requirement
 
 from cacp_ray.cli import app
-from cacp_ray.config.run import RunConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import RunConfig
 
 CLUSTERS = Path("clusters")
 CLOUDS = ("aws", "gcp", "azure")

@@ -19,7 +19,8 @@ from cacp_ray.config.agent_tuning import (
     read_settings,
     with_settings,
 )
-from cacp_ray.config.run import RunConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import RunConfig
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.io.schema import find_problem
 from cacp_ray.reporting.tuning import (

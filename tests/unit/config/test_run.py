@@ -9,7 +9,8 @@ import yaml
 
 from cacp_ray.config.agent_tuning import AgentTuningConfig
 from cacp_ray.config.finetune import FinetuneConfig
-from cacp_ray.config.run import RunConfig, TrainConfig, load_config, resolved
+from cacp_ray.config.reading import load_config, resolved
+from cacp_ray.config.run import RunConfig, TrainConfig
 from cacp_ray.config.saved import check_unchanged
 from cacp_ray.errors import ConfigError
 from cacp_ray.io.files import changed_keys

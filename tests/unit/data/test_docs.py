@@ -8,7 +8,8 @@ import typer.main
 import yaml
 
 from cacp_ray.cli import app
-from cacp_ray.config.run import DataConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import DataConfig
 
 PAGE = Path("docs/data.md").read_text()
 

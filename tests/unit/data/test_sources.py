@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision import transforms
 
-from cacp_ray.config.run import DataConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import DataConfig
 from cacp_ray.data.images import Rows, Shape, draw_per_class, read_images, read_labels
 from cacp_ray.data.sources import open_source
 from cacp_ray.errors import ArtifactError, ConfigError

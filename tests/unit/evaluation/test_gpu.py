@@ -8,7 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cacp_ray.config.run import RunConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import RunConfig
 from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation import gpu, scorer
 from cacp_ray.evaluation.measurement import Candidate

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from cacp_ray.cli.options import parse_rates
-from cacp_ray.config.run import RunConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import RunConfig
 from cacp_ray.errors import ConfigError, EvaluationError
 from cacp_ray.evaluation.classification import Classification
 from cacp_ray.evaluation.measurement import Candidate

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from cacp_ray.config.run import RunConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import RunConfig
 from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.classification import Classification
 from cacp_ray.exporting.formats import FORMATS

@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision import models
 
-from cacp_ray.config.run import ModelConfig, RunConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import ModelConfig, RunConfig
 from cacp_ray.data.images import read_parquet
 from cacp_ray.data.transforms import to_normalized
 from cacp_ray.errors import ArtifactError, ConfigError

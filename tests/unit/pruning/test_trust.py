@@ -8,7 +8,8 @@ import types
 
 import pytest
 
-from cacp_ray.config.run import RunConfig, load_config, resolved
+from cacp_ray.config.reading import load_config, resolved
+from cacp_ray.config.run import RunConfig
 from cacp_ray.config.saved import read_run_config
 from cacp_ray.errors import ConfigError
 from cacp_ray.io import code

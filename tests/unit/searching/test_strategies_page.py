@@ -9,7 +9,8 @@ import pytest
 import typer.main
 
 from cacp_ray.cli import app
-from cacp_ray.config.run import RunConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import RunConfig
 from cacp_ray.errors import ConfigError
 from cacp_ray.searching.strategies import AGENTS, SEPARATE, STRATEGIES
 from cacp_ray.searching.strategies.table import make_strategy

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cacp_ray.cli import app
-from cacp_ray.config.run import RunConfig, load_config, resolved
+from cacp_ray.config.reading import load_config, resolved
+from cacp_ray.config.run import RunConfig
 from cacp_ray.evaluation.measurement import TOP1
 from cacp_ray.io.files import write_json
 from cacp_ray.rundir.directory import RunDirectory

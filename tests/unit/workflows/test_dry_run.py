@@ -3,7 +3,8 @@ import dataclasses
 import pytest
 import torch
 
-from cacp_ray.config.run import RunConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import RunConfig
 from cacp_ray.distributed.nodes import Nodes
 from cacp_ray.evaluation.gpu import Need
 from cacp_ray.pruning.compensation import CACHE_BYTES

@@ -12,7 +12,8 @@ import yaml
 from cacp_ray.api import finetune
 from cacp_ray.cli import app
 from cacp_ray.config.finetune import FinetuneConfig
-from cacp_ray.config.run import RunConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import RunConfig
 from cacp_ray.errors import ArtifactError, ConfigError
 
 

@@ -10,7 +10,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cacp_ray.config.run import DataConfig, RunConfig, TrainConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import DataConfig, RunConfig, TrainConfig
 from cacp_ray.data.images import ImageSet, Rows, Shape, read_images
 from cacp_ray.data.mixing import write_parquet
 from cacp_ray.data.sources import open_source

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from cacp_ray.cli.app import state
-from cacp_ray.config.run import RunConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import RunConfig
 from cacp_ray.errors import ArtifactError
 from cacp_ray.evaluation.latency_table import load_table, save_table
 from cacp_ray.evaluation.measurement import TOP1, LocalEvaluator

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import cacp_ray
-from cacp_ray.config.run import RunConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import RunConfig
 from cacp_ray.errors import ConfigError, EvaluationError
 from cacp_ray.evaluation.measurement import Candidate
 from cacp_ray.evaluation.task import FunctionTask, OwnTask, read_score

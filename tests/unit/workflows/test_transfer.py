@@ -8,7 +8,8 @@ import pytest
 import torch
 import yaml
 
-from cacp_ray.config.run import RunConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import RunConfig
 from cacp_ray.data.images import ImageSet, read_parquet
 from cacp_ray.data.mixing import write_parquet
 from cacp_ray.evaluation.measurement import LocalEvaluator

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cacp_ray.config.run import RunConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import RunConfig
 from cacp_ray.evaluation.classification import Classification
 from cacp_ray.evaluation.measurement import Candidate
 from cacp_ray.evaluation.scorer import Scorer
