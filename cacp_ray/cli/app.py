@@ -16,7 +16,6 @@ from cacp_ray.io.code import add_code_folder
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Conditional automated channel pruning: one search, a smaller network for every rate. "
     "A rate is the share of the cost that is KEPT: 0.3 is smaller than 0.7.",
@@ -28,7 +27,8 @@ UNWRITABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.ENOENT, errno.EIO),
 )
-RESUMABLE = ("demo", "search", "train", "finetune", "tune-agent")
+RESUMABLE = ("demo", "run", "search", "train", "finetune", "tune-agent")
+ANYWHERE = ("--debug", "--quiet")
 
 
 class _PrintHandler(logging.Handler):
@@ -38,14 +38,28 @@ class _PrintHandler(logging.Handler):
         print(self.format(record))
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from cacp_ray import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def setup(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Log everything and show tracebacks.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only the final result.")] = False,
 ) -> None:
-    """Applies the options that stand before the command."""
+    """Applies the options that stand before the command or after it."""
     level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_PrintHandler()])
     logging.getLogger("cacp_ray").setLevel(level)
@@ -62,7 +76,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # for terminals and pipes that are not UTF-8
     try:
-        code = app(standalone_mode=False) or 0
+        code = app(args=_first_options(sys.argv[1:]), standalone_mode=False) or 0
         if code == INTERRUPTED:  # typer turns Ctrl-C into this exit code
             typer.echo(f"cacp-ray: interrupted{_advice()}", err=True)
         if isinstance(sys.stdout, io.TextIOBase):  # None where the caller has closed it
@@ -79,6 +93,14 @@ def main() -> None:
             logging.getLogger("cacp_ray").setLevel(logging.ERROR)
         typer.echo(text, err=True)
         sys.exit(code)
+
+
+def _first_options(arguments: list[str]) -> list[str]:
+    """The arguments with those of `setup` before the command, wherever they were given."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    first = [word for word in arguments[:end] if word in ANYWHERE]
+    others = [word for word in arguments[:end] if word not in ANYWHERE]
+    return [*first, *others, *arguments[end:]]
 
 
 def _advice() -> str:

@@ -1,6 +1,7 @@
 """Commands that search: demo, search, tune-agent, compare."""
 
 import logging
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +16,14 @@ from cacp_ray.searching.strategies import AGENTS, STRATEGIES
 
 if TYPE_CHECKING:
     from cacp_ray.api import Run
+    from cacp_ray.config.run import RunConfig
 
 logger = logging.getLogger(__name__)
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="YAML file, and settings as a.b=1."),
+]
 
 
 @app.command()
@@ -34,9 +41,29 @@ def demo(run_dir: RunDir = None, resume: Resume = False) -> None:
     print_report(folder)
 
 
+@app.command("run")
+def run_all(
+    settings: Settings = None,
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+    address: Address = None,
+    resume: Resume = False,
+) -> None:
+    """The whole job: search, fine-tune all rates, and report.
+
+    Give a YAML file, such as tune_configs/quickstart.yaml, or key=value settings, or both.
+    """
+    config = _read_settings(settings, overrides)
+    folder = run_dir or Path("runs") / config.name
+    _search(config, folder, resume=resume, address=address)
+    typer.echo("fine-tuning on Ray Tune; go on after a stop with --resume")
+    run_finetune(folder, resume=resume, address=address)
+    print_report(folder)
+
+
 @app.command()
 def search(
-    config: Annotated[Path, typer.Argument(help="YAML file, such as tune_configs/quickstart.yaml")],
+    settings: Settings = None,
     run_dir: RunDir = None,
     strategy: Annotated[
         str | None,
@@ -72,10 +99,10 @@ def search(
         ),
     ] = None,
 ) -> None:
-    """Search a smaller network for every rate, all in one search."""
-    from cacp_ray.config.reading import load_config
-    from cacp_ray.config.run import RunConfig
+    """Search a smaller network for every rate, all in one search.
 
+    Give a YAML file, such as tune_configs/quickstart.yaml, or key=value settings, or both.
+    """
     if price is not None and not dry_run:
         raise ConfigError("--price needs --dry-run: give both")
     changes, names = list(overrides or []), strategy.split(",") if strategy else []
@@ -83,18 +110,18 @@ def search(
         raise ConfigError("--storage holds one run: search with one --strategy")
     if len(names) == 1:
         changes.append(f"strategy={strategy}")
-    settings = load_config(RunConfig, config, changes)
-    folder = run_dir or Path("runs") / settings.name
+    config = _read_settings(settings, changes)
+    folder = run_dir or Path("runs") / config.name
     if len(names) > 1:
         options = {"address": address, "cache": cache}
-        _search_each(settings, names, folder, resume=resume, dry_run=dry_run, **options)
+        _search_each(config, names, folder, resume=resume, dry_run=dry_run, **options)
     elif dry_run:
         from cacp_ray.workflows.dry_run import check_search
 
-        typer.echo(check_search(settings, folder, resume=resume, address=address, price=price))
+        typer.echo(check_search(config, folder, resume=resume, address=address, price=price))
     else:
         options = {"address": address, "cache": cache, "storage": storage}
-        run = _search(settings, folder, resume=resume, **options)
+        run = _search(config, folder, resume=resume, **options)
         print_report(folder)
         if run.mirror is not None:
             run.mirror.finish(folder)  # the report too
@@ -145,6 +172,30 @@ def compare(
 
     check_out(out)
     _compare(runs, out)
+
+
+def _read_settings(given: list[str] | None, overrides: list[str] | None) -> "RunConfig":
+    """The configuration of a file, if one is given, with single settings changed."""
+    from cacp_ray.config.reading import load_config
+    from cacp_ray.config.run import RunConfig
+
+    words = given or []
+    files = [word for word in words if "=" not in word or Path(word).exists()]
+    if not words and not overrides:
+        raise ConfigError(
+            "nothing to search: give a YAML file (cacp-ray init writes one), or settings, such as "
+            "model.name=torchvision:resnet18"
+        )
+    if len(files) > 1:
+        raise ConfigError(f"{files[1]}: give one YAML file, and settings as key=value")
+    changes = [word for word in words if word not in files] + list(overrides or [])
+    if files:
+        return load_config(RunConfig, Path(files[0]), changes)
+    config = load_config(RunConfig, {}, changes)
+    if "name" in config.model_fields_set:
+        return config
+    short = re.sub(r"[^A-Za-z0-9]+", "-", config.model.name.rpartition(":")[2]).strip("-")
+    return config.model_copy(update={"name": short or config.name})
 
 
 def _search(settings: Any, folder: Path, **options: Any) -> "Run":

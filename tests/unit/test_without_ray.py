@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def test_a_wheel_without_ray_loads_a_network_in_a_fresh_environment(tmp_path):
     folder = make_folder(tmp_path / "rate-0.50", "resnet20", 32)
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("cacp_ray", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("cacp_ray", "tune_configs", "pyproject.toml", "README.md", "LICENSE"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
 
@@ -68,6 +69,7 @@ def test_a_wheel_without_ray_loads_a_network_in_a_fresh_environment(tmp_path):
     uv("venv", "--python", sys.executable, tmp_path / "fresh")
     python = tmp_path / "fresh" / "bin" / "python"
     (wheel,) = (tmp_path / "wheels").glob("*.whl")
+    assert "cacp_ray/tune_configs/quickstart.yaml" in zipfile.ZipFile(wheel).namelist()
     uv("pip", "install", "--python", python, "--no-deps", wheel)
     uv("pip", "install", "--python", python, "torch", "numpy", "safetensors", "pydantic", "pyyaml")
     code = f"""

@@ -310,7 +310,7 @@ def test_bad_input_of_benchmark_is_refused_in_one_line(run, tmp_path, arguments,
 
 def test_a_format_without_its_package_is_left_out_unless_it_was_asked_for(monkeypatch):
     monkeypatch.setattr(
-        "cacp_ray.workflows.benchmark.importlib.util.find_spec", lambda name: name != "nncf" or None
+        "cacp_ray.exporting.formats.importlib.util.find_spec", lambda name: name != "nncf" or None
     )
     assert check_formats(None) == ["torch", "onnx", "onnx-int8", "openvino"]
     with pytest.raises(ConfigError, match=r"openvino-int8 needs nncf: .*cacp-ray\[openvino\]"):
