@@ -111,7 +111,11 @@ def run(arm: str, seed: int, file: Path, options: argparse.Namespace) -> None:
         hits[f"{row['rate']:g}"] = find_hits(cacp_ray.load_subnet(folder / row.pop("path")), test)
     packed = {name: np.packbits(is_right) for name, is_right in hits.items()}
     write_file(file.with_suffix(".npz"), lambda path: save_arrays(path, packed))
-    about = {"epochs": recipe.finetune.epochs, "evaluations": options.evaluations}
+    about = {
+        "epochs": recipe.finetune.epochs,
+        "evaluations": options.evaluations,
+        "trained_frontier": [] if arm == BASE else read_frontier(folder),
+    }
     environment = describe_environment(seed)
     write_json(file, {**about, "test_images": len(test), "rates": rows, "environment": environment})
 
@@ -140,17 +144,24 @@ def search_and_finetune(
     seconds = sum(result["seconds"].values()) - result["seconds"]["finetune"]
     keys = ("rate", "path", "cost_kept", "macs")
     scores = ("top1", "finetuned_top1", "test_top1")
-    return [
-        {key: row[key] for key in keys}
-        | {name: row[name.replace("top1", "score")] for name in scores}
-        | {
-            "search_seconds": round(seconds, 1),  # for all rates, since the search was last started
-            "finetune_seconds": round(
-                read_json(folder / row["path"] / "metrics.json")["seconds"], 1
-            ),
-        }
-        for row in result["rates"]
-    ]
+    rows = []
+    for row in result["rates"]:
+        metrics = read_json(folder / row["path"] / "metrics.json")
+        rows.append(
+            {key: row[key] for key in keys}
+            | {name: row[name.replace("top1", "score")] for name in scores}
+            | {
+                "start_top1": metrics["search_score_before"],  # of a ladder: after its cut
+                "search_seconds": round(seconds, 1),  # for all rates, since it was last started
+                "finetune_seconds": round(metrics["seconds"], 1),
+            }
+        )
+    return rows
+
+
+def read_frontier(folder: Path) -> list[dict[str, Any]]:
+    """Networks of other rates, cut from the trained ones without training."""
+    return read_json(folder / "result.json").get("trained_frontier") or []
 
 
 def train_on(
