@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from cacp_ray.cli.app import app, state
-from cacp_ray.cli.options import Address, Overrides, Resume, RunDir
+from cacp_ray.cli.options import Address, AsJson, Overrides, Resume, RunDir, print_json
 from cacp_ray.cli.results import print_report
 from cacp_ray.errors import ConfigError
 
@@ -26,6 +26,7 @@ def inspect(
     members: Annotated[
         bool, typer.Option("--members", help="List every group with all its layers.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print channel groups, layers that stay whole and why, and the reachable rates."""
     from cacp_ray.config.saved import import_code_of
@@ -35,6 +36,25 @@ def inspect(
     import_code_of(Path(model))
     inspected = inspect_model(model, side=side, num_classes=num_classes)
     plan, budget = inspected.analysis.plan, inspected.analysis.budget
+    if as_json:
+        whole = plan.cost_model.num_channels
+        groups = [
+            {
+                "name": group.name, "num_channels": group.num_channels,
+                "least": int(least), "is_residual": group.is_residual,
+                "members": list(group.members),
+            }
+            for group, least in zip(plan.groups, budget.min_counts, strict=True)
+        ]  # fmt: skip
+        print_json(
+            {
+                "name": inspected.name, "input_shape": list(plan.input_shape),
+                "macs": int(plan.macs(whole)), "params": int(plan.params(whole)),
+                "smallest_rate": budget.smallest / budget.total, "groups": groups,
+                "whole_layers": dict(plan.fixed),
+            }
+        )  # fmt: skip
+        return
     make_console().print(
         groups_table(
             inspected.name,

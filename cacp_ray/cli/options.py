@@ -1,11 +1,14 @@
 """Options that several commands share."""
 
+import json
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from cacp_ray.errors import ConfigError
+from cacp_ray.io.rates import parse_rate
 
 Overrides = Annotated[
     list[str] | None,
@@ -23,7 +26,21 @@ Address = Annotated[
     str | None,
     typer.Option("--address", help="Ray cluster; default: RAY_ADDRESS, else a local Ray."),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
+
+
+def print_json(content: Any) -> None:
+    """Prints a value as JSON; NaN, which JSON lacks, becomes null."""
+    typer.echo(json.dumps(_without_nan(content), indent=2, ensure_ascii=False))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def parse_numbers(option: str, text: str) -> list[int]:
@@ -39,13 +56,13 @@ def parse_numbers(option: str, text: str) -> list[int]:
 
 
 def parse_rates(text: str) -> list[float]:
-    """Reads `0.42`, or `LO:HI:STEP` with both ends.
+    """Reads `0.42`, `42%`, or `LO:HI:STEP` with both ends.
 
     Raises:
         ConfigError: The text has another form, or a rate is outside (0, 1].
     """
     try:
-        numbers = [float(part) for part in text.split(":")]
+        numbers = [parse_rate(part) for part in text.split(":")]
         if len(numbers) == 3:
             low, high, step = numbers
             count = int((high - low) / step + 1e-9) + 1

@@ -6,14 +6,21 @@ from typing import Annotated
 import typer
 
 from cacp_ray.cli.app import app
-from cacp_ray.cli.options import RunFolder
+from cacp_ray.cli.options import AsJson, RunFolder, print_json
 from cacp_ray.errors import ConfigError
 
 
 @app.command()
-def report(run: RunFolder) -> None:
-    """Write report.html and print the final table."""
-    print_report(run)
+def report(run: RunFolder, as_json: AsJson = False) -> None:
+    """Write report.html and print the final table, or result.json as JSON."""
+    if not as_json:
+        print_report(run)
+        return
+    from cacp_ray.reporting.run_report import report_run
+    from cacp_ray.rundir.directory import read_result
+    from cacp_ray.rundir.schema import ReportedFile
+
+    print_json(read_result(run, ReportedFile) | {"report": str(report_run(run))})
 
 
 @app.command()
@@ -172,6 +179,7 @@ def evaluate(
         int | None, typer.Option(help="Score this recorded candidate of a run again.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split to measure on: search or test.")] = "search",
+    as_json: AsJson = False,
 ) -> None:
     """Measure subnets, or rebuild and score a recorded candidate again."""
     from cacp_ray.reporting.summary import binomial_error
@@ -183,13 +191,26 @@ def evaluate(
         if split != "search":
             raise ConfigError("--index re-scores on the search split: leave --split out")
         record, again, metric = rescore_candidate(path, index)
+        if as_json:
+            known = {"index": index, "rate": record.rate, "recorded": record.score}
+            print_json(known | again.describe())
+            return
         images = f" ({again.images} images)" if again.images else ""
         typer.echo(
             f"candidate {index}, rate {record.rate:.2f}: {metric.describe(again.score)}{images}"
         )
         typer.echo(f"recorded: {metric.describe(record.score)}")
         return
-    for folder, rate, scored, metric in evaluate_subnets(path, split):
+    measured = evaluate_subnets(path, split)
+    if as_json:
+        print_json(
+            [
+                {"path": str(folder), "rate": rate, "split": split, **scored.describe()}
+                for folder, rate, scored, _ in measured
+            ]
+        )
+        return
+    for folder, rate, scored, metric in measured:
         if metric.is_share:
             error = 100 * binomial_error(scored.score, scored.images)
             about = f", {split} split {metric.format(scored.score)} % "

@@ -17,13 +17,14 @@ from pydantic import (
 
 from cacp_ray.data.limits import MAX_PIXELS, MAX_SIDE
 from cacp_ray.errors import nearest_names
+from cacp_ray.io.rates import read_rate
 from cacp_ray.pruning.cost import COSTS
 from cacp_ray.reporting.scalars import Logger
 from cacp_ray.searching.settings import AgentSettings, Mode, PaperSettings
 from cacp_ray.searching.strategies import AGENTS, STRATEGIES
 from cacp_ray.training.recipe import Recipe
 
-Rate = Annotated[float, Field(gt=0, le=1)]
+Rate = Annotated[float, BeforeValidator(read_rate), Field(gt=0, le=1)]
 Channels = tuple[float, ...]
 Positive = Annotated[float, Field(gt=0)]
 NUM_CHANNELS = (1, 3)  # of images: gray, and red, green, blue

@@ -65,13 +65,31 @@ def build_model(
         if name.endswith(":") and source in IMAGENET_SOURCES:
             raise ConfigError(f"model {name!r} names no network: write {source}:NAME")
         if name not in CIFAR_MODELS:
-            raise ConfigError(f"unknown model {name!r}: {nearest_names(name, CIFAR_MODELS)}")
+            raise ConfigError(f"unknown model {name!r}: {_suggest(name)}")
         return _call(name, CIFAR_MODELS[name], {"num_classes": 10} | given)
     if source == "torchvision":
         return _build_torchvision(rest, given)
     if source == "timm":
         return _build_timm(rest, given)
     return _build_from_factory(name, given)
+
+
+def _suggest(name: str) -> str:
+    """Names near to one that is none of this package's networks."""
+    from torchvision.models import list_models
+
+    for source, names in (("torchvision", list_models), ("timm", _list_timm)):
+        if name in names():
+            return f"write {source}:{name}, or choose {', '.join(CIFAR_MODELS)}"
+    return nearest_names(name, CIFAR_MODELS)
+
+
+def _list_timm() -> list[str]:
+    try:
+        import timm
+    except ImportError:
+        return []
+    return timm.list_models()
 
 
 def default_num_classes(name: str) -> int:

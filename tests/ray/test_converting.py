@@ -57,7 +57,7 @@ def shard_sizes(path, out, shards):
 
 
 def command_line(*arguments):
-    command = [sys.executable, "-m", "cacp_ray.cli", "data", "convert", "imagefolder"]
+    command = [sys.executable, "-m", "cacp_ray.cli", "data", "convert"]
     return [*command, *map(str, arguments)]
 
 
@@ -197,7 +197,7 @@ def test_what_is_parquet_already_is_not_converted(folder, tmp_path):
 
 
 def test_a_failure_is_one_line(copy, tmp_path, run):
-    command = ("data", "convert", "imagefolder", copy)
+    command = ("data", "convert", copy)
     code, _, err = run(*command, "/proc/x", "--shards", 8)
     assert (code, err.count("\n")) == (1, 1), err
     assert "/proc/x: a shard cannot be written" in err

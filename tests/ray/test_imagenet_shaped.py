@@ -54,9 +54,9 @@ def test_from_folders_to_an_export(name, call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_folders(tmp_path / "folders/train", 0, TRAIN)
     write_folders(tmp_path / "folders/val", TRAIN, VALIDATION)
-    converted = call(f"data convert imagefolder folders/train data --shards {SHARDS}")
+    converted = call(f"data convert folders/train data --shards {SHARDS}")
     assert f"{TRAIN} images in {SHARDS} shards" in converted
-    call("data convert imagefolder folders/val data --shards 4 --prefix validation")
+    call("data convert folders/val data --shards 4 --prefix validation")
     inspected = call("data inspect 'data/train-*.parquet' --all")
     assert f"{TRAIN}" in inspected
     assert "1,000 classes" in inspected

@@ -45,7 +45,7 @@ def test_from_a_bucket_of_images_to_a_run_in_a_bucket(scheme, tmp_path, monkeypa
 
         filesystem, _ = open_place(store.root)
         upload("embedded:train", filesystem, "bucket/folders")
-        call(f"data convert imagefolder {store.root}/folders {store.root}/data --shards 8")
+        call(f"data convert {store.root}/folders {store.root}/data --shards 8")
         assert "800 images of 10 classes" in call(f"data inspect {store.root}/data --all")
         shards = f"{store.root}/data/train-*.parquet"
         config = {

@@ -8,7 +8,12 @@ import pytest
 
 from cacp_ray.cli import app
 from cacp_ray.cli.app import _first_options
+from cacp_ray.cli.options import parse_rates, print_json
 from cacp_ray.cli.starting import KINDS, list_recipes
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import RunConfig
+from cacp_ray.errors import ConfigError
+from tests.unit.reporting.synthetic import make_result, make_run
 
 RECIPES = sorted(path.stem for path in Path("tune_configs").glob("*.yaml"))
 
@@ -82,6 +87,53 @@ def test_settings_without_a_file_are_searched_under_the_name_of_the_network(
     code, out, err = run("search", "mine.yaml", *settings, "--dry-run")
     assert code == 0, err
     assert "0.50" in out
+
+
+def test_output_for_programs_is_json(run):
+    code, out, _ = run("data", "inspect", "embedded:search", "--json")
+    summary = json.loads(out)
+    assert code == 0
+    assert (summary["rows"], summary["sizes"], summary["broken"]) == (1500, [[32, 32, 1000]], None)
+    code, out, _ = run("inspect", "resnet20", "--json")
+    network = json.loads(out)
+    assert code == 0
+    assert (network["macs"], network["params"]) == (40_813_184, 272_474)
+    assert len(network["groups"]) == 12
+    assert 0 < network["smallest_rate"] < 0.1
+
+
+def test_a_report_for_programs_is_its_result(run, tmp_path):
+    folder = make_run(tmp_path / "run", make_result())
+    code, out, err = run("report", folder, "--json")
+    assert code == 0, err
+    content = json.loads(out)
+    assert content["name"] == make_result()["name"]
+    assert content["report"] == str(folder / "report.html")
+
+
+def test_numbers_that_json_lacks_are_null(capsys):
+    print_json({"a": [1.0, float("nan")], "b": (float("inf"),)})
+    assert json.loads(capsys.readouterr().out) == {"a": [1.0, None], "b": [None]}
+
+
+@pytest.mark.parametrize(
+    ("text", "rates"), [("50%", [0.5]), ("0.3", [0.3]), ("20%:60%:20%", [0.2, 0.4, 0.6])]
+)
+def test_rates_are_read_as_shares_and_as_percent(text, rates):
+    assert parse_rates(text) == rates
+
+
+def test_rates_of_a_file_are_read_as_percent():
+    config = load_config(RunConfig, {"rates": ["30%", 0.5]})
+    assert config.rates == (0.3, 0.5)
+    with pytest.raises(ConfigError, match=r"rates\.0"):
+        load_config(RunConfig, {"rates": ["many%"]})
+
+
+def test_networks_of_other_packages_are_suggested(run):
+    code, _, err = run("inspect", "resnet18")
+    assert code == 2
+    assert "write torchvision:resnet18" in err
 
 
 @pytest.mark.parametrize(
