@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from cacp_ray.config.run import DataConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import DataConfig
 from cacp_ray.data.inspecting import summarize
 from cacp_ray.data.parquet import ParquetSource
 from cacp_ray.data.sources import open_source

@@ -316,7 +316,8 @@ def test_the_search_split_is_drawn_from_the_training_rows_and_missing_there(shar
 
 DRAW = """
 import hashlib, sys
-from cacp_ray.config.run import DataConfig, load_config
+from cacp_ray.config.reading import load_config
+from cacp_ray.config.run import DataConfig
 from cacp_ray.workflows.splits import Splits
 path = sys.argv[1]
 search = {"path": path, "images_per_class": 3, "seed": 5}
