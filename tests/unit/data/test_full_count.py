@@ -37,6 +37,7 @@ data = load_config(DataConfig, {
     "train": {"path": str(folder)}, "stream": True,
     "search": {"path": f"{folder}/train-*.parquet", "images_per_class": PER_CLASS},
     "test": {"path": str(folder), "rows": [0, 10]},
+    "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2],
 })
 try:
     Splits(data).check()
