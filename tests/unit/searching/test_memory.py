@@ -34,6 +34,7 @@ for part in range(PARTS):
         "rate": np.full(ROWS, 0.5), "cost_kept": rng.uniform(0.4, 0.5, ROWS),
         "status": ["ok"] * ROWS, "cached": [False] * ROWS,
         "is_answer": [False] * ROWS,
+        "figures": [list(zip(("top1", "top5", "loss"), rng.random(3))) for _ in range(ROWS)],
     }
     for field in SCHEMA:
         if field.name not in columns:
