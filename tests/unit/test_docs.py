@@ -14,7 +14,8 @@ import typer.main
 
 from cacp_ray.cli import app
 
-PAGES = [Path("README.md"), Path("clusters/README.md"), *sorted(Path("docs").glob("*.md"))]
+PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), Path("SECURITY.md")]
+PAGES += [Path("clusters/README.md"), *sorted(Path("docs").glob("*.md"))]
 README = PAGES[0].read_text()
 COMMAND = re.compile(r"^ *cacp-ray .+$", re.MULTILINE)
 
