@@ -11,7 +11,7 @@ from cacp_ray.config.reading import resolved
 from cacp_ray.config.run import RunConfig
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.io.files import write_yaml
-from cacp_ray.workflows.finetune import _check_order
+from cacp_ray.workflows.ladder import check_order
 from tests.unit.exporting.folders import DEPTHWISE, make_folder
 
 pytestmark = pytest.mark.ray
@@ -123,13 +123,13 @@ def test_an_untrained_network_teaches_no_subnet(subnet, settings):
 def test_a_fine_tuning_by_another_teacher_is_not_gone_on_with(tmp_path, is_larger):
     place = tmp_path if is_larger else tmp_path / "rate-0.5"
     place.mkdir(exist_ok=True)
-    _check_order(tmp_path, is_larger)
+    check_order(tmp_path, is_larger)
     (place / "finetune.json").touch()
     with pytest.raises(
         ArtifactError, match=r"begun with another finetune\.teacher or finetune\.order: undo"
     ):
-        _check_order(tmp_path, is_larger)
-    _check_order(tmp_path, not is_larger)
+        check_order(tmp_path, is_larger)
+    check_order(tmp_path, not is_larger)
 
 
 def test_data_of_other_classes_is_refused_before_anything_is_written(subnet):

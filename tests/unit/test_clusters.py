@@ -10,8 +10,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from cacp_ray.cli import app
-from cacp_ray.config.reading import load_config
-from cacp_ray.config.run import RunConfig
+from cacp_ray.cli.searching import _read_settings
 
 CLUSTERS = Path("clusters")
 CLOUDS = ("aws", "gcp", "azure")
@@ -185,8 +184,9 @@ def parse(line):
     if tool == "cacp-ray":
         command = typer.main.get_command(app).commands[name]
         options = command.make_context(name, arguments).params
-        config = re.sub(r"^(/home/ray/)?cacp_ray/", "", str(options["config"]))
-        load_config(RunConfig, config, options["overrides"] or [])
+        words = [re.sub(r"^(/home/ray/)?cacp_ray/", "", word) for word in options["settings"]]
+        assert Path(words[0]).exists()
+        _read_settings(words, options["overrides"])
         return True
     return False
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError, UnsupportedModelError
-from cacp_ray.exporting import subnet
+from cacp_ray.exporting import formats
 from cacp_ray.exporting.formats import FORMATS
 from cacp_ray.exporting.subnet import compare, export_subnet
 from cacp_ray.pruning.arguments import Argument
@@ -166,7 +166,7 @@ def test_an_existing_file_is_left_alone(folder, format):
 
 
 def test_missing_packages_are_named_with_the_command_that_installs_them(folder, monkeypatch):
-    monkeypatch.setattr(subnet.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs onnx, .*pip install 'cacp-ray\[export\]'"):
         export_subnet(folder, "onnx")
     assert export_subnet(folder, "torch-export").path.exists()  # this format needs no other package
