@@ -94,6 +94,7 @@ def test_what_is_whole_is_left_alone_and_what_is_not_is_written_again(folder, tm
     assert second.stat().st_mtime > 1
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_goes_on(folder, tmp_path):
     out = tmp_path / "shards"
     command = command_line(folder, out, "--shards", 40)

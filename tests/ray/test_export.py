@@ -19,6 +19,7 @@ def test_an_int8_file_is_made_of_a_subnet_of_a_run(finished, tmp_path, run):
     assert (subnet / "subnet.int8.onnx").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_base_and_subnets_are_benchmarked_and_the_report_shows_it(finished, tmp_path, run):
     folder = tmp_path / "run"
     shutil.copytree(finished.path, folder)

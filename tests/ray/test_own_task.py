@@ -197,6 +197,7 @@ def test_a_killed_trial_goes_on_from_its_report(finished, model, tmp_path):
     assert "PSNR" in finished.report().read_text()
 
 
+@pytest.mark.slow
 def test_a_ladder_cuts_each_network_from_the_next_larger_trained_one(finished, model, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished.path, folder, ignore=shutil.ignore_patterns("finetune"))
