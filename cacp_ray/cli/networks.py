@@ -113,7 +113,7 @@ def finetune(
     address: Address = None,
     resume: Resume = False,
 ) -> None:
-    """Fine-tune all subnets of a search in parallel on Ray Tune, or one subnet."""
+    """Fine-tune all subnets of a search on Ray Tune, side by side or down the ladder, or one."""
     options = {"overrides": overrides or [], "address": address, "resume": resume}
     result = run_finetune(folder, config=config, **options)
     if "rates" in result:
@@ -188,7 +188,8 @@ def push(
     from cacp_ray.workflows.push import push as upload
 
     address = upload(place, repo, private=private)
-    typer.echo(f'{address}: load one by cacp_ray.load_subnet("hf://{repo}/rate-R")')
+    folder = "" if (place / "subnet.json").exists() else "/rate-R"
+    typer.echo(f'{address}: load it by cacp_ray.load_subnet("hf://{repo}{folder}")')
 
 
 def run_finetune(folder: Path, **options: Any) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def subnet(
     first = answers[0]
     if "latency_ms" in first:
         typer.echo(f"latency: {first['latency_ms']:.3g} ms")
-    images = result["base"]["search"]["images"]
+    images = (result["base"].get("search") or {}).get("images")
     if rate is None and result["metric"]["is_share"] and images:
         error = 100 * binomial_error(first["score"], images)
         typer.echo(f"standard error of its accuracy: {error:.2f} points ({images:,} images)")
@@ -154,6 +154,9 @@ def benchmark(
 
     for place in places:
         import_code_of(place)
+    is_run = len(places) == 1 and not (places[0] / "subnet.json").exists()
+    if out is not None and out.is_dir():  # before minutes of measuring
+        raise ConfigError(f"--out {out} is a folder: name a file in it, such as benchmark.json")
     content = measure(
         places,
         formats=None if formats is None else formats.split(","),
@@ -161,7 +164,6 @@ def benchmark(
         threads=threads,
     )
     make_console().print(benchmark_table(content))
-    is_run = len(places) == 1 and not (places[0] / "subnet.json").exists()
     if out is None and is_run:
         out = places[0] / BENCHMARK_FILE
     if out is not None:

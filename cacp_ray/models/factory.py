@@ -76,20 +76,21 @@ def build_model(
 
 def _suggest(name: str) -> str:
     """Names near to one that is none of this package's networks."""
-    from torchvision.models import list_models
-
-    for source, names in (("torchvision", list_models), ("timm", _list_timm)):
-        if name in names():
+    for source in IMAGENET_SOURCES:
+        if name in _list_models(source):
             return f"write {source}:{name}, or choose {', '.join(CIFAR_MODELS)}"
     return nearest_names(name, CIFAR_MODELS)
 
 
-def _list_timm() -> list[str]:
+def _list_models(source: str) -> list[str]:
+    """Names of a package's networks; none where it is not installed."""
     try:
-        import timm
+        models = importlib.import_module(
+            "torchvision.models" if source == "torchvision" else source
+        )
     except ImportError:
         return []
-    return timm.list_models()
+    return models.list_models()
 
 
 def default_num_classes(name: str) -> int:

@@ -294,6 +294,7 @@ def test_bad_input_of_export_is_refused_in_one_line(run, tmp_path, arguments, me
         (["SUBNET"], "lies in no run"),
         (["SUBNET", "--format", "onxx"], "unknown format 'onxx': did you mean onnx"),
         (["SUBNET", "--format", ""], "unknown format ''"),
+        (["SUBNET", "--out", "."], "--out . is a folder"),
         (["SUBNET", "--batch", "0"], "--batch 0: write whole numbers"),
         (["SUBNET", "--batch", "1,x"], "--batch 1,x: write whole numbers"),
         (["SUBNET", "--threads", "0"], "--threads"),
