@@ -35,6 +35,7 @@ import torch
 from experiment import RATES
 from report import parse_rows
 
+from cacp_ray.agent.cacp.algorithm import CACP
 from cacp_ray.config.reading import load_config
 from cacp_ray.config.run import RunConfig
 from cacp_ray.data import cifar10
@@ -63,6 +64,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "cacp, uniform prior": {},
     "cacp, no screening": {"agent": {"drafts": 1}},
     "cacp, no elites": {"agent": {"elite_share": 0.0}},
+    # The mean of good allocations proposes in the actor's place; the critics still choose.
+    "cacp, no actor": {},
+    # A search for each rate, a third of the evaluations each; agents_table.py joins the three.
+    **{f"cacp, {rate} alone": {"rates": (rate,)} for rate in RATES},
+    "process": {"strategy": "controls:make_process"},
+    "hill_climb, sees the loss": {"strategy": "controls:make_hill_climb"},
+    "cem, sees the loss": {"strategy": "controls:make_cem"},
     "cacp, racing": {"evaluation": {"racing": True}},
     "cacp-paper": {"strategy": "cacp-paper"},
     "amc": {"strategy": "amc"},
@@ -84,7 +92,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "uniform": {"strategy": "uniform"},
     "cacp, own search": {"rates": UNSEEN},
 }
-MAP_SHARE = prior.MAP_SHARE
+MAP_SHARE, ACT = prior.MAP_SHARE, CACP._act
 OWN = "cacp, own search"  # at the rates that all others leave out, as many evaluations a rate
 # Methods whose schedule depends on the number of evaluations: each number is a search of its own.
 SCHEDULED = ("cacp-paper", "amc", "amc, prior", "sequential, prior", "pcp", "greedy", "sensitivity")
@@ -181,6 +189,7 @@ def run(job: Job, options: argparse.Namespace) -> None:
     logging.getLogger().setLevel(logging.ERROR)
     # No setting switches the map off. Set it for every job: a process may run several.
     prior.MAP_SHARE = 0.0 if job.method.endswith("uniform prior") else MAP_SHARE
+    CACP._act = without_actor if job.method.endswith("no actor") else ACT
     torch.set_num_threads(1)
     config = make_config(job, options)
     setup = Setup.create(config)
@@ -231,6 +240,11 @@ def run(job: Job, options: argparse.Namespace) -> None:
         about |= {"policy": by_rate(answers), "prior": by_rate(priors)}
         report(files[waiting.pop(0)], winners, setup, test, about)
     loop.checkpoint(strategy)
+
+
+def without_actor(agent: CACP, rates: Any) -> Any:
+    """(N, P) what the agent's drafts start from in place of its actor's answers."""
+    return agent._behaviour.between(rates)
 
 
 def measure(evaluator: Evaluator, rates: Sequence[float], counts: Any) -> dict[float, Winner]:

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from agents import METHODS, OPTIONS, OWN, RATES, UNSEEN, folder_name
 from report import bootstrap, print_table
+from scipy.stats import t
 
 Runs = dict[int, dict[str, Any]]  # by seed
 Results = dict[str, Runs]  # by method
+ALONE = "cacp, a search a rate"
 
 
 def main() -> None:
@@ -24,6 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     results = {name: read(options.out, name, options.evaluations) for name in METHODS}
     own = results.pop(OWN)
+    results[ALONE] = join([results.pop(f"cacp, {rate} alone") for rate in RATES])
     results = {name: runs for name, runs in results.items() if runs}
     print_winners(results, options)
     print_policies(results, own)
@@ -53,6 +56,25 @@ def read(out: Path, method: str, evaluations: int) -> Runs:
                 for split, count in row["images"].items()
             }
         runs[seed] = row
+    return runs
+
+
+def join(alone: list[Runs]) -> Runs:
+    """The searches of one seed for one rate each, as one row."""
+    runs: Runs = {}
+    for seed in sorted(set.intersection(*(set(rates) for rates in alone))):
+        parts = [rates[seed] for rates in alone]
+        runs[seed] = {
+            "winners": [part["winners"][0] for part in parts],
+            "hits": {
+                split: np.concatenate([part["hits"][split] for part in parts])
+                for split in parts[0]["hits"]
+            },
+            "environment": parts[0]["environment"],
+            "evaluations": sum(part["evaluations"] for part in parts),
+            "images_scored": float(np.mean([part["images_scored"] for part in parts])),
+            "seconds": float(np.mean([part["seconds"] for part in parts])),
+        }
     return runs
 
 
@@ -107,14 +129,31 @@ def print_differences(results: Results, reference: str) -> None:
                 ]
             )  # (seeds, images), mean over rates
             low, high = bootstrap(gains.mean(0))
-            cells.append(f"{100 * gains.mean():+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]")
-            cells.append(" ".join(f"{100 * gain:+.2f}" for gain in gains.mean(1)))
+            by_seed = 100 * gains.mean(1)
+            cells.append(f"{by_seed.mean():+.2f} ± {half_width(by_seed):.2f}")
+            cells.append(f"[{100 * low:+.2f}, {100 * high:+.2f}]")
+            cells.append(" ".join(f"{gain:+.2f}" for gain in by_seed))
         rows.append(cells)
     print_table(
-        f"{reference} less the method, mean over rates in points, 95 % interval over images",
-        ["method", "seeds", "search", "search by seed", "test", "test by seed"],
+        f"{reference} less the method, mean over rates in points, intervals of 95 %",
+        [
+            "method",
+            "seeds",
+            *(
+                f"{split}, {what}"
+                for split in ("search", "test")
+                for what in ("t over seeds", "over images", "by seed")
+            ),
+        ],
         rows,
     )
+
+
+def half_width(by_seed: np.ndarray) -> float:
+    """Half of the 95 % t interval of the mean over seeds; infinite for one."""
+    if len(by_seed) < 2:
+        return float("inf")
+    return float(t.ppf(0.975, len(by_seed) - 1) * np.std(by_seed, ddof=1) / len(by_seed) ** 0.5)
 
 
 def print_effort(results: Results) -> None:
