@@ -61,23 +61,12 @@ def strip_prefix(
     `module.` comes from DataParallel, `_orig_mod.` from torch.compile, `backbone.` or `model.` from
     frameworks. A prefix goes if exactly one leaves all names of the network.
     """
-    needed = {name for name in own if not name.endswith(COUNTERS)}
-    prefix, inner = "", dict(tensors)
-    while not needed <= inner.keys():
-        words = {name.partition(".")[0] for name in inner}
-        shorter = {
-            word: {
-                name[len(word) + 1 :]: value
-                for name, value in inner.items()
-                if name.startswith(f"{word}.")
-            }
-            for word in words
-        }
-        fitting = [word for word, rest in shorter.items() if _leads_to(needed, rest)]
-        if len(fitting) != 1:
-            return tensors
-        (word,) = fitting
-        prefix, inner = f"{prefix}{word}.", shorter[word]
+    prefix = prefix_of(tensors, own)
+    inner = {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
     if prefix:
         left = len(tensors) - len(inner)
         others = f"; other names, left out: {left}" if left else ""
@@ -86,9 +75,26 @@ def strip_prefix(
     return inner
 
 
-def _leads_to(needed: set[str], names: Mapping[str, Tensor]) -> bool:
+def prefix_of(names: Collection[str], own: Collection[str]) -> str:
+    """The words that stand before all names of a network; empty without them, or where unclear."""
+    needed = {name for name in own if not name.endswith(COUNTERS)}
+    prefix, inner = "", set(names)
+    while not needed <= inner:
+        shorter = {
+            word: {name[len(word) + 1 :] for name in inner if name.startswith(f"{word}.")}
+            for word in {name.partition(".")[0] for name in inner}
+        }
+        fitting = [word for word, rest in shorter.items() if _leads_to(needed, rest)]
+        if len(fitting) != 1:
+            return ""
+        (word,) = fitting
+        prefix, inner = f"{prefix}{word}.", shorter[word]
+    return prefix
+
+
+def _leads_to(needed: set[str], names: set[str]) -> bool:
     """Whether the names are those that are needed, or have them behind one more word."""
-    if needed <= names.keys():
+    if needed <= names:
         return True
     words = {name.partition(".")[0] for name in names}
     return any(

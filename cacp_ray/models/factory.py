@@ -26,10 +26,12 @@ from cacp_ray.errors import (
     nearest_names,
 )
 from cacp_ray.io.code import code_folders
-from cacp_ray.models.cifar import CifarResNet, CifarVGG16
+from cacp_ray.models.cifar import CifarResNet, CifarVGG16, PaddedCifarResNet
 
-CIFAR_MODELS = {
-    **{f"resnet{depth}": partial(CifarResNet, depth) for depth in (20, 32, 44, 56, 110)},
+DEPTHS = (20, 32, 44, 56, 110)
+CIFAR_MODELS: dict[str, Callable[..., nn.Module]] = {
+    **{f"resnet{depth}": partial(CifarResNet, depth) for depth in DEPTHS},
+    **{f"resnet{depth}_padding": partial(PaddedCifarResNet, depth) for depth in DEPTHS},
     "vgg16": CifarVGG16,
 }
 IMAGENET_SOURCES = ("torchvision", "timm")

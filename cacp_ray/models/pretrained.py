@@ -20,6 +20,7 @@ from cacp_ray.errors import ArtifactError, ConfigError, nearest_names, one_line
 from cacp_ray.io.files import read_tensors
 from cacp_ray.models.checkpoints import find_state_dict, strip_prefix
 from cacp_ray.models.factory import build_model, check_torchvision
+from cacp_ray.models.recognition import recognise
 
 logger = logging.getLogger(__name__)
 
@@ -283,9 +284,11 @@ def copy_weights(model: nn.Module, tensors: Mapping[str, Tensor], file: str) -> 
     ]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        known = recognise(tensors)
+        advice = f"{known}: set" if known else "check"
         raise ArtifactError(
-            f"weights {file} do not fit the model: {'; '.join(problems[:4])}{more}; "
-            "check the model name and the number of classes"
+            f"weights {file} do not fit the model: {'; '.join(problems[:4])}{more}; {advice} the "
+            "model name and the number of classes"
         )
     broken = [key for key, value in tensors.items() if not torch.isfinite(value.float()).all()]
     if broken:

@@ -112,6 +112,18 @@ def test_weights_that_do_not_fit_are_refused_with_the_keys(tmp_path):
     load_weights(build_model("resnet20", 10), file)
 
 
+@pytest.mark.parametrize(
+    ("given", "classes", "model"),
+    [("resnet20_padding", 10, "resnet20"), ("resnet20", 10, "resnet20_padding"),
+     ("resnet56_padding", 100, "resnet56"), ("vgg16", 7, "vgg16")],
+)  # fmt: skip
+def test_weights_of_another_network_of_ours_are_named(given, classes, model, tmp_path):
+    state = build_model(given, classes).state_dict()
+    save_file({f"module.{key}": value for key, value in state.items()}, tmp_path / "w.safetensors")
+    with pytest.raises(ArtifactError, match=f"they are of {given} with {classes} classes"):
+        load_weights(build_model(model, 10), str(tmp_path / "w.safetensors"))
+
+
 def test_weights_with_nan_missing_or_cut_short_are_refused(tmp_path):
     file = tmp_path / "w.safetensors"
     net = build_model("resnet20", 10)

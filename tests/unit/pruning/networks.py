@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from cacp_ray.models.cifar import CifarResNet
+from cacp_ray.models.cifar import CifarResNet, PaddedCifarResNet
 
 
 class Plain(nn.Sequential):
@@ -79,6 +79,7 @@ def make(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     model, side = {
         "resnet": (lambda: CifarResNet(8), 16),
+        "padding": (lambda: PaddedCifarResNet(8), 16),
         "plain": (Plain, 8),
         "concat": (Concat, 8),
         "depthwise": (Depthwise, 8),
@@ -93,4 +94,4 @@ def make(name: str) -> tuple[nn.Module, Tensor]:
     return net, torch.randn(2, 3, side, side)
 
 
-NAMES = ("resnet", "plain", "concat", "depthwise")
+NAMES = ("resnet", "padding", "plain", "concat", "depthwise")
