@@ -12,6 +12,8 @@ tables of committed results can be printed anywhere.
 - uniform cap: the same share of all channels, or of the inner ones, in the default order and
   repair;
 - uniform l1: the same widths, but the channels of least L1 norm are cut;
+- torch-pruning norm, torch-pruning taylor: cut by that package (bench/torch_pruning_arms.py), which
+  repairs nothing and is trained side by side;
 - base: the base network, trained on by the recipe: the gain of the further epochs alone.
 
 The table compares the fine-tuned accuracy with the base network's on the test split, which is
@@ -30,6 +32,7 @@ import torch
 from experiment import make_data_parser, run_values
 from report import bootstrap, print_environment, print_table
 from scipy.stats import t
+from torch_pruning_arms import IMPORTANCES, prune
 
 import cacp_ray
 from cacp_ray.config.finetune import FinetuneConfig
@@ -38,6 +41,7 @@ from cacp_ray.config.run import ModelConfig, RunConfig
 from cacp_ray.io.environment import describe_environment
 from cacp_ray.io.files import read_json, write_file, write_json
 from cacp_ray.pruning.subnet import save_subnet
+from cacp_ray.pruning.verify import count_macs
 from cacp_ray.reporting.displays import FinetuneDisplay
 from cacp_ray.training.metrics import predict
 from cacp_ray.workflows.network import load_model
@@ -45,11 +49,14 @@ from cacp_ray.workflows.splits import Splits
 
 Results = dict[tuple[str, int], dict[str, Any]]  # by method and seed
 BASE = "base"
+TORCH_PRUNING = "torch-pruning"
+CALIBRATION = 2560  # training images for Taylor terms
 METHODS: dict[str, dict[str, Any]] = {
     "cacp": {"strategy": "cacp"},
     "random": {"strategy": "random"},
     "uniform cap": {"strategy": "uniform"},
     "uniform l1": {"strategy": "uniform", "pruning": {"criterion": "l1"}},
+    **{f"{TORCH_PRUNING} {by}": {} for by in IMPORTANCES},
     BASE: {},
 }
 
@@ -85,36 +92,46 @@ def parse_options() -> argparse.Namespace:
 
 
 def list_arms(options: argparse.Namespace) -> list[str]:
-    """Methods with an order of training each, and the base network."""
+    """Methods with an order of training each, and those that are trained one by one."""
     return [
         arm
         for method in options.methods
-        for arm in ([BASE] if method == BASE else [f"{method} {o}" for o in options.orders])
+        for arm in ([method] if is_alone(method) else [f"{method} {o}" for o in options.orders])
     ]
+
+
+def is_alone(arm: str) -> bool:
+    """Whether its networks come from no search of ours."""
+    return arm == BASE or arm.startswith(TORCH_PRUNING)
 
 
 def run(arm: str, seed: int, file: Path, options: argparse.Namespace) -> None:
     """Searches, fine-tunes and writes accuracies, seconds and which images were right."""
     folder = options.out / file.stem
-    method, _, order = (arm, "", "parallel") if arm == BASE else arm.rpartition(" ")
+    method, _, order = (arm, "", "parallel") if is_alone(arm) else arm.rpartition(" ")
     settings = [*options.set, f"finetune.seed={seed}", f"finetune.order={order}"]
     recipe = load_config(FinetuneConfig, options.config, settings)
     model = ModelConfig(name=options.model, weights=options.weights)
     with FinetuneDisplay() as display:
-        if arm == BASE:
-            rows = train_on(folder, model, recipe, options, display.update)
+        if is_alone(arm):
+            rates = [1.0] if arm == BASE else options.rates
+            rows = [
+                train_on(folder / f"rate-{rate:.2f}", arm, rate, model, recipe, options, display)
+                for rate in rates
+            ]
         else:
             rows = search_and_finetune(method, seed, folder, recipe, options, display.update)
     test = Splits(recipe_data(options)).read("test")
     hits = {"base": find_hits(load_model(model, len(test.classes)), test)}
     for row in rows:
-        hits[f"{row['rate']:g}"] = find_hits(cacp_ray.load_subnet(folder / row.pop("path")), test)
+        trained = cacp_ray.load_subnet(folder / row.pop("path"), trust=True)
+        hits[f"{row['rate']:g}"] = find_hits(trained, test)
     packed = {name: np.packbits(is_right) for name, is_right in hits.items()}
     write_file(file.with_suffix(".npz"), lambda path: save_arrays(path, packed))
     about = {
         "epochs": recipe.finetune.epochs,
         "evaluations": options.evaluations,
-        "trained_frontier": [] if arm == BASE else read_frontier(folder),
+        "trained_frontier": [] if is_alone(arm) else read_frontier(folder),
     }
     environment = describe_environment(seed)
     write_json(file, {**about, "test_images": len(test), "rates": rows, "environment": environment})
@@ -165,39 +182,44 @@ def read_frontier(folder: Path) -> list[dict[str, Any]]:
 
 
 def train_on(
-    folder: Path, model: ModelConfig, recipe: FinetuneConfig, options: Any, on_epoch: Any
-) -> list[dict[str, Any]]:
-    """Trains the base network by the recipe, as a subnet that keeps all channels."""
-    whole, data = folder / "rate-1.00", recipe_data(options)
-    if not (whole / "subnet.json").exists():
+    folder: Path, arm: str, rate: float, model: ModelConfig, recipe: Any, options: Any, display: Any
+) -> dict[str, Any]:
+    """Trains the base network, or one that Torch-Pruning cut, by the recipe; the row of a rate."""
+    data = recipe_data(options)
+    if not (folder / "subnet.json").exists():
         split = Splits(data).read("search")
         network = load_model(model, len(split.classes))
+        total = kept = count_macs(network, split.tensors()[0][:1])
+        if arm != BASE:
+            images, labels = Splits(data).read("train").take(CALIBRATION).tensors()
+            network = prune(network, images, labels, rate, by=arm.rpartition(" ")[2])
+            kept = count_macs(network, images[:1])
         description = {
             "model": model.name,
             "num_classes": len(split.classes),
             "classes": split.classes,
             "input_shape": list(split.tensors()[0].shape[1:]),
             "cost": "macs",
-            "rate": 1.0,
-            "cost_kept": 1.0,
+            "rate": rate,
+            "cost_kept": kept / total,
+            "macs": kept,
         }
-        save_subnet(whole, network, description)
+        save_subnet(folder, network, description)
     settings = recipe.model_copy(update={"model": model, "data": data})
-    resume = (whole / "finetune").exists()
-    metrics = cacp_ray.finetune(whole, config=settings, resume=resume, on_epoch=on_epoch)
-    return [
-        {
-            "rate": 1.0,
-            "path": whole.name,
-            "cost_kept": 1.0,
-            "macs": None,
-            "top1": metrics["search_score_before"],
-            "finetuned_top1": metrics["search_score"],
-            "test_top1": metrics["test_score"],
-            "search_seconds": 0.0,
-            "finetune_seconds": round(metrics["seconds"], 1),
-        }
-    ]
+    resume = (folder / "finetune").exists()
+    metrics = cacp_ray.finetune(folder, config=settings, resume=resume, on_epoch=display.update)
+    description = read_json(folder / "subnet.json")
+    return {
+        "rate": rate,
+        "path": folder.name,
+        "cost_kept": description["cost_kept"],
+        "macs": description.get("macs"),
+        "top1": metrics["search_score_before"],
+        "finetuned_top1": metrics["search_score"],
+        "test_top1": metrics["test_score"],
+        "search_seconds": 0.0,
+        "finetune_seconds": round(metrics["seconds"], 1),
+    }
 
 
 def recipe_data(options: argparse.Namespace) -> Any:
