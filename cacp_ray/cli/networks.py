@@ -6,7 +6,15 @@ from typing import Annotated, Any
 import typer
 
 from cacp_ray.cli.app import app, state
-from cacp_ray.cli.options import Address, AsJson, Overrides, Resume, RunDir, print_json
+from cacp_ray.cli.options import (
+    Address,
+    AsJson,
+    Overrides,
+    Resume,
+    RunDir,
+    Storage,
+    print_json,
+)
 from cacp_ray.cli.results import print_report
 from cacp_ray.errors import ConfigError
 
@@ -112,12 +120,20 @@ def finetune(
     overrides: Overrides = None,
     address: Address = None,
     resume: Resume = False,
+    storage: Storage = None,
 ) -> None:
     """Fine-tune all subnets of a search on Ray Tune, side by side or down the ladder, or one."""
+    from cacp_ray.workflows.storage import open_for_training
+
+    if storage is not None and (folder / "subnet.json").exists():
+        raise ConfigError(f"{folder} is one subnet: with --storage, give its run")
+    mirror = None if storage is None else open_for_training(storage, folder)
     options = {"overrides": overrides or [], "address": address, "resume": resume}
-    result = run_finetune(folder, config=config, **options)
+    result = run_finetune(folder, config=config, storage=mirror, **options)
     if "rates" in result:
         print_report(folder)
+        if mirror is not None:
+            mirror.finish(folder)  # the report too
         return
     typer.echo(
         f"search split {100 * result['search_score']:.2f} % (before "

@@ -26,6 +26,14 @@ Address = Annotated[
     str | None,
     typer.Option("--address", help="Ray cluster; default: RAY_ADDRESS, else a local Ray."),
 ]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        help="Folder, s3://, gs:// or abfs:// URI that gets a copy of the run while it goes on; "
+        "--resume can continue from it on another machine.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 

@@ -9,7 +9,7 @@ import typer
 
 from cacp_ray.cli.app import app, state
 from cacp_ray.cli.networks import run_finetune
-from cacp_ray.cli.options import Address, Overrides, Resume, RunDir
+from cacp_ray.cli.options import Address, Overrides, Resume, RunDir, Storage
 from cacp_ray.cli.results import print_report
 from cacp_ray.errors import ConfigError
 from cacp_ray.searching.strategies import AGENTS, STRATEGIES
@@ -48,6 +48,7 @@ def run_all(
     overrides: Overrides = None,
     address: Address = None,
     resume: Resume = False,
+    storage: Storage = None,
 ) -> None:
     """The whole job: search, fine-tune all rates, and report.
 
@@ -55,10 +56,12 @@ def run_all(
     """
     config = _read_settings(settings, overrides)
     folder = run_dir or Path("runs") / config.name
-    _search(config, folder, resume=resume, address=address)
+    run = _search(config, folder, resume=resume, address=address, storage=storage)
     typer.echo("fine-tuning on Ray Tune; go on after a stop with --resume")
-    run_finetune(folder, resume=resume, address=address)
+    run_finetune(folder, resume=resume, address=address, storage=run.mirror)
     print_report(folder)
+    if run.mirror is not None:
+        run.mirror.finish(folder)  # the report too
 
 
 @app.command()
@@ -79,14 +82,7 @@ def search(
     cache: Annotated[
         Path | None, typer.Option("--cache", help="Folder of measurements that runs share.")
     ] = None,
-    storage: Annotated[
-        str | None,
-        typer.Option(
-            "--storage",
-            help="Folder, s3:// or gs:// URI that gets a copy of the run at every checkpoint; "
-            "--resume can continue from it.",
-        ),
-    ] = None,
+    storage: Storage = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check all input and print what the search would do.")
     ] = False,

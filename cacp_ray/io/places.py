@@ -7,7 +7,7 @@ from pyarrow import fs
 
 from cacp_ray.errors import ConfigError, one_line
 
-SCHEMES = ("s3", "gs", "gcs", "file")
+SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "file")  # of pyarrow.fs
 CONNECT_SECONDS = 40.0
 GOOGLE_PATIENCE = "retry_limit_seconds=30"  # its client would try for a quarter of an hour
 
@@ -22,7 +22,8 @@ def open_writable(uri: str) -> tuple[fs.FileSystem, str]:
     looks_like_uri = any(uri.startswith(f"{known}:") for known in SCHEMES)
     if not uri or ((scheme or looks_like_uri) and scheme not in SCHEMES):
         raise ConfigError(
-            f"storage {uri!r}: write s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or a folder"
+            f"storage {uri!r}: write s3://BUCKET/FOLDER, gs://BUCKET/FOLDER, "
+            "abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/FOLDER or a folder"
         )
     outcomes: list[tuple[fs.FileSystem, str] | Exception] = []
 

@@ -8,11 +8,12 @@ import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.io.code import code_folders
@@ -108,6 +109,16 @@ def loading_code(folder: Path | str, model: str) -> str:
     imports = ["import cacp_ray", *([f"import {package}"] if package else [])]
     whole = ", model=whole_network" if model.startswith(GIVEN) else ""
     return "\n".join([*imports, f"net = cacp_ray.load_subnet({path}{whole})"])
+
+
+@dataclass(frozen=True)
+class SubnetFiles:
+    """What a subnet folder holds: enough to build its network on another machine."""
+
+    folder: Path
+    description: dict[str, Any]
+    tensors: dict[str, Tensor]
+    file: Path  # of the tensors
 
 
 class KeptGroup(Content):
@@ -238,15 +249,37 @@ def load_subnet(
             network.
     """
     folder = fetch_folder(str(folder)) if str(folder).startswith(PREFIX) else Path(folder)
+    return build_network(read_subnet(folder, finetuned=finetuned), trust=trust, model=model)
+
+
+def read_subnet(folder: Path, *, finetuned: bool | None = None) -> SubnetFiles:
+    """The files of a subnet folder, see `load_subnet`.
+
+    Raises:
+        ArtifactError: The folder is incomplete.
+    """
     use_finetuned = (folder / "finetuned.safetensors").exists() if finetuned is None else finetuned
     description = read_description(folder, is_finetuned=use_finetuned)
     file = folder / ("finetuned.safetensors" if use_finetuned else "model.safetensors")
-    tensors = read_tensors(file)
+    return SubnetFiles(folder, description, read_tensors(file), file)
+
+
+def build_network(
+    files: SubnetFiles, *, trust: bool = False, model: nn.Module | None = None
+) -> nn.Module:
+    """The network of a subnet's files, see `load_subnet`.
+
+    Raises:
+        ArtifactError: The files do not fit each other.
+        ConfigError: The model's factory is not trusted, or cannot be imported, or `model` is no
+            network.
+    """
+    description, tensors, file = files.description, files.tensors, files.file
     name = description["model"]
     if model is not None:
         whole = copy.deepcopy(check_network(model)).cpu()
     else:
-        whole = _build_whole(folder, description, trust=trust)
+        whole = _build_whole(files.folder, description, trust=trust)
     wrong = sorted(all_tensors(whole).keys() ^ tensors.keys())
     if wrong:
         raise ArtifactError(f"{file}: does not fit {name} ({wrong[0]}); has its code changed?")

@@ -36,7 +36,10 @@ LATEST = "checkpoints/LATEST.json"
 CONFIG = "config.yaml"  # a folder with this file is a run
 # Readers treat these files as proof that everything they name is complete.
 LAST = ("result.json", LATEST, CONFIG)
+# These say that weights beside them are complete.
+MARKERS = ("metrics.json", "copied.json", "chosen.json")
 CHECKPOINTS = "checkpoints/checkpoint-"
+TRIALS = "trials"  # of a fine-tuning; Ray Tune writes them there, and no run directory has them
 # A driver that dies before LATEST.json leaves a checkpoint's name free for other content; a part's
 # name is never used again.
 NEVER_CHANGE = "episodes/"
@@ -68,6 +71,10 @@ class RunMirror:
             raise ConfigError(
                 f"storage {uri} cannot be read ({one_line(error)}): check its permissions"
             ) from error
+
+    def trials(self, name: str) -> tuple[str, fs.FileSystem]:
+        """Folder in which the trials of a fine-tuning write, and its file system."""
+        return f"{self._root}/{TRIALS}/{name}", self._filesystem
 
     @property
     def config(self) -> dict[str, Any] | None:
@@ -156,7 +163,8 @@ class RunMirror:
             if (run_dir / CONFIG).exists():
                 self._refuse_older(run_dir)
                 return
-            names = [name for name in self._list() if name != CONFIG]
+            skipped = (CONFIG, f"{TRIALS}/")
+            names = [name for name in self._list() if not name.startswith(skipped)]
             for name in (*names, CONFIG):  # the last one makes the folder a run
                 content = self._fetch(name)
                 write_file(run_dir / name, lambda part, content=content: part.write_bytes(content))
@@ -308,7 +316,10 @@ def _state(file: Path) -> tuple[int, int]:
 
 
 def _copy_order(name: str) -> tuple[int, str]:
-    return LAST.index(name) + 1 if name in LAST else 0, name
+    if name in LAST:
+        return len(MARKERS) + 1 + LAST.index(name), name
+    last = name.rpartition("/")[2]
+    return MARKERS.index(last) + 1 if last in MARKERS else 0, name
 
 
 def _newest(latest: bytes) -> str | None:

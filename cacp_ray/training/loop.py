@@ -7,24 +7,19 @@ run does exactly what the uninterrupted run would have done.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils._pytree import tree_leaves
 
 from cacp_ray.data.batches import Augmentation, ImageBatches
 from cacp_ray.data.streams import ImageStream, StreamBatches
-from cacp_ray.errors import EvaluationError
 from cacp_ray.training.metrics import Accuracy, Split, fast_dtype, find_device, measure_split
+from cacp_ray.training.objective import fast_autocast, objective
 from cacp_ray.training.optimizer import SGD
 from cacp_ray.training.recipe import Recipe
 
-MAIN = ("out", "logits")  # names of the main head's scores in a dictionary
-AUXILIARY = 0.3  # weight of the loss of an auxiliary head (Szegedy et al., 2015, section 5)
 Batches = ImageBatches | StreamBatches
 
 
@@ -85,9 +80,7 @@ def train_epoch(
     torch.manual_seed(epoch_seed + batches.shard[0] * 1_000_003)  # dropout differs by worker
     rng = np.random.default_rng(epoch_seed)
     device = find_device(model)
-    dtype = fast_dtype(device.type)
-    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    cross_entropy = partial(functional.cross_entropy, label_smoothing=recipe.label_smoothing)
+    autocast = fast_autocast(device.type)
     total, num_images = 0.0, 0
     model.train()
     for number, (images, labels) in enumerate(batches.epoch(epoch)):
@@ -98,20 +91,10 @@ def train_epoch(
         share, other = 1.0, None
         if recipe.mixup > 0:
             share, other = rng.beta(recipe.mixup, recipe.mixup), rng.permutation(len(y))
-        with autocast:
-            if other is not None:
+        if other is not None:
+            with autocast:
                 x = share * x + (1 - share) * x[other]
-            logits, *auxiliary = read_scores(model(x), partial(count_classes, model, x[:1]))
-        loss = torch.zeros((), device=device)
-        for weight, scores in [(1.0, logits), *((AUXILIARY, scores) for scores in auxiliary)]:
-            loss = loss + weight * share * cross_entropy(scores, y)
-            if other is not None:
-                loss = loss + weight * (1 - share) * cross_entropy(scores, y[other])
-        if teacher is not None and recipe.distillation > 0:
-            with torch.no_grad(), autocast:
-                target = teacher(x).float()
-            soft = distillation_loss(logits, target, recipe.temperature)
-            loss = (1 - recipe.distillation) * loss + recipe.distillation * soft
+        loss = objective(model, x, y, recipe, teacher, share=share, other=other)
         optimizer.zero_grad()
         loss.backward()
         if recipe.clip_norm > 0:
@@ -121,49 +104,6 @@ def train_epoch(
         total += loss.item() * len(y)
         num_images += len(y)
     return total / num_images
-
-
-def count_classes(model: nn.Module, x: Tensor) -> int:
-    """Columns of the class scores that a network returns in evaluation mode."""
-    model.eval()
-    with torch.no_grad():
-        output = model(x)
-    model.train()
-    return int(output.shape[-1])
-
-
-def read_scores(output: Any, num_classes: Callable[[], int]) -> list[Tensor]:
-    """Class scores (N, C) in float32 from what a network returns in training mode.
-
-    The main head's come first: of a dictionary those named `out` or `logits`, else the first with a
-    column for each class. The others are of auxiliary heads, as of GoogLeNet, which returns a named
-    tuple of them.
-
-    Raises:
-        EvaluationError: There are none.
-    """
-    if isinstance(output, Tensor):
-        return [output.float()]
-    if isinstance(output, dict):  # sorted sorts what is False first
-        output = [output[key] for key in sorted(output, key=lambda key: key not in MAIN)]
-    leaves, columns = tree_leaves(output), num_classes()
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim == 2]
-    scores = [tensor.float() for tensor in tensors if tensor.shape[1] == columns]
-    if not scores:
-        raise EvaluationError(
-            f"in training mode the network returns a {type(output).__name__} without class scores "
-            "of shape (images, classes): train it by your own code"
-        )
-    return scores
-
-
-def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student) of softened outputs (Hinton et al., 2015, section 2)."""
-    student = functional.log_softmax(logits / temperature, dim=1)
-    teacher = functional.log_softmax(teacher_logits / temperature, dim=1)
-    return temperature**2 * functional.kl_div(
-        student, teacher, log_target=True, reduction="batchmean"
-    )
 
 
 def train(

@@ -25,7 +25,7 @@ from cacp_ray.io.files import parse_json, read_json, write_json
 from cacp_ray.reporting.progress import TrialProgress
 from cacp_ray.tuning.experiment import (
     ReportCallback,
-    can_restore,
+    TrialFiles,
     check_trials,
     make_run_config,
     restore,
@@ -150,16 +150,16 @@ def tune_agents(
     seed: int,
     max_concurrent: int,  # trials at once
     trial_cpus: float,
-    experiment_dir: Path,
+    files: TrialFiles,
     on_progress: Callable[[TrialProgress], object],
 ) -> list[TrialProgress]:
     """Runs all trials and returns the last report of each.
 
-    A trial that was killed goes on from its last round, a tuning from its `experiment_dir`.
+    A trial that was killed goes on from its last round, a tuning from its `files`.
     `on_progress` takes every report of a trial; a continued tuning begins with the last of each.
 
     Raises:
-        ArtifactError: `experiment_dir` is damaged.
+        ArtifactError: The files are damaged.
         EvaluationError: A trial died more often than it is restarted.
     """
     read = partial(_read_progress, metric=task.metric)
@@ -167,8 +167,8 @@ def tune_agents(
         tune.with_parameters(agent_trial, task=task, broker=broker), {"cpu": trial_cpus}
     )
     with running_tune(lambda trial, metrics: on_progress(read(_name_trial(trial), metrics))):
-        if can_restore(experiment_dir):
-            tuner = restore(experiment_dir, trainable, dict(space))
+        if files.can_restore():
+            tuner = restore(files, trainable, dict(space))
             for result in tuner.get_results():
                 if "evaluations" in (result.metrics or {}):
                     on_progress(read(Path(result.path).name, result.metrics))
@@ -187,7 +187,7 @@ def tune_agents(
                 ),
                 # A population hands on checkpoints that their own trials have left behind.
                 run_config=make_run_config(
-                    experiment_dir, [ReportCallback()], None if scheduler == "pbt" else 2
+                    files, [ReportCallback()], None if scheduler == "pbt" else 2
                 ),
             )
         results = tuner.fit()

@@ -5,10 +5,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from pyarrow import fs
 from ray import tune
 from ray.exceptions import RayError
 from ray.tune.experiment import Trial
@@ -98,13 +100,50 @@ def running_tune(listener: Callable[[Trial, dict[str, Any]], object]) -> Iterato
         tune_logger.setLevel(level)
 
 
+@dataclass(frozen=True)
+class TrialFiles:
+    """Where Tune keeps an experiment and the checkpoints of its trials.
+
+    Attributes:
+        path: Absolute folder, or BUCKET/FOLDER of an object store.
+        filesystem: The object store; None for a folder that all nodes share.
+    """
+
+    path: str
+    filesystem: fs.FileSystem | None = None
+
+    def can_restore(self) -> bool:
+        """Whether an experiment is there; one killed before its first save left none."""
+        place = self.filesystem or fs.LocalFileSystem()
+        selector = fs.FileSelector(self.path, allow_not_found=True)
+        names = [info.base_name for info in place.get_file_info(selector)]
+        has_state = any(
+            name.startswith("experiment_state-") and name.endswith(".json") for name in names
+        )
+        return has_state and tune.Tuner.can_restore(self.path, self.filesystem)
+
+    def check_new(self) -> None:
+        """Refuses to begin where trials of an earlier fine-tuning are.
+
+        Raises:
+            ArtifactError: There are some.
+        """
+        if self.filesystem is not None and self.can_restore():
+            raise ArtifactError(
+                f"storage: {self.path} holds trials of a fine-tuning: pass --resume (in Python "
+                "resume=True) to continue it, or delete them"
+            )
+
+
 def make_run_config(
-    folder: Path, callbacks: list[tune.Callback], num_checkpoints: int | None
+    files: TrialFiles, callbacks: list[tune.Callback], num_checkpoints: int | None
 ) -> tune.RunConfig:
-    """An experiment in this folder; trials that die go on from their last checkpoint."""
+    """An experiment; trials that die go on from their last checkpoint."""
+    parent, _, name = files.path.rpartition("/")
     return tune.RunConfig(
-        name=folder.name,
-        storage_path=str(folder.parent),
+        name=name,
+        storage_path=parent,
+        storage_filesystem=files.filesystem,
         verbose=0,
         callbacks=callbacks,
         failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
@@ -112,13 +151,7 @@ def make_run_config(
     )
 
 
-def can_restore(folder: Path) -> bool:
-    """Whether the folder holds an experiment; one killed before its first save left none."""
-    has_state = any(folder.glob("experiment_state-*.json"))
-    return has_state and tune.Tuner.can_restore(str(folder))
-
-
-def restore(folder: Path, trainable: Any, space: dict[str, Any]) -> tune.Tuner:
+def restore(files: TrialFiles, trainable: Any, space: dict[str, Any]) -> tune.Tuner:
     """Restores an experiment; unfinished and failed trials go on.
 
     Raises:
@@ -126,8 +159,9 @@ def restore(folder: Path, trainable: Any, space: dict[str, Any]) -> tune.Tuner:
     """
     try:
         tuner = tune.Tuner.restore(
-            str(folder),
+            files.path,
             trainable=trainable,
+            storage_filesystem=files.filesystem,
             param_space=space,
             resume_unfinished=True,
             resume_errored=True,
@@ -135,7 +169,7 @@ def restore(folder: Path, trainable: Any, space: dict[str, Any]) -> tune.Tuner:
         tuner.get_results()
     except Exception as error:  # a damaged pickle raises anything
         raise ArtifactError(
-            f"{folder} is damaged ({type(error).__name__}): remove it, and --resume (in Python "
+            f"{files.path} is damaged ({type(error).__name__}): remove it, and --resume (in Python "
             "resume=True) begins these trials anew"
         ) from error
     return tuner

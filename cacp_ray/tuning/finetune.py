@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
+from pyarrow import fs
 from ray import tune
 from ray.tune.experiment import Trial
 from torch import nn
@@ -19,14 +20,14 @@ from torch import nn
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.streams import ImageStream
 from cacp_ray.errors import ArtifactError, ConfigError
-from cacp_ray.io.files import changed_keys, write_json
+from cacp_ray.io.files import changed_keys, write_json, write_tensors
 from cacp_ray.io.schema import Content, read_checked
 from cacp_ray.reporting.progress import FinetuneProgress
 from cacp_ray.rundir.schema import MetricsFile
 from cacp_ray.training.recipe import Recipe
 from cacp_ray.tuning.experiment import (
     ReportCallback,
-    can_restore,
+    TrialFiles,
     check_trials,
     make_loggers,
     make_run_config,
@@ -35,7 +36,7 @@ from cacp_ray.tuning.experiment import (
 )
 from cacp_ray.tuning.scheduler import SchedulerPerRate, make_asha
 from cacp_ray.tuning.train import Resources, TrialTask
-from cacp_ray.tuning.trial import PATH_KEY, FinetuneResult, finetune_trial, keep_best
+from cacp_ray.tuning.trial import PATH_KEY, FinetuneResult, Trained, finetune_trial, keep_best
 from cacp_ray.tuning.workers import COORDINATOR_CPUS, MAX_TRIALS, FreeAbandoned, free_abandoned
 
 CHOICE_FILE = "chosen.json"  # chosen variant by rate; written last, so it marks the end
@@ -43,9 +44,9 @@ CHOICE_FILE = "chosen.json"  # chosen variant by rate; written last, so it marks
 
 def finetune_subnets(
     *,
-    load_subnet: Callable[[Path], nn.Module],
+    load_subnets: Mapping[float, Callable[[], nn.Module]],  # by rate
     load_teacher: Callable[[], nn.Module],
-    subnet_folders: dict[float, Path],
+    subnet_folders: Mapping[float, Path],  # by rate: where results are written
     train_split: ImageSet | ImageStream,
     search_split: ImageSet,  # chooses the variant and the epoch whose weights are kept
     test_split: ImageSet | ImageStream,  # measured once for each subnet, with the chosen weights
@@ -58,6 +59,7 @@ def finetune_subnets(
     loggers: Sequence[str] = (),  # see `make_loggers`
     project: str = "",
     source: Mapping[str, Any] | None = None,  # where images and teacher come from, in JSON
+    trial_files: TrialFiles | None = None,  # None: in `experiment_dir`, which all nodes share
 ) -> dict[float, FinetuneResult]:
     """Fine-tunes every subnet; writes `finetuned.safetensors` and `metrics.json` next to each.
 
@@ -66,8 +68,9 @@ def finetune_subnets(
     takes longest. A trial waits for ever where no node has what it asks for, or where actors of the
     caller still hold it: close the evaluator pool first.
 
-    All nodes must be able to read and write the folders. `TrialTask` explains the loaders, which
-    must be picklable, and the recipes; every rate is trained by each recipe. `on_epoch` is called
+    All nodes must be able to read and write the files of the trials; the folders of the subnets are
+    this process's own. `TrialTask` explains the loaders, which must be picklable, and the recipes;
+    every rate is trained by each. `on_epoch` is called
     in this process with every finished epoch; a continued fine-tuning begins with the last epoch of
     each trial.
 
@@ -86,15 +89,18 @@ def finetune_subnets(
         "trials": {"scheduler": "asha" if stops_poor else "plain", "logging": list(loggers)},
     }
     open_experiment(experiment_dir, content, resume=resume)
+    if (experiment_dir / CHOICE_FILE).exists():
+        return {rate: _read_result(folder) for rate, folder in subnet_folders.items()}
+    files = trial_files or TrialFiles(str(experiment_dir))
+    if not resume:
+        files.check_new()
     task = TrialTask(
-        subnet_folders={rate: folder.resolve() for rate, folder in subnet_folders.items()},
-        load_subnet=load_subnet,
+        load_subnets=load_subnets,
         load_teacher=load_teacher,
         recipes=dict(recipes),
         resources=resources,
+        filesystem=files.filesystem,
     )
-    if (experiment_dir / CHOICE_FILE).exists():
-        return {rate: _read_result(folder) for rate, folder in task.subnet_folders.items()}
     splits = [ray.put(train_split), ray.put(search_split)]
     trainable = tune.with_resources(
         tune.with_parameters(finetune_trial, task=task, splits=splits),
@@ -110,7 +116,7 @@ def finetune_subnets(
     with running_tune(
         lambda trial, metrics: on_epoch(_read_progress(trial.config, metrics, epochs))
     ):
-        tuner = restore_tuner(trainable, space, experiment_dir) if resume else None
+        tuner = restore_tuner(trainable, space, files) if resume else None
         for result in tuner.get_results() if tuner else ():
             if "epoch" in (result.metrics or {}):
                 progress = _read_progress(result.config, result.metrics, epochs)
@@ -127,7 +133,7 @@ def finetune_subnets(
             ),
             # The last checkpoint holds the best weights too. Until the experiment is saved again,
             # it names the one before.
-            run_config=make_run_config(experiment_dir, callbacks, 2),
+            run_config=make_run_config(files, callbacks, 2),
         )
         results: Any = tuner.fit()
     check_trials(results, "fine-tuning of")
@@ -143,9 +149,13 @@ def finetune_subnets(
         for rate, variants in trials.items()
     }
     kept = _keep_best(task, trials, best, len(search_split), test_split)
+    for rate, trained in kept.items():  # the metrics last: they name the weights
+        folder = subnet_folders[rate]
+        write_tensors(folder / "finetuned.safetensors", trained.tensors)
+        write_json(folder / "metrics.json", trained.metrics)
     choice = {f"{rate:g}": result.config["variant"] for rate, result in best.items()}
     write_json(experiment_dir / CHOICE_FILE, choice)
-    return kept
+    return {rate: trained.result for rate, trained in kept.items()}
 
 
 def _keep_best(
@@ -154,13 +164,18 @@ def _keep_best(
     best: Mapping[float, Any],
     search_images: int,
     test_split: ImageSet | ImageStream,
-) -> dict[float, FinetuneResult]:
+) -> dict[float, Trained]:
     """Runs `keep_best` for the best trial of each rate, as tasks with a trial's resources."""
     resources = task.resources
     keep: Any = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus)(cast(Any, keep_best))
     shared = ray.put(task), search_images, ray.put(test_split)
     kept = [
-        keep.remote(result.config, _find_checkpoint(result), _summarize(trials[rate]), *shared)
+        keep.remote(
+            result.config,
+            _find_checkpoint(result, task.filesystem),
+            _summarize(trials[rate]),
+            *shared,
+        )
         for rate, result in best.items()
     ]
     if resources.most_workers > 1:
@@ -192,9 +207,9 @@ def _summarize(variants: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def _find_checkpoint(result: Any) -> Any:
+def _find_checkpoint(result: Any, filesystem: fs.FileSystem | None) -> Any:
     path = result.metrics.get(PATH_KEY)
-    return tune.Checkpoint(path) if path else result.checkpoint
+    return tune.Checkpoint(path, filesystem) if path else result.checkpoint
 
 
 def _as_tune_resources(resources: Resources) -> Any:
@@ -248,15 +263,19 @@ def _with_defaults(content: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def restore_tuner(trainable: Any, space: dict[str, Any], experiment_dir: Path) -> tune.Tuner | None:
+def restore_tuner(trainable: Any, space: dict[str, Any], files: TrialFiles) -> tune.Tuner | None:
     """The experiment to continue; None where there is none."""
-    if not can_restore(experiment_dir):
+    if not files.can_restore():
         return None
-    tuner = restore(experiment_dir, trainable, space)
+    tuner = restore(files, trainable, space)
     # A driver killed between replacing a checkpoint and saving leaves the name of one that is gone.
     # Training is repeatable, so starting over ends with the same weights.
     checkpoints = [result.checkpoint for result in tuner.get_results()]
-    is_whole = all(Path(checkpoint.path).exists() for checkpoint in checkpoints if checkpoint)
+    is_whole = all(
+        checkpoint.filesystem.get_file_info(checkpoint.path).type != fs.FileType.NotFound
+        for checkpoint in checkpoints
+        if checkpoint
+    )
     return tuner if is_whole else None
 
 

@@ -22,11 +22,12 @@ from cacp_ray.evaluation.task import OwnTask
 from cacp_ray.io.files import write_json
 from cacp_ray.io.numbers import as_number
 from cacp_ray.io.schema import read_checked
-from cacp_ray.pruning.subnet import load_subnet
+from cacp_ray.pruning.subnet import SubnetFiles, build_network
 from cacp_ray.rundir.finetuned import write_finetuned
 from cacp_ray.rundir.schema import MetricsFile
 from cacp_ray.tuning.experiment import (
     ReportCallback,
+    TrialFiles,
     check_trials,
     make_run_config,
     running_tune,
@@ -126,7 +127,7 @@ class OwnJob:
     """What all trials share.
 
     Attributes:
-        folders: Subnet folders by rate; absolute.
+        subnets: Subnets by rate, as the search left them.
         task: What scores.
         train: The training function.
         whole: The whole network.
@@ -135,7 +136,7 @@ class OwnJob:
         gpus: Share of a GPU for a trial.
     """
 
-    folders: Mapping[float, Path]
+    subnets: Mapping[float, SubnetFiles]
     task: OwnTask
     train: Train
     whole: nn.Module
@@ -146,7 +147,7 @@ class OwnJob:
     def load(self, rate: float) -> nn.Module:
         """The subnet as the search left it."""
         whole = self.whole if self.is_given else None
-        return load_subnet(self.folders[rate], finetuned=False, trust=True, model=whole)
+        return build_network(self.subnets[rate], trust=True, model=whole)
 
 
 def train_own(config: dict[str, Any], *, job: OwnJob) -> None:
@@ -173,7 +174,13 @@ def train_own(config: dict[str, Any], *, job: OwnJob) -> None:
 
 
 def finetune_own(
-    job: OwnJob, experiment_dir: Path, *, resume: bool, on_report: Callable[[Any], object]
+    job: OwnJob,
+    folders: Mapping[float, Path],
+    experiment_dir: Path,
+    *,
+    resume: bool,
+    on_report: Callable[[Any], object],
+    trial_files: TrialFiles | None = None,
 ) -> dict[float, dict[str, Any]]:
     """Trains every rate; writes `finetuned.safetensors` and `metrics.json` next to each subnet.
 
@@ -182,25 +189,28 @@ def finetune_own(
         EvaluationError: A trial died more often than it is restarted.
     """
     experiment_dir = experiment_dir.resolve()
-    content = {"rates": sorted(job.folders), "task": job.task.name}
+    content = {"rates": sorted(folders), "task": job.task.name}
     open_experiment(experiment_dir, content, resume=resume)
     if (experiment_dir / CHOICE_FILE).exists():  # weights that came later stay as they are
         return {
             rate: read_checked(folder / "metrics.json", MetricsFile, ("score",))
-            for rate, folder in job.folders.items()
+            for rate, folder in folders.items()
         }
+    files = trial_files or TrialFiles(str(experiment_dir))
+    if not resume:
+        files.check_new()
     trainable = tune.with_resources(
         tune.with_parameters(train_own, job=job),
         {"cpu": job.cpus, **({"gpu": job.gpus} if job.gpus else {})},
     )
-    space = {"rate": tune.grid_search(sorted(job.folders, reverse=True))}
+    space = {"rate": tune.grid_search(sorted(folders, reverse=True))}
     with running_tune(lambda trial, metrics: on_report({**trial.config, **metrics})):
-        tuner = restore_tuner(trainable, space, experiment_dir) if resume else None
+        tuner = restore_tuner(trainable, space, files) if resume else None
         tuner = tuner or tune.Tuner(
             trainable,
             param_space=space,
             tune_config=tune.TuneConfig(trial_dirname_creator=_name_trial),
-            run_config=make_run_config(experiment_dir, [ReportCallback()], 2),
+            run_config=make_run_config(files, [ReportCallback()], 2),
         )
         results: Any = tuner.fit()
     check_trials(results, "fine-tuning of")
@@ -219,7 +229,7 @@ def finetune_own(
             "seconds": sum(row["epoch_seconds"] for row in saved["history"]),
             "history": saved["history"],
         }
-        write_finetuned(job.folders[rate], net, kept[rate])
+        write_finetuned(folders[rate], net, kept[rate])
     write_json(experiment_dir / CHOICE_FILE, {f"{rate:g}": "" for rate in kept})
     return kept
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from pyarrow import fs
 from torch import nn
 
 from cacp_ray.data.images import ImageSet
@@ -52,15 +53,16 @@ class Resources:
 class TrialTask:
     """What all trials of an experiment share, except the images.
 
-    `load_subnet` builds the subnet of a folder as the search left it, never with weights of an
-    earlier fine-tuning.
+    Trials read no files of the run: the networks come with the task, and results go back.
+    `load_subnets` build the subnets as the search left them, never with weights of an earlier
+    fine-tuning.
     """
 
-    subnet_folders: Mapping[float, Path]  # by rate; absolute
-    load_subnet: Callable[[Path], nn.Module]
+    load_subnets: Mapping[float, Callable[[], nn.Module]]  # by rate
     load_teacher: Callable[[], nn.Module]  # called only where the recipe distils
     recipes: Mapping[str, Recipe]  # by the name of the variant
     resources: Resources
+    filesystem: fs.FileSystem | None = None  # where Tune keeps trials; None: a disk
 
 
 def train_subnet(
@@ -83,7 +85,7 @@ def train_subnet(
     started = time.monotonic()
     recipe = task.recipes[config["variant"]]
     device = torch.device("cuda" if task.resources.gpus else "cpu")
-    model = task.load_subnet(task.subnet_folders[config["rate"]]).to(device)
+    model = task.load_subnets[config["rate"]]().to(device)
     teacher = task.load_teacher().to(device) if recipe.distillation > 0 else None
     state = None if checkpoint is None else read_state(checkpoint)
     if state is None:

@@ -16,12 +16,20 @@ from ray import tune
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.streams import ImageStream
-from cacp_ray.io.files import write_json, write_tensors
 from cacp_ray.pruning.surgery import all_tensors
 from cacp_ray.training.metrics import measure_split
 from cacp_ray.tuning.train import Checkpoint, TrialTask, read_state, train_subnet
 
 PATH_KEY = "checkpoint_path"  # metric of a report whose checkpoint several workers wrote
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A fine-tuned network, ready to be written into the folder of its subnet."""
+
+    result: "FinetuneResult"
+    tensors: dict[str, torch.Tensor]
+    metrics: dict[str, Any]  # content of metrics.json
 
 
 @dataclass(frozen=True)
@@ -68,17 +76,16 @@ def keep_best(
     task: TrialTask,
     search_images: int,
     test_split: ImageSet | ImageStream,
-) -> FinetuneResult:
-    """Writes finetuned.safetensors into the folder of a rate's subnet, then metrics.json.
+) -> Trained:
+    """The weights that the best trial of a rate keeps, and what they reach.
 
     The test split is measured here, after all choices, and nowhere else. The checkpoint is the last
     of the best trial; metrics.json takes `variants` as they are.
     """
     torch.set_num_threads(task.resources.cpus)
     started = time.monotonic()
-    folder = task.subnet_folders[config["rate"]]
     state = read_state(checkpoint)
-    model = task.load_subnet(folder)
+    model = task.load_subnets[config["rate"]]()
     model.load_state_dict(state["best"]["model"])
     test = measure_split(model.to("cuda" if task.resources.gpus else "cpu"), test_split)
     model.cpu()
@@ -96,11 +103,9 @@ def keep_best(
         test_images=test.images,
         seconds=state["seconds"] + time.monotonic() - started,
     )
-    write_tensors(folder / "finetuned.safetensors", all_tensors(model))
     more = {
         "recipe": dataclasses.asdict(task.recipes[config["variant"]]),
         "variants": variants,
         "history": state.get("history", []),
     }
-    write_json(folder / "metrics.json", dataclasses.asdict(result) | more)
-    return result
+    return Trained(result, all_tensors(model), dataclasses.asdict(result) | more)

@@ -59,6 +59,7 @@ def train_in_workers(config: dict[str, Any], task: "TrialTask", splits: list[Any
         run_config=RunConfig(
             name="workers",  # a trial that is restarted finds its workers' state by this
             storage_path=tune.get_context().get_trial_dir(),
+            storage_filesystem=task.filesystem,
             callbacks=[TuneReportCallback()],
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             failure_config=FailureConfig(max_failures=2),

@@ -17,16 +17,18 @@ from cacp_ray.errors import ConfigError
 from cacp_ray.evaluation.classification import measure_accuracy
 from cacp_ray.io.clock import Clock
 from cacp_ray.io.files import read_json, write_json
-from cacp_ray.pruning.subnet import load_subnet, read_description
+from cacp_ray.pruning.subnet import build_network, read_description, read_subnet
 from cacp_ray.reporting.artifacts import log_networks
 from cacp_ray.reporting.progress import FinetuneProgress
 from cacp_ray.rundir.directory import read_result
+from cacp_ray.rundir.mirror import RunMirror
 from cacp_ray.rundir.schema import ReportedFile
 from cacp_ray.workflows.finetune_own import finetune_by_task
 from cacp_ray.workflows.ladder import check_order, list_experiments, note_trained
 from cacp_ray.workflows.network import check_weights, load_model, make_rebuild
 from cacp_ray.workflows.setup import Setup
 from cacp_ray.workflows.splits import Splits, check_padding, check_splits
+from cacp_ray.workflows.storage import open_for_training
 from cacp_ray.workflows.trained import trained_frontier
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ def finetune(
     *,
     resume: bool = False,
     address: str | None = None,
+    storage: str | Path | RunMirror | None = None,
     config: FinetuneConfig | dict[str, Any] | str | Path | None = None,
     overrides: Sequence[str] = (),
     on_epoch: Callable[[FinetuneProgress], None] = lambda progress: None,
@@ -68,6 +71,9 @@ def finetune(
         folder: A run directory, or a subnet folder.
         resume: Whether to go on with an interrupted fine-tuning.
         address: Address of a Ray cluster.
+        storage: Folder, s3:// or gs:// URI with a copy of the run, which is fetched where `folder`
+            does not hold it. Trials write there, so nodes need no common folder, and results are
+            copied there.
         config: A configuration, its content, or the path of its YAML file. A `finetune` section in
             it replaces the one that the run was searched with.
         overrides: `key.path=value` on top of both.
@@ -81,6 +87,9 @@ def finetune(
     """
     where = Path(folder)
     is_subnet = (where / "subnet.json").exists()
+    if is_subnet and storage is not None:
+        raise ConfigError(f"{where} is one subnet: with --storage, give its run")
+    mirror = None if storage is None else open_for_training(storage, where)
     run_dir = where.resolve().parent.parent if is_subnet else where
     searched = None if is_subnet and not is_run(run_dir) else read_run_config(run_dir)
     source = config.model_dump(exclude_unset=True) if isinstance(config, FinetuneConfig) else config
@@ -102,13 +111,18 @@ def finetune(
                 "run; of our settings only finetune.order counts: give the run alone"
             )
         return finetune_by_task(
-            where, order=order, resume=resume, address=address, on_report=_log_report
+            where,
+            order=order,
+            resume=resume,
+            address=address,
+            mirror=mirror,
+            on_report=_log_report,
         )
     if is_subnet:
-        _finetune(_make_subnet_job(where, settings), settings, resume, address, on_epoch)
+        _finetune(_make_subnet_job(where, settings), settings, resume, address, None, on_epoch)
         return read_json(where / "metrics.json")
     assert searched is not None
-    return _finetune_run(searched, where, settings, resume, address, on_epoch)
+    return _finetune_run(searched, where, settings, resume, address, mirror, on_epoch)
 
 
 def _log_report(report: dict[str, Any]) -> None:
@@ -123,6 +137,7 @@ def _finetune_run(
     settings: FinetuneConfig,
     resume: bool,
     address: str | None,
+    mirror: RunMirror | None,
     on_epoch: Callable[[FinetuneProgress], None],
 ) -> dict[str, Any]:
     """Fine-tunes the subnet of every rate and completes result.json, whose content it returns."""
@@ -147,10 +162,12 @@ def _finetune_run(
     def note(progress: FinetuneProgress) -> None:
         if not progress.is_restored:
             trained.append(progress)
+        if mirror is not None:
+            mirror.push(run_dir)
         on_epoch(progress)
 
     with clock.phase("finetune"):
-        tuned, test = _finetune(job, settings, resume, address, note)
+        tuned, test = _finetune(job, settings, resume, address, mirror, note)
         if result["base"].get("test") is None:
             base = load_model(config.model, len(test.classes))
             result["base"]["test"] = measure_accuracy(base, test).describe()
@@ -168,6 +185,8 @@ def _finetune_run(
             result["trained_frontier"] = trained_frontier(run_dir)
         result["seconds"] |= {"cuts": clock.seconds["cuts"]}
         write_json(run_dir / "result.json", result)
+    if mirror is not None:
+        mirror.finish(run_dir)
     if trained:
         log_networks(settings.trials.logging, run_dir.name, run_dir, result)
     return result
@@ -224,11 +243,13 @@ def _finetune(
     settings: FinetuneConfig,
     resume: bool,
     address: str | None,
+    mirror: RunMirror | None,
     on_epoch: Callable[[FinetuneProgress], None],
 ) -> tuple[Mapping[float, Any], ImageSet | ImageStream]:
     """Trains on Ray Tune; returns the results by rate, and the test split."""
     from cacp_ray.distributed.cluster import check_address, check_room, connect
     from cacp_ray.distributed.probe import probe_nodes
+    from cacp_ray.tuning.experiment import TrialFiles
     from cacp_ray.tuning.finetune import finetune_subnets, make_loggers
     from cacp_ray.tuning.train import Resources
 
@@ -255,7 +276,7 @@ def _finetune(
     asked_by = "trials.cpus, trials.gpus, trials.workers"
     check_room(job.cpus, trials.gpus, address, actors=least, asked_by=asked_by)
     streams = [split for split in (train, test) if isinstance(split, ImageStream)]
-    probe_nodes([job.experiment_dir.parent], streams)
+    probe_nodes([] if mirror else [job.experiment_dir.parent], streams)
     load_base = make_rebuild(job.model, len(train.classes))  # its file may be here alone
     results: dict[float, Any] = {}
     for where, folders in list_experiments(
@@ -264,10 +285,15 @@ def _finetune(
         load_teacher = load_base
         larger = [rate for rate in results if rate > min(folders)]
         if larger and settings.finetune.teacher == "larger":
-            above = job.folders[min(larger)].resolve()
-            load_teacher = partial(load_subnet, above, finetuned=True, trust=True)
+            above = read_subnet(job.folders[min(larger)].resolve(), finetuned=True)
+            load_teacher = partial(build_network, above, trust=True)
         results |= finetune_subnets(
-            load_subnet=partial(load_subnet, finetuned=False, trust=True),
+            load_subnets={
+                rate: partial(
+                    build_network, read_subnet(path.resolve(), finetuned=False), trust=True
+                )
+                for rate, path in folders.items()
+            },
             load_teacher=load_teacher,
             subnet_folders=folders,
             train_split=train,
@@ -281,6 +307,7 @@ def _finetune(
             stops_poor=trials.scheduler == "asha",
             loggers=trials.logging,
             project=project,
+            trial_files=None if mirror is None else TrialFiles(*mirror.trials(where.name)),
             source={"model": job.model.model_dump(), "data": job.data.model_dump(mode="json")},
         )
     return results, test

@@ -16,7 +16,9 @@ from cacp_ray.io.clock import Clock
 from cacp_ray.io.files import write_json
 from cacp_ray.io.schema import read_checked
 from cacp_ray.models.factory import GIVEN, import_function
+from cacp_ray.pruning.subnet import read_subnet
 from cacp_ray.rundir.directory import read_result
+from cacp_ray.rundir.mirror import RunMirror
 from cacp_ray.rundir.schema import ModelFile, ReportedFile
 from cacp_ray.training.recipe import Order
 from cacp_ray.workflows.ladder import check_order, list_experiments, note_trained
@@ -33,6 +35,7 @@ def finetune_by_task(
     order: Order | None = None,
     resume: bool = False,
     address: str | None = None,
+    mirror: RunMirror | None = None,
     on_report: Callable[[dict[str, Any]], object] = lambda report: None,
 ) -> dict[str, Any]:
     """Trains the subnet of every rate by a user's function, each as a trial of Ray Tune.
@@ -47,6 +50,7 @@ def finetune_by_task(
         order: As `finetune.order`; None takes that of the run.
         resume: Whether to go on with an interrupted fine-tuning.
         address: Address of a Ray cluster.
+        mirror: The copy of the run on other storage, in which trials write; None: in the run.
         on_report: Called with every report of a trial: its rate and figures.
 
     Returns:
@@ -57,6 +61,7 @@ def finetune_by_task(
     """
     from cacp_ray.distributed.cluster import check_address, check_room, connect
     from cacp_ray.distributed.tasks import check_sendable
+    from cacp_ray.tuning.experiment import TrialFiles
     from cacp_ray.tuning.own import OwnJob, finetune_own
 
     config, clock = read_run_config(run_dir), Clock()
@@ -87,8 +92,9 @@ def finetune_by_task(
     connect(address, runtime_env=cluster.runtime_env)
     check_room(cluster.cpus_per_evaluator, gpus, address)
     check_sendable({"train": function}, "trials")
+    searched = {row["rate"]: (run_dir / row["path"]).resolve() for row in result["rates"]}
     job = OwnJob(
-        {row["rate"]: (run_dir / row["path"]).resolve() for row in result["rates"]},
+        {},
         task,
         function,
         whole,
@@ -96,19 +102,36 @@ def finetune_by_task(
         cluster.cpus_per_evaluator,
         gpus,
     )
+
+    def note(report: dict[str, Any]) -> None:
+        if mirror is not None:
+            mirror.push(run_dir)
+        on_report(report)
+
     trained: dict[float, dict[str, Any]] = {}
     model = whole if is_given else None
     with clock.phase("finetune"):
         for where, folders in list_experiments(
-            setup, job.folders, experiment_dir, is_ladder, job.cpus, model
+            setup, searched, experiment_dir, is_ladder, job.cpus, model
         ):
-            rung = replace(job, folders=folders)
-            trained |= finetune_own(rung, where, resume=resume, on_report=on_report)
+            subnets = {
+                rate: read_subnet(folder, finetuned=False) for rate, folder in folders.items()
+            }
+            trained |= finetune_own(
+                replace(job, subnets=subnets),
+                folders,
+                where,
+                resume=resume,
+                on_report=note,
+                trial_files=None if mirror is None else TrialFiles(*mirror.trials(where.name)),
+            )
     for row in result["rates"]:
         note_trained(row, run_dir)
         row["finetuned_score"] = trained[row["rate"]]["score"]
     result["seconds"] |= clock.seconds
     write_json(run_dir / "result.json", result)
+    if mirror is not None:
+        mirror.finish(run_dir)
     return result
 
 

@@ -13,6 +13,7 @@ from cacp_ray.workflows.answers import answer_rates
 from cacp_ray.workflows.finetune import finetune
 from cacp_ray.workflows.finetune_own import finetune_by_task
 from cacp_ray.workflows.problem import Given
+from cacp_ray.workflows.storage import open_for_training
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,34 @@ class Run:
         order: Order | None = None,
         resume: bool = False,
         address: str | None = None,
+        storage: str | Path | None = None,
     ) -> dict[str, Any]:
         """Trains the subnet of every rate; returns the content of result.json.
 
         A task of the user's own is trained by `train(net, context)`, or by its own method of that
         name (`cacp_ray.workflows.finetune_own`); images of classes as by `cacp_ray.finetune`.
-        `order` replaces `finetune.order` of the run.
+        `order` replaces `finetune.order` of the run. With `storage`, or where the search had one,
+        trials write there, and so do nodes that share no folder.
         """
+        mirror = self.mirror if storage is None else open_for_training(storage, self.path)
         if train is None and self.given is None and read_run_config(self.path).task is None:
             overrides = [] if order is None else [f"finetune.order={order}"]
-            result = finetune(self.path, overrides=overrides, resume=resume, address=address)
+            result = finetune(
+                self.path,
+                overrides=overrides,
+                resume=resume,
+                address=address,
+                storage=mirror,
+            )
         else:
             result = finetune_by_task(
-                self.path, train, given=self.given, order=order, resume=resume, address=address
+                self.path,
+                train,
+                given=self.given,
+                order=order,
+                resume=resume,
+                address=address,
+                mirror=mirror,
             )
         self.result.update(result)
         return result

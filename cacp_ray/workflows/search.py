@@ -16,14 +16,13 @@ from torch import nn
 
 from cacp_ray.config.reading import resolved
 from cacp_ray.config.run import RunConfig
-from cacp_ray.config.saved import check_unchanged, is_run, open_folder
+from cacp_ray.config.saved import is_run, open_folder
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.evaluation.cache import check_folder
 from cacp_ray.evaluation.measurement import Evaluator
 from cacp_ray.evaluation.task import SCORE, FunctionTask, OwnTask
 from cacp_ray.io.clock import Clock
 from cacp_ray.io.files import write_json
-from cacp_ray.io.places import overlaps
 from cacp_ray.pruning.calibration import Loss
 from cacp_ray.pruning.cost import describe_cost
 from cacp_ray.reporting.progress import SearchProgress
@@ -49,6 +48,7 @@ from cacp_ray.workflows.problem import Given, configure
 from cacp_ray.workflows.run import Run
 from cacp_ray.workflows.setup import Setup, describe_accuracy
 from cacp_ray.workflows.start import begin_run, prepare_run, write_model
+from cacp_ray.workflows.storage import open_for_search
 from cacp_ray.workflows.strategy import (
     CONDITIONAL,
     Policy,
@@ -157,7 +157,7 @@ def _search_in(
     storage: str | Path | None,
 ) -> Run:
     folder = Path(run_dir) if run_dir is not None else Path("runs") / settings.name
-    mirror = None if storage is None else _open_mirror(str(storage), folder, settings, resume)
+    mirror = None if storage is None else open_for_search(str(storage), folder, settings, resume)
     is_first = mirror is not None and mirror.config is None and not is_run(folder)
     open_folder(folder, settings, resume=resume and not is_first)
     if (folder / "result.json").exists():
@@ -178,26 +178,6 @@ def _search_in(
         mirror=mirror,
     )
     return Run(folder, result, mirror, given)
-
-
-def _open_mirror(uri: str, folder: Path, config: RunConfig, resume: bool) -> RunMirror:
-    """The mirror of a run; what it holds is in the folder afterwards."""
-    if overlaps(uri, folder):
-        raise ConfigError(
-            f"storage {uri} and {folder}, which it shall be a copy of, lie in each other: choose "
-            "another"
-        )
-    mirror = RunMirror(uri)
-    if resume:
-        if (saved := mirror.config) is not None:
-            check_unchanged(saved, config, f"storage {uri}", "--storage")
-        mirror.pull(folder)
-    elif mirror.config is not None:
-        raise ArtifactError(
-            f"storage {uri} holds a run: pass --resume (in Python resume=True) to continue it, or "
-            "choose another --storage"
-        )
-    return mirror
 
 
 def _run_search(

@@ -161,6 +161,7 @@ def _run_trials(
     from cacp_ray.distributed.broker import read_answers, start_broker, stop_broker
     from cacp_ray.distributed.nodes import find_room, read_free, read_nodes
     from cacp_ray.tuning.agents import TRIAL_CPUS, TRIALS_SHARE, AgentTask, tune_agents
+    from cacp_ray.tuning.experiment import TrialFiles
     from cacp_ray.tuning.settings import make_domain
 
     search = setup.config
@@ -217,7 +218,7 @@ def _run_trials(
             seed=config.seed,
             max_concurrent=max_concurrent,
             trial_cpus=trial_cpus,
-            experiment_dir=(folder / "tune").resolve(),
+            files=TrialFiles(str((folder / "tune").resolve())),
             on_progress=on_progress,
         )
         return trials, *read_answers(broker)

@@ -132,7 +132,7 @@ def finetune(
     **options: Any,
 ) -> dict[float, FinetuneResult]:
     return finetune_subnets(
-        load_subnet=load_subnet,
+        load_subnets={rate: partial(load_subnet, root / f"rate-{rate:.2f}") for rate in rates},
         load_teacher=partial(load_model, root / "teacher"),
         subnet_folders={rate: root / f"rate-{rate:.2f}" for rate in rates},
         recipes=recipes or {"": recipe},

@@ -29,24 +29,10 @@ def test_from_a_bucket_of_images_to_a_run_in_a_bucket(scheme, tmp_path, monkeypa
             monkeypatch.setenv(name, value)
         monkeypatch.chdir(tmp_path)
 
-        def start(line):
-            return subprocess.Popen(
-                [sys.executable, "-m", "cacp_ray.cli", *line.split()],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-
-        def call(line):
-            process = start(line)
-            out, err = process.communicate(timeout=600)
-            assert process.returncode == 0, f"{line}: {err}"
-            return out
-
         filesystem, _ = open_place(store.root)
         upload("embedded:train", filesystem, "bucket/folders")
-        call(f"data convert {store.root}/folders {store.root}/data --shards 8")
-        assert "800 images of 10 classes" in call(f"data inspect {store.root}/data --all")
+        check(start(f"data convert {store.root}/folders {store.root}/data --shards 8"))
+        assert "800 images of 10 classes" in check(start(f"data inspect {store.root}/data --all"))
         shards = f"{store.root}/data/train-*.parquet"
         config = {
             "name": "far",
@@ -80,13 +66,14 @@ def test_from_a_bucket_of_images_to_a_run_in_a_bucket(scheme, tmp_path, monkeypa
         num_measured = len(RunDirectory(tmp_path / "first").read_records())
         assert 0 < num_measured < EVALUATIONS
         shutil.rmtree(tmp_path / "first")
-        call(f"{search} second")
+        check(start(f"{search} second"))
         rows = RunDirectory(tmp_path / "second").read_records()
         assert len({row.index for row in rows}) == len(rows) == EVALUATIONS
         assert {row.status for row in rows} == {"ok"}
         assert any(row.finished_at < killed_at for row in rows)
         assert is_there(filesystem, "bucket/runs/far/result.json")
-        call("finetune second")
+        check(start(f"finetune second --storage {store.root}/runs/far"))
+        assert is_there(filesystem, "bucket/runs/far/subnets/rate-0.50/finetuned.safetensors")
         (row,) = json.loads((tmp_path / "second/result.json").read_text())["rates"]
         assert row["test_score"] > 0
 
@@ -102,3 +89,61 @@ def upload(path, filesystem, folder):
 
 def is_there(filesystem, path):
     return filesystem.get_file_info(path).type == fs.FileType.File
+
+
+@pytest.mark.parametrize("order", ["parallel", "ladder"])
+def test_a_killed_fine_tuning_goes_on_elsewhere_from_the_bucket_alone(order, tmp_path, monkeypatch):
+    with serving("s3", tmp_path) as store:
+        for name, value in store.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.chdir(tmp_path)
+        filesystem, _ = open_place(store.root)
+        storage = f"{store.root}/runs/far"
+        settings = "name=far rates=[0.3,0.6] strategy=uniform evaluations=6"
+        settings += " data.train.path=embedded:train data.train.rows=[0,640]"
+        settings += f" report.frontier=false finetune.epochs=4 finetune.order={order}"
+        check(start(f"search {settings} --storage {storage} --run-dir first"))
+        shutil.copytree("first", "undisturbed")
+        check(start("finetune undisturbed"))
+        trials = "bucket/runs/far/trials"
+        doomed = start(f"finetune first --storage {storage}")
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not has_checkpoint(filesystem, trials) and time.monotonic() < deadline:
+            assert doomed.poll() is None, doomed.stderr.read()
+            time.sleep(0.2)
+        doomed.kill()
+        doomed.communicate()
+        assert not is_there(filesystem, "bucket/runs/far/finetune/chosen.json")
+        shutil.rmtree("first")
+        refused = start(f"finetune second --storage {storage}")
+        assert "--resume" in refused.communicate(timeout=600)[1]
+        assert refused.returncode == 2
+        check(start(f"finetune second --storage {storage} --resume"))
+        for rate in ("0.30", "0.60"):
+            name = f"subnets/rate-{rate}/finetuned.safetensors"
+            assert (tmp_path / "second" / name).read_bytes() == (
+                tmp_path / "undisturbed" / name
+            ).read_bytes()
+            assert is_there(filesystem, f"bucket/runs/far/{name}")
+        assert is_there(filesystem, "bucket/runs/far/report.html")
+        assert not (tmp_path / "second/trials").exists()
+
+
+def has_checkpoint(filesystem, folder):
+    selector = fs.FileSelector(folder, recursive=True, allow_not_found=True)
+    return any(info.base_name == "state.pt" for info in filesystem.get_file_info(selector))
+
+
+def start(line):
+    return subprocess.Popen(
+        [sys.executable, "-m", "cacp_ray.cli", *line.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def check(process):
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, f"{process.args}: {err}"
+    return out

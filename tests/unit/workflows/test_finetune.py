@@ -98,7 +98,7 @@ def test_the_page_shows_a_file_that_loads_and_commands_that_parse():
     config = load_config(FinetuneConfig, yaml.safe_load(block))
     assert list(config.recipes) == ["plain", "adamw"]
     commands = re.findall(r"^    cacp-ray (.+)$", PAGE, re.MULTILINE)
-    assert len(commands) == 9
+    assert len(commands) == 11
     for line in commands:
         name, *arguments = shlex.split(line)
         typer.main.get_command(app).commands[name].make_context(

@@ -1,0 +1,61 @@
+"""The copy of a run on shared or object storage: opened for a search, and for a fine-tuning."""
+
+from pathlib import Path
+
+from cacp_ray.config.run import RunConfig
+from cacp_ray.config.saved import check_unchanged, is_run, read_run_config
+from cacp_ray.errors import ArtifactError, ConfigError
+from cacp_ray.io.places import overlaps
+from cacp_ray.rundir.mirror import RunMirror
+
+
+def open_for_search(uri: str, folder: Path, config: RunConfig, resume: bool) -> RunMirror:
+    """The mirror of a run that is to be searched; what it holds is in the folder afterwards.
+
+    Raises:
+        ConfigError: The place is none, or lies in the folder, or holds another run.
+        ArtifactError: It holds a run, and `resume` is off; or reading fails.
+    """
+    mirror = _connect(uri, folder)
+    if resume:
+        if (saved := mirror.config) is not None:
+            check_unchanged(saved, config, f"storage {uri}", "--storage")
+        mirror.pull(folder)
+    elif mirror.config is not None:
+        raise ArtifactError(
+            f"storage {uri} holds a run: pass --resume (in Python resume=True) to continue it, or "
+            "choose another --storage"
+        )
+    return mirror
+
+
+def open_for_training(storage: str | Path | RunMirror, folder: Path) -> RunMirror:
+    """The mirror of a run that was searched, which is fetched where the folder does not hold it.
+
+    Raises:
+        ConfigError: The place is none, or lies in the folder, or holds another run or none.
+        ArtifactError: The folder holds an older state than the storage, or reading fails.
+    """
+    if isinstance(storage, RunMirror):
+        return storage
+    mirror = _connect(str(storage), folder)
+    saved = mirror.config
+    if is_run(folder):
+        if saved is not None:
+            check_unchanged(saved, read_run_config(folder), f"storage {mirror.uri}", "--storage")
+    elif saved is None:
+        raise ConfigError(
+            f"{folder} is no run, and storage {mirror.uri} holds none: search first, with the same "
+            "--storage, or name the run's own folder"
+        )
+    mirror.pull(folder)
+    return mirror
+
+
+def _connect(uri: str, folder: Path) -> RunMirror:
+    if overlaps(uri, folder):
+        raise ConfigError(
+            f"storage {uri} and {folder}, which it shall be a copy of, lie in each other: choose "
+            "another"
+        )
+    return RunMirror(uri)

@@ -1,0 +1,74 @@
+"""The copy of a run that a fine-tuning reads and writes: what it is opened for, and refused."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cacp_ray.config.run import RunConfig
+from cacp_ray.errors import ConfigError
+from cacp_ray.io.files import write_json, write_yaml
+from cacp_ray.rundir.mirror import RunMirror, _copy_order
+from cacp_ray.workflows.finetune import finetune
+from cacp_ray.workflows.storage import open_for_training
+
+
+def make_run(folder: Path, **settings) -> Path:
+    config = RunConfig(name="far", **settings).model_dump(mode="json")
+    write_yaml(folder / "config.yaml", config)
+    write_json(folder / "result.json", {})
+    return folder
+
+
+def test_a_run_is_fetched_without_the_trials_that_wrote_beside_it(tmp_path):
+    run, storage = make_run(tmp_path / "run"), tmp_path / "storage"
+    RunMirror(str(storage)).finish(run)
+    write_json(storage / "trials/finetune/tuner.json", {})
+    mirror = open_for_training(str(storage), tmp_path / "elsewhere")
+    assert sorted(path.name for path in (tmp_path / "elsewhere").rglob("*.*")) == [
+        "config.yaml",
+        "result.json",
+    ]
+    assert mirror.trials("finetune")[0] == str(storage / "trials/finetune")
+
+
+@pytest.mark.parametrize(
+    ("arrange", "message"),
+    [
+        (lambda run, storage: shutil.rmtree(run), "is no run, and storage .* holds none"),
+        (lambda run, storage: make_run(storage, seed=7), "storage .*seed"),
+    ],
+    ids=["nothing anywhere", "another run"],
+)
+def test_what_is_not_this_run_is_refused_in_one_line(arrange, message, tmp_path):
+    run, storage = make_run(tmp_path / "run"), tmp_path / "storage"
+    arrange(run, storage)
+    with pytest.raises(ConfigError, match=message) as caught:
+        open_for_training(str(storage), run)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_storage_within_the_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="lie in each other"):
+        open_for_training(str(tmp_path / "run/copy"), make_run(tmp_path / "run"))
+
+
+def test_one_subnet_has_no_storage(tmp_path):
+    write_json(tmp_path / "subnet.json", {})
+    with pytest.raises(ConfigError, match="with --storage, give its run"):
+        finetune(tmp_path, storage=str(tmp_path / "storage"))
+
+
+def test_files_that_say_that_weights_are_complete_are_copied_after_them():
+    names = [
+        "result.json", "finetune/chosen.json", "finetune/subnets/rate-0.30/copied.json",
+        "subnets/rate-0.30/metrics.json", "subnets/rate-0.30/finetuned.safetensors", "config.yaml",
+    ]  # fmt: skip
+    assert sorted(names, key=_copy_order) == [
+        "subnets/rate-0.30/finetuned.safetensors",
+        "subnets/rate-0.30/metrics.json",
+        "finetune/subnets/rate-0.30/copied.json",
+        "finetune/chosen.json",
+        "result.json",
+        "config.yaml",
+    ]
