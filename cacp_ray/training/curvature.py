@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 IMAGES = 256
 BATCH = 64
 ITERATIONS = 8  # of the power method; the last one changes the value by some per cent
+SHARE = 1.0  # of the inverse curvature
 STEP = 1e-3  # of the differences, relative to the norm of the weights
 
 
@@ -48,7 +49,7 @@ def find_rate(
     ]
     weights = [p for p in probe.parameters() if p.requires_grad]
     origin = [weight.detach().clone() for weight in weights]
-    size = _norm(origin)
+    size = max(_norm(origin), 1.0)  # a network of zeros has a curvature too
     generator = torch.Generator().manual_seed(0)
     direction = [torch.randn(weight.shape, generator=generator).to(device) for weight in weights]
     curvature = 0.0
@@ -59,7 +60,7 @@ def find_rate(
         behind = _gradient(probe, weights, origin, direction, -step, batches, recipe, teacher)
         direction = [(a - b) / (2 * step * length) for a, b in zip(ahead, behind, strict=True)]
         curvature = _norm(direction)
-    rate = float(f"{1 / max(curvature, 1e-6):.1e}")
+    rate = float(f"{SHARE / max(curvature, 1e-6):.1e}")
     logger.debug("largest curvature of the training loss %.3g: learning rate %g", curvature, rate)
     return rate
 

@@ -6,15 +6,16 @@ run does exactly what the uninterrupted run would have done.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from cacp_ray.data.batches import Augmentation, ImageBatches
 from cacp_ray.data.streams import ImageStream, StreamBatches
+from cacp_ray.training.curvature import find_rate
 from cacp_ray.training.metrics import Accuracy, Split, fast_dtype, find_device, measure_split
 from cacp_ray.training.objective import fast_autocast, objective
 from cacp_ray.training.optimizer import SGD
@@ -44,9 +45,9 @@ def learning_rate(recipe: Recipe, step: int, num_steps: int) -> float:
     """Learning rate of step `step` of `num_steps`: a linear warm-up, then a cosine to zero."""
     warm = max(1, round(recipe.warmup * num_steps))
     if step < warm:
-        return recipe.lr * (step + 1) / warm
+        return recipe.peak * (step + 1) / warm
     done = (step - warm) / max(1, num_steps - warm)
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * done))
+    return recipe.peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> Any:
@@ -57,8 +58,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> Any:
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=recipe.lr)
-    return SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
+        return torch.optim.AdamW(groups, lr=recipe.peak)
+    return SGD(groups, lr=recipe.peak, momentum=recipe.momentum)
 
 
 def train_epoch(
@@ -127,6 +128,11 @@ def train(
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if teacher is not None:
         teacher.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if state is not None:
+        recipe = replace(recipe, lr=state.get("lr", recipe.lr))
+    elif recipe.lr == "auto":
+        images = batches.images if isinstance(batches, ImageBatches) else batches.stream
+        recipe = replace(recipe, lr=_agree(find_rate(model, images, recipe, teacher)))
     optimizer = make_optimizer(model, recipe)
     first = 0
     if state is not None:
@@ -158,9 +164,19 @@ def train(
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             if average is not None:
                 state["average"] = average.state_dict()
-            on_epoch(EpochResult(epoch, loss, accuracy), state | {"epoch": epoch})
+            state |= {"epoch": epoch, "lr": recipe.peak}
+            on_epoch(EpochResult(epoch, loss, accuracy), state)
     if average is not None:
         model.load_state_dict(measured.state_dict())
+
+
+def _agree(rate: float) -> float:
+    """The rate of the first of several workers, whose processors may round otherwise."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return rate
+    rates = [rate]
+    distributed.broadcast_object_list(rates)
+    return rates[0]
 
 
 def measured_weights(state: dict[str, Any]) -> dict[str, Tensor]:

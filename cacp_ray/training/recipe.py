@@ -17,7 +17,7 @@ class Recipe:
         epochs: Passes over the training images.
         optimizer: `sgd` with Nesterov momentum, or `adamw` (Loshchilov and Hutter, 2019).
         batch_size: Images in a step.
-        lr: Peak learning rate.
+        lr: Peak learning rate; `auto` takes what the network bears (training/curvature.py).
         warmup: Share of all steps over which the rate rises linearly.
         momentum: Nesterov momentum of `sgd`.
         weight_decay: Weight decay of tensors with two or more dimensions; others have none.
@@ -41,7 +41,7 @@ class Recipe:
     epochs: Annotated[int, Ge(1)] = 24
     optimizer: Literal["sgd", "adamw"] = "sgd"
     batch_size: Annotated[int, Ge(1)] = 128
-    lr: Annotated[float, Gt(0)] = 0.25
+    lr: Annotated[float, Gt(0)] | Literal["auto"] = 0.25
     warmup: Annotated[float, Ge(0), Le(1)] = 0.2
     momentum: Annotated[float, Ge(0), Le(1)] = 0.9
     weight_decay: Annotated[float, Ge(0)] = 5e-4
@@ -56,3 +56,13 @@ class Recipe:
     erasing: Annotated[float, Ge(0), Le(1)] = 0.0
     padding: Annotated[int, Ge(0)] = 4
     seed: Annotated[int, Ge(0)] = 0
+
+    def __post_init__(self) -> None:
+        if self.lr == "auto" and self.optimizer != "sgd":
+            raise ValueError(f"lr: auto is for sgd; give {self.optimizer} a number")
+
+    @property
+    def peak(self) -> float:
+        """The peak learning rate, once it is known."""
+        assert not isinstance(self.lr, str), "`train` finds it first"
+        return self.lr

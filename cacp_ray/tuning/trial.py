@@ -105,6 +105,7 @@ def keep_best(
     )
     more = {
         "recipe": dataclasses.asdict(task.recipes[config["variant"]]),
+        "lr": state.get("lr"),
         "variants": variants,
         "history": state.get("history", []),
     }

@@ -33,7 +33,7 @@ from cacp_ray.reporting.tuning import (
 from cacp_ray.rundir.schema import TuningFile
 from cacp_ray.searching.archive import Archive
 from cacp_ray.tuning.agents import measure_area, note_settings
-from cacp_ray.tuning.experiment import restore
+from cacp_ray.tuning.experiment import TrialFiles, restore
 from cacp_ray.tuning.scheduler import make_scheduler
 from cacp_ray.workflows.trial_search import mean_best
 from cacp_ray.workflows.tune_agent import known_share, rank_trials, trials_at_once
@@ -308,7 +308,7 @@ def test_asha_spares_the_settings_that_the_others_are_compared_with():
 def test_a_damaged_experiment_is_one_line(tmp_path):
     (tmp_path / "tuner.pkl").write_bytes(b"no pickle")
     with pytest.raises(ArtifactError, match=r"is damaged .*: remove it"):
-        restore(tmp_path, print, {})
+        restore(TrialFiles(str(tmp_path)), print, {})
 
 
 def test_a_trial_s_known_share_is_over_its_seeds():

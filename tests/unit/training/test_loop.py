@@ -18,7 +18,6 @@ from cacp_ray.data.transforms import augment, erase, to_normalized
 from cacp_ray.errors import EvaluationError
 from cacp_ray.training.loop import (
     EpochResult,
-    distillation_loss,
     learning_rate,
     make_batches,
     make_optimizer,
@@ -27,6 +26,7 @@ from cacp_ray.training.loop import (
     train_epoch,
 )
 from cacp_ray.training.metrics import measure
+from cacp_ray.training.objective import distillation_loss
 from cacp_ray.training.recipe import Recipe
 
 RECIPE = Recipe(epochs=4, batch_size=16, lr=0.1, padding=1, seed=3)
@@ -265,7 +265,7 @@ class OneBatch:
 
 def take_step(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float, Any]:
     """Loss and length of one float32 step, and (model before it, teacher, images, labels)."""
-    monkeypatch.setattr("cacp_ray.training.loop.fast_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("cacp_ray.training.objective.fast_dtype", lambda device: torch.float32)
     torch.manual_seed(0)
     model, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
     images, labels = 3 * torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
