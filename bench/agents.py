@@ -35,7 +35,6 @@ import torch
 from experiment import RATES
 from report import parse_rows
 
-from cacp_ray.agent.cacp.algorithm import CACP
 from cacp_ray.config.reading import load_config
 from cacp_ray.config.run import RunConfig
 from cacp_ray.data import cifar10
@@ -64,8 +63,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "cacp, uniform prior": {},
     "cacp, no screening": {"agent": {"drafts": 1}},
     "cacp, no elites": {"agent": {"elite_share": 0.0}},
-    # The mean of good allocations proposes in the actor's place; the critics still choose.
-    "cacp, no actor": {},
     # A search for each rate, a third of the evaluations each; agents_table.py joins the three.
     **{f"cacp, {rate} alone": {"rates": (rate,)} for rate in RATES},
     "process": {"strategy": "controls:make_process"},
@@ -92,7 +89,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "uniform": {"strategy": "uniform"},
     "cacp, own search": {"rates": UNSEEN},
 }
-MAP_SHARE, ACT = prior.MAP_SHARE, CACP._act
+MAP_SHARE = prior.MAP_SHARE
 OWN = "cacp, own search"  # at the rates that all others leave out, as many evaluations a rate
 # Methods whose schedule depends on the number of evaluations: each number is a search of its own.
 SCHEDULED = ("cacp-paper", "amc", "amc, prior", "sequential, prior", "pcp", "greedy", "sensitivity")
@@ -189,7 +186,6 @@ def run(job: Job, options: argparse.Namespace) -> None:
     logging.getLogger().setLevel(logging.ERROR)
     # No setting switches the map off. Set it for every job: a process may run several.
     prior.MAP_SHARE = 0.0 if job.method.endswith("uniform prior") else MAP_SHARE
-    CACP._act = without_actor if job.method.endswith("no actor") else ACT
     torch.set_num_threads(1)
     config = make_config(job, options)
     setup = Setup.create(config)
@@ -233,18 +229,13 @@ def run(job: Job, options: argparse.Namespace) -> None:
         if agent is not None:
             answers = measure(evaluator, rates, agent.policy(rates))
         if config.strategy == "cacp":  # for the tables; never a winner
-            priors = measure(evaluator, rates, agent.mdp.prior(rates))
+            priors = measure(evaluator, rates, agent.space.prior(rates))
         winners = find_winners(directory, answers, number, config.rates)
         about = measure_effort(directory, number, reserve) | describe_sitting(options, job.seed)
         test = Splits(config.data).read("test")
         about |= {"policy": by_rate(answers), "prior": by_rate(priors)}
         report(files[waiting.pop(0)], winners, setup, test, about)
     loop.checkpoint(strategy)
-
-
-def without_actor(agent: CACP, rates: Any) -> Any:
-    """(N, P) what the agent's drafts start from in place of its actor's answers."""
-    return agent._behaviour.between(rates)
 
 
 def measure(evaluator: Evaluator, rates: Sequence[float], counts: Any) -> dict[float, Winner]:

@@ -1,13 +1,12 @@
 """The policy's answers without evaluations, next to simpler rules: python bench/answers.py OUT.
 
 OUT holds searches by `bench/agents.py --methods cacp` with the same options. Their last checkpoints
-answer the searched rates and others by four rules:
+answer the searched rates and others by three rules:
 
 - prior: the allocation that the search began from;
-- actor: the actor's own answer;
 - mean: the mean of the best allocations of the nearest searched rates, without learned judgement;
-- policy: the answer of `cacp-ray subnet RUN --rate R`, the mean of the drafts around the actor and
-  good allocations that the critics favour.
+- policy: the answer of `cacp-ray subnet RUN --rate R`, the mean of the drafts around good
+  allocations that the critics favour.
 
 Each answer is repaired and scored on the whole search split. These figures choose nothing.
 """
@@ -93,10 +92,9 @@ def answer(seed: int, options: argparse.Namespace) -> dict[str, np.ndarray]:
     strategy.restore(checkpoint[0] / "strategy")
     agent: Any = find_policy(strategy)
     rates = np.array(options.rates)
-    space = agent.mdp.space
+    space = agent.space
     answers = {
-        "prior": agent.mdp.prior(rates),
-        "actor": space.decode(rates, agent._act(rates)),
+        "prior": space.prior(rates),
         "mean": space.decode(rates, agent._behaviour.between(rates)),
         "policy": agent.policy(rates),
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from cacp_ray.agent.cacp.behaviour import Behaviour
 from cacp_ray.agent.cacp.replay import Replay
@@ -31,7 +31,7 @@ REFIT_EVERY = 30  # measurements; in between, lengths and noise stay and the dat
 
 
 class ProcessSearch:
-    """The agent's drafts around elites, screened by a Gaussian process; no actor.
+    """The agent with a Gaussian process in its critics' place.
 
     The process maps log keep ratios to the agent's own values (cacp_ray/agent/cacp/replay.py).
     """
@@ -42,14 +42,9 @@ class ProcessSearch:
         settings = AgentSettings()
         self._space = AllocationSpace(problem.budget, problem.prior, settings.action_scale)
         self._replay = Replay(self._space.num_offsets)
-        self._behaviour = Behaviour(
-            settings, self._space, problem.rates, self._act, self._value, problem.seed
-        )
+        self._behaviour = Behaviour(settings, self._space, problem.rates, self._value, problem.seed)
         self._process: Any = None
         self._num_rates, self._fitted, self._told = len(problem.rates), 0, set[Any]()
-
-    def _act(self, rates: NDArray[np.floating]) -> Float32s:
-        return self._behaviour.between(rates)
 
     def _value(self, counts: Ints | Floats) -> Float32s:
         if self._process is None:  # no draft is better than another, so the first is taken
@@ -70,10 +65,7 @@ class ProcessSearch:
             counts = np.array([candidate.keep_counts])
             offsets = self._space.encode([candidate.rate], counts)
             self._replay.add(
-                rates=[candidate.rate],
-                offsets=offsets,
                 log_ratios=self._space.log_ratios(counts),
-                shares=self._space.cost_shares(counts),
                 score=[measurement.score],
                 loss=[measurement.loss],
                 images=[measurement.images],

@@ -20,8 +20,7 @@ from report import print_environment, print_table
 from scipy.stats import spearmanr
 from torch import nn
 
-from cacp_ray.agent.cacp.algorithm import NUM_CRITICS
-from cacp_ray.agent.cacp.module import INPUT_CENTRE, INPUT_SCALE
+from cacp_ray.agent.cacp.critics import INPUT_CENTRE, INPUT_SCALE, NUM_CRITICS
 from cacp_ray.agent.cacp.replay import Replay
 from cacp_ray.agent.parts import make_layers
 from cacp_ray.models.factory import build_model
@@ -33,6 +32,7 @@ from cacp_ray.searching.settings import AgentSettings
 Array = NDArray[np.float64]
 CUTS = (60, 120, 200)
 NEXT = 75
+MIN_SPREAD = 0.03  # of values at one rate
 SETTINGS = AgentSettings()
 
 
@@ -72,8 +72,8 @@ def learn_process(x: Array, targets: Array, steps: int) -> Callable[[Array], Arr
     return process.fit(x, targets).predict
 
 
-def read(folder: Path, num_channels: Array) -> tuple[list[EpisodeRecord], Replay, Array]:
-    """Episodes of a run, the agent's memory of them, and offsets from a rate's first episode."""
+def read(folder: Path, num_channels: Array) -> tuple[list[EpisodeRecord], Replay, Array, Array]:
+    """Episodes of a run, the agent's memory of them, rates, and offsets from a rate's first."""
     rows = [row for row in RunDirectory(folder).read_records() if row.status == "ok"]
     counts = np.array([row.keep_counts for row in rows])
     rates = np.array([row.rate for row in rows])
@@ -82,20 +82,17 @@ def read(folder: Path, num_channels: Array) -> tuple[list[EpisodeRecord], Replay
     offsets = (log_ratios - log_ratios[first]) / SETTINGS.action_scale
     replay = Replay(counts.shape[1])
     replay.add(
-        rates=rates,
-        offsets=offsets,
         log_ratios=log_ratios,
-        shares=np.zeros_like(log_ratios),
         score=[row.score for row in rows],
         loss=[row.loss for row in rows],
         images=[row.images for row in rows],
     )
-    return rows, replay, offsets
+    return rows, replay, rates, offsets
 
 
 def first_of(replay: Replay, count: int, *, loss: bool = True) -> Replay:
     """The first episodes; without `loss`, their values are accuracies."""
-    part = Replay(replay.offsets.shape[1])
+    part = Replay(replay.log_ratios.shape[1])
     columns = {name: rows for name, rows in vars(replay).items() if name != "num_added"}
     part.add(**{name: rows[:count] for name, rows in columns.items()})
     if not loss:
@@ -103,14 +100,13 @@ def first_of(replay: Replay, count: int, *, loss: bool = True) -> Replay:
     return part
 
 
-def a_rate(replay: Replay) -> Array:
+def a_rate(replay: Replay, rates: Array) -> Array:
     """(N,) values, normalised by the values of the same rate."""
     values = replay.values()
-    means = np.empty(len(replay))
-    for rate in np.unique(replay.rates):
-        mask = replay.rates == rate
-        means[mask] = values[mask].mean()
-    return (values - means) / replay.spreads(values)
+    for rate in np.unique(rates):
+        own = values[rates == rate]
+        values[rates == rate] = (own - own.mean()) / max(own.std(), MIN_SPREAD)
+    return values
 
 
 def main() -> None:
@@ -123,9 +119,8 @@ def main() -> None:
     num_channels = plan.cost_model.num_channels
     correlations: dict[str, list[float]] = {}
     for folder in options.runs:
-        rows, replay, offsets = read(folder, num_channels)
+        rows, replay, rate, offsets = read(folder, num_channels)
         top1 = np.array([row.score for row in rows])
-        rate = replay.rates
         of_rate = np.column_stack([rate, offsets])
         ratios = INPUT_SCALE * (replay.log_ratios.astype(float) - INPUT_CENTRE)
         for cut in CUTS:
@@ -134,9 +129,9 @@ def main() -> None:
             steps = SETTINGS.updates_per_episode * cut
             ways = {
                 "rate and offsets -> accuracy, normalised a rate": (
-                    learn, of_rate, a_rate(accuracies)),
+                    learn, of_rate, a_rate(accuracies, rate[past])),
                 "rate and offsets -> accuracy and loss, normalised a rate": (
-                    learn, of_rate, a_rate(known)),
+                    learn, of_rate, a_rate(known, rate[past])),
                 "keep ratios -> accuracy": (learn, ratios, accuracies.values()),
                 "keep ratios -> accuracy and loss (ours)": (learn, ratios, known.values()),
                 "the same, a Gaussian process": (learn_process, ratios, known.values()),

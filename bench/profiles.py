@@ -20,7 +20,7 @@ from report import print_environment, print_table
 from scale import RATES, pretend
 from torch.profiler import ProfilerActivity, profile
 
-from cacp_ray.agent.cacp.algorithm import CACPConfig
+from cacp_ray.agent.cacp.agent import CACP
 from cacp_ray.config.reading import load_config
 from cacp_ray.config.run import PruningConfig, RunConfig
 from cacp_ray.evaluation.measurement import Candidate, LocalEvaluator
@@ -28,10 +28,9 @@ from cacp_ray.evaluation.scorer import Scorer
 from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.rundir.directory import RunDirectory
-from cacp_ray.searching.allocation import uniform_prior
+from cacp_ray.searching.allocation import AllocationSpace, uniform_prior
 from cacp_ray.searching.budget import uniform
 from cacp_ray.searching.loop import SearchLoop
-from cacp_ray.searching.mdp import AllocationMDP
 from cacp_ray.searching.settings import AgentSettings
 from cacp_ray.workflows.setup import Setup, make_budget
 
@@ -71,11 +70,9 @@ def profile_driver(episodes: int) -> None:
     plan = make_plan(build_model("resnet56", 10).eval(), torch.zeros(1, 3, 32, 32))
     settings = AgentSettings()
     channels = plan.cost_model.num_channels
-    agent = CACPConfig().agent(settings, num_actions=len(channels)).build_algo()
     budget = make_budget(plan, "macs", PruningConfig())
-    mdp = AllocationMDP(
-        plan.cost_model, budget, uniform_prior(len(channels)), settings.action_scale
-    )
+    space = AllocationSpace(budget, uniform_prior(len(channels)), settings.action_scale)
+    agent = CACP(settings, space, RATES, 0)
     memory: list[list[str]] = []
     with tempfile.TemporaryDirectory() as folder:
         loop = SearchLoop(
@@ -86,7 +83,6 @@ def profile_driver(episodes: int) -> None:
             evaluations=episodes,
             mode="async",
         )
-        agent.attach(mdp, RATES, 0, episodes)
         loop.restore(agent)
         watch = cProfile.Profile()
         watch.enable()
@@ -95,7 +91,6 @@ def profile_driver(episodes: int) -> None:
             if loop.progress.evaluations >= episodes * (len(memory) + 1) // MOMENTS:
                 memory.append([f"{loop.progress.evaluations:,}", f"{read_memory():.0f}"])
         watch.disable()
-        agent.stop()
     stats = pstats.Stats(watch)
     entries = sorted(stats.stats.items(), key=lambda item: -item[1][2])  # type: ignore[attr-defined]
     rows = [

@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from report import print_environment, print_table
 
-from cacp_ray.agent.cacp.algorithm import CACPConfig
+from cacp_ray.agent.cacp.agent import CACP
 from cacp_ray.config.run import PruningConfig
 from cacp_ray.evaluation.measurement import Measurement
 from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.planner import make_plan
-from cacp_ray.searching.allocation import uniform_prior
-from cacp_ray.searching.mdp import AllocationMDP
+from cacp_ray.searching.allocation import AllocationSpace, uniform_prior
 from cacp_ray.searching.settings import AgentSettings
 from cacp_ray.workflows.setup import make_budget
 
@@ -37,14 +36,11 @@ def main() -> None:
     plan = make_plan(build_model(options.model, 10).eval(), torch.zeros(1, 3, 32, 32))
     channels = plan.cost_model.num_channels
     settings = AgentSettings()
-    config = CACPConfig().agent(settings, num_actions=len(channels))
-    agent = config.build_algo()
     budget = make_budget(plan, "macs", PruningConfig())
     rates = (0.3, 0.5, 0.7)
-    prior = uniform_prior(len(channels))
-    mdp = AllocationMDP(plan.cost_model, budget, prior, settings.action_scale)
-    agent.attach(mdp, rates, 0, 10_000)
-    asking, learning, updates = [], [], 0
+    space = AllocationSpace(budget, uniform_prior(len(channels)), settings.action_scale)
+    agent = CACP(settings, space, rates, 0)
+    asking, learning = [], []
     for turn in range(options.rounds):
         started = time.process_time()
         proposals = agent.ask(BATCH)
@@ -54,12 +50,11 @@ def main() -> None:
             score = float(np.mean(proposal.keep_counts / channels))
             results.append((proposal, Measurement(index=index, score=score, images=1, seconds=0)))
         agent.tell(results)
-        updates += agent.update(agent.pending_updates)
+        agent.learn()
         if turn >= 2:  # the first episodes are noise around the prior, without drafts
             asking.append(middle - started)
             learning.append(time.process_time() - middle)
-    agent.stop()
-    steps = updates / options.rounds
+    steps = agent.num_updates / options.rounds
     print_table(
         f"{options.model}, {len(channels)} groups, batches of {BATCH}, time of one core",
         ["proposals a second", "ms a gradient step", "ms learning an episode"],

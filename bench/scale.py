@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from report import positive, print_environment, print_table
 
-from cacp_ray.agent.cacp.algorithm import CACPConfig
+from cacp_ray.agent.cacp.agent import CACP
 from cacp_ray.config.run import PruningConfig
 from cacp_ray.distributed import cluster
 from cacp_ray.distributed.actors import RayActors
@@ -35,9 +35,8 @@ from cacp_ray.models.factory import build_model
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.rundir.directory import RunDirectory
-from cacp_ray.searching.allocation import uniform_prior
+from cacp_ray.searching.allocation import AllocationSpace, uniform_prior
 from cacp_ray.searching.loop import SearchLoop
-from cacp_ray.searching.mdp import AllocationMDP
 from cacp_ray.searching.settings import AgentSettings
 from cacp_ray.workflows.setup import make_budget
 
@@ -94,18 +93,18 @@ class SimulatedPool:
         """Processor time spent so far plus the waiting that was skipped."""
         return self._skipped + time.thread_time() - self._cpu
 
-    def elsewhere(self, update: Callable[[int], int]) -> Callable[[int], int]:
+    def elsewhere(self, update: Callable[[int], float]) -> Callable[[int], float]:
         """The same as in another process: it takes no time here, and no steps while it is busy."""
 
-        def run(max_updates: int) -> int:
+        def run(steps: int) -> float:
             if self.now() < self._learner_free:
-                return 0
+                return 0.0
             started = time.thread_time()
-            updates = update(max_updates)
+            error = update(steps)
             spent = time.thread_time() - started
             self._skipped -= spent
             self._learner_free = self.now() + spent
-            return updates
+            return error
 
         return run
 
@@ -157,17 +156,15 @@ def run(
     """Runs a search; returns the idle share, candidates a second and milliseconds an episode."""
     settings = AgentSettings(updates_per_episode=0) if learning == "off" else AgentSettings()
     channels = plan.cost_model.num_channels
-    agent = CACPConfig().agent(settings, num_actions=len(channels)).build_algo()
     budget = make_budget(plan, "macs", PruningConfig())
-    prior = uniform_prior(len(channels))
-    mdp = AllocationMDP(plan.cost_model, budget, prior, settings.action_scale)
+    space = AllocationSpace(budget, uniform_prior(len(channels)), settings.action_scale)
+    agent = CACP(settings, space, RATES, 0)
     watch = Watch()
     with tempfile.TemporaryDirectory() as folder:
         directory = RunDirectory(Path(folder))
         loop = SearchLoop(
             pool, plan.cost_model, directory, rates=RATES, evaluations=evaluations, mode="async"
         )
-        agent.attach(mdp, RATES, 0, evaluations)
         agent.ask = watch.timed("ask", agent.ask)
         agent.update = watch.timed("update", agent.update)
         if learning == "elsewhere":
@@ -182,7 +179,6 @@ def run(
             tick(agent)
             if loop.progress.evaluations <= evaluations - pool.capacity:
                 end, done = clock(), loop.progress.evaluations
-        agent.stop()
         rows = directory.read_records()
     finished = np.array([row.finished_at for row in rows])
     begun = finished - [row.seconds for row in rows]

@@ -1,16 +1,24 @@
-"""Parts that both agents are built from: memory, layers, optimizers."""
+"""Parts that both agents are built from: memory, layers, samples around a policy."""
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from torch import nn
+
+from cacp_ray.searching.strategy import Counts
+
+POLICY_FILE = "policy.safetensors"  # an agent's networks, for readers that open no pickle
+SAMPLE_NOISE = 0.05
+SAMPLE_NOISE_GROWTH = 1.4  # factor after a round that finds too few
+MAX_SAMPLE_ROUNDS = 20
+# Noise, number and beam -> candidates near the beam, or without one near the policy.
+Near = Callable[[float, int, Sequence[Counts]], list[Counts]]
 
 
 class EpisodeArrays:
@@ -88,14 +96,23 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def register_adam(learner: TorchLearner, module_id: str, rates: Mapping[str, float]) -> None:
-    """Gives each named network of a learner's module an Adam optimizer with its learning rate."""
-    for name, rate in rates.items():
-        params = list(getattr(learner.module[module_id], name).parameters())
-        learner.register_optimizer(
-            module_id=module_id,
-            optimizer_name=name,
-            optimizer=torch.optim.Adam(params),
-            params=params,
-            lr_or_lr_schedule=rate,
-        )
+def sample_around(
+    greedy: Counts, count: int, near: Near, beam: Sequence[Counts], known: Collection[Counts]
+) -> list[Counts]:
+    """Distinct candidates, at most `count`: the greedy one first, then others around it.
+
+    After the paper's inference: small noise on the policy at any reachable rate, and a `beam` of
+    the best measured so far, from which half of the candidates start. None is in `known`.
+    """
+    samples = {counts: None for counts in [greedy] if counts not in known}  # an ordered set
+    noise = SAMPLE_NOISE
+    for _ in range(MAX_SAMPLE_ROUNDS):
+        missing = count - len(samples)
+        if missing <= 0:
+            break
+        drawn = near(noise, (missing + 1) // 2, beam) if beam else []
+        if missing > len(drawn):
+            drawn += near(noise, missing - len(drawn), ())
+        samples |= {counts: None for counts in drawn if counts not in known}
+        noise *= SAMPLE_NOISE_GROWTH
+    return list(samples)[:count]

@@ -1,4 +1,4 @@
-"""The shell of every agent: an RLlib algorithm (new API stack) that is also a search strategy.
+"""The shell of the paper's agent: an algorithm of RLlib (new API stack), and a search strategy.
 
 Checkpoints, metrics and updates are RLlib's own. Its env runners are not used: episodes are
 arithmetic on the cost model, played here whole and in batches. The search loop has the candidates
@@ -26,7 +26,7 @@ from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils.checkpoints import Checkpointable
 from torch import nn
 
-from cacp_ray.agent.parts import EpisodeArrays, one_thread
+from cacp_ray.agent.parts import POLICY_FILE, EpisodeArrays, one_thread, sample_around
 from cacp_ray.errors import ArtifactError
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.io.files import read_tensors, write_tensors
@@ -37,10 +37,6 @@ from cacp_ray.searching.strategy import Counts
 Settings = TypeVar("Settings")
 
 AGENT_STATE = "agent"
-POLICY_FILE = "policy.safetensors"
-SAMPLE_NOISE = 0.05
-SAMPLE_NOISE_GROWTH = 1.4  # factor after a round that finds too few
-MAX_SAMPLE_ROUNDS = 20
 MAX_UPDATES_A_CALL = 64
 FIGURES = ("critic_loss", "policy_value")  # a learner's metrics that learning logs show
 MAX_UPDATES_A_STEP = 256  # under a second; the evaluators work on their second candidates
@@ -261,24 +257,13 @@ class PruningAgent(Algorithm):
         beam: Sequence[Counts] = (),
         known: Collection[Counts] = (),
     ) -> list[Counts]:
-        """Distinct candidates, at most `count`: the greedy one first, then others around it.
+        """Distinct candidates, at most `count`, around the policy and a beam: `sample_around`."""
+        (greedy,) = map(tuple, self.policy([rate]).tolist())
 
-        After the paper's inference: small noise on the policy at any reachable rate, and a `beam`
-        of the best measured so far, from which half of the candidates start. None is in `known`.
-        """
-        noise = SAMPLE_NOISE
-        greedy = map(tuple, self.policy([rate]).tolist())
-        samples = {counts: None for counts in greedy if counts not in known}  # an ordered set
-        for _ in range(MAX_SAMPLE_ROUNDS):
-            missing = count - len(samples)
-            if missing <= 0:
-                break
-            drawn = self._near(rate, noise, (missing + 1) // 2, rng, beam) if beam else []
-            if missing > len(drawn):
-                drawn += self._near(rate, noise, missing - len(drawn), rng)
-            samples |= {counts: None for counts in drawn if counts not in known}
-            noise *= SAMPLE_NOISE_GROWTH
-        return list(samples)[:count]
+        def near(noise: float, number: int, beam: Sequence[Counts]) -> list[Counts]:
+            return self._near(rate, noise, number, rng, beam)
+
+        return sample_around(greedy, count, near, beam, known)
 
     @property
     def _networks(self) -> nn.Module:

@@ -110,5 +110,6 @@ class FinetuneConfig(Section):
         except ValidationError as error:
             problem = error.errors()[0]
             key = ".".join(map(str, problem["loc"]))
-            raise ValueError(f"variants: {key}: {problem['msg']}") from error
+            message = problem["msg"].removeprefix("Value error, ")
+            raise ValueError(f"variants: {key}: {message}") from error
         return self

@@ -1,12 +1,28 @@
 """Settings of a training schedule; no torch here, so that reading a configuration stays fast."""
 
+import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import ConfigDict
+from pydantic import BeforeValidator, ConfigDict
 
 Order = Literal["ladder", "parallel"]
+
+
+def _check_rate(value: Any) -> Any:
+    if value == "auto":
+        return value
+    try:  # YAML takes 1e-3 for a text
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError("write a finite number above 0, or auto")
+    return number
+
+
+Rate = Annotated[float | Literal["auto"], BeforeValidator(_check_rate)]
 
 
 @dataclass(frozen=True)
@@ -41,7 +57,7 @@ class Recipe:
     epochs: Annotated[int, Ge(1)] = 24
     optimizer: Literal["sgd", "adamw"] = "sgd"
     batch_size: Annotated[int, Ge(1)] = 128
-    lr: Annotated[float, Gt(0)] | Literal["auto"] = 0.25
+    lr: Rate = 0.25
     warmup: Annotated[float, Ge(0), Le(1)] = 0.2
     momentum: Annotated[float, Ge(0), Le(1)] = 0.9
     weight_decay: Annotated[float, Ge(0)] = 5e-4

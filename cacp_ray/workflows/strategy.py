@@ -1,4 +1,4 @@
-"""The strategy of a run, from its configuration: agents on Ray, and all others."""
+"""The strategy of a run, from its configuration."""
 
 import logging
 from collections.abc import Collection, Sequence
@@ -8,12 +8,14 @@ from typing import Any, Protocol, cast, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike
 
+from cacp_ray.agent.cacp.agent import CACP
+from cacp_ray.agent.parts import POLICY_FILE
 from cacp_ray.config.run import RunConfig
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.pruning.criteria import needs, score_channels
 from cacp_ray.pruning.statistics import Statistics
 from cacp_ray.rundir.records import EpisodeRecord
-from cacp_ray.searching.allocation import Prior, uniform_prior
+from cacp_ray.searching.allocation import AllocationSpace, Prior, uniform_prior
 from cacp_ray.searching.budget import Ints
 from cacp_ray.searching.mdp import AllocationMDP
 from cacp_ray.searching.strategies import AGENTS, FROM_A_PRIOR
@@ -64,11 +66,14 @@ def make_run_strategy(setup: Setup) -> Strategy:
         ConfigError: The strategy needs more evaluations.
     """
     config, name = setup.config, setup.config.strategy
-    agent = _build_agent(setup) if name in CONDITIONAL else None  # early, as it takes seconds
+    agent = _build_paper_agent(config) if name == "cacp-paper" else None  # early: it takes seconds
 
     def make(prior: Prior) -> Any:
         if name not in AGENTS:
             return make_strategy(name, _make_problem(setup, prior))
+        if name == "cacp":
+            space = AllocationSpace(setup.budget, prior, config.agent.action_scale)
+            return CACP(config.agent, space, config.rates, config.seed)
         mdp = AllocationMDP(setup.plan.cost_model, setup.budget, prior, config.agent.action_scale)
         if agent is None:
             return _build_amc(config, mdp)
@@ -96,8 +101,6 @@ def read_policy(setup: Setup, checkpoint: Path, told: Sequence[EpisodeRecord]) -
     Raises:
         ArtifactError: The checkpoint has no such networks.
     """
-    from cacp_ray.agent.shell import POLICY_FILE
-
     if setup.config.mode == "rounds":
         told = sorted(told, key=lambda row: row.index)  # the order of telling
     strategy = make_run_strategy(setup)
@@ -156,19 +159,11 @@ def _make_problem(setup: Setup, prior: Prior) -> Problem:
     )
 
 
-def _build_agent(setup: Setup) -> Any:
-    config = setup.config
-    if config.strategy == "cacp-paper":
-        from cacp_ray.agent.ddpg.algorithm import DDPGConfig
-
-        _quieten_ray()
-        return DDPGConfig().agent(config.paper, seed=config.seed).build_algo()
-    from cacp_ray.agent.cacp.algorithm import CACPConfig
+def _build_paper_agent(config: RunConfig) -> Any:
+    from cacp_ray.agent.ddpg.algorithm import DDPGConfig
 
     _quieten_ray()
-    num_actions = int(np.sum(setup.budget.min_counts < setup.budget.num_channels))
-    settings = CACPConfig().agent(config.agent, seed=config.seed, num_actions=num_actions)
-    return settings.build_algo()
+    return DDPGConfig().agent(config.paper, seed=config.seed).build_algo()
 
 
 def _build_amc(config: RunConfig, mdp: AllocationMDP) -> Strategy:

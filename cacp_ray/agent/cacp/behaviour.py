@@ -1,10 +1,11 @@
-"""The choice of candidates: drafts of the policy and of good allocations, screened by the critics.
+"""The choice of candidates: drafts around good allocations, screened by the critics.
 
-A draft is the policy's answer with noise, or a good earlier allocation of this or another rate with
-some groups changed: offsets from the prior carry over between rates. For every candidate several
-drafts are made, and the one that the critics value most is measured. So the actor proposes and the
-critics choose among drafts around it, as in the Wolpertinger policy (Dulac-Arnold et al., 2015);
-the elites among the drafts are ours. CACP measures the policy with noise.
+A draft is the mean of good allocations with noise, or a good allocation of this or another rate
+with some groups changed: offsets from the prior carry over between rates. For every candidate
+several drafts are made, and the one that the critics value most is measured. A network that
+chooses among cheap proposals is that of the Wolpertinger policy (Dulac-Arnold et al., 2015), whose
+proposals come from an actor; elites are those of evolution. CACP measures its actor's answer with
+noise.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from cacp_ray.evaluation.measurement import Candidate
 from cacp_ray.searching.allocation import AllocationSpace, Float32s
@@ -33,7 +34,6 @@ ANSWER_DRAFTS = 256
 ANSWER_NOISE = 0.1
 ANSWER_AVERAGED = 16
 
-Act = Callable[[NDArray[np.floating]], Float32s]  # rates (N,) -> actions (N, P)
 Value = Callable[[Ints | Floats], Float32s]  # keep counts (N, G) -> (N,)
 
 
@@ -54,13 +54,12 @@ class Behaviour:
         settings: AgentSettings,
         space: AllocationSpace,
         rates: Sequence[float],
-        act: Act,
         value: Value,
         seed: int,
     ) -> None:
         self._settings = settings
         self._space = space
-        self._act, self._value = act, value
+        self._value = value
         # Critics that never learn cannot choose, so one draft is enough.
         self.num_drafts = settings.drafts if settings.updates_per_episode else 1
         self._rng = np.random.default_rng([seed, 1])
@@ -93,9 +92,9 @@ class Behaviour:
         return make_candidates(rates, [*map(self._choose, rates, ranked)])
 
     def draft(self, rate: float, noise: float, count: int, rng: np.random.Generator) -> Float32s:
-        """(M, P) offsets of elites with some groups changed, or of the policy with noise."""
+        """(M, P) offsets of elites with some groups changed, or of their mean with noise."""
         num_offsets = self._space.num_offsets
-        drafts = np.tile(self._act(np.array([rate])), (count, 1))
+        drafts = np.tile(self.between([rate]), (count, 1))
         drafts += noise * rng.standard_normal(drafts.shape).astype(np.float32)
         for i in np.flatnonzero(rng.random(count) < self._settings.elite_share):
             elite = self._choose_elite(rate, rng)
@@ -196,17 +195,33 @@ class Behaviour:
         return elites[int(len(elites) * rng.random() ** 2)]
 
     def get_state(self) -> dict[str, Any]:
-        """Clocks, memory, elites and the random state."""
+        """Clocks, memory, elites and the random state, ready for JSON."""
         return {
-            "num_asked": dict(self.num_asked),
-            "asked": {rate: set(asked) for rate, asked in self.asked.items()},
-            "elites": {rate: list(elites) for rate, elites in self.elites.items()},
+            "rates": [
+                {
+                    "rate": rate,
+                    "asked": number,
+                    "known": sorted(self.asked[rate]),
+                    "elites": [
+                        [elite.score, elite.keep_counts, elite.offsets.tolist()]
+                        for elite in self.elites[rate]
+                    ],
+                }
+                for rate, number in self.num_asked.items()
+            ],
             "random": self._rng.bit_generator.state,
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Takes what `get_state` gave."""
-        self.num_asked = dict(state["num_asked"])
-        self.asked = {rate: set(asked) for rate, asked in state["asked"].items()}
-        self.elites = {rate: list(elites) for rate, elites in state["elites"].items()}
+        rows = state["rates"]
+        self.num_asked = {row["rate"]: row["asked"] for row in rows}
+        self.asked = {row["rate"]: set(map(tuple, row["known"])) for row in rows}
+        self.elites = {
+            row["rate"]: [
+                Elite(score, tuple(counts), np.array(offsets, np.float32))
+                for score, counts, offsets in row["elites"]
+            ]
+            for row in rows
+        }
         self._rng.bit_generator.state = state["random"]

@@ -1,25 +1,24 @@
 """All measured episodes: plain arrays, one row an episode.
 
-Scores and losses are stored raw and made values when sampled. The critics learn one scale for all
-rates, and the actor's gradient is divided by the spread of its own rate, so that an easy rate does
-not look like a good action (ours; the published code shares one baseline over all rates). A value
-is the mean of the normal scores of the score and of minus the loss, on one scale: the loss of a few
-thousand images tells networks apart that their accuracy does not. Normal scores are the quantiles
-of a standard normal distribution at the ranks (Blom, 1958). They know no unit, so that the agent
-learns alike from any metric, and a collapsed network moves no other value.
+Scores and losses are stored raw and made values when they are learned from, on one scale for all
+rates. A value is the mean of the normal scores of the score and of minus the loss: the loss of a
+few thousand images tells networks apart that their accuracy does not. Normal scores are the
+quantiles of a standard normal distribution at the ranks (Blom, 1958). They know no unit, so that
+the agent learns alike from any metric, and a collapsed network moves no other value.
 """
 
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from ray.rllib.core.columns import Columns
 
-from cacp_ray.agent.cacp.module import LOG_RATIOS, SHARES, SPREADS, VALUES, WEIGHTS
-from cacp_ray.agent.parts import EpisodeArrays, draw_rows
+from cacp_ray.agent.parts import EpisodeArrays
 
-MIN_SPREAD = 0.03  # of values at one rate; near the noise of a few thousand images
+LOG_RATIOS = "log_ratios"
+VALUES = "values"
+WEIGHTS = "weights"
+ARRAYS = ("log_ratios", "score", "loss", "images")
 WORST_VALUE = -4.0  # a collapsed network tells no more than a bad one
 
 
@@ -27,21 +26,15 @@ class Replay(EpisodeArrays):
     """Episodes of all rates; nothing is ever dropped, some hundred bytes each.
 
     Attributes:
-        rates: (N,) exactly as asked: equal values are one rate.
-        offsets: (N, P) offsets of the final keep counts (searching/allocation.py).
         log_ratios: (N, P) log keep ratios.
-        shares: (N, P) cost shares.
         score: (N,) of any unit, higher is better.
         loss: (N,) of any unit, lower is better; NaN where it is unknown.
         images: (N,) images scored, 0 for a failed measurement.
     """
 
-    def __init__(self, num_offsets: int) -> None:
+    def __init__(self, num_groups: int) -> None:
         super().__init__()
-        self.rates = np.empty(0)
-        self.offsets = np.empty((0, num_offsets), np.float32)
-        self.log_ratios = np.empty((0, num_offsets), np.float32)
-        self.shares = np.empty((0, num_offsets), np.float32)
+        self.log_ratios = np.empty((0, num_groups), np.float32)
         self.score = np.empty(0)
         self.loss = np.empty(0)
         self.images = np.empty(0, np.float32)
@@ -63,31 +56,26 @@ class Replay(EpisodeArrays):
             values[valid] = ranked
         return np.maximum(values, WORST_VALUE)
 
-    def spreads(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(N,) standard deviation of the values of the same rate, without failures."""
-        spreads = np.empty(len(self))
-        for rate in np.unique(self.rates):
-            mask = self.rates == rate
-            known = values[mask & (self.images > 0)]
-            spreads[mask] = max(known.std() if len(known) else 0.0, MIN_SPREAD)
-        return spreads
-
-    def sample(self, count: int, rng: np.random.Generator) -> dict[str, NDArray[Any]]:
-        """The learner's columns of episodes drawn with replacement, float32.
+    def columns(self) -> dict[str, NDArray[np.float32]]:
+        """What the critics learn from.
 
         `WEIGHTS` (N,) of the squared errors: the share of images scored, and 1 for failures.
         """
-        values = self.values()
-        columns = {
-            Columns.OBS: self.rates[:, None],
-            Columns.ACTIONS: self.offsets,
+        shares = self.images / max(1.0, float(self.images.max(initial=0)))
+        return {
             LOG_RATIOS: self.log_ratios,
-            SHARES: self.shares,
-            VALUES: values,
-            SPREADS: self.spreads(values),
-            WEIGHTS: np.where(self.images > 0, self.images / max(1.0, self.images.max()), 1),
+            VALUES: self.values().astype(np.float32),
+            WEIGHTS: np.where(self.images > 0, shares, 1).astype(np.float32),
         }
-        return draw_rows(columns, count, rng)
+
+    def get_tensors(self) -> dict[str, torch.Tensor]:
+        """All arrays, for a file."""
+        return {name: torch.from_numpy(getattr(self, name)) for name in ARRAYS}
+
+    def set_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Takes what `get_tensors` gave."""
+        self.set_state({name: tensors[name].numpy() for name in ARRAYS})
+        self.num_added = len(self.score)
 
 
 def _normal_scores(term: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -7,6 +7,7 @@ Both losses use the networks before the step; the published code moves the criti
 may be subtracted from r_T (replay.py).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 
 from cacp_ray.agent.ddpg.module import SMOOTHING, VALUES, SequentialActorCritic
-from cacp_ray.agent.parts import register_adam
 from cacp_ray.agent.shell import AgentConfig
 from cacp_ray.searching.settings import PaperSettings
 
@@ -61,3 +61,16 @@ class DDPGLearner(TorchLearner):
     def _is_actors_turn(self, module: SequentialActorCritic) -> bool:
         is_td3 = len(module.critics) > 1
         return not is_td3 or int(module.num_updates) % TD3_ACTOR_EVERY == 0
+
+
+def register_adam(learner: TorchLearner, module_id: str, rates: Mapping[str, float]) -> None:
+    """Gives each named network of a learner's module an Adam optimizer with its learning rate."""
+    for name, rate in rates.items():
+        params = list(getattr(learner.module[module_id], name).parameters())
+        learner.register_optimizer(
+            module_id=module_id,
+            optimizer_name=name,
+            optimizer=torch.optim.Adam(params),
+            params=params,
+            lr_or_lr_schedule=rate,
+        )

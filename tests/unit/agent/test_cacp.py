@@ -5,10 +5,12 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
-import ray
+import torch
 
-from cacp_ray.agent.cacp.algorithm import CACP, CACPConfig
-from cacp_ray.agent.shell import MAX_UPDATES_A_STEP
+from cacp_ray.agent.cacp.agent import CACP, MAX_UPDATES_A_STEP
+from cacp_ray.agent.cacp.critics import NUM_CRITICS, Critics
+from cacp_ray.agent.cacp.replay import LOG_RATIOS, VALUES, WEIGHTS
+from cacp_ray.errors import ArtifactError
 from cacp_ray.searching.budget import spend
 from cacp_ray.searching.settings import AgentSettings
 from tests.toy import five_group_problem, toy_problem
@@ -19,20 +21,8 @@ UNSEEN = (0.4, 0.6)
 SMALL = AgentSettings(hidden=(48, 48), batch_size=64)
 
 
-@pytest.fixture
-def build():
-    agents = []
-
-    def make(mdp, settings=SMALL, seed=0) -> CACP:
-        config = CACPConfig().agent(settings, seed=seed, num_actions=mdp.space.num_offsets)
-        agent = config.build_algo()
-        agent.attach(mdp, RATES, seed, 300)
-        agents.append(agent)
-        return agent
-
-    yield make
-    for agent in agents:
-        agent.stop()
+def build(mdp, settings=SMALL, seed=0) -> CACP:
+    return CACP(settings, mdp.space, RATES, seed)
 
 
 def drive(agent, score, episodes, batch=6) -> dict[float, float]:
@@ -43,7 +33,8 @@ def drive(agent, score, episodes, batch=6) -> dict[float, float]:
         for candidate, measurement in results:
             best[candidate.rate] = max(best[candidate.rate], measurement.score)
         agent.tell(results)
-        agent.update(agent.pending_updates)
+        while agent.pending_updates and agent.learn()["updates"]:
+            pass
     return best
 
 
@@ -67,7 +58,7 @@ def optimum(mdp, score, rate) -> float:
     ("seed", "episodes"),
     [(0, 90), *(pytest.param(seed, 150, marks=pytest.mark.slow) for seed in range(3))],
 )
-def test_the_policy_reaches_99_percent_of_the_optimum_within_150_episodes(build, seed, episodes):
+def test_the_policy_reaches_99_percent_of_the_optimum_within_150_episodes(seed, episodes):
     """Five groups of at most nine legal counts: the optimum is known from trying them all."""
     mdp, score, optima = five_group_problem(seed, RATES)
     agent = build(mdp, seed=seed)
@@ -81,8 +72,8 @@ def test_the_policy_reaches_99_percent_of_the_optimum_within_150_episodes(build,
 
 
 @pytest.mark.slow
-def test_learning_and_not_its_elites_alone_reaches_99_percent(build):
-    """The control takes no gradient step: noise around the prior and around its best so far."""
+def test_learning_and_not_its_elites_alone_reaches_99_percent():
+    """The control takes no gradient step: noise around its best so far and their mean."""
     rows: dict[str, list[float]] = defaultdict(list)
     idle = dataclasses.replace(SMALL, updates_per_episode=0, drafts=1)
     for seed in range(2):
@@ -91,11 +82,9 @@ def test_learning_and_not_its_elites_alone_reaches_99_percent(build):
         rows["best"] += drive(agent, score, 120).values()
         rows["best without"] += drive(control, score, 120).values()
         rows["optimum"] += [optimum(mdp, score, rate) for rate in RATES]
-        actor = mdp.space.decode(RATES, agent._act(np.array(RATES)))
         for name, counts in {
             "prior": mdp.prior(RATES),
             "policy": agent.policy(RATES),
-            "actor": actor,
             "policy without": control.policy(RATES),
             "prior, unseen": mdp.prior(UNSEEN),
             "policy, unseen": agent.policy(UNSEEN),
@@ -103,9 +92,8 @@ def test_learning_and_not_its_elites_alone_reaches_99_percent(build):
             rows[name] += [score(tuple(row)) for row in counts]
     mean = {name: float(np.mean(scores)) for name, scores in rows.items()}
     missing = mean["optimum"] - mean["prior"]
-    assert mean["policy"] > 0.99 * mean["optimum"] > mean["policy without"]
-    assert mean["best"] > mean["best without"] + 0.1 * missing
-    assert mean["actor"] > mean["prior"] + 0.8 * missing
+    assert mean["policy"] > max(0.99 * mean["optimum"], mean["policy without"] + 0.05 * missing)
+    assert mean["best"] > mean["best without"] + 0.05 * missing
     assert mean["policy, unseen"] > mean["prior, unseen"] + 0.4 * missing
     by_rate = np.reshape(rows["policy"], (-1, 3)).mean(0) - np.reshape(rows["prior"], (-1, 3)).mean(
         0
@@ -113,7 +101,7 @@ def test_learning_and_not_its_elites_alone_reaches_99_percent(build):
     assert (by_rate > 0).all()
 
 
-def test_without_learning_the_policy_is_the_mean_of_good_allocations(build):
+def test_without_learning_the_policy_is_the_mean_of_good_allocations():
     mdp, score = toy_problem(0)
     agent = build(mdp, dataclasses.replace(SMALL, updates_per_episode=0))
     drive(agent, score, 60)
@@ -122,7 +110,7 @@ def test_without_learning_the_policy_is_the_mean_of_good_allocations(build):
     assert (mean != mdp.prior(RATES)).any(axis=1).all()
 
 
-def test_an_untrained_policy_is_the_prior_and_asked_first(build):
+def test_an_untrained_policy_is_the_prior_and_asked_first():
     mdp, _ = toy_problem(0)
     agent = build(mdp)
     rates = np.linspace(0.2, 0.9, 8)
@@ -133,7 +121,7 @@ def test_an_untrained_policy_is_the_prior_and_asked_first(build):
         assert proposal.keep_counts == tuple(mdp.prior([proposal.rate])[0])
 
 
-def test_proposals_are_distinct_and_within_budget(build):
+def test_proposals_are_distinct_and_within_budget():
     mdp, score = toy_problem(1)
     agent = build(mdp, AgentSettings(hidden=(32,), updates_per_episode=1))
     asked = []
@@ -148,16 +136,17 @@ def test_proposals_are_distinct_and_within_budget(build):
     assert max(per_rate) - min(per_rate) <= 1
 
 
-def test_a_restored_agent_continues_bit_for_bit(build, tmp_path):
+def test_a_restored_agent_continues_bit_for_bit(tmp_path):
     mdp, score = toy_problem(2)
     few = AgentSettings(hidden=(32,), batch_size=32, updates_per_episode=4)
     agent = build(mdp, few)
     drive(agent, score, 36)
     agent.tell(measure(agent.ask(6), score, 36))  # updates are pending when it is saved
-    agent.save(tmp_path / "checkpoint")
+    agent.save(tmp_path)
+    assert not any(file.suffix in (".pkl", ".pt") for file in tmp_path.rglob("*"))
 
     other = build(mdp, few, seed=9)
-    other.restore(tmp_path / "checkpoint")
+    other.restore(tmp_path)
     assert other.pending_updates == agent.pending_updates > 0
     for twin in (agent, other):
         twin.update(10)
@@ -165,50 +154,67 @@ def test_a_restored_agent_continues_bit_for_bit(build, tmp_path):
     assert agent.ask(12) == other.ask(12)
     rates = np.linspace(0.2, 0.9, 15)
     np.testing.assert_array_equal(agent.policy(rates), other.policy(rates))
-    ours, theirs = agent.get_module().state_dict(), other.get_module().state_dict()
+    ours, theirs = agent._critics.state_dict(), other._critics.state_dict()
     for name, value in ours.items():
         np.testing.assert_array_equal(value, theirs[name])
 
 
-def test_a_checkpoint_is_one_of_rllib(build, tmp_path):
+def test_networks_and_measurements_alone_give_the_same_answers(tmp_path):
     mdp, score = toy_problem(2)
-    agent = build(mdp)
-    drive(agent, score, 24)
-    path = agent.save_to_path(tmp_path)
-    other = CACP.from_checkpoint(path)
-    other.attach(mdp, RATES, 5, 300)
-    np.testing.assert_array_equal(agent.policy(UNSEEN), other.policy(UNSEEN))
-    assert agent.ask(6) == other.ask(6)
-    other.stop()
+    agent, told = build(mdp), []
+    for first in range(0, 48, 6):
+        told += measure(agent.ask(6), score, first)
+        agent.tell(told[-6:])
+        agent.learn()
+    agent.save(tmp_path)
+    reader = build(mdp, seed=5)
+    reader.tell(told)
+    reader.load_policy(tmp_path / "policy.safetensors")
+    np.testing.assert_array_equal(agent.policy(UNSEEN), reader.policy(UNSEEN))
 
 
-def test_learning_takes_the_earned_steps_and_reports_plain_figures_of_its_own(build, monkeypatch):
+def test_a_checkpoint_of_another_version_is_refused(tmp_path):
+    mdp, _ = toy_problem(0)
+    (tmp_path / "algorithm_state.pkl").touch()
+    with pytest.raises(ArtifactError, match=r"no state\.json, as an earlier cacp_ray"):
+        build(mdp).restore(tmp_path)
+
+
+def test_learning_takes_the_earned_steps_and_reports_plain_figures():
     mdp, score = toy_problem(0)
     agent = build(mdp, AgentSettings(hidden=(32,), updates_per_episode=2))
-    logged, learner = defaultdict(list), agent._learners._learner
-    log_value = learner.metrics.log_value
-
-    def note(key, value, **options):
-        logged[key[-1]].append(value)
-        log_value(key, value, **options)
-
-    monkeypatch.setattr(learner.metrics, "log_value", note)
     assert agent.learn() == {"updates": 0}
     for told in (0, 30):
         agent.tell(measure(agent.ask(30), score, told))
-        logged.clear()
         figures = agent.learn()
-        assert figures.keys() == {"updates", "critic_loss", "policy_value"}
+        assert figures.keys() == {"updates", "critic_loss"}
         assert all(type(value) is float for value in figures.values())
         assert figures["updates"] == 2 * (told + 30)
-        assert len(logged["critic_loss"]) == 60
-        for name in ("critic_loss", "policy_value"):  # the values of the last step
-            assert figures[name] == pytest.approx(logged[name][-1])
     assert agent.learn() == {"updates": 120}
     assert agent.pending_updates == 0
 
 
-def test_learning_thins_out_when_many_results_come_at_once(build):
+def test_steps_are_those_of_torch_s_adam():
+    critics, torchs = Critics(5, (8,), 1e-3, 0), Critics(5, (8,), 1e-3, 0)
+    optimizer = torch.optim.Adam(torchs.parameters(), lr=1e-3)
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        rows = {
+            LOG_RATIOS: rng.standard_normal((12, 5)).astype(np.float32),
+            VALUES: rng.standard_normal(12).astype(np.float32),
+            WEIGHTS: rng.random(12).astype(np.float32),
+        }
+        critics.step(rows)
+        x, y, w = (torch.from_numpy(rows[name]) for name in (LOG_RATIOS, VALUES, WEIGHTS))
+        own = torch.stack([torchs.values(x)[n % NUM_CRITICS, n] for n in range(12)])
+        optimizer.zero_grad()
+        (NUM_CRITICS * (w * (own - y) ** 2).mean()).backward()
+        optimizer.step()
+    for ours, theirs in zip(critics.parameters(), torchs.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-7)
+
+
+def test_learning_thins_out_when_many_results_come_at_once():
     mdp, score = toy_problem(0)
     agent = build(mdp, AgentSettings(hidden=(8,), batch_size=8))
     agent.tell(measure(agent.ask(40), score))
@@ -216,16 +222,17 @@ def test_learning_thins_out_when_many_results_come_at_once(build):
     assert agent.pending_updates == 0
 
 
-def test_the_first_episodes_leave_the_policy_at_the_prior(build):
+def test_the_first_episodes_teach_the_critics_nothing():
     mdp, score = toy_problem(0)
     agent = build(mdp)
     drive(agent, score, 24)
-    np.testing.assert_array_equal(agent.policy(UNSEEN), mdp.prior(UNSEEN))
+    mean = mdp.space.decode(UNSEEN, agent._behaviour.between(UNSEEN))
+    np.testing.assert_array_equal(agent.policy(UNSEEN), mean)
     drive(agent, score, 12)
-    assert (agent.policy(UNSEEN) != mdp.prior(UNSEEN)).any()
+    assert (agent.policy(UNSEEN) != mean).any()
 
 
-def test_good_allocations_are_interpolated_between_rates(build):
+def test_good_allocations_are_interpolated_between_rates():
     mdp, score = toy_problem(0)
     agent = build(mdp)
     drive(agent, score, 30)
@@ -239,7 +246,7 @@ def test_good_allocations_are_interpolated_between_rates(build):
     np.testing.assert_allclose(offsets[2], known[2])
 
 
-def test_failures_teach_but_are_no_elites(build):
+def test_failures_teach_but_are_no_elites():
     mdp, score = toy_problem(0)
     agent = build(mdp)
     agent.tell(measure(agent.ask(6), score))
@@ -253,14 +260,14 @@ def test_failures_teach_but_are_no_elites(build):
     assert np.abs(agent._replay.values()[:6]).max() < 3
 
 
-def test_failures_alone_leave_the_policy_at_the_prior(build):
+def test_failures_alone_leave_the_policy_at_the_prior():
     mdp, score = toy_problem(0)
     agent = build(mdp, AgentSettings(hidden=(8,), updates_per_episode=0))
     agent.tell(measure(agent.ask(40), score, status="failed"))
     np.testing.assert_array_equal(agent.policy(UNSEEN), mdp.prior(UNSEEN))
 
 
-def test_samples_start_with_the_policy_and_go_on_around_a_beam(build):
+def test_samples_start_with_the_policy_and_go_on_around_a_beam():
     mdp, _ = toy_problem(0)
     agent = build(mdp)
     samples = agent.policy_samples(0.42, 20, np.random.default_rng(0))
@@ -275,29 +282,3 @@ def test_samples_start_with_the_policy_and_go_on_around_a_beam(build):
     distances = np.abs(np.log(np.array(near) / far)).mean(axis=1)
     assert (distances > 0.2).sum() >= 3
     assert (distances < 0.2).sum() >= 3  # these lie around the policy
-
-
-def test_the_actor_moves_every_few_critic_steps(build):
-    mdp, score = toy_problem(0)
-    agent = build(mdp, AgentSettings(hidden=(32,)))
-    agent.tell(measure(agent.ask(30), score))
-
-    def weights(network):
-        return next(getattr(agent.get_module(), network).parameters()).detach().clone()
-
-    moves = []
-    for _ in range(8):
-        actor, critic = weights("actor"), weights("critics")
-        last = agent.get_module().actor[-2].bias.detach().clone()
-        agent.update(1)
-        assert not (critic == weights("critics")).all()
-        moved = not (actor == weights("actor")).all()
-        moves.append(moved or bool((last != agent.get_module().actor[-2].bias).any()))
-    assert moves == [False, False, False, True] * 2
-
-
-def test_building_needs_no_running_ray():
-    was_running = ray.is_initialized()
-    agent = CACPConfig().agent(SMALL, num_actions=8).build_algo()
-    agent.stop()
-    assert ray.is_initialized() == was_running

@@ -1,25 +1,19 @@
-"""The agent's memory: one scale of values for all rates, and their spread at each rate."""
+"""The agent's memory: one scale of values for all rates."""
 
 import numpy as np
 import pytest
-from ray.rllib.core.columns import Columns
 
-from cacp_ray.agent.cacp.module import SPREADS, VALUES, WEIGHTS
-from cacp_ray.agent.cacp.replay import MIN_SPREAD, WORST_VALUE, Replay
+from cacp_ray.agent.cacp.replay import LOG_RATIOS, VALUES, WEIGHTS, WORST_VALUE, Replay
 
 GROUPS = 3
 NAN = float("nan")
 
 
-def fill(score, loss=None, rates=None, images=None):
+def fill(score, loss=None, images=None):
     number = len(score)
     replay = Replay(GROUPS)
-    zeros = np.zeros((number, GROUPS))
     replay.add(
-        rates=np.full(number, 0.5) if rates is None else rates,
-        offsets=zeros,
-        log_ratios=zeros,
-        shares=zeros,
+        log_ratios=np.zeros((number, GROUPS)),
         score=score,
         loss=np.full(number, NAN) if loss is None else loss,
         images=np.full(number, 100) if images is None else images,
@@ -51,21 +45,11 @@ def test_values_of_networks_with_and_without_a_loss_are_in_one_order():
     assert (np.diff(fill(score, loss).values()) > 0).all()
 
 
-def test_spreads_are_those_of_the_same_rate():
-    replay = fill([0.6, 0.95, 0.85, 0.9], [1.2, 0.3, 0.5, 0.4], [0.3, 0.3, 0.7, 0.7])
-    values = replay.values()
-    spreads = replay.spreads(values)
-    assert values[2] > values[0]
-    assert spreads == pytest.approx(np.repeat([values[:2].std(), values[2:].std()], 2))
-    assert spreads[0] == spreads[1] > spreads[2] == spreads[3]
-
-
 def test_failures_are_worst_and_move_no_scale():
     ok = fill([0.6, 0.7], [1.2, 0.9])
     both = fill([0.6, 0.7, 0.0], [1.2, 0.9, NAN], images=[100, 100, 0])
     assert both.values()[:2] == pytest.approx(ok.values())
     assert both.values()[2] == WORST_VALUE
-    assert both.spreads(both.values())[:2] == pytest.approx(ok.spreads(ok.values()))
     assert fill([0.0], images=[0]).values().tolist() == [WORST_VALUE]
 
 
@@ -85,21 +69,15 @@ def test_a_collapsed_network_moves_no_other_value():
 def test_extreme_measurements_stay_finite():
     replay = fill([0.0, 1.0, 0.5], [50.0, 1e-9, 1.0])
     assert np.isfinite(replay.values()).all()
-    one = fill([0.5])
-    assert one.spreads(one.values()) == pytest.approx([MIN_SPREAD])
 
 
-def test_rows_are_drawn_whole():
-    replay = fill([0.5, 0.7, 0.9], [1.5, 0.9, 0.4], [0.3, 0.5, 0.7], [100, 50, 100])
-    rows = replay.sample(64, np.random.default_rng(0))
-    spreads = replay.spreads(replay.values())
-    for drawn in range(64):
-        index = {0.3: 0, 0.5: 1, 0.7: 2}[round(float(rows[Columns.OBS][drawn, 0]), 1)]
-        assert rows[VALUES][drawn] == pytest.approx(replay.values()[index])
-        assert rows[SPREADS][drawn] == pytest.approx(spreads[index])
-        assert rows[WEIGHTS][drawn] == pytest.approx([1, 0.5, 1][index])
-    assert rows[Columns.ACTIONS].shape == (64, GROUPS)
-    assert all(column.dtype == np.float32 for column in rows.values())
+def test_columns_are_those_of_the_episodes():
+    replay = fill([0.5, 0.7, 0.9, 0.0], [1.5, 0.9, 0.4, NAN], images=[100, 50, 100, 0])
+    columns = replay.columns()
+    assert columns[VALUES] == pytest.approx(replay.values())
+    assert columns[WEIGHTS] == pytest.approx([1, 0.5, 1, 1])
+    assert columns[LOG_RATIOS].shape == (4, GROUPS)
+    assert all(column.dtype == np.float32 for column in columns.values())
 
 
 def test_where_the_loss_is_unknown_accuracy_alone_counts():
