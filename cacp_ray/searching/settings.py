@@ -17,17 +17,18 @@ class AgentSettings:
     """The conditional agent (agent/cacp); all defaults are ours.
 
     Attributes:
-        hidden: Widths of the hidden layers of actor and critics.
-        lr: Adam's step for actor and critics.
+        hidden: Widths of the hidden layers of the critics.
+        lr: Adam's step.
         batch_size: Episodes a gradient step, for each critic.
         updates_per_episode: Critic steps for each told episode; 0 switches learning and the choice
             among drafts off.
-        noise: Standard deviation of the action noise at a rate's first episode.
+        noise: Standard deviation of the drafts' noise at a rate's first episode.
         noise_decay: Factor on the noise after every episode of the same rate.
         action_scale: s in keep count = prior * exp(s * a), a in [-1, 1].
-        elite_share: Share of drafts that change a good earlier allocation instead of the policy.
+        elite_share: Share of drafts that change a good earlier allocation in some groups; the others
+            are the mean of good allocations with noise in all.
         drafts: Drafts for every candidate; the critics choose one.
-        warmup: Episodes of noise around the prior, at each rate, before the networks are used.
+        warmup: Episodes of noise around the prior, at each rate, before the critics are used.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
