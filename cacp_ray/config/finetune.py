@@ -26,7 +26,8 @@ class TrialsConfig(Section):
     cpus: int | None = Field(
         default=None,
         ge=1,
-        description="CPUs of a trial or worker; default: cluster.cpus_per_evaluator",
+        description="CPUs of a trial or worker; default: cluster.cpus_per_evaluator, and where one "
+        "trial runs at a time all of the largest node",
     )
     gpus: float = Field(
         default=0.0, ge=0, description="GPUs of a trial or worker; 0.25: four share one"

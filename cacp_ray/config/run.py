@@ -103,6 +103,13 @@ class DataConfig(Section):
     max_pixels: int = Field(
         default=MAX_PIXELS, ge=1, le=2**27, description="largest image that is decoded, in pixels"
     )
+    num_classes: int | None = Field(
+        default=None,
+        ge=1,
+        le=100_000,
+        description="number of classes, where labels are numbers without names and no image has "
+        "the largest; unset: one more than the largest label",
+    )
     stream: bool = Field(
         default=False,
         description="training and the test split read and decode their images when they need "

@@ -92,6 +92,8 @@ class Rows:
         without: Whether to take all rows but the drawn ones.
         seed: Seed of the draw.
         count: Number of the selected rows to keep, evenly spaced; all by default.
+        num_classes: Number of classes where they have no names; by default one more than the
+            largest label of the source.
     """
 
     span: tuple[int, int] | None = None
@@ -99,6 +101,7 @@ class Rows:
     without: bool = False
     seed: int = 0
     count: int | None = None
+    num_classes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,12 @@ def read_labels(
             f"data {source.name}: rows {start}-{stop} are outside its {len(labels)} rows"
         )
     chosen = np.arange(start, stop)
-    classes = source.classes or _number_classes(source)
+    classes = source.classes or _number_classes(source, rows.num_classes)
+    if rows.num_classes not in (None, len(classes)):
+        raise ConfigError(
+            f"data.num_classes {rows.num_classes}: {source.name} names {len(classes)} classes; "
+            "leave it out"
+        )
     _check_labels(source, chosen, len(classes))
     if rows.per_class is not None:
         blocks = np.searchsorted(source.blocks, chosen, side="right") - 1
@@ -197,8 +205,10 @@ def read_labels(
     return chosen, labels[chosen], classes
 
 
-def _number_classes(source: Source) -> tuple[str, ...]:
+def _number_classes(source: Source, number: int | None) -> tuple[str, ...]:
     """Numbers as names for the classes of all rows, so that every selection has the same names."""
+    if number is not None:
+        return tuple(str(label) for label in range(number))
     largest = int(source.labels.max())
     if largest >= MAX_UNNAMED_CLASSES:
         where = source.where(int(source.labels.argmax()))
@@ -216,9 +226,15 @@ def _check_labels(source: Source, rows: NDArray[np.int64], num_classes: int) -> 
         raise ArtifactError(f"data {where}: no label; add it or remove the row")
     if len(outside := np.flatnonzero((labels < 0) | (labels >= num_classes))):
         where = source.where(int(rows[outside[0]]))
+        is_from_one = source.labels.min() == 1 and source.labels.max() == num_classes
+        step = (
+            "labels begin at 1 here: subtract 1 from each"
+            if is_from_one
+            else ("mend the label or the class names")
+        )
         raise ArtifactError(
-            f"data {where}: label {labels[outside[0]]} is outside the {num_classes} classes; mend "
-            "the label or the class names"
+            f"data {where}: label {labels[outside[0]]} is outside the {num_classes} classes, which "
+            f"begin at 0; {step}"
         )
 
 

@@ -25,8 +25,8 @@ class AgentSettings:
         noise: Standard deviation of the drafts' noise at a rate's first episode.
         noise_decay: Factor on the noise after every episode of the same rate.
         action_scale: s in keep count = prior * exp(s * a), a in [-1, 1].
-        elite_share: Share of drafts that change a good earlier allocation in some groups; the others
-            are the mean of good allocations with noise in all.
+        elite_share: Share of drafts that change a good earlier allocation in some groups; the
+            others are the mean of good allocations with noise in all.
         drafts: Drafts for every candidate; the critics choose one.
         warmup: Episodes of noise around the prior, at each rate, before the critics are used.
     """

@@ -248,6 +248,7 @@ def _finetune(
 ) -> tuple[Mapping[float, Any], ImageSet | ImageStream]:
     """Trains on Ray Tune; returns the results by rate, and the test split."""
     from cacp_ray.distributed.cluster import check_address, check_room, connect
+    from cacp_ray.distributed.nodes import read_nodes
     from cacp_ray.distributed.probe import probe_nodes
     from cacp_ray.tuning.experiment import TrialFiles
     from cacp_ray.tuning.finetune import finetune_subnets, make_loggers
@@ -272,15 +273,18 @@ def _finetune(
         key = f"variants.{name}.padding" if name else "finetune.padding"
         check_padding(recipe, search, key)
     connect(address)
+    cpus = job.cpus
+    if one_by_one and trials.cpus is None and not trials.gpus and trials.workers == 1:
+        cpus = max(cpus, int(max(read_nodes().cpus.values(), default=0)))  # one trial at a time
     least = trials.workers if isinstance(trials.workers, int) else trials.workers[0]
     asked_by = "trials.cpus, trials.gpus, trials.workers"
-    check_room(job.cpus, trials.gpus, address, actors=least, asked_by=asked_by)
+    check_room(cpus, trials.gpus, address, actors=least, asked_by=asked_by)
     streams = [split for split in (train, test) if isinstance(split, ImageStream)]
     probe_nodes([] if mirror else [job.experiment_dir.parent], streams)
     load_base = make_rebuild(job.model, len(train.classes))  # its file may be here alone
     results: dict[float, Any] = {}
     for where, folders in list_experiments(
-        setup, job.folders, job.experiment_dir, one_by_one, job.cpus
+        setup, job.folders, job.experiment_dir, one_by_one, cpus
     ):
         load_teacher = load_base
         larger = [rate for rate in results if rate > min(folders)]
@@ -301,7 +305,7 @@ def _finetune(
             test_split=test,
             recipes=settings.recipes,
             experiment_dir=where,
-            resources=Resources(job.cpus, trials.gpus, trials.workers),
+            resources=Resources(cpus, trials.gpus, trials.workers),
             resume=resume,
             on_epoch=on_epoch,
             stops_poor=trials.scheduler == "asha",

@@ -72,6 +72,11 @@ class Splits:
                 raise ConfigError(
                     f"data.{name} has {_describe_classes(classes)}, data.train "
                     f"{_describe_classes(first)}: all splits must be alike"
+                    + (
+                        ""
+                        if source.classes
+                        else "; where a split lacks the last classes, set data.num_classes"
+                    )
                 )
         return first
 
@@ -79,7 +84,8 @@ class Splits:
         """Where a split lies; the training split leaves out what the search split draws from it."""
         split, search = getattr(self._data, name), self._data.search
         source = self._source(split.path)
-        rows = Rows(split.rows, split.images_per_class, seed=split.seed)
+        number = self._data.num_classes
+        rows = Rows(split.rows, split.images_per_class, seed=split.seed, num_classes=number)
         if name == "train" and search.images_per_class and self._is_at(source, search.path):
             if split.rows != search.rows:
                 raise ConfigError(
@@ -91,7 +97,9 @@ class Splits:
                     "data.train.images_per_class: the training split is all that data.search "
                     "leaves of these images; leave it out, or give the two splits other files"
                 )
-            rows = Rows(split.rows, search.images_per_class, without=True, seed=search.seed)
+            rows = dataclasses.replace(
+                rows, per_class=search.images_per_class, without=True, seed=search.seed
+            )
         return source, rows
 
     def _source(self, path: str) -> Source:

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from cacp_ray.data import images
-from cacp_ray.data.images import read_parquet
+from cacp_ray.data.images import Rows, read_images, read_parquet
+from cacp_ray.data.sources import open_source
 from cacp_ray.errors import ArtifactError, ConfigError
 
 
@@ -55,6 +56,18 @@ def test_label_outside_the_classes_names_file_and_row(tmp_path):
     path = write(tmp_path / "a.parquet", [png(1)] * 3, [0, 1, 2], metadata=NAMES)
     with pytest.raises(ArtifactError, match=r"a\.parquet, row 2: label 2 is outside the 2 classes"):
         read_parquet(path, (1, 3))
+
+
+def test_numbered_classes_may_be_more_than_the_largest_label_and_begin_at_0(tmp_path):
+    path = write(tmp_path / "a.parquet", [png(1)] * 3, [1, 2, 3])
+    few = read_images(open_source(path), Rows())
+    more = read_images(open_source(path), Rows(num_classes=7))
+    assert (len(few.classes), len(more.classes)) == (4, 7)
+    with pytest.raises(ArtifactError, match=r"outside the 3 .* labels begin at 1 here: subtract 1"):
+        read_images(open_source(path), Rows(num_classes=3))
+    named = write(tmp_path / "b.parquet", [png(1)] * 2, [0, 1], metadata=NAMES)
+    with pytest.raises(ConfigError, match="names 2 classes; leave it out"):
+        read_images(open_source(named), Rows(num_classes=3))
 
 
 def test_labels_must_be_integers_and_there(tmp_path):
