@@ -53,7 +53,9 @@ def run_file(path: Path, folder: Path, images: torch.Tensor) -> torch.Tensor:
         (logits,) = session.run(None, {"image": images.numpy()})
         return torch.from_numpy(np.asarray(logits))
     if path.suffix == ".xml":
-        return torch.from_numpy(openvino.Core().compile_model(path, "CPU")(images.numpy())[0])
+        exact = {"INFERENCE_PRECISION_HINT": "f32"}  # else bfloat16 where the processor has it
+        compiled = openvino.Core().compile_model(path, "CPU", exact)
+        return torch.from_numpy(compiled(images.numpy())[0])
     if path.suffix == ".pt2":
         return torch.export.load(path).module()(images)
     net = load_subnet(folder, finetuned=False)
