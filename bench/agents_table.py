@@ -16,6 +16,9 @@ from scipy.stats import t
 Runs = dict[int, dict[str, Any]]  # by seed
 Results = dict[str, Runs]  # by method
 ALONE = "cacp, a search a rate"
+# Agents of earlier commits, whose results are kept: the agent had an actor, and its control had
+# none. The control is what `cacp` is now, on RLlib.
+FORMER = ("cacp, with an actor", "cacp, no actor")
 
 
 def main() -> None:
@@ -24,7 +27,8 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=300)
     parser.add_argument("--reference", default="cacp")
     options = parser.parse_args()
-    results = {name: read(options.out, name, options.evaluations) for name in METHODS}
+    names = (*METHODS, *FORMER)
+    results = {name: read(options.out, name, options.evaluations) for name in names}
     own = results.pop(OWN)
     results[ALONE] = join([results.pop(f"cacp, {rate} alone") for rate in RATES])
     results = {name: runs for name, runs in results.items() if runs}
