@@ -7,7 +7,7 @@ SIDE_BY_SIDE := --numprocesses 3 --no-loadscope-reorder
 # With it, every process would compile torch and Ray anew, in 10 s each time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-lowest check bench
+.PHONY: demo test test-all test-lowest check docs bench
 
 demo: $(READY)
 	$(BIN)/cacp-ray demo
@@ -31,6 +31,11 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
+
+# A site in site/; every warning is an error.
+docs: $(READY)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(READY)
 	$(BIN)/python bench/pool_overhead.py

@@ -36,7 +36,7 @@ def is_section(value: Any) -> TypeGuard[dict[str, Any]]:
 
 
 # Defaults of fine-tuning, which starts from a trained network.
-FINETUNE: dict[str, Any] = {"epochs": 6, "lr": 0.02, "distillation": 0.7, "label_smoothing": 0.0}
+FINETUNE: dict[str, Any] = {"epochs": 6, "lr": "auto", "distillation": 0.7, "label_smoothing": 0.0}
 FinetuneRecipe = Annotated[
     Recipe, BeforeValidator(lambda given: FINETUNE | given if is_section(given) else given)
 ]

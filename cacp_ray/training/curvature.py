@@ -1,13 +1,13 @@
-"""The learning rate that a network bears: the inverse of the largest curvature of its loss.
+"""The learning rate that a network bears: half the inverse of the largest curvature of its loss.
 
 Steps of gradient descent grow along a direction of curvature c when the rate exceeds 2 / c, and
 momentum and the noise of small batches ask for less. A network that was trained for long has small
 weights and large outputs, so the curvature of its loss is ten times that of a young one, and the
-rate that suits one throws the other far back.
+rate that suits one throws the other far back (docs/trained.md).
 
 Source: LeCun, Simard and Pearlmutter, "Automatic learning rate maximization by on-line estimation
-of the Hessian's eigenvectors" (1993), who also take the inverse. Ours: central differences of
-gradients of a few hundred images, so that any layer can be used and memory is that of training.
+of the Hessian's eigenvectors" (1993), who take the inverse. Ours: the half, and central differences
+of gradients of a few hundred images, so that any layer can be used and memory is that of training.
 """
 
 import copy
@@ -26,14 +26,14 @@ logger = logging.getLogger(__name__)
 IMAGES = 256
 BATCH = 64
 ITERATIONS = 8  # of the power method; the last one changes the value by some per cent
-SHARE = 1.0  # of the inverse curvature
+SHARE = 0.5  # of the inverse curvature
 STEP = 1e-3  # of the differences, relative to the norm of the weights
 
 
 def find_rate(
     model: nn.Module, images: Split, recipe: Recipe, teacher: nn.Module | None = None
 ) -> float:
-    """The inverse of the largest curvature of the training loss, with two digits.
+    """Half the inverse of the largest curvature of the training loss, with two digits.
 
     Args:
         model: The network as training finds it; it stays as it is.
