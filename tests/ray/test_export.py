@@ -8,6 +8,7 @@ import pytest
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.slow  # tests/unit/exporting/test_int8.py has the file itself
 def test_an_int8_file_is_made_of_a_subnet_of_a_run(finished, tmp_path, run):
     folder = tmp_path / "run"
     shutil.copytree(finished.path, folder)

@@ -6,6 +6,7 @@ import torch
 from ray.rllib.core.columns import Columns
 
 from cacp_ray.agent.ddpg.algorithm import DDPG, DDPGConfig
+from cacp_ray.agent.parts import POLICY_FILE
 from cacp_ray.searching.settings import PaperSettings
 from tests.small import mostly_slow
 from tests.toy import measure_by_formula as measure
@@ -212,6 +213,19 @@ def test_a_restored_agent_continues_bit_for_bit(build, tmp_path, form):
     assert any(name.startswith("target_") for name in ours)
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
+
+
+def test_networks_alone_give_the_same_answers_without_the_pickles_beside_them(build, tmp_path):
+    mdp, score = toy_problem(2)
+    agent = build(mdp)
+    drive(agent, score, 36)
+    agent.save(tmp_path / "checkpoint")
+    for file in (tmp_path / "checkpoint").rglob("*.pkl"):
+        file.write_bytes(b"no pickle")
+    reader = build(mdp, seed=9)
+    (file,) = (tmp_path / "checkpoint").rglob(POLICY_FILE)
+    reader.load_policy(file)
+    np.testing.assert_array_equal(reader.policy([0.3, 0.45]), agent.policy([0.3, 0.45]))
 
 
 def test_failures_are_stored_as_no_reward_and_repeats_once(build):
