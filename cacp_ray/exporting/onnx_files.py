@@ -40,7 +40,7 @@ def write_onnx(source: Source, path: Path) -> int:
     with torch.no_grad():
         outputs = [name for name, _ in name_outputs(call(model, example))]
     outputs = [f"{name}_out" if name in inputs else name for name in outputs]
-    with exporting("torch.onnx.export", arguments):
+    with exporting("torch.onnx.export", arguments, model):
         program = torch.onnx.export(
             model,
             args,

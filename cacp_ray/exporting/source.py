@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -22,6 +23,10 @@ NOTE = "cacp_ray"
 EXAMPLE_BATCH = 2  # size that exporters trace, other than the sizes that are checked
 Arguments = tuple[Argument, ...]
 Network = Callable[[Inputs], Any]  # -> a pytree with the tensors that the network returns
+
+
+# In the message of torch.onnx for an operator that it does not know: `target=torch.ops.ns.NAME`.
+UNTRANSLATED = re.compile(r"Error when translating node .*target=torch\.ops\.\w+\.(\w+)")
 
 
 @dataclass(frozen=True)
@@ -80,9 +85,27 @@ def dynamic_shapes(model: nn.Module, inputs: Inputs, arguments: Arguments) -> An
     return shapes.dynamic_shapes(model, *split(inputs)) if len(shapes) else None
 
 
+def find_layer(net: nn.Module, arguments: Arguments, operator: str) -> str:
+    """Path and class of the layer that calls an operator; empty where it is not found."""
+    args, kwargs = split(make_example(arguments))
+    try:
+        graph = torch.export.export(net, args, kwargs).graph
+    except Exception:  # the exporter's own error is the one to show
+        return ""
+    for node in graph.nodes:
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        if operator in str(node.target) and stack:
+            path, kind = stack[-1]
+            return f"{path} ({str(kind).rpartition('.')[2]})"
+    return ""
+
+
 @contextmanager
-def exporting(tool: str, arguments: Arguments) -> Iterator[None]:
-    """Silences an exporter, except under --debug, and turns its errors into one line."""
+def exporting(tool: str, arguments: Arguments, net: nn.Module | None = None) -> Iterator[None]:
+    """Silences an exporter, except under --debug, and turns its errors into one line.
+
+    With the network that it exports, the line names the layer whose operator has no translation.
+    """
     is_quiet = not logger.isEnabledFor(logging.DEBUG)
     before = logging.root.manager.disable
     try:
@@ -97,6 +120,12 @@ def exporting(tool: str, arguments: Arguments) -> Iterator[None]:
         reason = error.__cause__ or error  # torch.onnx says only where torch.export failed
         what = " for any batch size" if any(each.is_batch for each in arguments) else ""
         step = "try another --format, cacp-ray --debug shows where"
+        if net is not None and (lacking := UNTRANSLATED.search(str(reason))):
+            operator, layer = lacking[1], find_layer(net, arguments, lacking[1])
+            raise UnsupportedModelError(
+                f"{tool} has no translation of {operator}{layer and f', in layer {layer}'}: write "
+                "that layer with other functions, or try another --format"
+            ) from error
         if "data-dependent" in str(reason):
             what = ", because its sizes or its steps depend on values, as in a detector"
             step = "export its backbone and head alone, as docs/export.md shows"

@@ -13,6 +13,7 @@ from tests.unit.pruning.networks import Plain
 
 DEPTHWISE = "tests.unit.pruning.networks:Depthwise"
 PER_IMAGE = "tests.unit.exporting.folders:PerImage"
+BESSEL = "tests.unit.exporting.folders:WithBessel"
 
 
 class PerImage(Plain):
@@ -20,6 +21,21 @@ class PerImage(Plain):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([super(PerImage, self).forward(image[None]) for image in x])
+
+
+class Bessel(torch.nn.Module):
+    """A function that ONNX does not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.bessel_j0(x)
+
+
+class WithBessel(Plain):
+    """Its second layer has no translation."""
+
+    def __init__(self, num_classes: int = 5) -> None:
+        super().__init__(num_classes)
+        self.insert(1, Bessel())
 
 
 def make_folder(folder: Path, name: str, side: int, num_classes: int = 5, seed: int = 0) -> Path:

@@ -19,7 +19,7 @@ from cacp_ray.exporting.subnet import compare, export_subnet
 from cacp_ray.pruning.arguments import Argument
 from cacp_ray.pruning.subnet import load_subnet
 from tests.small import mostly_slow
-from tests.unit.exporting.folders import DEPTHWISE, PER_IMAGE, make_folder
+from tests.unit.exporting.folders import BESSEL, DEPTHWISE, PER_IMAGE, make_folder
 
 NETWORKS = {
     "resnet20": ("resnet20", 32),
@@ -156,6 +156,13 @@ def test_a_network_of_one_batch_size_is_refused_and_no_file_is_left(tmp_path):
         export_subnet(folder, "torch-export")
     assert "\n" not in str(caught.value)
     assert names(folder) == before
+
+
+def test_an_operator_without_a_translation_is_named_with_its_layer(tmp_path):
+    folder = make_folder(tmp_path / "x", BESSEL, 8)
+    with pytest.raises(UnsupportedModelError) as caught:
+        export_subnet(folder, "onnx")
+    assert "no translation of bessel_j0, in layer 1 (Bessel): write that" in str(caught.value)
 
 
 @pytest.mark.parametrize("format", FLOATS)
