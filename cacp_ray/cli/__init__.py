@@ -1,6 +1,6 @@
 """The command line. Each command loads, calls the library once, and prints."""
 
-from cacp_ray.cli import data, latency, networks, results, searching, starting
+from cacp_ray.cli import data, latency, machines, networks, results, searching, starting
 from cacp_ray.cli.app import app, main
 
 # Commands in the order of use, by panel of `--help`; the modules above have added them.
@@ -8,6 +8,7 @@ PANELS = {
     "Begin": ("demo", "init", "schema", "inspect", "train"),
     "Search and train": ("run", "search", "finetune", "report", "compare", "tune-agent"),
     "Use the networks": ("subnet", "evaluate", "benchmark", "export", "push"),
+    "Clusters": ("watch-spot",),
 }
 _order = [name for names in PANELS.values() for name in names]
 _panels = {name: panel for panel, names in PANELS.items() for name in names}
@@ -24,4 +25,6 @@ for _command in app.registered_commands:
 for _group in app.registered_groups:
     _group.rich_help_panel = "Data and devices"
 
-__all__ = ["app", "data", "latency", "main", "networks", "results", "searching", "starting"]
+__all__ = [
+    "app", "data", "latency", "machines", "main", "networks", "results", "searching", "starting",
+]  # fmt: skip

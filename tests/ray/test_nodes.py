@@ -110,6 +110,25 @@ except ConfigError as error:
 """
 SPLIT = {"path": "embedded:train", "images_per_class": 3, "seed": 5}
 
+WATCHED = """
+import subprocess
+from cacp_ray.distributed.nodes import read_nodes
+from tests.unit.distributed.test_spot import gcp, metadata
+
+kept, taken = cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)
+pool = RayEvaluatorPool(
+    RayActors(make_slow, {"seconds": 0.0}), num_evaluators=2, cpus_per_evaluator=1
+)
+wait(lambda: pool.num_alive == 2)
+with metadata(gcp(True)) as url:
+    watcher = ["-m", "cacp_ray.cli", "watch-spot", "--cloud", "gcp", "--metadata", url]
+    watcher += ["--address", cluster.address, "--node", taken.node_id]
+    done = subprocess.run([sys.executable, *watcher], capture_output=True, text=True)
+wait(lambda: taken.node_id in read_nodes().draining or taken.node_id not in read_nodes().cpus, 30)
+outcome = {"code": done.returncode, "error": done.stderr, "kept": kept.node_id in read_nodes().cpus,
+           "out": taken.node_id in read_nodes().draining or taken.node_id not in read_nodes().cpus}
+"""
+
 
 def draw():
     """Draws a search split of resized images by class."""
@@ -175,3 +194,10 @@ def test_every_node_has_the_same_search_split_to_the_bit():
 def test_a_candidate_that_is_lost_with_its_nodes_is_not_blamed():
     outcome = run(LOST)
     assert outcome == {"status": "ok", "attempt": 4}
+
+
+def test_a_machine_whose_cloud_takes_it_away_is_drained_by_its_watcher():
+    outcome = run(WATCHED)
+    assert outcome["code"] == 0, outcome["error"]
+    assert outcome["out"]
+    assert outcome["kept"]
