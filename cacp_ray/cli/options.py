@@ -74,15 +74,13 @@ def parse_rates(text: str) -> list[float]:
         if len(numbers) == 3:
             low, high, step = numbers
             count = int((high - low) / step + 1e-9) + 1
-            numbers = [round(low + step * i, 4) for i in range(count)]
+            numbers = [round(low + step * i, 6) for i in range(count)]
         elif len(numbers) != 1:
             raise ValueError(text)
     except (ValueError, ZeroDivisionError, OverflowError) as error:
         raise ConfigError(f"--rate {text}: write one rate such as 0.42, or 0.2:0.9:0.02") from error
     if not numbers:
         raise ConfigError(f"--rate {text}: write the smaller rate first")
-    if not all(0 < number <= 1 and number == round(number, 2) for number in numbers):
-        raise ConfigError(
-            f"--rate {text}: a rate is the share of the cost kept, in (0, 1], with two decimals"
-        )
+    if not all(0 < number <= 1 for number in numbers):
+        raise ConfigError(f"--rate {text}: a rate is the share of the cost kept, in (0, 1]")
     return numbers

@@ -8,6 +8,7 @@ import typer
 from cacp_ray.cli.app import app
 from cacp_ray.cli.options import AsJson, RunFolder, print_json
 from cacp_ray.errors import ConfigError
+from cacp_ray.io.rates import format_rate
 
 
 @app.command()
@@ -199,7 +200,8 @@ def evaluate(
             return
         images = f" ({again.images} images)" if again.images else ""
         typer.echo(
-            f"candidate {index}, rate {record.rate:.2f}: {metric.describe(again.score)}{images}"
+            f"candidate {index}, rate {format_rate(record.rate)}: "
+            f"{metric.describe(again.score)}{images}"
         )
         typer.echo(f"recorded: {metric.describe(record.score)}")
         return
@@ -220,7 +222,7 @@ def evaluate(
         else:
             others = ", ".join(f"{name} {value:.5g}" for name, value in scored.figures.items())
             about = f", {metric.describe(scored.score)}{f' ({others})' if others else ''}"
-        typer.echo(f"{folder}: rate {rate:.2f}{about}")
+        typer.echo(f"{folder}: rate {format_rate(rate)}{about}")
 
 
 def print_report(folder: Path) -> None:

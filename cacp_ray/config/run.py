@@ -17,7 +17,7 @@ from pydantic import (
 
 from cacp_ray.data.limits import MAX_PIXELS, MAX_SIDE
 from cacp_ray.errors import nearest_names
-from cacp_ray.io.rates import read_rate
+from cacp_ray.io.rates import format_rate, read_rate
 from cacp_ray.pruning.cost import COSTS
 from cacp_ray.reporting.scalars import Logger
 from cacp_ray.searching.settings import AgentSettings, Mode, PaperSettings
@@ -300,10 +300,8 @@ class RunConfig(Section):
     @field_validator("rates")
     @classmethod
     def _sorted_and_distinct(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
-        if len({f"{rate:.2f}" for rate in rates}) < len(rates):
-            raise ValueError("rates must differ in their first two decimals")
-        if any(rate != round(rate, 2) for rate in rates):
-            raise ValueError("rates have at most two decimals, as subnets/rate-0.50 has")
+        if len(set(map(format_rate, rates))) < len(rates):
+            raise ValueError("rates must differ within six decimals")
         return tuple(sorted(rates))
 
     @field_validator("cost")

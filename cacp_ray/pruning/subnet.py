@@ -25,6 +25,7 @@ from cacp_ray.io.files import (
     write_text,
 )
 from cacp_ray.io.hub import PREFIX, fetch_folder
+from cacp_ray.io.rates import format_rate
 from cacp_ray.io.schema import (
     Classes,
     Content,
@@ -46,7 +47,7 @@ from cacp_ray.pruning.surgery import Orders, all_tensors
 SCHEMA_VERSION = 1
 MAX_INPUT = 2**28  # values of all inputs: 1 GiB
 Side = Annotated[int, Field(ge=1, le=MAX_INPUT)]
-README = """# Subnet at rate {rate:.2f} ({cost_kept:.2%} of the {cost} of {name} kept)
+README = """# Subnet at rate {rate} ({cost_kept:.2%} of the {cost} of {name} kept)
 
 ```python
 {code}  # the fine-tuned weights where there are some
@@ -90,7 +91,7 @@ def save_subnet(folder: Path, model: nn.Module, description: Mapping[str, Any]) 
     else:
         shapes = f"input is {tuple(description['input_shape'])}"
     facts = {
-        "rate": description["rate"],
+        "rate": format_rate(description["rate"]),
         "cost_kept": description["cost_kept"],
         "cost": description["cost"].replace("macs", "MACs"),
         "name": description["model"].removeprefix(GIVEN),

@@ -5,6 +5,7 @@ from typing import Any
 
 import jinja2
 
+from cacp_ray.io.rates import format_rate
 from cacp_ray.reporting.summary import (
     format_macs,
     format_percent,
@@ -86,8 +87,9 @@ def describe_subnet(description: dict[str, Any], is_finetuned: bool) -> str:
     kept, cost = format_percent(description["cost_kept"]), description.get("cost", "macs")
     after = "after fine-tuning" if is_finetuned else "as the search left it, not fine-tuned"
     return (
-        f"Rate {description['rate']:.2f}: {kept} % of the {'MACs' if cost == 'macs' else cost} are "
-        f"kept, {format_macs(description['macs'])} MACs, {description['params']:,} parameters; "
+        f"Rate {format_rate(description['rate'])}: {kept} % of the "
+        f"{'MACs' if cost == 'macs' else cost} are kept, {format_macs(description['macs'])} "
+        f"MACs, {description['params']:,} parameters; "
         f"{after}."
     )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cacp_ray.evaluation.measurement import Metric
+from cacp_ray.io.rates import format_rate
 
 UNFINISHED = "(unfinished)"
 
@@ -82,7 +83,7 @@ class Comparison:
         for run in self.runs:
             values = dataclasses.asdict(run)
             for key in ("search_score", "policy_score", "winners", "policy_points"):
-                values[key] = {f"{rate:.2f}": value for rate, value in values[key].items()}
+                values[key] = {format_rate(rate): value for rate, value in values[key].items()}
             values["mean_search_score"] = self.mean(run.search_score)
             values["mean_policy_score"] = self.mean(run.policy_score)
             runs.append(values)
@@ -94,6 +95,6 @@ class Comparison:
             "images": self.images,
             "rates": list(self.rates),
             "mean_over": list(self.common_rates),
-            "standard_errors": {f"{r:.2f}": error for r, error in self.standard_errors.items()},
+            "standard_errors": {format_rate(r): error for r, error in self.standard_errors.items()},
             "runs": runs,
         }

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from cacp_ray.errors import ArtifactError
 from cacp_ray.io.files import write_json
+from cacp_ray.io.rates import format_rate
 from cacp_ray.reporting.comparison import UNFINISHED, Comparison, Point
 from cacp_ray.reporting.comparison_table import (
     comparison_columns,
@@ -149,7 +150,7 @@ def plot_rate(axes: Axes, comparison: Comparison, rate: float) -> None:
     axes.set_ylim(len(runs) - 0.5, -0.5)
     axes.margins(x=0.12)
     style(axes, "top-1 (%)" if scale > 1 else comparison.metric.name, "")
-    axes.set_title(f"rate {rate:.2f} (kept)", fontsize=11)
+    axes.set_title(f"rate {format_rate(rate)} (kept)", fontsize=11)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=4, min_n_ticks=2))
 
 

@@ -10,6 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cacp_ray.io.rates import format_rate
 from cacp_ray.reporting.comparison import UNFINISHED, Comparison
 from cacp_ray.reporting.summary import Column, format_seconds
 from cacp_ray.reporting.tables import PLAIN_WIDTH, make_table
@@ -69,7 +70,9 @@ def _accuracy_columns(comparison: Comparison, head: str, key: str) -> list[Colum
     def mean(row: dict[str, Any]) -> str:
         return comparison.metric.format(comparison.mean(row[key])) if row[key] else ""
 
-    columns = [Column(head, f"{rate:.2f}", partial(cell, rate=rate)) for rate in comparison.rates]
+    columns = [
+        Column(head, format_rate(rate), partial(cell, rate=rate)) for rate in comparison.rates
+    ]
     return [*columns, Column(head, "mean", mean)]
 
 
@@ -93,7 +96,7 @@ def comparison_notes(comparison: Comparison) -> list[str]:
             f"{comparison.base_images:,}: compare the runs with each other."
         )
     if common != comparison.rates:
-        over = ", ".join(f"{rate:.2f}" for rate in common) or "none"
+        over = ", ".join(format_rate(rate) for rate in common) or "none"
         notes.append(f"The means are over the rates that every run has: {over}.")
     if len({run.asked for run in runs}) > 1:
         notes.append("The runs were granted different numbers of evaluations.")
@@ -107,7 +110,7 @@ def comparison_notes(comparison: Comparison) -> list[str]:
             "count and took no time."
         )
     standard_errors = comparison.standard_errors.items()
-    if errors := [f"{rate:.2f}: {100 * error:.2f}" for rate, error in standard_errors]:
+    if errors := [f"{format_rate(rate)}: {100 * error:.2f}" for rate, error in standard_errors]:
         notes.append(
             "Binomial standard error of the difference of two runs, in points: "
             f"{', '.join(errors)} ({comparison.images:,} images). It takes the images of the two "

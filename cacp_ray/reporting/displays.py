@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from cacp_ray.io.rates import format_rate
 from cacp_ray.reporting.progress import FinetuneProgress, SearchProgress, TrialProgress
 from cacp_ray.reporting.summary import DASH, format_percent, format_seconds, format_setting
 from cacp_ray.reporting.tables import make_console
@@ -160,7 +161,7 @@ def search_panel(progress: SearchProgress) -> RenderableType:
         cells = [DASH] * 3
         if best is not None:
             cells = [metric.format(best.score), format_percent(best.cost_kept), f"{best.index:,}"]
-        table.add_row(f"{rate:.2f}", *cells)
+        table.add_row(format_rate(rate), *cells)
     total, done = max(progress.total, 1), progress.evaluations
     status = Table.grid(padding=(0, 1))
     status.add_row(" ", ProgressBar(total, done, width=BAR_WIDTH), _search_status(progress))
@@ -170,7 +171,7 @@ def search_panel(progress: SearchProgress) -> RenderableType:
 def search_line(progress: SearchProgress) -> str:
     """State of the search in one line."""
     best = "  ".join(
-        f"{rate:.2f}: {progress.metric.format(None if record is None else record.score)}"
+        f"{format_rate(rate)}: {progress.metric.format(None if record is None else record.score)}"
         for rate, record in sorted(progress.best.items())
     )
     return f"search {_search_status(progress)}  best {progress.metric.heading}: {best}"
@@ -235,7 +236,7 @@ def _table(*heads: str) -> Table:
 
 
 def _trial_name(progress: FinetuneProgress) -> str:
-    return f"{progress.rate:.2f} {progress.variant}".rstrip()
+    return f"{format_rate(progress.rate)} {progress.variant}".rstrip()
 
 
 def _search_status(progress: SearchProgress) -> str:

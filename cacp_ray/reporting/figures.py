@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from cacp_ray.evaluation.measurement import Metric
 from cacp_ray.io.files import write_file
+from cacp_ray.io.rates import format_rate
 from cacp_ray.reporting.summary import (
     base_score,
     cost_name,
@@ -161,7 +162,7 @@ def plot_latency(axes: Axes, result: dict[str, Any]) -> str:
             y = [scale * row[key] for row in known]
             axes.plot(x, y, label=label, **look)
             for row, *place in zip(known if not prefix else [], x, y, strict=False):
-                name, point = f"{row['rate']:.2f}", (place[0], place[1])
+                name, point = format_rate(row["rate"]), (place[0], place[1])
                 axes.annotate(name, point, (4, 4), textcoords="offset points", fontsize=9)
     score = base_score(result, "search")
     if score is not None:
@@ -196,7 +197,7 @@ def plot_progress(axes: Axes, result: dict[str, Any], episodes: Episodes) -> str
         steps = np.append(fits + 1, end) if len(fits) else fits
         values = np.append(best, best[-1:])
         marker = "o" if end == 1 else None
-        look = {"color": colour, "marker": marker, "label": f"{rate:.2f}"}
+        look = {"color": colour, "marker": marker, "label": format_rate(rate)}
         axes.plot(steps, values, drawstyle="steps-post", **look)
         axes.plot(own + 1, mean, color=colour, linewidth=1.1, linestyle="--")
         shown.extend(np.concatenate([best[len(best) // 20 :], mean[len(mean) // 20 :]]))
@@ -218,7 +219,7 @@ def plot_finetuning(axes: Axes, result: dict[str, Any], metrics: Metrics) -> str
     for (rate, content), colour in zip(metrics.items(), rate_colours(len(metrics)), strict=True):
         values = [scale * content["search_score_before"]]
         values += [scale * epoch["search_score"] for epoch in content["history"]]
-        axes.plot(range(len(values)), values, color=colour, label=f"{rate:.2f}")
+        axes.plot(range(len(values)), values, color=colour, label=format_rate(rate))
         best = content["best_epoch"]
         axes.plot([best], [values[best]], color=colour, marker="o")
         shown += values

@@ -7,6 +7,7 @@ import pyarrow as pa
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
+from cacp_ray.io.rates import format_rate
 from cacp_ray.reporting.figures import BLUE, GREY, rate_colours, style
 from cacp_ray.reporting.summary import metric_of
 
@@ -27,7 +28,7 @@ def plot_keep_ratios(axes: Axes, result: dict[str, Any]) -> str:
     kept = np.array([row["keep_counts"] for row in rates]).reshape(len(rates), len(groups))
     ratios = 100 * kept / num_channels  # (R, G)
     image = axes.imshow(ratios, aspect="auto", cmap="viridis", vmin=0, vmax=100)
-    axes.set_yticks(range(len(rates)), [f"{row['rate']:.2f}" for row in rates])
+    axes.set_yticks(range(len(rates)), [format_rate(row["rate"]) for row in rates])
     left_out = _name_groups(axes, groups)
     if len(groups) <= MAX_CELLS_WITH_TEXT:
         for (r, g), ratio in np.ndenumerate(ratios):
@@ -52,7 +53,9 @@ def plot_keep_counts(axes: Axes, result: dict[str, Any]) -> str:
     colours = rate_colours(len(rates))[::-1]
     widths = np.linspace(0.8, 0.35, len(rates)) if len(rates) > 1 else [0.7]
     for row, colour, width in zip(rates, colours, widths, strict=True):
-        axes.bar(places, row["keep_counts"], width=width, color=colour, label=f"{row['rate']:.2f}")
+        axes.bar(
+            places, row["keep_counts"], width=width, color=colour, label=format_rate(row["rate"])
+        )
     style(axes, "", "channels")
     axes.set_axisbelow(True)
     left_out = _name_groups(axes, groups)

@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from cacp_ray.evaluation.measurement import Metric
+from cacp_ray.io.rates import format_rate
 from cacp_ray.reporting.figures import (
     BLUE,
     ORANGE,
@@ -78,7 +79,7 @@ def plot_policy(
     """Plots the score of the policy's own answers while it learns; returns the caption."""
     shown: list[NDArray[np.float64]] = []
     for rate, colour in _colours(lines).items():
-        own = [point for point in points if f"{point['rate']:.2f}" == rate]
+        own = [point for point in points if format_rate(point["rate"]) == rate]
         if own:
             steps = [point["evaluations"] for point in own]
             values = metric.scale * np.array([point["score"] for point in own])

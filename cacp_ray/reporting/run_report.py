@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from cacp_ray.io.files import parse_yaml, read_text, to_yaml
+from cacp_ray.io.rates import format_rate
 from cacp_ray.io.schema import Content, read_checked
 from cacp_ray.pruning.subnet import loading_code, read_description
 from cacp_ray.reporting.benchmark import (
@@ -232,7 +233,7 @@ def _cells(columns: list[Column], rows: list[Row]) -> dict[str, Any]:
 def _loading(run_dir: Path, rows: list[Row], model: str) -> list[dict[str, str]]:
     """Python code that loads the subnet of each row."""
     return [
-        {"label": f"{row['rate']:.2f}", "code": loading_code(run_dir / row["path"], model)}
+        {"label": format_rate(row["rate"]), "code": loading_code(run_dir / row["path"], model)}
         for row in rows
     ]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cacp_ray.evaluation.measurement import DASH, TOP1, Metric
+from cacp_ray.io.rates import format_rate
 
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -97,7 +98,7 @@ def summary_rows(result: dict[str, Any]) -> list[Row]:
         "batch_speedup": None if base.get("batch_latency_ms") is None else 1.0,
     }
     rows = sorted(result["rates"], key=lambda row: row["rate"])
-    return [whole, *({"label": f"{row['rate']:.2f}"} | row for row in rows)]
+    return [whole, *({"label": format_rate(row["rate"])} | row for row in rows)]
 
 
 def short_columns(result: dict[str, Any]) -> list[Column]:
@@ -220,7 +221,7 @@ def words(result: dict[str, Any]) -> list[tuple[str, str]]:
 def frontier_columns(result: dict[str, Any]) -> list[Column]:
     """Columns of the policy's answers at rates without a further search."""
     return [
-        Column("rate", "kept", lambda row: f"{row['rate']:.2f}"),
+        Column("rate", "kept", lambda row: format_rate(row["rate"])),
         *_cost_columns(result),
         _score_column(metric_of(result), "policy", "scored", "score"),
     ]

@@ -17,6 +17,7 @@ from cacp_ray.config.run import PruningConfig
 from cacp_ray.config.saved import check_new
 from cacp_ray.errors import ConfigError
 from cacp_ray.evaluation.preparation import CutNetwork, hash_weights, prepare
+from cacp_ray.io.rates import format_rate
 from cacp_ray.models.factory import (
     CIFAR_MODELS,
     GIVEN,
@@ -323,7 +324,7 @@ def inspect_model(
         arguments = read_arguments(description)
         num_classes = description.get("num_classes")
         base_channels = {group["name"]: group["num_channels"] for group in description["groups"]}
-        name = f"{name} ({description['model']} at rate {description['rate']:.2f})"
+        name = f"{name} ({description['model']} at rate {format_rate(description['rate'])})"
     else:
         num_classes = default_num_classes(name) if num_classes is None else num_classes
         model = build_model(name, num_classes)

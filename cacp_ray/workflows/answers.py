@@ -22,6 +22,7 @@ from cacp_ray.evaluation.measurement import (
     ScoreFunction,
 )
 from cacp_ray.evaluation.task_scorer import make_scorer
+from cacp_ray.io.rates import format_rate
 from cacp_ray.models.factory import import_beside
 from cacp_ray.pruning.subnet import load_subnet, read_description
 from cacp_ray.rundir.directory import RunDirectory, read_result
@@ -78,7 +79,7 @@ def answer_rates(
     if checkpoint is None:
         raise untrained
     for rate in rates if save else ():
-        folder = out or run_dir / "subnets" / f"rate-{rate:.2f}"
+        folder = out or run_dir / "subnets" / f"rate-{format_rate(rate)}"
         check_new(folder, "load it", "give another folder (--out)")
     logger.info("loading network, %s and agent", "images" if config.task is None else "task")
     setup = Setup.create(config, run_dir, given)
@@ -155,7 +156,7 @@ def _measure_around_policy(
         ):
             if measurement is None:
                 raise EvaluationError(
-                    f"rate {rate:.2f}: a candidate cannot be scored, as said above"
+                    f"rate {format_rate(rate)}: a candidate cannot be scored, as said above"
                 )
             results.append((candidate, measurement))
     return results

@@ -17,6 +17,7 @@ from cacp_ray.errors import ConfigError
 from cacp_ray.evaluation.classification import measure_accuracy
 from cacp_ray.io.clock import Clock
 from cacp_ray.io.files import read_json, write_json
+from cacp_ray.io.rates import format_rate
 from cacp_ray.pruning.subnet import build_network, read_description, read_subnet
 from cacp_ray.reporting.artifacts import log_networks
 from cacp_ray.reporting.progress import FinetuneProgress
@@ -127,7 +128,10 @@ def finetune(
 
 def _log_report(report: dict[str, Any]) -> None:
     logger.info(
-        "rate %.2f  report %d  score %.5g", report["rate"], report["epoch"], report["search_score"]
+        "rate %s  report %d  score %.5g",
+        format_rate(report["rate"]),
+        report["epoch"],
+        report["search_score"],
     )
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from cacp_ray.errors import ArtifactError
 from cacp_ray.evaluation.preparation import hash_weights
 from cacp_ray.io.files import read_json, read_tensors, write_json, write_tensors
+from cacp_ray.io.rates import format_rate
 from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.subnet import load_subnet, read_description, save_subnet
 from cacp_ray.searching.budget import Budget, Ints, grow
@@ -123,8 +124,8 @@ def open_rung(setup: Setup, rung: Rung) -> tuple[Setup, list[int]]:
     is_alike = -1 not in present and sizes == rung.keep_counts[present].tolist()
     if not is_alike or (np.delete(rung.keep_counts, present) > 1).any():
         raise ArtifactError(
-            f"the trained subnet of rate {rung.rate:.2f} has other channel groups than the whole "
-            "network, so nothing can be cut from it: set finetune.order=parallel"
+            f"the trained subnet of rate {format_rate(rung.rate)} has other channel groups than "
+            "the whole network, so nothing can be cut from it: set finetune.order=parallel"
         )
     problem = replace(
         setup,
@@ -228,13 +229,13 @@ def _begin_rung(
     if (out / "subnet.json").exists():
         return
     wanted = read_description(searched, "keep_counts")["keep_counts"]
-    name = f"the cut to rate {rate:.2f}"
+    name = f"the cut to rate {format_rate(rate)}"
     cut = run_once(cut_one, setup, rung, rate, wanted, cpus=cpus, name=name)
     save_subnet(out, cut.net, cut.description)
     logger.info(
-        "rate %.2f: cut from the trained %.2f, %s before training",
-        rate,
-        rung.rate,
+        "rate %s: cut from the trained %s, %s before training",
+        format_rate(rate),
+        format_rate(rung.rate),
         setup.task.metric.describe(cut.description["search"]["score"]),
     )
 

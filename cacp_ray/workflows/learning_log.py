@@ -19,6 +19,7 @@ import numpy as np
 from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement
 from cacp_ray.io.files import write_text
 from cacp_ray.io.jsonl import append_line
+from cacp_ray.io.rates import format_rate
 from cacp_ray.reporting.learning import REWARD_WINDOW, Line
 from cacp_ray.reporting.scalars import ScalarLog
 from cacp_ray.rundir.records import EpisodeRecord
@@ -119,7 +120,7 @@ class LearningLog:
         for evaluations in sorted({point["evaluations"] for point in points}):
             self._scalars.write(
                 {
-                    f"policy_score/{point['rate']:.2f}": point["score"]
+                    f"policy_score/{format_rate(point['rate'])}": point["score"]
                     for point in points
                     if point["evaluations"] == evaluations
                 },
@@ -228,7 +229,7 @@ def log_best(scalars: ScalarLog, loop: SearchLoop, shown: int) -> int:
         return shown
     scalars.write(
         {
-            f"best_score/{rate:.2f}": None if best is None else best.score
+            f"best_score/{format_rate(rate)}": None if best is None else best.score
             for rate, best in progress.best.items()
         }
         | {"evaluations_per_second": progress.evaluations_per_second},
@@ -238,7 +239,7 @@ def log_best(scalars: ScalarLog, loop: SearchLoop, shown: int) -> int:
 
 
 def _key(rate: float) -> str:
-    return f"{rate:.2f}"
+    return format_rate(rate)
 
 
 def _plain(value: Any) -> float | None:

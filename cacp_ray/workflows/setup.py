@@ -24,6 +24,7 @@ from cacp_ray.evaluation.measurement import Metric, Scored
 from cacp_ray.evaluation.preparation import Prepared, hash_weights, needed_kinds, prepare
 from cacp_ray.evaluation.task import OwnTask, measure_first
 from cacp_ray.io.environment import give_back_memory
+from cacp_ray.io.rates import format_rate
 from cacp_ray.io.schema import read_checked
 from cacp_ray.pruning.calibration import Calibration, batches_of
 from cacp_ray.pruning.cost import Limited, describe_total
@@ -229,7 +230,7 @@ class Setup:
             f"{config.model.name}: {len(self.plan.groups)} channel groups, "
             f"{describe_total(config.cost, budget.total)}, reachable rates "
             f"{budget.smallest / budget.total:.3f}-1, asked (kept): "
-            f"{', '.join(f'{rate:.2f}' for rate in config.rates)}{describe_published(config.model)}"
+            f"{', '.join(map(format_rate, config.rates))}{describe_published(config.model)}"
         )
 
     def describe_model(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from cacp_ray.config.saved import check_new, read_run_config
 from cacp_ray.errors import ArtifactError
+from cacp_ray.io.rates import format_rate
 from cacp_ray.pruning.subnet import read_description, save_subnet
 from cacp_ray.rundir.directory import read_result
 from cacp_ray.rundir.schema import ReportedFile
@@ -81,10 +82,9 @@ class Ladder:
             larger = min((each for each in self.folders if each >= rate), default=1.0)
             if larger not in self.folders:
                 logger.warning(
-                    "rate %.2f is above every trained rate (largest %.2f): cut from the base "
-                    "network",
-                    rate,
-                    max(self.folders),
+                    "rate %s is above every trained rate (largest %s): cut from the base network",
+                    format_rate(rate),
+                    format_rate(max(self.folders)),
                 )
             if cut_rate is None or larger != opened:
                 opened, cut_rate = larger, self.open_rung(larger)
@@ -168,7 +168,7 @@ def as_row(cut: Cut) -> dict[str, Any]:
 
 def place_of(run_dir: Path, rate: float, out: Path | None) -> Path:
     """Subnet folder of a rate."""
-    return out or run_dir / "subnets" / f"rate-{rate:.2f}"
+    return out or run_dir / "subnets" / f"rate-{format_rate(rate)}"
 
 
 def save_cut(run_dir: Path, cut: Cut, place: Path, out: Path | None) -> dict[str, Any]:

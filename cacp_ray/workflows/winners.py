@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.building import Builder, Built
 from cacp_ray.evaluation.measurement import Candidate, Evaluator, Measurement, SubnetKey
+from cacp_ray.io.rates import format_rate
 from cacp_ray.pruning.arguments import describe_inputs
 from cacp_ray.pruning.cost import describe_cost
 from cacp_ray.pruning.subnet import describe_kept, save_subnet
@@ -89,7 +90,8 @@ def drop_failed(records: Iterable[EpisodeRecord]) -> list[EpisodeRecord]:
 
 def _warn_of_failure(rate: float, measurement: Measurement) -> None:
     if measurement.status != "ok":
-        logger.warning("a final measurement at rate %.2f failed: %s", rate, measurement.error)
+        what = format_rate(rate)
+        logger.warning("a final measurement at rate %s failed: %s", what, measurement.error)
 
 
 def as_record(setup: Setup, candidate: Candidate, measurement: Measurement) -> EpisodeRecord:
@@ -166,7 +168,9 @@ def build_winners(
     for rate, best in searched.items():
         records = [record for record in (best, own.get(rate)) if record is not None]
         if not records:
-            raise EvaluationError(f"no candidate of rate {rate:.2f} was measured: see the journal")
+            raise EvaluationError(
+                f"no candidate of rate {format_rate(rate)} was measured: see the journal"
+            )
         contenders[rate] = {record.key: record for record in records}
     keys = [key for records in contenders.values() for key in records]
     several = ("networks", "them") if len(keys) > 1 else ("network", "it")
@@ -176,7 +180,7 @@ def build_winners(
     for rate, best in searched.items():
         built = {key: next(networks) for key in contenders[rate]}
         won = max(built, key=lambda key: built[key].scored.rank)
-        folder = Path("subnets") / f"rate-{rate:.2f}" if out is None else out.absolute()
+        folder = Path("subnets") / f"rate-{format_rate(rate)}" if out is None else out.absolute()
         facts = {"rate": rate} | _describe(contenders[rate][won], built[won])
         scores = _compare(best, own.get(rate), built)
         _save(setup, run_dir / folder, contenders[rate][won], built[won], facts, scores)
@@ -193,7 +197,9 @@ def build_winners(
             }
         )
         logger.info(
-            "rate %.2f: %s, saved", rate, setup.task.metric.describe(built[won].scored.score)
+            "rate %s: %s, saved",
+            format_rate(rate),
+            setup.task.metric.describe(built[won].scored.score),
         )
     return rows
 

@@ -14,6 +14,7 @@ from cacp_ray.errors import ConfigError
 from cacp_ray.evaluation.latency import use_threads
 from cacp_ray.evaluation.latency_table import Settings
 from cacp_ray.exporting.timing import make_timer
+from cacp_ray.io.rates import format_rate
 from cacp_ray.pruning.resizable import build_subnet
 from cacp_ray.pruning.surgery import Cutter, all_tensors
 from cacp_ray.rundir.directory import read_result
@@ -71,7 +72,7 @@ def answer_max_drop(
         middle = (low + high) // 2
         cut = cut_rate(steps[middle])
         score = cut.description["search"]["score"]
-        logger.info("rate %.2f: %s", steps[middle], setup.task.metric.describe(score))
+        logger.info("rate %s: %s", format_rate(steps[middle]), setup.task.metric.describe(score))
         if score >= least:
             high, found = middle, cut
         else:
@@ -132,7 +133,7 @@ def answer_latency(
         middle = (low + high) // 2
         rate = steps[middle]
         times[rate] = time_rate(rate)
-        logger.info("rate %.2f: %.3g ms", rate, times[rate])
+        logger.info("rate %s: %.3g ms", format_rate(rate), times[rate])
         if times[rate] <= most_ms:
             low = middle + 1
         else:

@@ -296,7 +296,7 @@ CASES = {
         "raise evaluations to 18",
     ),
     "the same rate twice": (search("rates=[0.5,0.5]"), "must differ"),
-    "three decimals": (search("rates=[0.333]"), "two decimals"),
+    "equal rates": (search("rates=[0.3333333,0.33333331]"), "within six decimals"),
     "no evaluators": (search("cluster.max_evaluators=0"), "max_evaluators: .*got 0"),
     "unknown strategy": (search("strategy=cacpp"), "did you mean"),
     "unknown model": (search("model.name=resnet19"), "did you mean"),

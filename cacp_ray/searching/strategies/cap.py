@@ -19,6 +19,7 @@ from collections.abc import Generator
 import numpy as np
 
 from cacp_ray.evaluation.measurement import Candidate, Measurement, SubnetKey
+from cacp_ray.io.rates import format_rate
 from cacp_ray.searching.budget import Ints, scale_to_budget, spend, uniform
 from cacp_ray.searching.strategies.problem import Problem
 from cacp_ray.searching.strategies.procedure import Procedure, Steps, together
@@ -64,7 +65,7 @@ def _within_evaluations(problem: Problem, steps: Steps) -> Steps:
         "strategy cap: %d evaluations end before a first pass for %s (kept): uniform allocations "
         "stand in; %d are enough",
         problem.evaluations,
-        ", ".join(f"{rate:.2f}" for rate in unanswered),
+        ", ".join(format_rate(rate) for rate in unanswered),
         1 + len(problem.rates) * (BISECTIONS * len(problem.prunable) + len(problem.rates)),
     )
     counts = uniform(problem.budget, unanswered, np.ones(len(problem.budget.num_channels)))
