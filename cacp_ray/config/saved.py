@@ -9,6 +9,7 @@ from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.io.files import changed_keys, check_writable
 from cacp_ray.models.factory import check_origin, import_beside
 
+FORMER_LR = 0.02  # the default of earlier versions, written into their runs
 # No measurement of the search depends on these.
 MAY_CHANGE = ("cluster.max_evaluators", "report.frontier", "report.learning", "report.latency")
 
@@ -73,6 +74,9 @@ def check_unchanged(saved: Path | dict[str, Any], config: Section, where: str, o
         resolved(load_config(type(config), saved, is_saved=True)), resolved(config)
     )
     changed = [key for key in changed if key not in MAY_CHANGE]
+    if "finetune.lr" in changed and config.model_dump()["finetune"]["lr"] == "auto":
+        before = load_config(type(config), saved, is_saved=True).model_dump()["finetune"]["lr"]
+        changed = [key for key in changed if key != "finetune.lr" or before != FORMER_LR]
     if changed:
         raise ConfigError(
             f"{where} was started with another configuration; changed: {', '.join(changed)}; "

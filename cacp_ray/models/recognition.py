@@ -25,9 +25,9 @@ def recognise(tensors: Mapping[str, Tensor]) -> str:
             for key, tensor in tensors.items()
             if key.startswith(prefix) and not key.endswith(COUNTERS)
         }
-        classes = {shape[0] for key, shape in shapes.items() if own.get(key) != shape}
+        classes = {shape[:1] for key, shape in shapes.items() if own.get(key) != shape}
         body = {key: shape[1:] for key, shape in own.items()}
         if {key: shape[1:] for key, shape in shapes.items()} == body and len(classes) <= 1:
-            number = classes.pop() if classes else own[list(own)[-1]][0]
+            (number,) = classes.pop() if classes else own[list(own)[-1]][:1]
             return f"they are of {name} with {number} classes"
     return ""

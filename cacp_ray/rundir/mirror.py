@@ -72,6 +72,12 @@ class RunMirror:
                 f"storage {uri} cannot be read ({one_line(error)}): check its permissions"
             ) from error
 
+    @property
+    def folder(self) -> Path | None:
+        """The storage as a folder of a disk, which all nodes must see; None for an object store."""
+        is_disk = isinstance(self._filesystem, fs.LocalFileSystem)
+        return Path(self._root) if is_disk else None
+
     def trials(self, name: str) -> tuple[str, fs.FileSystem]:
         """Folder in which the trials of a fine-tuning write, and its file system."""
         return f"{self._root}/{TRIALS}/{name}", self._filesystem
@@ -162,6 +168,7 @@ class RunMirror:
         try:
             if (run_dir / CONFIG).exists():
                 self._refuse_older(run_dir)
+                self._refuse_untrained(run_dir)
                 return
             skipped = (CONFIG, f"{TRIALS}/")
             names = [name for name in self._list() if not name.startswith(skipped)]
@@ -245,6 +252,17 @@ class RunMirror:
                 f"{run_dir} is older than {self.uri}, where the run went on: remove the folder or "
                 "choose another --run-dir, and it is fetched from there"
             )
+
+    def _refuse_untrained(self, run_dir: Path) -> None:
+        """A folder that lacks a fine-tuning which went on elsewhere would be copied over it."""
+        for name in self._list():
+            is_training = name.startswith("finetune/") or name.endswith("/metrics.json")
+            if is_training and not (run_dir / name).exists():
+                raise ArtifactError(
+                    f"{self.uri} holds a fine-tuning that {run_dir} lacks: remove the folder, and "
+                    "it is fetched from there; or, to fine-tune again, delete finetune/, trials/ "
+                    "and metrics.json of the subnets there"
+                )
 
     def _read(self, name: str) -> bytes | None:
         """Content of a mirrored file; None where there is none."""

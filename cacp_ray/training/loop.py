@@ -17,7 +17,7 @@ from cacp_ray.data.batches import Augmentation, ImageBatches
 from cacp_ray.data.streams import ImageStream, StreamBatches
 from cacp_ray.training.curvature import find_rate
 from cacp_ray.training.metrics import Accuracy, Split, fast_dtype, find_device, measure_split
-from cacp_ray.training.objective import fast_autocast, objective
+from cacp_ray.training.objective import fast_autocast, objective, soft_labels
 from cacp_ray.training.optimizer import SGD
 from cacp_ray.training.recipe import Recipe
 
@@ -95,7 +95,8 @@ def train_epoch(
         if other is not None:
             with autocast:
                 x = share * x + (1 - share) * x[other]
-        loss = objective(model, x, y, recipe, teacher, share=share, other=other)
+        target = soft_labels(teacher, x, recipe)
+        loss = objective(model, x, y, recipe, target, share=share, other=other)
         optimizer.zero_grad()
         loss.backward()
         if recipe.clip_norm > 0:

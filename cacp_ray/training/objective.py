@@ -28,7 +28,7 @@ def objective(
     x: Tensor,
     y: Tensor,
     recipe: Recipe,
-    teacher: nn.Module | None = None,
+    target: Tensor | None = None,
     *,
     share: float = 1.0,
     other: Any = None,
@@ -41,7 +41,7 @@ def objective(
         x: Images, mixed already where they are mixed.
         y: Their classes.
         recipe: Label smoothing, distillation and temperature.
-        teacher: Source of soft labels; None without distillation.
+        target: (N, C) the teacher's scores, see `soft_labels`; None without distillation.
         share: Weight of the own class of a mixed image.
         other: (N,) which image each was mixed with; None without mixing.
         dtype: Of the products, see `fast_autocast`.
@@ -55,12 +55,20 @@ def objective(
         loss = loss + weight * share * cross_entropy(scores, y)
         if other is not None:
             loss = loss + weight * (1 - share) * cross_entropy(scores, y[other])
-    if teacher is not None and recipe.distillation > 0:
-        with torch.no_grad(), autocast:
-            target = teacher(x).float()
+    if target is not None:
         soft = distillation_loss(logits, target, recipe.temperature)
         loss = (1 - recipe.distillation) * loss + recipe.distillation * soft
     return loss
+
+
+def soft_labels(
+    teacher: nn.Module | None, x: Tensor, recipe: Recipe, dtype: torch.dtype | None = None
+) -> Tensor | None:
+    """(N, C) scores of the teacher in float32; None where the recipe does not distil."""
+    if teacher is None or recipe.distillation == 0:
+        return None
+    with torch.no_grad(), fast_autocast(x.device.type, dtype):
+        return teacher(x).float()
 
 
 def count_classes(model: nn.Module, x: Tensor) -> int:

@@ -1,8 +1,9 @@
 """What experiments of Ray Tune share: silence, loggers, reports, and errors of failed trials."""
 
+import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from pyarrow import fs
 from ray import tune
 from ray.exceptions import RayError
@@ -18,10 +20,12 @@ from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback, TBXLoggerCall
 
 from cacp_ray.distributed.cluster import environment
 from cacp_ray.distributed.tasks import describe
-from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError
+from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError, one_line
+from cacp_ray.io.files import changed_keys
 
 # A trial is restarted this often from its last checkpoint.
 MAX_FAILURES = 2
+SETTINGS_FILE = "finetune.json"  # what an experiment tries
 LOGGERS = {"tensorboard": TBXLoggerCallback, "csv": CSVLoggerCallback, "json": JsonLoggerCallback}
 
 # Tune reads these while `fit` runs; trials read the first too.
@@ -122,16 +126,41 @@ class TrialFiles:
         )
         return has_state and tune.Tuner.can_restore(self.path, self.filesystem)
 
-    def check_new(self) -> None:
-        """Refuses to begin where trials of an earlier fine-tuning are.
+    def note(self, content: Mapping[str, Any], *, resume: bool) -> None:
+        """Writes beside the trials of an object store what they try, or compares it.
 
         Raises:
-            ArtifactError: There are some.
+            ArtifactError: Trials are there and `resume` is off, or the store cannot be read.
+            ConfigError: They try something else.
         """
-        if self.filesystem is not None and self.can_restore():
+        assert self.filesystem is not None
+        file = f"{self.path}/{SETTINGS_FILE}"
+        try:
+            is_there = self.filesystem.get_file_info(file).type == fs.FileType.File
+            if is_there:
+                with self.filesystem.open_input_stream(file) as stream:
+                    saved = json.loads(stream.read())
+            else:
+                if isinstance(self.filesystem, fs.LocalFileSystem):
+                    self.filesystem.create_dir(self.path, recursive=True)
+                with self.filesystem.open_output_stream(file) as stream:
+                    stream.write(json.dumps(content).encode())
+                return
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise ArtifactError(
+                f"storage: {self.path} cannot be read or written ({one_line(error)}): check its "
+                "permissions, or try again"
+            ) from error
+        if not resume:
             raise ArtifactError(
                 f"storage: {self.path} holds trials of a fine-tuning: pass --resume (in Python "
                 "resume=True) to continue it, or delete them"
+            )
+        if saved != json.loads(json.dumps(content)):
+            changed = ", ".join(changed_keys(saved, dict(content)))
+            raise ConfigError(
+                f"storage: {self.path} holds trials of other settings ({changed}): undo the change,"
+                " or delete them to fine-tune again"
             )
 
 

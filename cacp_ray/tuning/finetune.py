@@ -35,7 +35,7 @@ from cacp_ray.tuning.experiment import (
     running_tune,
 )
 from cacp_ray.tuning.scheduler import SchedulerPerRate, make_asha
-from cacp_ray.tuning.train import Resources, TrialTask
+from cacp_ray.tuning.train import Resources, TrialTask, name_trial
 from cacp_ray.tuning.trial import PATH_KEY, FinetuneResult, Trained, finetune_trial, keep_best
 from cacp_ray.tuning.workers import COORDINATOR_CPUS, MAX_TRIALS, FreeAbandoned, free_abandoned
 
@@ -88,17 +88,16 @@ def finetune_subnets(
         "recipes": {name: dataclasses.asdict(recipe) for name, recipe in recipes.items()},
         "trials": {"scheduler": "asha" if stops_poor else "plain", "logging": list(loggers)},
     }
-    open_experiment(experiment_dir, content, resume=resume)
+    files = trial_files or TrialFiles(str(experiment_dir))
+    open_experiment(experiment_dir, files, content, resume=resume)
     if (experiment_dir / CHOICE_FILE).exists():
         return {rate: _read_result(folder) for rate, folder in subnet_folders.items()}
-    files = trial_files or TrialFiles(str(experiment_dir))
-    if not resume:
-        files.check_new()
     task = TrialTask(
         load_subnets=load_subnets,
         load_teacher=load_teacher,
         recipes=dict(recipes),
         resources=resources,
+        trials=files.path,
         filesystem=files.filesystem,
     )
     splits = [ray.put(train_split), ray.put(search_split)]
@@ -218,8 +217,16 @@ def _as_tune_resources(resources: Resources) -> Any:
     return {"cpu": resources.cpus, **({"gpu": resources.gpus} if resources.gpus else {})}
 
 
-def open_experiment(experiment_dir: Path, content: dict[str, Any], *, resume: bool) -> None:
-    """Notes what the experiment tries, or checks it: Tune would continue any other as well."""
+def open_experiment(
+    experiment_dir: Path, files: TrialFiles, content: dict[str, Any], *, resume: bool
+) -> None:
+    """Notes what the experiment tries, or checks it: Tune would continue any other as well.
+
+    What it tries is also noted beside the trials in an object store, whose folder may outlive ours.
+    """
+    if files.filesystem is not None:
+        content = content | {"storage": files.path}
+        files.note(content, resume=resume)
     file = experiment_dir / "finetune.json"
     if not file.exists():
         if experiment_dir.exists() and any(
@@ -280,8 +287,7 @@ def restore_tuner(trainable: Any, space: dict[str, Any], files: TrialFiles) -> t
 
 
 def _name_trial(trial: Trial) -> str:
-    variant = trial.config["variant"]
-    return f"rate-{trial.config['rate']:g}" + (f"-{variant}" if variant else "")
+    return name_trial(trial.config)
 
 
 def _read_result(folder: Path) -> FinetuneResult:

@@ -190,15 +190,13 @@ def finetune_own(
     """
     experiment_dir = experiment_dir.resolve()
     content = {"rates": sorted(folders), "task": job.task.name}
-    open_experiment(experiment_dir, content, resume=resume)
+    files = trial_files or TrialFiles(str(experiment_dir))
+    open_experiment(experiment_dir, files, content, resume=resume)
     if (experiment_dir / CHOICE_FILE).exists():  # weights that came later stay as they are
         return {
             rate: read_checked(folder / "metrics.json", MetricsFile, ("score",))
             for rate, folder in folders.items()
         }
-    files = trial_files or TrialFiles(str(experiment_dir))
-    if not resume:
-        files.check_new()
     trainable = tune.with_resources(
         tune.with_parameters(train_own, job=job),
         {"cpu": job.cpus, **({"gpu": job.gpus} if job.gpus else {})},

@@ -49,6 +49,12 @@ class Resources:
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
+def name_trial(config: Mapping[str, Any]) -> str:
+    """Name of a trial's folder."""
+    variant = config["variant"]
+    return f"rate-{config['rate']:g}" + (f"-{variant}" if variant else "")
+
+
 @dataclass(frozen=True)
 class TrialTask:
     """What all trials of an experiment share, except the images.
@@ -62,7 +68,8 @@ class TrialTask:
     load_teacher: Callable[[], nn.Module]  # called only where the recipe distils
     recipes: Mapping[str, Recipe]  # by the name of the variant
     resources: Resources
-    filesystem: fs.FileSystem | None = None  # where Tune keeps trials; None: a disk
+    trials: str = ""  # folder of the trials, BUCKET/FOLDER in an object store
+    filesystem: fs.FileSystem | None = None  # of that folder; None: a disk that all nodes share
 
 
 def train_subnet(

@@ -44,6 +44,8 @@ STEPS_BETWEEN = 10  # steps of Tune's loop between checks; an idle step takes a 
 
 def train_in_workers(config: dict[str, Any], task: "TrialTask", splits: list[Any]) -> None:
     """Runs a trial's workers to the end; killed workers start again at their last epoch."""
+    from cacp_ray.tuning.train import name_trial
+
     resources = task.resources
     trainer = TorchTrainer(
         _work,
@@ -58,7 +60,8 @@ def train_in_workers(config: dict[str, Any], task: "TrialTask", splits: list[Any
         ),
         run_config=RunConfig(
             name="workers",  # a trial that is restarted finds its workers' state by this
-            storage_path=tune.get_context().get_trial_dir(),
+            # Tune's context names a folder of this node alone.
+            storage_path=f"{task.trials}/{name_trial(config)}",
             storage_filesystem=task.filesystem,
             callbacks=[TuneReportCallback()],
             checkpoint_config=CheckpointConfig(num_to_keep=2),

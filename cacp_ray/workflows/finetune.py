@@ -29,7 +29,7 @@ from cacp_ray.workflows.ladder import check_order, list_experiments, note_traine
 from cacp_ray.workflows.network import check_weights, load_model, make_rebuild
 from cacp_ray.workflows.setup import Setup
 from cacp_ray.workflows.splits import Splits, check_padding, check_splits
-from cacp_ray.workflows.storage import open_for_training
+from cacp_ray.workflows.storage import make_push, open_for_training
 from cacp_ray.workflows.trained import trained_frontier
 
 logger = logging.getLogger(__name__)
@@ -162,12 +162,12 @@ def _finetune_run(
         config,
     )
     trained: list[FinetuneProgress] = []
+    push = make_push(mirror, run_dir)
 
     def note(progress: FinetuneProgress) -> None:
         if not progress.is_restored:
             trained.append(progress)
-        if mirror is not None:
-            mirror.push(run_dir)
+        push()
         on_epoch(progress)
 
     with clock.phase("finetune"):
@@ -278,13 +278,17 @@ def _finetune(
         check_padding(recipe, search, key)
     connect(address)
     cpus = job.cpus
-    if one_by_one and trials.cpus is None and not trials.gpus and trials.workers == 1:
-        cpus = max(cpus, int(max(read_nodes().cpus.values(), default=0)))  # one trial at a time
+    is_lone = one_by_one and len(settings.recipes) == 1 and trials.workers == 1
+    if is_lone and trials.cpus is None and not trials.gpus:  # one trial at a time
+        nodes = read_nodes()
+        widest = max((n for node, n in nodes.cpus.items() if node not in nodes.draining), default=0)
+        cpus = max(cpus, int(widest))
     least = trials.workers if isinstance(trials.workers, int) else trials.workers[0]
     asked_by = "trials.cpus, trials.gpus, trials.workers"
     check_room(cpus, trials.gpus, address, actors=least, asked_by=asked_by)
     streams = [split for split in (train, test) if isinstance(split, ImageStream)]
-    probe_nodes([] if mirror else [job.experiment_dir.parent], streams)
+    shared = job.experiment_dir.parent if mirror is None else mirror.folder
+    probe_nodes([] if shared is None else [shared], streams)
     load_base = make_rebuild(job.model, len(train.classes))  # its file may be here alone
     results: dict[float, Any] = {}
     for where, folders in list_experiments(

@@ -25,6 +25,7 @@ from cacp_ray.workflows.ladder import check_order, list_experiments, note_traine
 from cacp_ray.workflows.network import check_hash, load_model
 from cacp_ray.workflows.problem import Given, find_task
 from cacp_ray.workflows.setup import Setup
+from cacp_ray.workflows.storage import make_push
 
 
 def finetune_by_task(
@@ -103,9 +104,10 @@ def finetune_by_task(
         gpus,
     )
 
+    push = make_push(mirror, run_dir)
+
     def note(report: dict[str, Any]) -> None:
-        if mirror is not None:
-            mirror.push(run_dir)
+        push()
         on_report(report)
 
     trained: dict[float, dict[str, Any]] = {}

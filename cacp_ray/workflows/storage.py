@@ -1,5 +1,8 @@
 """The copy of a run on shared or object storage: opened for a search, and for a fine-tuning."""
 
+import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from cacp_ray.config.run import RunConfig
@@ -7,6 +10,8 @@ from cacp_ray.config.saved import check_unchanged, is_run, read_run_config
 from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.io.places import overlaps
 from cacp_ray.rundir.mirror import RunMirror
+
+PUSH_SECONDS = 30.0
 
 
 def open_for_search(uri: str, folder: Path, config: RunConfig, resume: bool) -> RunMirror:
@@ -50,6 +55,19 @@ def open_for_training(storage: str | Path | RunMirror, folder: Path) -> RunMirro
         )
     mirror.pull(folder)
     return mirror
+
+
+def make_push(mirror: RunMirror | None, folder: Path) -> Callable[[], None]:
+    """A function that copies new files of a run, twice a minute at most."""
+    pushed = -math.inf
+
+    def push() -> None:
+        nonlocal pushed
+        if mirror is not None and time.monotonic() > pushed + PUSH_SECONDS:
+            mirror.push(folder)
+            pushed = time.monotonic()
+
+    return push
 
 
 def _connect(uri: str, folder: Path) -> RunMirror:

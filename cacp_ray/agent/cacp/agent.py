@@ -218,7 +218,8 @@ class CACP:
             self._critics.load_state_dict(tensors)
         except RuntimeError as error:
             raise ArtifactError(
-                f"{file}: not the networks of this agent; has config.yaml changed?"
+                f"{file}: not the networks of this agent: config.yaml has changed, or an earlier "
+                "cacp_ray wrote it; search again in another folder"
             ) from error
 
     def _value(self, counts: Ints | Floats) -> Float32s:

@@ -124,6 +124,12 @@ def test_weights_of_another_network_of_ours_are_named(given, classes, model, tmp
         load_weights(build_model(model, 10), str(tmp_path / "w.safetensors"))
 
 
+def test_weights_of_no_network_of_ours_are_refused_with_their_keys(tmp_path):
+    save_file({"logit_scale": torch.tensor(1.0)}, tmp_path / "w.safetensors")
+    with pytest.raises(ArtifactError, match="more; check the model name and the number of classes"):
+        load_weights(build_model("resnet20", 10), str(tmp_path / "w.safetensors"))
+
+
 def test_weights_with_nan_missing_or_cut_short_are_refused(tmp_path):
     file = tmp_path / "w.safetensors"
     net = build_model("resnet20", 10)

@@ -1,7 +1,5 @@
 """The learning rate that a network bears, against curvatures that are known."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +13,7 @@ from cacp_ray.training.recipe import Recipe
 
 def make_images(count: int = 256) -> ImageSet:
     rng = np.random.default_rng(0)
-    labels = np.arange(count) % 2
+    labels = rng.permutation(np.arange(count) % 2)
     images = rng.integers(0, 256, (count, 4, 4, 3)).astype(np.uint8)
     images[labels == 1, :2] //= 2
     return ImageSet(images, labels, ("a", "b"), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -96,7 +94,35 @@ def test_a_network_without_a_gradient_has_a_finite_rate():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert math.isfinite(curvature.find_rate(model, make_images(), Recipe(label_smoothing=0.0)))
+    rate = curvature.find_rate(model, make_images(), Recipe(label_smoothing=0.0))
+    assert 0 < rate <= curvature.HIGHEST
+
+
+@pytest.mark.parametrize("factor", [0.0, 100.0, float("nan")])
+def test_a_rate_is_always_finite_and_no_state_is_changed(factor):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+    with torch.no_grad():
+        model[3].weight *= factor
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rate = curvature.find_rate(model.eval(), make_images(65), Recipe(label_smoothing=0.0))
+    assert 0 < rate <= curvature.HIGHEST
+    assert not model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value.nan_to_num(), before[name].nan_to_num()), name
+
+
+def test_a_network_without_weights_to_train_has_the_usual_rate():
+    assert curvature.find_rate(nn.Flatten(), make_images(), Recipe()) == curvature.USUAL
+
+
+def test_images_sorted_by_class_give_the_rate_of_all_classes():
+    images = make_images(1024)
+    order = np.argsort(images.labels, kind="stable")
+    recipe = Recipe(label_smoothing=0.0)
+    mixed, by_class = (
+        curvature.find_rate(make_linear(), part, recipe) for part in (images, images.at(order))
+    )
+    assert by_class == pytest.approx(mixed, rel=0.2)
 
 
 def test_adamw_needs_a_number():
