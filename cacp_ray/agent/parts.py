@@ -22,7 +22,7 @@ Near = Callable[[float, int, Sequence[Counts]], list[Counts]]
 
 
 class EpisodeArrays:
-    """Arrays with one row an episode, the attributes of a subclass; old rows give way.
+    """Arrays with one row an episode, the attributes of a subclass; above `capacity` old rows go.
 
     Attributes:
         capacity: Episodes that are kept.
