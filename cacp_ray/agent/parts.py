@@ -4,6 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
+from cacp_ray.errors import ArtifactError
+from cacp_ray.io.files import read_tensors
 from cacp_ray.searching.strategy import Counts
 
 POLICY_FILE = "policy.safetensors"  # an agent's networks, for readers that open no pickle
@@ -116,3 +119,21 @@ def sample_around(
         samples |= {counts: None for counts in drawn if counts not in known}
         noise *= SAMPLE_NOISE_GROWTH
     return list(samples)[:count]
+
+
+def load_networks(networks: nn.Module, file: Path) -> None:
+    """Puts the tensors of a `POLICY_FILE` into an agent's networks.
+
+    Raises:
+        ArtifactError: The file cannot be read, or its networks have other sizes.
+    """
+    tensors = read_tensors(file)
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise ArtifactError(f"{file}: holds values that are not finite; restore it from a copy")
+    try:
+        networks.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ArtifactError(
+            f"{file}: not the networks of this agent: config.yaml has changed, or an earlier "
+            "cacp_ray wrote it; search again in another folder"
+        ) from error

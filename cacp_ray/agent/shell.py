@@ -26,10 +26,15 @@ from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils.checkpoints import Checkpointable
 from torch import nn
 
-from cacp_ray.agent.parts import POLICY_FILE, EpisodeArrays, one_thread, sample_around
-from cacp_ray.errors import ArtifactError
+from cacp_ray.agent.parts import (
+    POLICY_FILE,
+    EpisodeArrays,
+    load_networks,
+    one_thread,
+    sample_around,
+)
 from cacp_ray.evaluation.measurement import Candidate, Measurement
-from cacp_ray.io.files import read_tensors, write_tensors
+from cacp_ray.io.files import write_tensors
 from cacp_ray.searching.budget import Ints
 from cacp_ray.searching.mdp import AllocationMDP
 from cacp_ray.searching.strategy import Counts
@@ -199,16 +204,7 @@ class PruningAgent(Algorithm):
         Raises:
             ArtifactError: The file cannot be read, or its networks have other sizes.
         """
-        tensors = read_tensors(file)
-        if not all(tensor.isfinite().all() for tensor in tensors.values()):
-            raise ArtifactError(f"{file}: holds values that are not finite; restore it from a copy")
-        try:
-            self._networks.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ArtifactError(
-                f"{file}: not the networks of this agent: config.yaml has changed, or an earlier "
-                "cacp_ray wrote it; search again in another folder"
-            ) from error
+        load_networks(self._networks, file)
 
     # Learning.
 

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 from cacp_ray.agent.cacp.behaviour import Behaviour
 from cacp_ray.agent.cacp.critics import NUM_CRITICS, Critics
 from cacp_ray.agent.cacp.replay import Replay
-from cacp_ray.agent.parts import POLICY_FILE, draw_rows, one_thread, sample_around
+from cacp_ray.agent.parts import POLICY_FILE, draw_rows, load_networks, one_thread, sample_around
 from cacp_ray.errors import ArtifactError
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.io.files import read_json, read_tensors, write_json, write_tensors
@@ -211,16 +211,7 @@ class CACP:
         Raises:
             ArtifactError: The file cannot be read, or its networks have other sizes.
         """
-        tensors = read_tensors(file)
-        if not all(tensor.isfinite().all() for tensor in tensors.values()):
-            raise ArtifactError(f"{file}: holds values that are not finite; restore it from a copy")
-        try:
-            self._critics.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ArtifactError(
-                f"{file}: not the networks of this agent: config.yaml has changed, or an earlier "
-                "cacp_ray wrote it; search again in another folder"
-            ) from error
+        load_networks(self._critics, file)
 
     def _value(self, counts: Ints | Floats) -> Float32s:
         """(N,) mean of the critics at keep counts (N, G)."""
