@@ -91,8 +91,10 @@ def is_there(filesystem, path):
     return filesystem.get_file_info(path).type == fs.FileType.File
 
 
-@pytest.mark.parametrize("order", ["parallel", "ladder"])
-def test_a_killed_fine_tuning_goes_on_elsewhere_from_the_bucket_alone(order, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("order", "workers"), [("parallel", 1), ("ladder", 1), ("parallel", 2)])
+def test_a_killed_fine_tuning_goes_on_elsewhere_from_the_bucket_alone(
+    order, workers, tmp_path, monkeypatch
+):
     with serving("s3", tmp_path) as store:
         for name, value in store.environment.items():
             monkeypatch.setenv(name, value)
@@ -104,9 +106,10 @@ def test_a_killed_fine_tuning_goes_on_elsewhere_from_the_bucket_alone(order, tmp
         settings += f" report.frontier=false finetune.epochs=4 finetune.order={order}"
         check(start(f"search {settings} --storage {storage} --run-dir first"))
         shutil.copytree("first", "undisturbed")
-        check(start("finetune undisturbed"))
+        more = f"--set trials.workers={workers}"
+        check(start(f"finetune undisturbed {more}"))
         trials = "bucket/runs/far/trials"
-        doomed = start(f"finetune first --storage {storage}")
+        doomed = start(f"finetune first --storage {storage} {more}")
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not has_checkpoint(filesystem, trials) and time.monotonic() < deadline:
             assert doomed.poll() is None, doomed.stderr.read()
@@ -115,10 +118,10 @@ def test_a_killed_fine_tuning_goes_on_elsewhere_from_the_bucket_alone(order, tmp
         doomed.communicate()
         assert not is_there(filesystem, "bucket/runs/far/finetune/chosen.json")
         shutil.rmtree("first")
-        refused = start(f"finetune second --storage {storage}")
+        refused = start(f"finetune second --storage {storage} {more}")
         assert "--resume" in refused.communicate(timeout=600)[1]
         assert refused.returncode == 2
-        check(start(f"finetune second --storage {storage} --resume"))
+        check(start(f"finetune second --storage {storage} --resume {more}"))
         for rate in ("0.30", "0.60"):
             name = f"subnets/rate-{rate}/finetuned.safetensors"
             assert (tmp_path / "second" / name).read_bytes() == (
