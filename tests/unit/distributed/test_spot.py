@@ -96,8 +96,9 @@ AZURE_TIME = format_datetime(IN_A_MINUTE, usegmt=True)
         ("azure", azure(event("Preempt", "worker_7", AZURE_TIME)), 60),
         ("azure", azure(event("Preempt", "worker_7")), 30),
     ],
-    ids=str,
-)
+    ids=["aws none", "aws", "gcp none", "gcp", "azure none", "azure reboot", "azure other",
+         "azure", "azure now"],
+)  # fmt: skip
 def test_a_notice_is_read_as_its_cloud_writes_it(cloud, answer, expected):
     with metadata(answer) as url:
         seconds = spot.read_notice(cloud, url)
