@@ -16,7 +16,9 @@ import pytest
 from cacp_ray.distributed import spot
 from cacp_ray.errors import ConfigError
 
-IN_A_MINUTE = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=60)
+
+def in_a_minute():
+    return datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=60)
 
 
 @contextmanager
@@ -43,14 +45,17 @@ def metadata(answer):
         server.shutdown()
 
 
-def aws(notice):
+def aws(is_announced):
     def answer(method, path, headers):
         if path == "/latest/api/token":
             return (200, "secret") if method == "PUT" else (405, "")
         if headers.get("X-aws-ec2-metadata-token") != "secret":
             return 401, ""
         assert path == "/latest/meta-data/spot/instance-action"
-        return (200, json.dumps(notice)) if notice else (404, "")
+        if not is_announced:
+            return 404, ""
+        when = in_a_minute().strftime("%Y-%m-%dT%H:%M:%SZ")
+        return 200, json.dumps({"action": "terminate", "time": when})
 
     return answer
 
@@ -69,32 +74,32 @@ def azure(*events):
         if headers.get("Metadata") != "true":
             return 400, ""
         if path.startswith("/metadata/scheduledevents"):
-            return 200, json.dumps({"Events": events})
+            return 200, json.dumps({"Events": [event() for event in events]})
         return 200, "worker_7"
 
     return answer
 
 
-def event(kind, machine, when=""):
-    return {"EventType": kind, "Resources": [machine], "NotBefore": when}
+def event(kind, machine, has_time=True):
+    def make():
+        when = format_datetime(in_a_minute(), usegmt=True) if has_time else ""
+        return {"EventType": kind, "Resources": [machine], "NotBefore": when}
 
-
-AWS_TIME = IN_A_MINUTE.strftime("%Y-%m-%dT%H:%M:%SZ")
-AZURE_TIME = format_datetime(IN_A_MINUTE, usegmt=True)
+    return make
 
 
 @pytest.mark.parametrize(
     ("cloud", "answer", "expected"),
     [
-        ("aws", aws(None), None),
-        ("aws", aws({"action": "terminate", "time": AWS_TIME}), 60),
+        ("aws", aws(False), None),
+        ("aws", aws(True), 60),
         ("gcp", gcp(False), None),
         ("gcp", gcp(True), 30),
         ("azure", azure(), None),
         ("azure", azure(event("Reboot", "worker_7")), None),
-        ("azure", azure(event("Preempt", "worker_8", AZURE_TIME)), None),
-        ("azure", azure(event("Preempt", "worker_7", AZURE_TIME)), 60),
-        ("azure", azure(event("Preempt", "worker_7")), 30),
+        ("azure", azure(event("Preempt", "worker_8")), None),
+        ("azure", azure(event("Preempt", "worker_7")), 60),
+        ("azure", azure(event("Preempt", "worker_7", has_time=False)), 30),
     ],
     ids=["aws none", "aws", "gcp none", "gcp", "azure none", "azure reboot", "azure other",
          "azure", "azure now"],
@@ -122,7 +127,7 @@ def test_the_watcher_waits_outlives_a_silent_service_and_drains_once(caplog):
     assert sum("does not answer" in record.message for record in caplog.records) == 1
 
 
-@pytest.mark.parametrize(("cloud", "answer"), [("aws", aws(None)), ("azure", azure())])
+@pytest.mark.parametrize(("cloud", "answer"), [("aws", aws(False)), ("azure", azure())])
 def test_the_cloud_is_the_one_that_answers(cloud, answer, monkeypatch):
     with metadata(answer) as url:
         monkeypatch.setattr(spot, "METADATA", dict.fromkeys(spot.METADATA, url))
