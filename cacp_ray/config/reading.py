@@ -87,7 +87,9 @@ def _first_problem(kind: type[Section], error: ValidationError) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if not path:
         return message
-    given = f" (got {problem['input']!r})" if problem["type"] != "missing" else ""
+    # A whole section would show values that nobody wrote.
+    is_shown = problem["type"] != "missing" and not is_section(problem["input"])
+    given = f" (got {problem['input']!r})" if is_shown else ""
     return f"{path}: {message}{given}"
 
 

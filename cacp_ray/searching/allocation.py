@@ -90,11 +90,3 @@ class AllocationSpace:
         """(B, P) log keep ratios of keep counts (B, G)."""
         ratios = np.asarray(keep_counts, dtype=np.float64) / self.budget.num_channels
         return np.log(ratios[:, self.prunable]).astype(np.float32)
-
-    def cost_shares(self, keep_counts: ArrayLike) -> Float32s:
-        """(B, P) rise of the cost with a group's log keep ratio, as a share of all groups' rise."""
-        counts = np.asarray(keep_counts, dtype=np.int64)
-        without = counts[:, None] - np.eye(counts.shape[1], dtype=np.int64)[self.prunable]
-        gains = self.budget.cost(counts)[:, None] - self.budget.cost(without)  # (B, P)
-        gains = np.maximum(gains, 1) * counts[:, self.prunable]
-        return (gains / gains.sum(axis=1, keepdims=True)).astype(np.float32)

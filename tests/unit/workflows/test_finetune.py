@@ -46,6 +46,7 @@ def test_variants_say_what_differs():
         ({"trials": {"gpus": 1.5}}, r"trials\.gpus: at most 1"),
         ({"finetune": {"seed": -1}}, r"finetune\.seed: .*greater than or equal to 0"),
         ({"finetune": {"lr": float("inf")}}, r"finetune\.lr: .*finite"),
+        ({"finetune": {"optimizer": "adamw"}}, r"auto is for sgd; give adamw a number$"),
         (
             {"trials": {"workers": 0}},
             r"trials\.workers: write one number, or the least",
