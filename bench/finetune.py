@@ -14,6 +14,9 @@ tables of committed results can be printed anywhere.
 - uniform l1: the same widths, but the channels of least L1 norm are cut;
 - torch-pruning norm, torch-pruning taylor: cut by that package (bench/torch_pruning_arms.py), which
   repairs nothing and is trained side by side;
+- chex, dmcp, scp, network_adjustment, group_fisher: widths are learned in the first half of the
+  recipe's epochs, and the subnets are fine-tuned side by side in the other half, so that all arms
+  pass as many epochs of images; a step of dmcp passes its images several times;
 - base: the base network, trained on by the recipe: the gain of the further epochs alone.
 
 The table compares the fine-tuned accuracy with the base network's on the test split, which is
@@ -24,6 +27,7 @@ worth reading need all of CIFAR-10: --train, --train-rows, --search, --search-ro
 
 import argparse
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +47,7 @@ from cacp_ray.io.files import read_json, write_file, write_json
 from cacp_ray.pruning.subnet import save_subnet
 from cacp_ray.pruning.verify import count_macs
 from cacp_ray.reporting.displays import FinetuneDisplay
+from cacp_ray.searching.strategies import WIDTH_STRATEGIES
 from cacp_ray.training.metrics import predict
 from cacp_ray.workflows.network import load_model
 from cacp_ray.workflows.splits import Splits
@@ -56,6 +61,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "random": {"strategy": "random"},
     "uniform cap": {"strategy": "uniform"},
     "uniform l1": {"strategy": "uniform", "pruning": {"criterion": "l1"}},
+    **{name: {"strategy": name} for name in WIDTH_STRATEGIES},
     **{f"{TORCH_PRUNING} {by}": {} for by in IMPORTANCES},
     BASE: {},
 }
@@ -96,7 +102,11 @@ def list_arms(options: argparse.Namespace) -> list[str]:
     return [
         arm
         for method in options.methods
-        for arm in ([method] if is_alone(method) else [f"{method} {o}" for o in options.orders])
+        for arm in (
+            [method]
+            if is_alone(method) or method in WIDTH_STRATEGIES
+            else [f"{method} {o}" for o in options.orders]
+        )
     ]
 
 
@@ -108,7 +118,8 @@ def is_alone(arm: str) -> bool:
 def run(arm: str, seed: int, file: Path, options: argparse.Namespace) -> None:
     """Searches, fine-tunes and writes accuracies, seconds and which images were right."""
     folder = options.out / file.stem
-    method, _, order = (arm, "", "parallel") if is_alone(arm) else arm.rpartition(" ")
+    has_order = arm.endswith((" parallel", " ladder"))
+    method, _, order = arm.rpartition(" ") if has_order else (arm, "", "parallel")
     settings = [*options.set, f"finetune.seed={seed}", f"finetune.order={order}"]
     recipe = load_config(FinetuneConfig, options.config, settings)
     model = ModelConfig(name=options.model, weights=options.weights)
@@ -151,6 +162,12 @@ def search_and_finetune(
         **METHODS[method],
     }
     search = load_config(RunConfig, values)
+    if method in WIDTH_STRATEGIES:
+        epochs = recipe.finetune.epochs // 2
+        values |= {"widths": {"epochs": epochs}, "finetune": asdict(recipe.finetune)}
+        search = load_config(RunConfig, values)
+        later = replace(recipe.finetune, epochs=recipe.finetune.epochs - epochs)
+        recipe = recipe.model_copy(update={"finetune": later})
     if not (searched / "result.json").exists():
         cacp_ray.search(search, searched, resume=(searched / "config.yaml").exists())
     if not folder.exists():

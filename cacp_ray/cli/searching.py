@@ -12,7 +12,7 @@ from cacp_ray.cli.networks import run_finetune
 from cacp_ray.cli.options import Address, Overrides, Resume, RunDir, Storage
 from cacp_ray.cli.results import print_report
 from cacp_ray.errors import ConfigError
-from cacp_ray.searching.strategies import AGENTS, STRATEGIES
+from cacp_ray.searching.strategies import ALL_STRATEGIES
 
 if TYPE_CHECKING:
     from cacp_ray.api import Run
@@ -72,7 +72,7 @@ def search(
         str | None,
         typer.Option(
             metavar="NAME[,NAME...]",
-            help=f"{', '.join((*AGENTS, *STRATEGIES))}, or package.module:function; with several, "
+            help=f"{', '.join(ALL_STRATEGIES)}, or package.module:function; with several, "
             "--run-dir gets one run for each, and their comparison.",
         ),
     ] = None,

@@ -21,7 +21,7 @@ from cacp_ray.io.rates import format_rate, read_rate
 from cacp_ray.pruning.cost import COSTS
 from cacp_ray.reporting.scalars import Logger
 from cacp_ray.searching.settings import AgentSettings, Mode, PaperSettings
-from cacp_ray.searching.strategies import AGENTS, STRATEGIES
+from cacp_ray.searching.strategies import ALL_STRATEGIES
 from cacp_ray.training.recipe import Recipe
 
 Rate = Annotated[float, BeforeValidator(read_rate), Field(gt=0, le=1)]
@@ -233,6 +233,21 @@ class ClusterConfig(Section):
         return gpus
 
 
+class WidthsConfig(Section):
+    """The training of strategies that learn widths; it follows the recipe `finetune`."""
+
+    epochs: int = Field(
+        default=8,
+        ge=1,
+        description="epochs in which chex, dmcp, scp, network_adjustment or group_fisher learn "
+        "widths; those of `finetune` come after them",
+    )
+    start: str | None = Field(
+        default=None,
+        description="subnet folder whose widths network_adjustment begins with; unset: uniform",
+    )
+
+
 class ReportConfig(Section):
     """What a search measures for its report after it has ended; nothing is chosen by it."""
 
@@ -284,6 +299,7 @@ class RunConfig(Section):
     paper: PaperSettings = Field(
         default=PaperSettings(), description="settings of strategies cacp-paper and amc"
     )
+    widths: WidthsConfig = WidthsConfig()
     cluster: ClusterConfig = ClusterConfig()
     logging: tuple[Logger, ...] = Field(
         default=("tensorboard",),
@@ -319,8 +335,8 @@ class RunConfig(Section):
     @field_validator("strategy")
     @classmethod
     def _known_strategy(cls, name: str) -> str:
-        if ":" not in name and name not in (*AGENTS, *STRATEGIES):
-            raise ValueError(nearest_names(name, (*AGENTS, *STRATEGIES)))
+        if ":" not in name and name not in ALL_STRATEGIES:
+            raise ValueError(nearest_names(name, ALL_STRATEGIES))
         return name
 
     @model_validator(mode="after")

@@ -20,15 +20,14 @@ from cacp_ray.errors import EvaluationError
 from cacp_ray.io.environment import give_back_memory
 from cacp_ray.pruning.axis import Axis
 from cacp_ray.pruning.calibration import PASSED, Batch, Loss, classify, mean_loss, run_batch
+from cacp_ray.pruning.gates import ChannelGates
 from cacp_ray.pruning.patches import choose_places, is_product, take_inputs
 from cacp_ray.pruning.plan import Consumer, Plan
-from cacp_ray.pruning.torch_types import Convolution
 
 RIDGE = 1e-4  # noise on each input, as a share of the mean variance
 POSITIONS = 64  # rows from each image and layer
 SEPARABLE_ABOVE = 4096  # inputs D; a dense float64 covariance of 4096 inputs takes 128 MiB
 SOLVABLE = (nn.Conv2d, nn.Linear)  # layers whose input rows are collected
-GATED = (Convolution, nn.Linear)  # layers whose input channels get gates
 
 
 @dataclass(frozen=True)
@@ -94,17 +93,15 @@ def collect_statistics(
     kinds = frozenset(kinds)
     assert kinds <= {"inputs", "gates"}, kinds
     moments = _Moments(plan, positions, torch.Generator().manual_seed(seed))
-    gates = _Gates(plan)
     hooks: list[RemovableHandle] = []
     layers = [(model.get_submodule(consumer.module), consumer) for consumer in plan.consumers]
     if "inputs" in kinds:
         hooks += [moments.attach(layer, c) for layer, c in layers if isinstance(layer, SOLVABLE)]
-    if "gates" in kinds:
-        hooks += [gates.attach(layer, c) for layer, c in layers if isinstance(layer, GATED)]
+    gates = _Gradients(model, plan) if "gates" in kinds else None
     model.eval()
     try:
         for batch in batches if kinds else ():
-            if "gates" in kinds:
+            if gates is not None:
                 gates.differentiate(model, batch, loss)
             else:
                 run_batch(model, batch)
@@ -113,7 +110,9 @@ def collect_statistics(
     finally:
         for hook in hooks:
             hook.remove()
-    return Statistics(moments.finish(), gates.finish() if "gates" in kinds else ())
+        if gates is not None:
+            gates.remove()
+    return Statistics(moments.finish(), () if gates is None else gates.finish())
 
 
 class _Moments:
@@ -213,7 +212,7 @@ class _MomentSums:
         return InputMoments(_rounded(mean + self._shift), covariance, between_taps)
 
 
-class _Gates:
+class _Gradients:
     """Gradients by one gate for each image and channel, for all groups at once.
 
     Source: Group Fisher pruning (Liu et al., ICML 2021, section 3): gradients of coupled layers
@@ -221,53 +220,37 @@ class _Gates:
     gates (Molchanov et al., 2017, 2019).
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
         self._plan = plan
-        self._offsets = np.cumsum([0, *(group.num_channels for group in plan.groups)])
-        self._size = int(self._offsets[-1])
-        self._gates = torch.empty(0)
-        self._absolute = torch.zeros(self._size, dtype=torch.float64)
-        self._square = torch.zeros(self._size, dtype=torch.float64)
+        self._gates = ChannelGates(model, plan)
+        self._absolute = torch.zeros(self._gates.size, dtype=torch.float64)
+        self._square = torch.zeros(self._gates.size, dtype=torch.float64)
         self._count = 0
-
-    def attach(self, module: nn.Module, consumer: Consumer) -> RemovableHandle:
-        """Multiplies the channels of a layer's input by their gates."""
-        axis = self._plan.axes[consumer.weight, 1]
-        # Channels of no group read the last gate, whose gradient is not used.
-        columns = np.where(axis.group < 0, self._size, self._offsets[axis.group] + axis.channel)
-        index = torch.as_tensor(columns)
-
-        def gate(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            x = args[0]
-            gates = self._gates[:, index]  # (N, C_in)
-            # Windows of one image may have become neighbouring batch entries.
-            gates = gates.repeat_interleave(len(x) // len(gates), 0)
-            ones = [1] * (x.ndim - 2)
-            is_linear = isinstance(module, nn.Linear)
-            shape = (len(x), *ones, -1) if is_linear else (len(x), -1, *ones)
-            return (x * gates.reshape(shape), *args[1:])
-
-        return module.register_forward_pre_hook(gate)
+        self.remove = self._gates.remove
 
     def differentiate(self, model: nn.Module, batch: Batch, loss: Loss) -> None:
         """Adds the gradients on one batch."""
-        self._gates = torch.ones(len(batch), self._size + 1, requires_grad=True)
+        values = torch.ones(len(batch), self._gates.size, requires_grad=True)
+        self._gates.values = values
         with torch.enable_grad():
             total = len(batch) * mean_loss(model, batch, loss)
             # If nothing reads the gates, the loss still has to depend on them.
-            total = total + 0 * self._gates.sum()
-            gradient = torch.autograd.grad(total, self._gates)[0][:, : self._size].double()
+            total = total + 0 * values.sum()
+            gradient = torch.autograd.grad(total, values)[0].double()
         self._absolute += gradient.abs().sum(0)
         self._square += gradient.square().sum(0)
         self._count += len(batch)
 
     def finish(self) -> tuple[GateGradients, ...]:
         """Gradients of each group; zeros for a group that nothing reads."""
-        absolute = np.split(_rounded(self._absolute / self._count), self._offsets[1:-1])
-        square = np.split(_rounded(self._square / self._count), self._offsets[1:-1])
-        for group, a, s in zip(self._plan.groups, absolute, square, strict=True):
-            _check_finite(group.name, "gradients", a, s)
-        return tuple(GateGradients(a, s) for a, s in zip(absolute, square, strict=True))
+        absolute = self._gates.split(self._absolute / self._count)
+        square = self._gates.split(self._square / self._count)
+        gradients = [
+            GateGradients(_rounded(a), _rounded(s)) for a, s in zip(absolute, square, strict=True)
+        ]
+        for group, gradient in zip(self._plan.groups, gradients, strict=True):
+            _check_finite(group.name, "gradients", gradient.absolute, gradient.square)
+        return tuple(gradients)
 
 
 def _check_finite(layer: str, what: str, *arrays: NDArray[np.floating[Any]]) -> None:

@@ -72,3 +72,18 @@ def as_channels_last(model: nn.Module) -> nn.Module:
         if tensor.ndim == 4:
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
     return model
+
+
+def split(tensor: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Views of consecutive parts along the first dimension."""
+    return [*tensor.split(sizes)]
+
+
+def leading_directions(matrix: Tensor) -> Tensor:
+    """(R, min(R, D)) left singular vectors of (R, D), that of the largest value first."""
+    return torch.linalg.svd(matrix, full_matrices=False)[0]
+
+
+def normal_cdf(x: Tensor) -> Tensor:
+    """Distribution function of the standard normal."""
+    return torch.special.ndtr(x)

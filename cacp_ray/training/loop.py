@@ -70,12 +70,13 @@ def train_epoch(
     epoch: int,
     *,
     teacher: nn.Module | None = None,
+    loss_of: Callable[..., Tensor] = objective,
     after_step: Callable[[], object] = lambda: None,
 ) -> float:
     """Trains epoch `epoch`, from 0, of the recipe's schedule in place; returns its mean loss.
 
     The optimizer's learning rate is set before every step. Without a teacher there is no
-    distillation.
+    distillation. `loss_of` takes what `objective` takes.
     """
     epoch_seed = recipe.seed * 100_003 + epoch
     torch.manual_seed(epoch_seed + batches.shard[0] * 1_000_003)  # dropout differs by worker
@@ -96,7 +97,7 @@ def train_epoch(
             with autocast:
                 x = share * x + (1 - share) * x[other]
         target = soft_labels(teacher, x, recipe)
-        loss = objective(model, x, y, recipe, target, share=share, other=other)
+        loss = loss_of(model, x, y, recipe, target, share=share, other=other)
         optimizer.zero_grad()
         loss.backward()
         if recipe.clip_norm > 0:

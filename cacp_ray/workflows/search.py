@@ -22,22 +22,19 @@ from cacp_ray.evaluation.cache import check_folder
 from cacp_ray.evaluation.measurement import Evaluator
 from cacp_ray.evaluation.task import SCORE, FunctionTask, OwnTask
 from cacp_ray.io.clock import Clock
-from cacp_ray.io.files import write_json
 from cacp_ray.pruning.calibration import Loss
-from cacp_ray.pruning.cost import describe_cost
 from cacp_ray.reporting.progress import SearchProgress
 from cacp_ray.reporting.scalars import ScalarLog
 from cacp_ray.rundir.directory import RunDirectory, read_result
 from cacp_ray.rundir.mirror import RunMirror
 from cacp_ray.rundir.records import EpisodeRecord
 from cacp_ray.searching.loop import SearchLoop
-from cacp_ray.searching.strategies import RACING
+from cacp_ray.searching.strategies import RACING, WIDTH_STRATEGIES
 from cacp_ray.searching.strategy import Strategy, make_candidates
 from cacp_ray.workflows.evaluators import (
     find_gpu_share,
     start_evaluators,
 )
-from cacp_ray.workflows.latencies import add_latencies
 from cacp_ray.workflows.learning_log import (
     LearningLog,
     log_best,
@@ -45,6 +42,7 @@ from cacp_ray.workflows.learning_log import (
     unseen_rates,
 )
 from cacp_ray.workflows.problem import Given, configure
+from cacp_ray.workflows.result import finish_run
 from cacp_ray.workflows.run import Run
 from cacp_ray.workflows.setup import Setup, describe_accuracy
 from cacp_ray.workflows.start import begin_run, prepare_run, write_model
@@ -56,6 +54,7 @@ from cacp_ray.workflows.strategy import (
     make_run_strategy,
     num_reserved,
 )
+from cacp_ray.workflows.widths import learn_run
 from cacp_ray.workflows.winners import (
     build_winners,
     choose_build,
@@ -168,15 +167,18 @@ def _search_in(
         raise ConfigError("a cache knows measurements of images alone: leave it out for a task")
     if cache is not None:
         check_folder(Path(cache))
-    result = _run_search(
-        settings,
-        folder,
-        given,
-        address=address,
-        on_progress=on_progress,
-        cache=None if cache is None else Path(cache),
-        mirror=mirror,
-    )
+    if settings.strategy in WIDTH_STRATEGIES:
+        result = learn_run(settings, folder, given, address=address, mirror=mirror)
+    else:
+        result = _run_search(
+            settings,
+            folder,
+            given,
+            address=address,
+            on_progress=on_progress,
+            cache=None if cache is None else Path(cache),
+            mirror=mirror,
+        )
     return Run(folder, result, mirror, given)
 
 
@@ -234,35 +236,17 @@ def _run_search(
         with clock.phase("build"):
             build = choose_build(setup, gpus)
             rows = build_winners(setup, searched, run_dir, build, answers, reference)
-        result = {
-            "name": config.name,
-            "strategy": config.strategy,
-            "cost": describe_cost(config.cost),
-            "metric": vars(setup.task.metric),
-            "groups": [
-                {
-                    "name": group.name,
-                    "num_channels": group.num_channels,
-                    "is_residual": group.is_residual,
-                }
-                for group in setup.plan.groups
-            ],
-            "base": saved["base"],
-            "rates": rows,
-            "frontier": [
-                {name: getattr(answer, name) for name in ("rate", "cost_kept", "macs", "score")}
-                for answer in answers
-            ],
-            "learning": learning,
-            "evaluations": loop.progress.evaluations,
-            "seconds": clock.seconds,
-        }
-        if config.report.latency:
-            add_latencies(result, setup, run_dir)
-        write_json(run_dir / "result.json", result)
-        if mirror is not None:
-            mirror.finish(run_dir)
-        return result
+        return finish_run(
+            setup,
+            run_dir,
+            saved["base"],
+            rows,
+            evaluations=loop.progress.evaluations,
+            seconds=clock.seconds,
+            mirror=mirror,
+            answers=answers,
+            learning=learning,
+        )
 
 
 def _make_loop(

@@ -13,7 +13,7 @@ from cacp_ray.errors import ArtifactError, ConfigError, nearest_names
 from cacp_ray.reporting.comparison import Comparison
 from cacp_ray.reporting.comparison_figure import check_out, write_comparison
 from cacp_ray.reporting.progress import SearchProgress
-from cacp_ray.searching.strategies import AGENTS, STRATEGIES
+from cacp_ray.searching.strategies import ALL_STRATEGIES
 from cacp_ray.workflows.compare import compare
 from cacp_ray.workflows.search import Run, search
 from cacp_ray.workflows.setup import Setup
@@ -64,7 +64,7 @@ def plan_series(
         ConfigError: An unknown or repeated name, or a run under another configuration.
         ArtifactError: A folder is in use, or there is nothing to resume.
     """
-    known = (*AGENTS, *STRATEGIES)
+    known = ALL_STRATEGIES
     for name, count in Counter(strategies).items():
         if name not in known and ":" not in name:
             raise ConfigError(f"strategy {name or 'without a name'}: {nearest_names(name, known)}")

@@ -46,6 +46,10 @@ class Splits:
         scale = find_normalisation(self._data)
         return ImageStream(source, *read_labels(source, rows), self._shape, *scale)
 
+    def count(self, name: str) -> int:
+        """Images of a split, whose labels alone are read."""
+        return len(read_labels(*self._find_rows(name))[0])
+
     def check(self) -> tuple[str, ...]:
         """Opens all three splits and reads their labels.
 

@@ -14,10 +14,12 @@ from cacp_ray.io.environment import describe_environment, give_back_memory
 from cacp_ray.pruning.statistics import Statistics
 from cacp_ray.reporting.scalars import check_loggers
 from cacp_ray.rundir.directory import RunDirectory
+from cacp_ray.searching.strategies import WIDTH_STRATEGIES
 from cacp_ray.workflows.evaluators import join, read_cpus
 from cacp_ray.workflows.problem import Given
 from cacp_ray.workflows.setup import Setup
 from cacp_ray.workflows.strategy import check_strategy
+from cacp_ray.workflows.width_problem import check_widths
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,8 @@ def check_run(setup: Setup) -> None:
     Raises:
         ConfigError: The strategy cannot be made, or a logger is not installed.
     """
+    if setup.config.strategy in WIDTH_STRATEGIES:
+        check_widths(setup)
     check_strategy(setup)
     check_loggers(setup.config.logging)
 

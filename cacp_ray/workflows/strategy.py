@@ -18,7 +18,7 @@ from cacp_ray.rundir.records import EpisodeRecord
 from cacp_ray.searching.allocation import AllocationSpace, Prior, uniform_prior
 from cacp_ray.searching.budget import Ints
 from cacp_ray.searching.mdp import AllocationMDP
-from cacp_ray.searching.strategies import AGENTS, FROM_A_PRIOR
+from cacp_ray.searching.strategies import AGENTS, FROM_A_PRIOR, WIDTH_STRATEGIES
 from cacp_ray.searching.strategies.prior import PriorFirst
 from cacp_ray.searching.strategies.problem import Problem, Scores
 from cacp_ray.searching.strategies.table import make_strategy
@@ -136,7 +136,7 @@ def check_strategy(setup: Setup) -> None:
             "strategy cap goes from the whole network's accuracy down to 0, and needs a score that "
             "is a share: choose another for a task of your own"
         )
-    if setup.config.strategy not in AGENTS:
+    if setup.config.strategy not in (*AGENTS, *WIDTH_STRATEGIES):
         prior = uniform_prior(len(setup.budget.num_channels))
         make_strategy(setup.config.strategy, _make_problem(setup, prior))
 

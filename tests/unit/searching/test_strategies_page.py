@@ -12,7 +12,7 @@ from cacp_ray.cli import app
 from cacp_ray.config.reading import load_config
 from cacp_ray.config.run import RunConfig
 from cacp_ray.errors import ConfigError
-from cacp_ray.searching.strategies import AGENTS, SEPARATE, STRATEGIES
+from cacp_ray.searching.strategies import ALL_STRATEGIES, SEPARATE
 from cacp_ray.searching.strategies.table import make_strategy
 from tests.toy import measure_by_formula, toy_score
 from tests.unit.searching.test_strategies import RATES, problem, toy_cost_model
@@ -22,7 +22,7 @@ PAGE = Path("docs/strategies.md").read_text()
 
 def test_the_page_lists_every_strategy_and_how_it_serves_rates():
     rows = re.findall(r"^\| `([\w-]+)` \|.*\| ([^|]+) \|[^|]*\|$", PAGE, re.MULTILINE)
-    assert sorted(name for name, _ in rows) == sorted({*AGENTS, *STRATEGIES})
+    assert sorted(name for name, _ in rows) == sorted({*ALL_STRATEGIES})
     for name, rates in rows:
         # `cacp-ray compare` uses these words.
         assert rates == ("separately" if name in SEPARATE else "together"), name
@@ -34,7 +34,7 @@ def test_help_of_search_lists_every_strategy():
         if parameter.name == "strategy"
     ]  # fmt: skip
     listed = option.help.split("or package.module:function")[0].split(", ")
-    assert {name for name in listed if name} == {*AGENTS, *STRATEGIES}
+    assert {name for name in listed if name} == {*ALL_STRATEGIES}
 
 
 def test_a_strategy_of_the_user_s_own_is_named_in_the_configuration(monkeypatch, capsys):
