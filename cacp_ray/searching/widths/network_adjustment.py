@@ -132,7 +132,7 @@ class NetworkAdjustment:
         for group, rate in zip(movable.tolist(), rates.tolist(), strict=True):
             losses: list[float] = []
             for _ in range(DRAWS):
-                keeps = rng.random((images, len(masks[group]))) >= rate
+                keeps = rng.random((images, masks[int(group)].numel())) >= rate
                 dropped = [mask.expand(images, -1) for mask in masks]
                 dropped[group] = dropped[group] * torch.as_tensor(keeps) / (1 - rate)
                 self._gates.values = torch.cat(dropped, 1).float()
