@@ -130,6 +130,7 @@ def tune_agent(
     overrides: Overrides = None,
     address: Address = None,
     resume: Resume = False,
+    storage: Storage = None,
 ) -> None:
     """Find the agent settings that search best on a network, with Ray Tune."""
     from cacp_ray import api
@@ -143,9 +144,8 @@ def tune_agent(
     folder = run_dir or Path("runs") / settings.name
     display = TuningDisplay(settings.trials, settings.objective, quiet=state["quiet"])
     with display:
-        result = api.tune_agent(
-            settings, folder, resume=resume, address=address, on_progress=display.update
-        )
+        options = {"address": address, "resume": resume, "storage": storage}
+        result = api.tune_agent(settings, folder, on_progress=display.update, **options)
     make_console().print(tuning_table(result))
     cache = "" if settings.search.task else f" --cache {folder / 'cache'}"  # knows images alone
     typer.echo(f"best settings: cacp-ray search {folder / 'best.yaml'}{cache}")

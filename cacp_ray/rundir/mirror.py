@@ -103,6 +103,19 @@ class RunMirror:
             ) from error
         return config
 
+    def holds(self, name: str) -> bool:
+        """Whether a file of the run is there.
+
+        Raises:
+            ArtifactError: The storage cannot be read.
+        """
+        try:
+            return self._info(name).type == fs.FileType.File
+        except (OSError, pa.ArrowException) as error:
+            raise ArtifactError(
+                f"storage {self.uri} cannot be read ({one_line(error)}): try again"
+            ) from error
+
     def push(self, run_dir: Path) -> None:
         """Starts to copy new files in a thread, so that storage that hangs delays no search.
 

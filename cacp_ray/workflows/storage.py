@@ -1,20 +1,23 @@
-"""The copy of a run on shared or object storage: opened for a search, and for a fine-tuning."""
+"""The copy of a run on shared or object storage: opened for a search, a tuning, a fine-tuning."""
 
 import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cacp_ray.config.run import RunConfig
+from cacp_ray.config.run import Section
 from cacp_ray.config.saved import check_unchanged, is_run, read_run_config
 from cacp_ray.errors import ArtifactError, ConfigError
+from cacp_ray.io.files import read_json, write_json
 from cacp_ray.io.places import overlaps
 from cacp_ray.rundir.mirror import RunMirror
 
 PUSH_SECONDS = 30.0
+RESULT_FILE = "result.json"
+TRIALS_FILE = "trials.json"  # where the trials of a tuning write, if not in its folder
 
 
-def open_for_search(uri: str, folder: Path, config: RunConfig, resume: bool) -> RunMirror:
+def open_for_search(uri: str, folder: Path, config: Section, resume: bool) -> RunMirror:
     """The mirror of a run that is to be searched; what it holds is in the folder afterwards.
 
     Raises:
@@ -55,6 +58,53 @@ def open_for_training(storage: str | Path | RunMirror, folder: Path) -> RunMirro
         )
     mirror.pull(folder)
     return mirror
+
+
+def open_for_tuning(uri: str, folder: Path, config: Section, resume: bool) -> RunMirror:
+    """As `open_for_search`, for a tuning of the agent.
+
+    Raises:
+        ConfigError: As there.
+        ArtifactError: As there; or the tuning ended elsewhere, and the folder does not know it.
+    """
+    mirror = open_for_search(uri, folder, config, resume)
+    if resume and mirror.holds(RESULT_FILE) and not (folder / RESULT_FILE).exists():
+        raise ArtifactError(
+            f"{uri} holds the result of a tuning that {folder} lacks: remove the folder or choose "
+            "another --run-dir, and it is fetched from there"
+        )
+    return mirror
+
+
+def check_trials_place(folder: Path, trials: str | None) -> None:
+    """Refuses to have the trials of a tuning write elsewhere than before.
+
+    Args:
+        folder: Folder of the tuning.
+        trials: Their place in a storage; None for the folder itself.
+
+    Raises:
+        ConfigError: They would begin anew there.
+    """
+    file = folder / TRIALS_FILE
+    if (folder / "tune").exists():
+        before = None
+    elif file.exists():
+        before = read_json(file)["path"]
+    else:
+        before = trials
+    if before != trials:
+        step = "leave out --storage" if before is None else "give the --storage that it began with"
+        raise ConfigError(
+            f"the trials of {folder} write to {before or folder / 'tune'}, and would begin anew: "
+            f"{step}"
+        )
+
+
+def note_trials_place(folder: Path, trials: str | None) -> None:
+    """Notes where the trials of a tuning write, for `check_trials_place`."""
+    if trials is not None:
+        write_json(folder / TRIALS_FILE, {"path": trials})
 
 
 def make_push(mirror: RunMirror | None, folder: Path) -> Callable[[], None]:

@@ -1,7 +1,8 @@
 """Tuning of the agent: from a YAML file to the settings that search best on the user's network.
 
-The folder holds config.yaml, environment.json, `tune/` (Ray Tune's own), `cache/` (measurements),
-and at the end trials.csv, result.json, report.html and best.yaml, which `cacp-ray search` takes.
+The folder holds config.yaml, environment.json, `cache/` (measurements), `tune/` (Ray Tune's own;
+with a storage, trials.json names their place there), and at the end trials.csv, result.json,
+report.html and best.yaml, which `cacp-ray search` takes.
 """
 
 import csv
@@ -28,8 +29,15 @@ from cacp_ray.io.files import read_json, write_file, write_json, write_yaml
 from cacp_ray.reporting.progress import TrialProgress
 from cacp_ray.reporting.tuning import write_tuning_report
 from cacp_ray.rundir.directory import RunDirectory
+from cacp_ray.rundir.mirror import RunMirror
 from cacp_ray.workflows.evaluators import find_gpu_share, join, key_of_run, scorer_arguments
 from cacp_ray.workflows.setup import Setup
+from cacp_ray.workflows.storage import (
+    check_trials_place,
+    make_push,
+    note_trials_place,
+    open_for_tuning,
+)
 from cacp_ray.workflows.strategy import check_strategy
 from cacp_ray.workflows.trial_search import begin_search
 
@@ -44,6 +52,7 @@ def tune_agent(
     *,
     resume: bool = False,
     address: str | None = None,
+    storage: str | Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Finds the agent's settings that search best on a network.
@@ -53,6 +62,9 @@ def tune_agent(
         folder: Default: runs/NAME.
         resume: Whether to go on with what `folder` holds.
         address: Address of a Ray cluster; None takes RAY_ADDRESS, else starts a local Ray.
+        storage: Folder, s3:// or gs:// URI that gets a copy of the folder. Trials write there, so
+            nodes need no common folder. With `resume`, a tuning is fetched from there where the
+            folder does not hold it, or begun where there is none.
         on_progress: Called with every round of a trial.
 
     Returns:
@@ -65,20 +77,32 @@ def tune_agent(
         config if isinstance(config, AgentTuningConfig) else load_config(AgentTuningConfig, config)
     )
     where = Path(folder) if folder is not None else Path("runs") / settings.name
-    open_folder(where, settings, resume=resume)
+    mirror = None if storage is None else open_for_tuning(str(storage), where, settings, resume)
+    is_first = mirror is not None and mirror.config is None and not is_run(where)
+    open_folder(where, settings, resume=resume and not is_first)
     if not (where / "result.json").exists():
-        _run_tuning(settings, where, address, on_progress or (lambda progress: None))
+        _run_tuning(settings, where, address, mirror, on_progress or (lambda progress: None))
     write_tuning_report(where)
+    if mirror is not None:
+        mirror.finish(where)
     return read_json(where / "result.json")
 
 
 def _run_tuning(
-    config: AgentTuningConfig, folder: Path, address: str | None, on_progress: OnProgress
+    config: AgentTuningConfig,
+    folder: Path,
+    address: str | None,
+    mirror: RunMirror | None,
+    on_progress: OnProgress,
 ) -> None:
     """Runs all trials and writes what came of them; continues what the folder holds."""
     from cacp_ray.distributed.cluster import check_address
+    from cacp_ray.tuning.experiment import TrialFiles
     from cacp_ray.tuning.settings import check_algorithm
 
+    files = TrialFiles(*mirror.trials("tune")) if mirror else TrialFiles(f"{folder.resolve()}/tune")
+    trials_place = files.path if mirror else None
+    check_trials_place(folder, trials_place)
     clock, is_begun = Clock(), is_run(folder)
     with ExitStack() as stack:
         if is_begun:
@@ -96,8 +120,17 @@ def _run_tuning(
             stack.enter_context(RunDirectory(folder).locked())
         write_yaml(folder / "config.yaml", resolved(config))
         write_json(folder / "environment.json", describe_environment(config.seed))
+        note_trials_place(folder, trials_place)
+        if mirror is not None:
+            mirror.finish(folder)  # before the trials, so that no other tuning begins there
+        push = make_push(mirror, folder)
+
+        def note(progress: TrialProgress) -> None:
+            push()
+            on_progress(progress)
+
         with clock.phase("trials"):
-            trials, status, counts = _run_trials(config, setup, gpus, folder, on_progress)
+            trials, status, counts = _run_trials(config, setup, gpus, folder, files, note)
     rows = rank_trials(
         [
             {
@@ -155,13 +188,17 @@ def trials_at_once(config: AgentTuningConfig, num_evaluators: int) -> int:
 
 
 def _run_trials(
-    config: AgentTuningConfig, setup: Setup, gpus: float, folder: Path, on_progress: OnProgress
+    config: AgentTuningConfig,
+    setup: Setup,
+    gpus: float,
+    folder: Path,
+    files: Any,  # where trials write: a `TrialFiles`, whose module imports Ray
+    on_progress: OnProgress,
 ) -> tuple[list[TrialProgress], Any, dict[str, tuple[int, int]]]:
     """Where each trial ended, how the broker answered, and by search what it asked."""
     from cacp_ray.distributed.broker import read_answers, start_broker, stop_broker
     from cacp_ray.distributed.nodes import find_room, read_free, read_nodes
     from cacp_ray.tuning.agents import TRIAL_CPUS, TRIALS_SHARE, AgentTask, tune_agents
-    from cacp_ray.tuning.experiment import TrialFiles
     from cacp_ray.tuning.settings import make_domain
 
     search = setup.config
@@ -218,7 +255,7 @@ def _run_trials(
             seed=config.seed,
             max_concurrent=max_concurrent,
             trial_cpus=trial_cpus,
-            files=TrialFiles(str((folder / "tune").resolve())),
+            files=files,
             on_progress=on_progress,
         )
         return trials, *read_answers(broker)

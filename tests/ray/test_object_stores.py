@@ -1,4 +1,4 @@
-"""Data, a killed search and fine-tuning from buckets, by commands, as on cloud machines."""
+"""Data, killed searches, fine-tunings and tunings from buckets, by commands, as in clouds."""
 
 import json
 import shutil
@@ -19,6 +19,15 @@ from tests.object_stores import SCHEMES, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
+TUNING = {
+    "name": "tuning",
+    "search": {"data": {"search": {"path": "embedded:search", "rows": [0, 50]}}},
+    "trials": 2,
+    "evaluations": 24,
+    "seeds": [0],
+    "scheduler": "none",
+    "space": {"agent.lr": {"log_uniform": [3e-4, 1e-2]}},
+}
 EVALUATIONS, PATIENCE_SECONDS = 1000, 240.0  # a checkpoint comes after 30 s
 
 
@@ -130,6 +139,54 @@ def test_a_killed_fine_tuning_goes_on_elsewhere_from_the_bucket_alone(
             assert is_there(filesystem, f"bucket/runs/far/{name}")
         assert is_there(filesystem, "bucket/runs/far/report.html")
         assert not (tmp_path / "second/trials").exists()
+
+
+def test_a_killed_tuning_goes_on_elsewhere_from_the_bucket_alone(tmp_path, monkeypatch):
+    with serving("s3", tmp_path) as store:
+        for name, value in store.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.chdir(tmp_path)
+        filesystem, _ = open_place(store.root)
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(TUNING))
+        tune = f"tune-agent c.yaml --storage {store.root}/runs/tuning --run-dir"
+        doomed = start(f"{tune} first")
+        curves = "bucket/runs/tuning/trials/tune"
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while len(read_curves(filesystem, curves)) < 2 and time.monotonic() < deadline:
+            assert doomed.poll() is None, doomed.stderr.read()
+            time.sleep(0.2)
+        doomed.kill()
+        doomed.communicate()
+        seen = read_curves(filesystem, curves)
+        assert min(seen.values()) > 0
+        shutil.rmtree("first")
+        refused = start(f"{tune} second")
+        assert "holds a run: pass --resume" in refused.communicate(timeout=600)[1]
+        assert refused.returncode == 2
+        check(start(f"{tune} second --resume"))
+        result = json.loads((tmp_path / "second/result.json").read_text())
+        assert [row["evaluations"] for row in result["trials"]] == [24, 24]
+        # It asked only for what was missing, and one round of each trial again.
+        assert sum(result["answers"].values()) <= 2 * 24 - sum(seen.values()) + 2 * 6
+        for name in ("best.yaml", "trials.csv", "result.json", "report.html"):
+            assert is_there(filesystem, f"bucket/runs/tuning/{name}")
+        assert not (tmp_path / "second/tune").exists()
+        assert not (tmp_path / "second/trials").exists()
+        without = start("tune-agent c.yaml --run-dir second --resume")
+        check(without)  # it has ended, so nothing is begun
+
+
+def read_curves(filesystem, folder):
+    """Evaluations of the last checkpoint of each trial of a tuning, by its name."""
+    selector = fs.FileSelector(folder, recursive=True, allow_not_found=True)
+    seen = {}
+    for info in filesystem.get_file_info(selector):
+        if info.base_name == "curve.json":
+            with filesystem.open_input_stream(info.path) as stream:
+                evaluations = json.loads(stream.read())[-1][0]
+            trial = info.path.split("/")[-3]
+            seen[trial] = max(evaluations, seen.get(trial, 0))
+    return seen
 
 
 def has_checkpoint(filesystem, folder):

@@ -5,12 +5,20 @@ from pathlib import Path
 
 import pytest
 
+from cacp_ray.config.agent_tuning import AgentTuningConfig
+from cacp_ray.config.reading import load_config, resolved
 from cacp_ray.config.run import RunConfig
-from cacp_ray.errors import ConfigError
+from cacp_ray.errors import ArtifactError, ConfigError
 from cacp_ray.io.files import write_json, write_yaml
 from cacp_ray.rundir.mirror import RunMirror, _copy_order
 from cacp_ray.workflows.finetune import finetune
-from cacp_ray.workflows.storage import open_for_training
+from cacp_ray.workflows.storage import (
+    check_trials_place,
+    note_trials_place,
+    open_for_training,
+    open_for_tuning,
+)
+from cacp_ray.workflows.tune_agent import tune_agent
 
 
 def make_run(folder: Path, **settings) -> Path:
@@ -72,3 +80,70 @@ def test_files_that_say_that_weights_are_complete_are_copied_after_them():
         "result.json",
         "config.yaml",
     ]
+
+
+TUNING = load_config(
+    AgentTuningConfig, {"search": {}, "space": {"agent.lr": {"log_uniform": [1e-4, 1e-2]}}}
+)
+
+
+def make_tuning(folder: Path) -> Path:
+    write_yaml(folder / "config.yaml", resolved(TUNING))
+    write_json(folder / "result.json", {})
+    return folder
+
+
+def test_a_tuning_is_fetched_where_the_folder_does_not_hold_it(tmp_path):
+    storage = tmp_path / "storage"
+    RunMirror(str(storage)).finish(make_tuning(tmp_path / "tuning"))
+    write_json(storage / "trials/tune/tuner.json", {})
+    open_for_tuning(str(storage), tmp_path / "elsewhere", TUNING, resume=True)
+    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == [
+        "config.yaml",
+        "result.json",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "resume", "message"),
+    [
+        ({"seed": 1}, True, "storage .* was started with another configuration; changed: seed;"),
+        ({}, False, "storage .* holds a run: pass --resume"),
+    ],
+    ids=["other settings", "no --resume"],
+)
+def test_the_tuning_of_a_storage_goes_on_as_it_began_or_not_at_all(
+    change, resume, message, tmp_path
+):
+    storage = tmp_path / "storage"
+    RunMirror(str(storage)).finish(make_tuning(tmp_path / "tuning"))
+    asked = TUNING.model_copy(update=change)
+    with pytest.raises((ArtifactError, ConfigError), match=message):
+        tune_agent(asked, tmp_path / "elsewhere", resume=resume, storage=storage)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_tuning_that_ended_elsewhere_is_not_run_again_in_the_first_folder(tmp_path):
+    storage, folder = tmp_path / "storage", make_tuning(tmp_path / "tuning")
+    RunMirror(str(storage)).finish(folder)
+    (folder / "result.json").unlink()
+    with pytest.raises(ArtifactError, match="holds the result of a tuning"):
+        tune_agent(TUNING, folder, resume=True, storage=storage)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "step"),
+    [
+        (None, "bucket/a/trials/tune", "leave out --storage"),
+        ("bucket/a/trials/tune", None, "give the --storage that it began with"),
+        ("bucket/a/trials/tune", "bucket/b/trials/tune", "give the --storage that it began with"),
+    ],
+)
+def test_trials_of_a_tuning_never_begin_anew_elsewhere(before, now, step, tmp_path):
+    check_trials_place(tmp_path, now)  # nothing was begun
+    note_trials_place(tmp_path, before)
+    if before is None:
+        (tmp_path / "tune").mkdir()
+    check_trials_place(tmp_path, before)
+    with pytest.raises(ConfigError, match=f"would begin anew: {step}"):
+        check_trials_place(tmp_path, now)
