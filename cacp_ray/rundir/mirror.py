@@ -14,7 +14,9 @@ knows; a resumed search replays those.
 import logging
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,6 +28,7 @@ from cacp_ray.errors import ArtifactError, ConfigError, one_line
 from cacp_ray.io.files import parse_json, write_file
 from cacp_ray.io.places import open_writable
 from cacp_ray.rundir.directory import JOURNAL
+from cacp_ray.rundir.holding import Hold
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,8 @@ LAST = ("result.json", LATEST, CONFIG)
 MARKERS = ("metrics.json", "copied.json", "chosen.json")
 CHECKPOINTS = "checkpoints/checkpoint-"
 TRIALS = "trials"  # of a fine-tuning; Ray Tune writes them there, and no run directory has them
+SIGN = f"{TRIALS}/driver.json"  # of the driver whose trials write there
+CHECKPOINT = "checkpoint_"  # how Ray Tune and Ray Train name the folder of each
 # A driver that dies before LATEST.json leaves a checkpoint's name free for other content; a part's
 # name is never used again.
 NEVER_CHANGE = "episodes/"
@@ -65,6 +70,7 @@ class RunMirror:
         self._put_at = 0.0  # when a file last went through
         self._is_taken = False  # whether the storage took the last copy
         self._failure: BaseException | None = None
+        self._hold: Hold | None = None
         try:
             self._latest = {self._read(LATEST)}  # contents that this process may find there
         except (OSError, pa.ArrowException) as error:
@@ -81,6 +87,57 @@ class RunMirror:
     def trials(self, name: str) -> tuple[str, fs.FileSystem]:
         """Folder in which the trials of a fine-tuning write, and its file system."""
         return f"{self._root}/{TRIALS}/{name}", self._filesystem
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other drivers from training into this storage; see `check_held`.
+
+        Raises:
+            ArtifactError: Another driver trains into it, or it cannot be read or written.
+        """
+        try:
+            hold = Hold(self.uri, partial(self._read, SIGN), partial(self._put, SIGN))
+        except (OSError, pa.ArrowException) as error:
+            raise ArtifactError(
+                f"storage {self.uri} cannot be read or written ({one_line(error)}): try again"
+            ) from error
+        self._hold = hold
+        try:
+            yield
+        finally:
+            self._hold = None
+            if hold.release():
+                with suppress(OSError, pa.ArrowException):
+                    self._filesystem.delete_file(self._path(SIGN))
+
+    def check_held(self) -> None:
+        """Does nothing as long as no other driver trains into this storage.
+
+        Raises:
+            ArtifactError: One does.
+        """
+        if self._hold is not None:
+            self._hold.check()
+
+    def drop_checkpoints(self) -> None:
+        """Removes the checkpoints of trials, whose results are in the run; their logs stay."""
+        try:
+            names = [name.split("/") for name in self._list() if name.startswith(f"{TRIALS}/")]
+            folders = {
+                "/".join(parts[: place + 1])
+                for parts in names
+                for place, part in enumerate(parts)
+                if part.startswith(CHECKPOINT)
+            }
+            for folder in sorted(folders):
+                self._remove(folder)
+        except (OSError, pa.ArrowException) as error:
+            logger.warning(
+                "storage %s: the checkpoints in %s cannot be removed (%s): nothing needs them",
+                self.uri,
+                TRIALS,
+                one_line(error),
+            )
 
     @property
     def config(self) -> dict[str, Any] | None:
@@ -123,8 +180,10 @@ class RunMirror:
         warning is logged, and the next copy includes the missing files.
 
         Raises:
-            ArtifactError: Another process has copied a run there since this one began.
+            ArtifactError: Another process has copied a run there since this one began, or trains
+                into it.
         """
+        self.check_held()
         if self._thread is not None and self._thread.is_alive():
             return
         if self._failure is not None:

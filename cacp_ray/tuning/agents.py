@@ -166,7 +166,7 @@ def tune_agents(
     trainable = tune.with_resources(
         tune.with_parameters(agent_trial, task=task, broker=broker), {"cpu": trial_cpus}
     )
-    with running_tune(lambda trial, metrics: on_progress(read(_name_trial(trial), metrics))):
+    with running_tune(lambda trial, metrics: on_progress(read(_name_trial(trial), metrics)), files):
         if files.can_restore():
             tuner = restore(files, trainable, dict(space))
             for result in tuner.get_results():

@@ -1,5 +1,6 @@
 """What experiments of Ray Tune share: silence, loggers, reports, and errors of failed trials."""
 
+import builtins
 import json
 import logging
 import warnings
@@ -15,6 +16,7 @@ import pyarrow as pa
 from pyarrow import fs
 from ray import tune
 from ray.exceptions import RayError
+from ray.tune import TuneError
 from ray.tune.experiment import Trial
 from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback, TBXLoggerCallback
 
@@ -86,19 +88,39 @@ class ReportCallback(tune.Callback):
 
 
 @contextmanager
-def running_tune(listener: Callable[[Trial, dict[str, Any]], object]) -> Iterator[None]:
+def running_tune(
+    listener: Callable[[Trial, dict[str, Any]], object], files: "TrialFiles"
+) -> Iterator[None]:
     """Has Tune neither print nor change folders; the listener takes each trial's metrics.
 
-    Errors reach the caller as exceptions.
+    What the listener raises reaches the caller; Tune would make a text of it.
+
+    Raises:
+        ArtifactError: The storage of the trials failed.
+        EvaluationError: Tune has stopped for another reason.
     """
-    token = _listener.set(listener)
+    raised: list[Exception] = []
+
+    def listen(trial: Trial, metrics: dict[str, Any]) -> None:
+        try:
+            listener(trial, metrics)
+        except Exception as error:
+            raised.append(error)
+            raise
+
+    token = _listener.set(listen)
     tune_logger = logging.getLogger("ray.tune")
     level = tune_logger.level
     tune_logger.setLevel(logging.CRITICAL)
     try:
         with environment(TUNE_ENVIRONMENT), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"ray\.tune")  # advice on how to call it
-            yield
+            with files.reached():
+                yield
+    except Exception as error:
+        if raised:
+            raise raised[0] from error
+        raise
     finally:
         _listener.reset(token)
         tune_logger.setLevel(level)
@@ -115,6 +137,29 @@ class TrialFiles:
 
     path: str
     filesystem: fs.FileSystem | None = None
+
+    @contextmanager
+    def reached(self) -> Iterator[None]:
+        """Has errors of Tune reach the caller in one line.
+
+        Raises:
+            ArtifactError: The storage failed.
+            EvaluationError: Something else did.
+        """
+        try:
+            yield
+        except (OSError, pa.ArrowException, TuneError) as error:
+            # Tune makes a text of what is raised while it takes in a report.
+            reason = _describe(error)
+            if isinstance(error, TuneError) and not _is_of_files(reason):
+                raise EvaluationError(
+                    f"{self.path}: Ray Tune has stopped ({reason}): go on with --resume, in Python "
+                    "resume=True"
+                ) from error
+            raise ArtifactError(
+                f"storage: {self.path} cannot be read or written by Ray Tune ({reason}): make room "
+                "or check its permissions, then go on with --resume, in Python resume=True"
+            ) from error
 
     def can_restore(self) -> bool:
         """Whether an experiment is there; one killed before its first save left none."""
@@ -184,7 +229,7 @@ def restore(files: TrialFiles, trainable: Any, space: dict[str, Any]) -> tune.Tu
     """Restores an experiment; unfinished and failed trials go on.
 
     Raises:
-        ArtifactError: Its files are damaged.
+        ArtifactError: Its files are damaged, or cannot be read.
     """
     try:
         tuner = tune.Tuner.restore(
@@ -197,6 +242,9 @@ def restore(files: TrialFiles, trainable: Any, space: dict[str, Any]) -> tune.Tu
         )
         tuner.get_results()
     except Exception as error:  # a damaged pickle raises anything
+        fails = isinstance(error, OSError | pa.ArrowException)
+        if fails and not isinstance(error, FileNotFoundError):
+            raise  # `TrialFiles.reached` tells of it
         raise ArtifactError(
             f"{files.path} is damaged ({type(error).__name__}): remove it, and --resume (in Python "
             "resume=True) begins these trials anew"
@@ -217,6 +265,13 @@ def check_trials(results: Any, what: str) -> None:
                 f"({_describe(result.error)}); see {result.path}, then continue with --resume, in "
                 "Python resume=True"
             )
+
+
+def _is_of_files(reason: str) -> bool:
+    """Whether the text of an error, which begins with its type, is that of a file system's."""
+    name = reason.partition(":")[0].rpartition(".")[2]
+    kind = getattr(builtins, name, None)
+    return name.startswith("Arrow") or (isinstance(kind, type) and issubclass(kind, OSError))
 
 
 def _describe(error: Exception) -> str:

@@ -113,7 +113,7 @@ def finetune_subnets(
     }
     epochs = {name: recipe.epochs for name, recipe in recipes.items()}
     with running_tune(
-        lambda trial, metrics: on_epoch(_read_progress(trial.config, metrics, epochs))
+        lambda trial, metrics: on_epoch(_read_progress(trial.config, metrics, epochs)), files
     ):
         tuner = restore_tuner(trainable, space, files) if resume else None
         for result in tuner.get_results() if tuner else ():
@@ -226,7 +226,8 @@ def open_experiment(
     """
     if files.filesystem is not None:
         content = content | {"storage": files.path}
-        files.note(content, resume=resume)
+        if not (experiment_dir / CHOICE_FILE).exists():  # else it needs its trials no more
+            files.note(content, resume=resume)
     file = experiment_dir / "finetune.json"
     if not file.exists():
         if experiment_dir.exists() and any(

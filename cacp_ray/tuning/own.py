@@ -202,7 +202,7 @@ def finetune_own(
         {"cpu": job.cpus, **({"gpu": job.gpus} if job.gpus else {})},
     )
     space = {"rate": tune.grid_search(sorted(folders, reverse=True))}
-    with running_tune(lambda trial, metrics: on_report({**trial.config, **metrics})):
+    with running_tune(lambda trial, metrics: on_report({**trial.config, **metrics}), files):
         tuner = restore_tuner(trainable, space, files) if resume else None
         tuner = tuner or tune.Tuner(
             trainable,

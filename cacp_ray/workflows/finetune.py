@@ -29,7 +29,7 @@ from cacp_ray.workflows.ladder import check_order, list_experiments, note_traine
 from cacp_ray.workflows.network import check_weights, load_model, make_rebuild
 from cacp_ray.workflows.setup import Setup
 from cacp_ray.workflows.splits import Splits, check_padding, check_splits
-from cacp_ray.workflows.storage import make_push, open_for_training
+from cacp_ray.workflows.storage import make_push, open_for_training, training_into
 from cacp_ray.workflows.trained import trained_frontier
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,8 @@ def finetune(
         _finetune(_make_subnet_job(where, settings), settings, resume, address, None, on_epoch)
         return read_json(where / "metrics.json")
     assert searched is not None
-    return _finetune_run(searched, where, settings, resume, address, mirror, on_epoch)
+    with training_into(mirror, where):
+        return _finetune_run(searched, where, settings, resume, address, mirror, on_epoch)
 
 
 def _log_report(report: dict[str, Any]) -> None:
@@ -189,8 +190,6 @@ def _finetune_run(
             result["trained_frontier"] = trained_frontier(run_dir)
         result["seconds"] |= {"cuts": clock.seconds["cuts"]}
         write_json(run_dir / "result.json", result)
-    if mirror is not None:
-        mirror.finish(run_dir)
     if trained:
         log_networks(settings.trials.logging, run_dir.name, run_dir, result)
     return result

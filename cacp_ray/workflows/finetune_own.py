@@ -25,7 +25,7 @@ from cacp_ray.workflows.ladder import check_order, list_experiments, note_traine
 from cacp_ray.workflows.network import check_hash, load_model
 from cacp_ray.workflows.problem import Given, find_task
 from cacp_ray.workflows.setup import Setup
-from cacp_ray.workflows.storage import make_push
+from cacp_ray.workflows.storage import make_push, training_into
 
 
 def finetune_by_task(
@@ -110,30 +110,29 @@ def finetune_by_task(
         push()
         on_report(report)
 
-    trained: dict[float, dict[str, Any]] = {}
-    model = whole if is_given else None
-    with clock.phase("finetune"):
-        for where, folders in list_experiments(
-            setup, searched, experiment_dir, is_ladder, job.cpus, model
-        ):
-            subnets = {
-                rate: read_subnet(folder, finetuned=False) for rate, folder in folders.items()
-            }
-            trained |= finetune_own(
-                replace(job, subnets=subnets),
-                folders,
-                where,
-                resume=resume,
-                on_report=note,
-                trial_files=None if mirror is None else TrialFiles(*mirror.trials(where.name)),
-            )
-    for row in result["rates"]:
-        note_trained(row, run_dir)
-        row["finetuned_score"] = trained[row["rate"]]["score"]
-    result["seconds"] |= clock.seconds
-    write_json(run_dir / "result.json", result)
-    if mirror is not None:
-        mirror.finish(run_dir)
+    with training_into(mirror, run_dir):
+        trained: dict[float, dict[str, Any]] = {}
+        model = whole if is_given else None
+        with clock.phase("finetune"):
+            for where, folders in list_experiments(
+                setup, searched, experiment_dir, is_ladder, job.cpus, model
+            ):
+                subnets = {
+                    rate: read_subnet(folder, finetuned=False) for rate, folder in folders.items()
+                }
+                trained |= finetune_own(
+                    replace(job, subnets=subnets),
+                    folders,
+                    where,
+                    resume=resume,
+                    on_report=note,
+                    trial_files=None if mirror is None else TrialFiles(*mirror.trials(where.name)),
+                )
+        for row in result["rates"]:
+            note_trained(row, run_dir)
+            row["finetuned_score"] = trained[row["rate"]]["score"]
+        result["seconds"] |= clock.seconds
+        write_json(run_dir / "result.json", result)
     return result
 
 

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cacp_ray.config.run import Section
@@ -107,12 +108,33 @@ def note_trials_place(folder: Path, trials: str | None) -> None:
         write_json(folder / TRIALS_FILE, {"path": trials})
 
 
+@contextmanager
+def training_into(mirror: RunMirror | None, folder: Path) -> Iterator[None]:
+    """Keeps other drivers from training into the storage, and brings it up to date in the end.
+
+    Raises:
+        ArtifactError: Another driver trains into it, or it does not take the last files.
+    """
+    if mirror is None:
+        yield
+        return
+    with mirror.held():
+        yield
+        mirror.finish(folder)
+        mirror.drop_checkpoints()
+
+
 def make_push(mirror: RunMirror | None, folder: Path) -> Callable[[], None]:
-    """A function that copies new files of a run, twice a minute at most."""
+    """A function that copies new files of a run, twice a minute at most.
+
+    It raises ArtifactError where another driver trains into the storage.
+    """
     pushed = -math.inf
 
     def push() -> None:
         nonlocal pushed
+        if mirror is not None:
+            mirror.check_held()
         if mirror is not None and time.monotonic() > pushed + PUSH_SECONDS:
             mirror.push(folder)
             pushed = time.monotonic()

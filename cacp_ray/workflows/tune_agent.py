@@ -37,6 +37,7 @@ from cacp_ray.workflows.storage import (
     make_push,
     note_trials_place,
     open_for_tuning,
+    training_into,
 )
 from cacp_ray.workflows.strategy import check_strategy
 from cacp_ray.workflows.trial_search import begin_search
@@ -80,11 +81,14 @@ def tune_agent(
     mirror = None if storage is None else open_for_tuning(str(storage), where, settings, resume)
     is_first = mirror is not None and mirror.config is None and not is_run(where)
     open_folder(where, settings, resume=resume and not is_first)
-    if not (where / "result.json").exists():
+    if (where / "result.json").exists():
+        write_tuning_report(where)
+        if mirror is not None:
+            mirror.finish(where)
+        return read_json(where / "result.json")
+    with training_into(mirror, where):
         _run_tuning(settings, where, address, mirror, on_progress or (lambda progress: None))
-    write_tuning_report(where)
-    if mirror is not None:
-        mirror.finish(where)
+        write_tuning_report(where)
     return read_json(where / "result.json")
 
 

@@ -14,7 +14,7 @@ from pyarrow import fs
 from cacp_ray.data.images import read_parquet
 from cacp_ray.data.sources import open_place
 from cacp_ray.rundir.directory import RunDirectory
-from cacp_ray.rundir.mirror import LATEST
+from cacp_ray.rundir.mirror import LATEST, SIGN
 from tests.object_stores import SCHEMES, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -139,6 +139,13 @@ def test_a_killed_fine_tuning_goes_on_elsewhere_from_the_bucket_alone(
             assert is_there(filesystem, f"bucket/runs/far/{name}")
         assert is_there(filesystem, "bucket/runs/far/report.html")
         assert not (tmp_path / "second/trials").exists()
+        assert not has_checkpoint(filesystem, trials)
+        assert not is_there(filesystem, f"bucket/runs/far/{SIGN}")
+        # What has ended is not trained again, although its checkpoints are gone.
+        weights = tmp_path / "second/subnets/rate-0.30/finetuned.safetensors"
+        trained_at = weights.stat().st_mtime_ns
+        check(start(f"finetune second --storage {storage} --resume {more}"))
+        assert weights.stat().st_mtime_ns == trained_at
 
 
 def test_a_killed_tuning_goes_on_elsewhere_from_the_bucket_alone(tmp_path, monkeypatch):
@@ -170,6 +177,7 @@ def test_a_killed_tuning_goes_on_elsewhere_from_the_bucket_alone(tmp_path, monke
         assert sum(result["answers"].values()) <= 2 * 24 - sum(seen.values()) + 2 * 6
         for name in ("best.yaml", "trials.csv", "result.json", "report.html"):
             assert is_there(filesystem, f"bucket/runs/tuning/{name}")
+        assert not read_curves(filesystem, curves)
         assert not (tmp_path / "second/tune").exists()
         assert not (tmp_path / "second/trials").exists()
         without = start("tune-agent c.yaml --run-dir second --resume")
