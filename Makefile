@@ -7,7 +7,7 @@ SIDE_BY_SIDE := --numprocesses 3 --no-loadscope-reorder
 # With it, every process would compile torch and Ray anew, in 10 s each time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-lowest check docs bench
+.PHONY: demo test test-all test-lowest test-ray-next check docs bench
 
 demo: $(READY)
 	$(BIN)/cacp-ray demo
@@ -25,6 +25,16 @@ test-lowest: $(READY)
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .lowest
 	$(BIN)/uv pip install --quiet --python .lowest/bin/python --resolution lowest-direct --editable ".[dev]"
 	OMP_NUM_THREADS=1 .lowest/bin/python -m pytest -m "not slow and not gpu" --numprocesses 2 tests/unit
+
+# The newest Ray on the registry, also before its release, in an environment of its own.
+test-ray-next: $(READY)
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .ray-next
+	$(BIN)/uv pip install --quiet --python .ray-next/bin/python --editable ".[dev]"
+	$(BIN)/uv pip install --quiet --python .ray-next/bin/python --upgrade-package ray "ray[rllib,tune]>=2.60.0rc0"
+	.ray-next/bin/python -c 'import ray; print("Ray", ray.__version__)'
+	OMP_NUM_THREADS=1 .ray-next/bin/python -m pytest -m "not gpu" tests/unit/distributed tests/unit/tuning \
+		tests/unit/config/test_agent_tuning.py tests/unit/test_clusters.py \
+		tests/ray/test_cluster.py tests/ray/test_tokens.py tests/ray/test_pool.py tests/ray/test_experiment.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -22,19 +22,23 @@ from urllib.parse import urlsplit
 import ray
 
 from cacp_ray.distributed.internals import (
+    AUTH_MODE,
     LOOPBACK,
     bound_to_loopback,
     count_cpus,
+    has_token,
+    is_let_in,
     read_token_again,
-    use_token,
 )
-from cacp_ray.errors import ConfigError
+from cacp_ray.errors import ConfigError, first_line
 from cacp_ray.io.code import code_variable
 
 logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
 BYTECODE_FOLDER = Path.home() / ".cache" / "cacp_ray" / "bytecode"
+
+_connected = contextlib.ExitStack()  # puts back at the end what a connection has set
 
 # An HTTP/2 client's first bytes (RFC 9113, 3.4) and an empty SETTINGS frame. Every gRPC server, so
 # every Ray head, answers with a SETTINGS frame of its own.
@@ -80,8 +84,14 @@ def connect(
         atexit.register(logger.info, "Ray's own messages: %s", logs)
         return
     target = check_address(address)
-    use_token()
-    _init(target, **options)
+    if target != "auto":  # there is none, as `ray.init` tells
+        _connected.enter_context(environment({AUTH_MODE: _agree_on_token(target)}))
+        read_token_again()
+    try:
+        _init(target, **options)
+    except ConfigError:
+        _connected.close()
+        raise
 
 
 def is_local(address: str | None) -> bool:
@@ -125,6 +135,7 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 def disconnect() -> None:
     """Leaves the cluster; stops a local Ray and forgets its token."""
     ray.shutdown()
+    _connected.close()
     read_token_again()
 
 
@@ -233,6 +244,52 @@ def _require_answer(address: str) -> None:
         f"no Ray cluster at {address} ({reason}): check the address with `ray status` on the head, "
         "or leave it out for a local Ray"
     )
+
+
+def _agree_on_token(address: str) -> str:
+    """The RAY_AUTH_MODE with which this process and the cluster can talk to each other.
+
+    Ray's own defaults differ with its version, with files in the home folder, and between
+    `ray start` and `ray.init`.
+
+    Raises:
+        ConfigError: The cluster asks for a token that this machine does not have, or RAY_AUTH_MODE
+            says other than the cluster.
+    """
+    mode = os.environ.get(AUTH_MODE, "").lower()
+    try:
+        is_open = is_let_in(address, "disabled")
+        # Ray ends a process that shall send a token and has none.
+        is_known = not is_open and has_token() and is_let_in(address, "token")
+    except Exception as error:  # Ray raises many kinds here
+        raise ConfigError(
+            f"Ray at {address} does not answer as a head should ({first_line(error)}): check the "
+            "address, and that this machine has the same Ray version"
+        ) from error
+    if is_open:
+        if mode == "token":
+            raise ConfigError(
+                f"Ray at {address} asks for no token, but {AUTH_MODE}=token is set here, with which"
+                f" every evaluator would die at once: unset {AUTH_MODE} here, or start the cluster "
+                "with it"
+            )
+        return "disabled"
+    if mode not in ("", "token"):
+        raise ConfigError(
+            f"Ray at {address} asks for a token, but {AUTH_MODE}={mode} is set here: unset it"
+        )
+    own = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+    if not has_token():
+        raise ConfigError(
+            f"Ray at {address} asks for a token, and this machine has none ({own}): copy the head's"
+            " ~/.ray/auth_token"
+        )
+    if not is_known:
+        raise ConfigError(
+            f"Ray at {address} has another token than this machine ({own}): copy the head's "
+            "~/.ray/auth_token"
+        )
+    return "token"
 
 
 def _own_token() -> dict[str, str]:

@@ -1,21 +1,24 @@
 """All that this package uses of Ray's private modules; written for Ray 2.60.0, tried with no other.
 
-Ray may change these in any version, which is why pyproject.toml allows 2.60 alone. To try another
-version, change that bound and run `tests/ray`. Each function says why no public one serves.
+Ray may change these in any version, which is why pyproject.toml allows 2.60 alone. `make
+test-ray-next` tries the newest version. Each function says why no public one serves.
 """
 
 import contextlib
-import logging
+import os
+import sys
 from collections.abc import Iterator
 
 import ray
 from ray._private import services
-from ray._private.authentication import authentication_token_setup
 from ray._private.state import state
 from ray._private.utils import get_num_cpus
-from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
+from ray.exceptions import AuthenticationError
 from ray.util.placement_group import PlacementGroup
+
+AUTH_MODE = "RAY_AUTH_MODE"
 
 
 def count_cpus() -> int:
@@ -57,19 +60,48 @@ def read_token_again() -> None:
     AuthenticationTokenLoader.instance().reset_cache()
 
 
-def use_token() -> None:
-    """Has `ray.init` send this machine's token, if there is one and RAY_AUTH_MODE is not set.
+def has_token() -> bool:
+    """Whether this machine has a token: RAY_AUTH_TOKEN, or a file."""
+    return bool(AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
 
-    `ray start` requires the token wherever its file exists, but `ray.init` with an address sends
-    none by itself.
+
+def is_let_in(address: str, mode: str) -> bool:
+    """Whether the head at an address answers this process under a RAY_AUTH_MODE.
+
+    `ray.init` fails without a token where one is asked for. But with a token where none is asked
+    for it succeeds, and all actors die at once, as the cluster cannot call the driver back.
     """
-    chatter = logging.getLogger(authentication_token_setup.__name__)
-    level = chatter.level
-    chatter.setLevel(logging.ERROR)
+    before = os.environ.get(AUTH_MODE)
+    os.environ[AUTH_MODE] = mode
+    read_token_again()
     try:
-        authentication_token_setup.maybe_enable_token_auth_if_token_available(False)
+        with _quiet():
+            GcsClient(address=address)
+    except AuthenticationError:
+        return False
     finally:
-        chatter.setLevel(level)
+        if before is None:
+            del os.environ[AUTH_MODE]
+        else:
+            os.environ[AUTH_MODE] = before
+        read_token_again()
+    return True
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides what Ray's C++ writes to this process's standard error."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
+    kept = os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 def placement_groups_of_dead_creators() -> Iterator[PlacementGroup]:
