@@ -1,7 +1,10 @@
 """The files of clusters/ are accepted by the tools that read them; its page is true of them."""
 
+import os
 import re
 import shlex
+import subprocess
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -201,7 +204,71 @@ COMMANDS = [
 @pytest.mark.parametrize("line", COMMANDS)
 def test_every_command_of_the_page_parses(line):
     is_ours = parse(line)
-    assert is_ours or line.split()[0] in ("docker", "kubectl")
+    assert is_ours or line.split()[0] in ("docker", "kubectl", "sky")
+
+
+SKY = yaml.safe_load((CLUSTERS / "sky.yaml").read_text())
+
+
+def test_skypilot_s_own_schema_accepts_its_file_and_its_parser_the_command():
+    """Only where SkyPilot is installed, which has an environment of its own in most places."""
+    sky = pytest.importorskip("sky")
+    from sky.client.cli import command
+
+    given = SKY | {"secrets": {"RAY_AUTH_TOKEN": "x"}}
+    task = sky.Task.from_yaml_config(deepcopy(given))
+    assert task.num_nodes == 4
+    assert all(kind.use_spot for kind in task.resources)
+    with pytest.raises(Exception, match="num_nodes"):
+        sky.Task.from_yaml_config(deepcopy(given) | {"num_node": 2})
+    (line,) = (line for line in COMMANDS if line.startswith("sky jobs launch"))
+    launch = command.cli.commands["jobs"].commands["launch"]
+    words = shlex.split(re.sub(r"\$\(.*?\)", "x", line))
+    launch.make_context("launch", words[3:])
+
+
+def test_nodes_of_skypilot_ask_for_the_token_and_run_the_whole_job():
+    lines = [line.strip() for line in SKY["run"].splitlines()]
+    assert lines[0] == "export RAY_AUTH_MODE=token"
+    assert SKY["secrets"] == {"RAY_AUTH_TOKEN": None}  # given by hand, never written down
+    starts = [line for line in lines if line.startswith("ray start")]
+    assert len(starts) == 2
+    assert all("--block" in line for line in starts)
+    for line in (*starts, *(line for line in lines if line.startswith("cacp-ray"))):
+        parse(re.sub(r"( &| \|\| .*)$", "", line).replace("$head", "10.0.0.5:6479"))
+    (job,) = (line for line in lines if line.startswith("cacp-ray run"))
+    assert "--resume" in job
+    assert '--storage "$STORAGE"' in job
+
+
+@pytest.mark.parametrize(("search_ends_with", "code"), [(0, 0), (3, 3)])
+def test_the_script_of_skypilot_ends_all_nodes_with_the_code_of_the_job(
+    search_ends_with, code, tmp_path
+):
+    """Run by bash as SkyPilot does, with programs in the place of ray and cacp-ray."""
+    head = tmp_path / "head"
+    programs = {
+        "ray": f"""case "$*" in
+  status*) test -e {head} ;;
+  *--head*) touch {head}; exec sleep 60 ;;
+  *) touch {head}.joined; while test -e {head}; do sleep 0.05; done; exit 1 ;;
+esac""",
+        "cacp-ray": f"""echo $* >> {tmp_path}/jobs
+while ! test -e {head}.joined; do sleep 0.05; done
+rm {head}; exit {search_ends_with}""",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = os.environ | SKY["envs"] | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    variables["SKYPILOT_NODE_IPS"] = "10.0.0.5\n10.0.0.6"
+    nodes = [
+        subprocess.Popen(["bash", "-c", SKY["run"]], env=variables | {"SKYPILOT_NODE_RANK": rank})
+        for rank in "01"
+    ]
+    assert [node.wait(30) for node in nodes] == [code, 0]
+    (job,) = (tmp_path / "jobs").read_text().splitlines()
+    assert "--address 10.0.0.5:6479 --storage s3://my-bucket" in job
 
 
 def test_each_target_takes_three_commands():
