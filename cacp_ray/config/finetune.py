@@ -15,6 +15,7 @@ from cacp_ray.config.run import (
     add_transforms,
     is_section,
 )
+from cacp_ray.io.labels import check_selector
 from cacp_ray.training.recipe import Recipe
 
 Logger = Literal["tensorboard", "csv", "json", "wandb", "mlflow"]
@@ -37,6 +38,10 @@ class TrialsConfig(Section):
         description="processes that train one model; [2, 8]: as many as there is room for, counted "
         "anew at each epoch",
     )
+    label_selector: dict[str, str] | None = Field(
+        default=None,
+        description="labels of the nodes that trials run on; default: cluster.label_selector",
+    )
     scheduler: Literal["plain", "asha"] = Field(
         default="plain", description="asha stops the poorer half of a rate's variants at a third"
     )
@@ -44,6 +49,11 @@ class TrialsConfig(Section):
         default=("tensorboard", "csv", "json"),
         description="loggers of each trial; also wandb, mlflow",
     )
+
+    @field_validator("label_selector")
+    @classmethod
+    def _of_labels(cls, selector: dict[str, str] | None) -> dict[str, str] | None:
+        return None if selector is None else check_selector(selector)
 
     @field_validator("gpus")
     @classmethod

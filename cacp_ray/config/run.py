@@ -17,6 +17,7 @@ from pydantic import (
 
 from cacp_ray.data.limits import MAX_PIXELS, MAX_SIDE
 from cacp_ray.errors import nearest_names
+from cacp_ray.io.labels import check_selector
 from cacp_ray.io.rates import format_rate, read_rate
 from cacp_ray.pruning.cost import COSTS
 from cacp_ray.reporting.scalars import Logger
@@ -218,11 +219,21 @@ class ClusterConfig(Section):
         description="share of a GPU; 0.25: four on each; 0: on CPUs; auto: as its memory allows",
     )
 
+    label_selector: dict[str, str] = Field(
+        default={},
+        description="labels of the nodes that evaluators and trials run on, such as "
+        "{ray.io/market-type: spot, zone: 'in(a, b)', disk: '!slow'}; default: any node",
+    )
     runtime_env: dict[str, Any] = Field(
         default={},
         description="Ray's runtime environment of all processes of the cluster, such as "
         "{working_dir: ., pip: [einops], env_vars: {KEY: value}}; it sends your own code along",
     )
+
+    @field_validator("label_selector")
+    @classmethod
+    def _of_labels(cls, selector: dict[str, str]) -> dict[str, str]:
+        return check_selector(selector)
 
     @field_validator("gpus_per_evaluator", mode="before")
     @classmethod

@@ -11,7 +11,10 @@ from cacp_ray.models.factory import check_origin, import_beside
 
 FORMER_LR = 0.02  # the default of earlier versions, written into their runs
 # No measurement of the search depends on these.
-MAY_CHANGE = ("cluster.max_evaluators", "report.frontier", "report.learning", "report.latency")
+MAY_CHANGE = (
+    *("cluster.max_evaluators", "cluster.label_selector"),
+    *("report.frontier", "report.learning", "report.latency"),
+)
 
 
 def open_folder(run_dir: Path, config: Section, *, resume: bool) -> None:
@@ -73,7 +76,9 @@ def check_unchanged(saved: Path | dict[str, Any], config: Section, where: str, o
     changed = changed_keys(
         resolved(load_config(type(config), saved, is_saved=True)), resolved(config)
     )
-    changed = [key for key in changed if key not in MAY_CHANGE]
+    changed = [
+        key for key in changed if not f"{key}.".startswith(tuple(f"{k}." for k in MAY_CHANGE))
+    ]
     if "finetune.lr" in changed and config.model_dump()["finetune"]["lr"] == "auto":
         before = load_config(type(config), saved, is_saved=True).model_dump()["finetune"]["lr"]
         changed = [key for key in changed if key != "finetune.lr" or before != FORMER_LR]

@@ -16,6 +16,7 @@ from cacp_ray.distributed.evaluator import RayEvaluator
 from cacp_ray.distributed.nodes import Kind, Nodes, read_free, read_nodes
 from cacp_ray.distributed.tasks import get_outcome, store
 from cacp_ray.evaluation.measurement import Candidate, ScoreFunction
+from cacp_ray.io.labels import ANY, Selector
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -25,11 +26,17 @@ class RayActors:
 
     Every process must be able to import `make_score`. Each value of the payload is stored once,
     unless it is a reference in Ray's store. Actors read numpy arrays, also inside containers,
-    without a copy and read-only. An actor with a share of a GPU is told it as `gpu=share`.
+    without a copy and read-only. An actor with a share of a GPU is told it as `gpu=share`. All run
+    on nodes with these labels, and no other nodes are seen.
     """
 
-    def __init__(self, make_score: Callable[..., ScoreFunction], payload: dict[str, Any]) -> None:
-        self._make_score = make_score
+    def __init__(
+        self,
+        make_score: Callable[..., ScoreFunction],
+        payload: dict[str, Any],
+        labels: Selector = ANY,
+    ) -> None:
+        self._make_score, self._labels = make_score, dict(labels)
         self._payload = store(payload)
         self._class = ray.remote(RayEvaluator)
 
@@ -41,6 +48,7 @@ class RayActors:
             num_gpus=kind.gpus,
             max_restarts=-1,
             max_task_retries=0,
+            label_selector=self._labels or None,
             scheduling_strategy="DEFAULT",  # not in the bundle of a Tune trial that makes the pool
             runtime_env={"env_vars": dict.fromkeys(THREAD_VARIABLES, threads)},
         )
@@ -81,7 +89,7 @@ class RayActors:
 
     def nodes(self) -> Nodes:
         """The nodes that are there."""
-        return read_nodes()
+        return read_nodes(self._labels)
 
     def free_cpus(self) -> float:
         """CPUs of the cluster that nobody has reserved."""

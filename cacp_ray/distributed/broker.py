@@ -23,6 +23,7 @@ from cacp_ray.distributed.pool import RayEvaluatorPool
 from cacp_ray.errors import EvaluationError
 from cacp_ray.evaluation.cache import Key, MeasurementCache
 from cacp_ray.evaluation.measurement import Candidate, Measurement, ScoreFunction
+from cacp_ray.io.labels import ANY, Selector
 
 PUMP_SECONDS = 0.05
 CALL_SECONDS = 5.0  # the longest that one call of a client waits
@@ -68,10 +69,11 @@ class Broker:
         cache_folder: Path,
         cache_key: str,  # see `cacp_ray.evaluation.cache.key_of_scores`
         images: int,  # scored where a candidate does not say how many
+        labels: Selector = ANY,
         **pool_options: Any,
     ) -> None:
         """Starts the pool and returns; `RayActors` and `RayEvaluatorPool` explain the arguments."""
-        self._pool = RayEvaluatorPool(RayActors(make_score, payload), **pool_options)
+        self._pool = RayEvaluatorPool(RayActors(make_score, payload, labels), **pool_options)
         self._cache = MeasurementCache(cache_folder, cache_key)
         self._images = images
         self._changed = threading.Condition()

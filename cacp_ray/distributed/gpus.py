@@ -10,6 +10,7 @@ import ray
 from cacp_ray.distributed.nodes import node_address, read_nodes
 from cacp_ray.distributed.tasks import describe, on_node, run_tasks, store
 from cacp_ray.errors import ConfigError
+from cacp_ray.io.labels import ANY, Selector
 
 logger = logging.getLogger(__name__)
 
@@ -18,19 +19,20 @@ FREE_TIMEOUT_S = 20.0
 
 
 def measure_on_gpus(
-    measure: Callable[..., Any], arguments: Mapping[str, Any], cpus: int
+    measure: Callable[..., Any], arguments: Mapping[str, Any], cpus: int, labels: Selector = ANY
 ) -> dict[str, Any]:
     """Calls a function on a GPU of each node that has one; returns its results by node.
 
     Each call has a process of its own, which ends with it, and a whole GPU. When this returns, Ray
     can give the GPUs to others. The result leaves out nodes that leave, nodes whose GPUs are taken
-    for five minutes, and, with a warning, nodes where the function fails. The arguments by name are
-    values or references in Ray's store; `cpus` are reserved with the GPU.
+    for five minutes, and, with a warning, nodes where the function fails. Nodes
+    without these labels are left out too. The arguments by name are values or references in Ray's
+    store; `cpus` are reserved with the GPU.
 
     Raises:
         ConfigError: The function fails on every node.
     """
-    nodes, before = read_nodes(), ray.available_resources()
+    nodes, before = read_nodes(labels), ray.available_resources()
     stored = store(arguments)
     task = ray.remote(num_cpus=cpus, num_gpus=1, max_calls=1, max_retries=0)(measure)
     asked = [

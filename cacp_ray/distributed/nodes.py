@@ -1,15 +1,21 @@
 """The nodes of the cluster: what they have, and how many evaluators they hold."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import ray
 
+from cacp_ray.distributed.cluster import is_local
 from cacp_ray.distributed.internals import draining_nodes
+from cacp_ray.errors import ConfigError
+from cacp_ray.io.labels import ANY, Selector, describe_selector, matches
 
 if TYPE_CHECKING:  # imports torch, which a node that is probed may lack
     from cacp_ray.evaluation.gpu import Need
+
+logger = logging.getLogger(__name__)
 
 SHARES = 10_000  # Ray counts a GPU in ten thousandths
 
@@ -23,13 +29,33 @@ class Nodes:
     draining: frozenset[str]  # those whose end was announced by the cloud or the autoscaler
 
 
-def read_nodes() -> Nodes:
-    """Asks the cluster's head."""
-    alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+def read_nodes(labels: Selector = ANY) -> Nodes:
+    """Asks the cluster's head for the nodes with these labels."""
+    alive = {
+        node["NodeID"]: node["Resources"]
+        for node in ray.nodes()
+        if node["Alive"] and matches(labels, node["Labels"])
+    }
     cpus, gpus = (
         {node: has.get(kind, 0.0) for node, has in alive.items()} for kind in ("CPU", "GPU")
     )
     return Nodes(cpus, gpus, frozenset(draining_nodes()) & alive.keys())
+
+
+def check_labels(labels: Selector, address: str | None, asked_by: str) -> None:
+    """Refuses labels that no node of a local Ray has; a cluster may still get such a node.
+
+    `asked_by` names the setting in the message.
+
+    Raises:
+        ConfigError: Nothing could ever run.
+    """
+    if not labels or read_nodes(labels).cpus:
+        return
+    what = f"no node has the labels that {asked_by} asks for ({describe_selector(labels)})"
+    if is_local(address):
+        raise ConfigError(f"{what}: leave it out, or join a cluster by --address")
+    logger.warning("%s: waiting until one joins", what)
 
 
 def node_address(node: str) -> str:

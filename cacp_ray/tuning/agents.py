@@ -22,10 +22,12 @@ from ray.tune.experiment import Trial
 from cacp_ray.distributed.broker import BrokeredEvaluator
 from cacp_ray.evaluation.measurement import TOP1, Evaluator, Metric
 from cacp_ray.io.files import parse_json, read_json, write_json
+from cacp_ray.io.labels import Selector
 from cacp_ray.reporting.progress import TrialProgress
 from cacp_ray.tuning.experiment import (
     ReportCallback,
     TrialFiles,
+    as_resources,
     check_trials,
     make_run_config,
     restore,
@@ -150,6 +152,7 @@ def tune_agents(
     seed: int,
     max_concurrent: int,  # trials at once
     trial_cpus: float,
+    labels: Selector,  # of the nodes that trials run on
     files: TrialFiles,
     on_progress: Callable[[TrialProgress], object],
 ) -> list[TrialProgress]:
@@ -164,7 +167,8 @@ def tune_agents(
     """
     read = partial(_read_progress, metric=task.metric)
     trainable = tune.with_resources(
-        tune.with_parameters(agent_trial, task=task, broker=broker), {"cpu": trial_cpus}
+        tune.with_parameters(agent_trial, task=task, broker=broker),
+        as_resources(trial_cpus, 0.0, labels),
     )
     with running_tune(lambda trial, metrics: on_progress(read(_name_trial(trial), metrics)), files):
         if files.can_restore():

@@ -24,6 +24,7 @@ from cacp_ray.distributed.cluster import environment
 from cacp_ray.distributed.tasks import describe
 from cacp_ray.errors import ArtifactError, ConfigError, EvaluationError, one_line
 from cacp_ray.io.files import changed_keys
+from cacp_ray.io.labels import Selector
 
 # A trial is restarted this often from its last checkpoint.
 MAX_FAILURES = 2
@@ -207,6 +208,14 @@ class TrialFiles:
                 f"storage: {self.path} holds trials of other settings ({changed}): undo the change,"
                 " or delete them to fine-tune again"
             )
+
+
+def as_resources(cpus: float, gpus: float, labels: Selector) -> Any:
+    """What a trial reserves, for `tune.with_resources`, on nodes with these labels."""
+    if not labels:
+        return {"cpu": cpus, **({"gpu": gpus} if gpus else {})}
+    bundle = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+    return tune.PlacementGroupFactory([bundle], bundle_label_selector=[dict(labels)])
 
 
 def make_run_config(

@@ -28,6 +28,7 @@ from cacp_ray.training.recipe import Recipe
 from cacp_ray.tuning.experiment import (
     ReportCallback,
     TrialFiles,
+    as_resources,
     check_trials,
     make_loggers,
     make_run_config,
@@ -166,7 +167,11 @@ def _keep_best(
 ) -> dict[float, Trained]:
     """Runs `keep_best` for the best trial of each rate, as tasks with a trial's resources."""
     resources = task.resources
-    keep: Any = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus)(cast(Any, keep_best))
+    keep: Any = ray.remote(
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus,
+        label_selector=dict(resources.labels),
+    )(cast(Any, keep_best))
     shared = ray.put(task), search_images, ray.put(test_split)
     kept = [
         keep.remote(
@@ -214,7 +219,7 @@ def _find_checkpoint(result: Any, filesystem: fs.FileSystem | None) -> Any:
 def _as_tune_resources(resources: Resources) -> Any:
     if resources.most_workers > 1:
         return {"cpu": COORDINATOR_CPUS}
-    return {"cpu": resources.cpus, **({"gpu": resources.gpus} if resources.gpus else {})}
+    return as_resources(resources.cpus, resources.gpus, resources.labels)
 
 
 def open_experiment(

@@ -20,6 +20,7 @@ from cacp_ray.errors import ConfigError
 from cacp_ray.evaluation.measurement import Scored
 from cacp_ray.evaluation.task import OwnTask
 from cacp_ray.io.files import write_json
+from cacp_ray.io.labels import ANY, Selector
 from cacp_ray.io.numbers import as_number
 from cacp_ray.io.schema import read_checked
 from cacp_ray.pruning.subnet import SubnetFiles, build_network
@@ -28,6 +29,7 @@ from cacp_ray.rundir.schema import MetricsFile
 from cacp_ray.tuning.experiment import (
     ReportCallback,
     TrialFiles,
+    as_resources,
     check_trials,
     make_run_config,
     running_tune,
@@ -134,6 +136,7 @@ class OwnJob:
         is_given: Whether subnets load with it, because it was given as an object.
         cpus: Threads of a trial.
         gpus: Share of a GPU for a trial.
+        labels: Labels of the nodes that trials run on.
     """
 
     subnets: Mapping[float, SubnetFiles]
@@ -143,6 +146,7 @@ class OwnJob:
     is_given: bool
     cpus: int
     gpus: float
+    labels: Selector = ANY
 
     def load(self, rate: float) -> nn.Module:
         """The subnet as the search left it."""
@@ -199,7 +203,7 @@ def finetune_own(
         }
     trainable = tune.with_resources(
         tune.with_parameters(train_own, job=job),
-        {"cpu": job.cpus, **({"gpu": job.gpus} if job.gpus else {})},
+        as_resources(job.cpus, job.gpus, job.labels),
     )
     space = {"rate": tune.grid_search(sorted(folders, reverse=True))}
     with running_tune(lambda trial, metrics: on_report({**trial.config, **metrics}), files):

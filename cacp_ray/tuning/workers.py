@@ -53,6 +53,7 @@ def train_in_workers(config: dict[str, Any], task: "TrialTask", splits: list[Any
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus > 0,
+            label_selector=dict(resources.labels) or None,
             resources_per_worker={
                 "CPU": resources.cpus - SPARE_CPUS,
                 **({"GPU": resources.gpus} if resources.gpus else {}),

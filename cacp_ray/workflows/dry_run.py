@@ -101,8 +101,10 @@ def _find_gpus(setup: Setup, address: str | None) -> tuple[dict[str, GpuFigures]
     from cacp_ray.distributed.nodes import Nodes, read_nodes
 
     if not is_local(address):
-        cpus = setup.config.cluster.cpus_per_evaluator
-        return measure_on_gpus(measure_gpu, gpu_arguments(setup), cpus), read_nodes()
+        cluster = setup.config.cluster
+        cpus, labels = cluster.cpus_per_evaluator, cluster.label_selector
+        figures = measure_on_gpus(measure_gpu, gpu_arguments(setup), cpus, labels)
+        return figures, read_nodes(labels)
     gpus = torch.cuda.device_count()
     figures = {"": measure_gpu(**gpu_arguments(setup))} if gpus else {}
     return figures, Nodes({"": count_cpus()}, {"": gpus}, frozenset())

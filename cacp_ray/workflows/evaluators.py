@@ -34,10 +34,12 @@ def join(config: RunConfig, address: str | None) -> None:
         ConfigError: The cluster does not answer, or an evaluator could never run there.
     """
     from cacp_ray.distributed.cluster import check_room, connect
+    from cacp_ray.distributed.nodes import check_labels
     from cacp_ray.distributed.probe import probe_nodes
 
     connect(address, runtime_env=config.cluster.runtime_env)
     check_room(config.cluster.cpus_per_evaluator, config.cluster.gpus_per_evaluator, address)
+    check_labels(config.cluster.label_selector, address, "cluster.label_selector")
     probe_nodes()
 
 
@@ -55,7 +57,7 @@ def read_cpus(config: RunConfig, address: str | None) -> list[float]:
         check_room(config.cluster.cpus_per_evaluator, config.cluster.gpus_per_evaluator, address)
         return [count_cpus()]
     join(config, address)
-    return list(read_nodes().cpus.values())
+    return list(read_nodes(config.cluster.label_selector).cpus.values())
 
 
 def find_gpu_share(setup: Setup) -> float:
@@ -77,9 +79,12 @@ def find_gpu_share(setup: Setup) -> float:
             "share of a GPU for a task of your own"
         )
     needs = measure_on_gpus(
-        with_same_versions(measure_task_need), scorer_arguments(setup, 1.0), cpus
+        with_same_versions(measure_task_need),
+        scorer_arguments(setup, 1.0),
+        cpus,
+        cluster.label_selector,
     )
-    nodes = read_nodes()
+    nodes = read_nodes(cluster.label_selector)
     if not needs and any(nodes.gpus.values()):
         raise ConfigError(
             f"no GPU was free to measure memory on, with {cpus} free CPUs on its node: wait for "
@@ -114,7 +119,7 @@ def start_evaluators(
     left = max(config.evaluations - num_measured, len(config.rates))
     useful = config.round_size if config.mode == "rounds" else left
     room = find_room(
-        read_nodes(),
+        read_nodes(cluster.label_selector),
         read_free(),
         cluster.cpus_per_evaluator,
         gpus,
@@ -123,7 +128,11 @@ def start_evaluators(
     )
     logger.info(describe_evaluators(cluster, room))
     pool = RayEvaluatorPool(
-        RayActors(with_same_versions(make_scorer), scorer_arguments(setup, gpus)),
+        RayActors(
+            with_same_versions(make_scorer),
+            scorer_arguments(setup, gpus),
+            cluster.label_selector,
+        ),
         num_evaluators=room.on_cpus,
         cpus_per_evaluator=cluster.cpus_per_evaluator,
         num_gpu_evaluators=room.on_gpus,

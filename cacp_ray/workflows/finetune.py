@@ -251,7 +251,7 @@ def _finetune(
 ) -> tuple[Mapping[float, Any], ImageSet | ImageStream]:
     """Trains on Ray Tune; returns the results by rate, and the test split."""
     from cacp_ray.distributed.cluster import check_address, check_room, connect
-    from cacp_ray.distributed.nodes import read_nodes
+    from cacp_ray.distributed.nodes import check_labels, read_nodes
     from cacp_ray.distributed.probe import probe_nodes
     from cacp_ray.tuning.experiment import TrialFiles
     from cacp_ray.tuning.finetune import finetune_subnets, make_loggers
@@ -276,15 +276,19 @@ def _finetune(
         key = f"variants.{name}.padding" if name else "finetune.padding"
         check_padding(recipe, search, key)
     connect(address)
+    labels = trials.label_selector
+    if labels is None:
+        labels = {} if job.run is None else job.run.cluster.label_selector
     cpus = job.cpus
     is_lone = one_by_one and len(settings.recipes) == 1 and trials.workers == 1
     if is_lone and trials.cpus is None and not trials.gpus:  # one trial at a time
-        nodes = read_nodes()
+        nodes = read_nodes(labels)
         widest = max((n for node, n in nodes.cpus.items() if node not in nodes.draining), default=0)
         cpus = max(cpus, int(widest))
     least = trials.workers if isinstance(trials.workers, int) else trials.workers[0]
     asked_by = "trials.cpus, trials.gpus, trials.workers"
     check_room(cpus, trials.gpus, address, actors=least, asked_by=asked_by)
+    check_labels(labels, address, "trials.label_selector or cluster.label_selector")
     streams = [split for split in (train, test) if isinstance(split, ImageStream)]
     shared = job.experiment_dir.parent if mirror is None else mirror.folder
     probe_nodes([] if shared is None else [shared], streams)
@@ -312,7 +316,7 @@ def _finetune(
             test_split=test,
             recipes=settings.recipes,
             experiment_dir=where,
-            resources=Resources(cpus, trials.gpus, trials.workers),
+            resources=Resources(cpus, trials.gpus, trials.workers, labels),
             resume=resume,
             on_epoch=on_epoch,
             stops_poor=trials.scheduler == "asha",

@@ -61,6 +61,7 @@ def finetune_by_task(
         CacpError: Bad input, or a trial that failed too often.
     """
     from cacp_ray.distributed.cluster import check_address, check_room, connect
+    from cacp_ray.distributed.nodes import check_labels
     from cacp_ray.distributed.tasks import check_sendable
     from cacp_ray.tuning.experiment import TrialFiles
     from cacp_ray.tuning.own import OwnJob, finetune_own
@@ -92,6 +93,7 @@ def finetune_by_task(
     gpus = 0.0 if cluster.gpus_per_evaluator == "auto" else float(cluster.gpus_per_evaluator)
     connect(address, runtime_env=cluster.runtime_env)
     check_room(cluster.cpus_per_evaluator, gpus, address)
+    check_labels(cluster.label_selector, address, "cluster.label_selector")
     check_sendable({"train": function}, "trials")
     searched = {row["rate"]: (run_dir / row["path"]).resolve() for row in result["rates"]}
     job = OwnJob(
@@ -102,6 +104,7 @@ def finetune_by_task(
         is_given,
         cluster.cpus_per_evaluator,
         gpus,
+        cluster.label_selector,
     )
 
     push = make_push(mirror, run_dir)

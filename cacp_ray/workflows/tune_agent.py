@@ -209,7 +209,8 @@ def _run_trials(
     cpus = search.cluster.cpus_per_evaluator
     wanted = search.cluster.max_evaluators
     useful = search.evaluations * config.trials * len(config.seeds)
-    nodes, free = read_nodes(), read_free()
+    labels = search.cluster.label_selector
+    nodes, free = read_nodes(labels), read_free()
     room = find_room(nodes, free, cpus, gpus, wanted, useful)
     if wanted is not None and room.total > max(1, room.now):
         # Evaluators that wait for room would take what the trials need.
@@ -232,6 +233,7 @@ def _run_trials(
         cache_folder=(folder / "cache").resolve(),
         cache_key=key_of_run(setup, room.device),
         images=setup.num_images,
+        labels=labels,
     )
     trial_setup = replace(setup, shared=None)  # evaluators alone need what candidates share
     try:
@@ -259,6 +261,7 @@ def _run_trials(
             seed=config.seed,
             max_concurrent=max_concurrent,
             trial_cpus=trial_cpus,
+            labels=labels,
             files=files,
             on_progress=on_progress,
         )

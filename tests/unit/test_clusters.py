@@ -35,7 +35,9 @@ AUTOSCALER = """version upscalingMode idleTimeoutSeconds image imagePullPolicy e
 HEAD = "template* rayStartParams serviceType headService enableIngress resources labels"
 WORKERS = """groupName* minReplicas* maxReplicas* template* replicas rayStartParams numOfHosts
     suspend scaleStrategy idleTimeoutSeconds resources labels"""
-POD = "affinity containers* restartPolicy nodeSelector tolerations serviceAccountName volumes"
+POD = """affinity containers* restartPolicy nodeSelector tolerations serviceAccountName volumes
+    terminationGracePeriodSeconds"""
+RAY_DRAINS_SECONDS = 30  # after SIGTERM; as long as Kubernetes' own default grace
 CONTAINER = "name* image* resources ports env volumeMounts"
 
 
@@ -70,6 +72,8 @@ def check_cluster(spec, where):
     for group in spec["workerGroupSpecs"]:
         check(group, WORKERS, where)
         check_pod(group["template"], where)
+        grace = group["template"]["spec"]["terminationGracePeriodSeconds"]
+        assert grace > RAY_DRAINS_SECONDS
         assert group["minReplicas"] == group["replicas"] == 0 < group["maxReplicas"]
         assert group["rayStartParams"] == {}
 
