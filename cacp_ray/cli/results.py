@@ -185,7 +185,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure subnets, or rebuild and score a recorded candidate again."""
-    from cacp_ray.reporting.summary import binomial_error
+    from cacp_ray.reporting.tables import make_console, measured_table
     from cacp_ray.workflows.answers import evaluate_subnets, rescore_candidate
 
     if split not in ("search", "test"):
@@ -205,7 +205,7 @@ def evaluate(
         )
         typer.echo(f"recorded: {metric.describe(record.score)}")
         return
-    measured = evaluate_subnets(path, split)
+    measured = list(evaluate_subnets(path, split))
     if as_json:
         print_json(
             [
@@ -214,15 +214,7 @@ def evaluate(
             ]
         )
         return
-    for folder, rate, scored, metric in measured:
-        if metric.is_share:
-            error = 100 * binomial_error(scored.score, scored.images)
-            about = f", {split} split {metric.format(scored.score)} % "
-            about += f"(standard error {error:.2f}, {scored.images} images)"
-        else:
-            others = ", ".join(f"{name} {value:.5g}" for name, value in scored.figures.items())
-            about = f", {metric.describe(scored.score)}{f' ({others})' if others else ''}"
-        typer.echo(f"{folder}: rate {format_rate(rate)}{about}")
+    make_console().print(measured_table(split, measured))
 
 
 def print_report(folder: Path) -> None:

@@ -228,6 +228,5 @@ def _compare(runs: list[Path], out: Path) -> None:
     from cacp_ray.workflows.compare import compare
 
     comparison = compare(runs)
-    console = make_console()
-    console.print(comparison_table(comparison, console.width))
+    make_console().print(comparison_table(comparison))
     typer.echo(f"written: {', '.join(map(str, write_comparison(comparison, out)))}")

@@ -95,8 +95,9 @@ def describe(name: str, summary: DataSummary) -> list[str]:
         low, middle, high = (np.quantile(sides, q, axis=0).astype(int) for q in (0, 0.5, 1))
         kinds = ", ".join(f"{mode} {number:,}" for mode, number in summary.modes.most_common())
         lines += [
-            f"{summary.decoded:,} images looked at: {len(summary.sizes):,} sizes, width {low[0]} "
-            f"to {high[0]} (median {middle[0]}), height {low[1]} to {high[1]} (median {middle[1]})",
+            f"{summary.decoded:,} images looked at: {len(summary.sizes):,} sizes",
+            f"width {low[0]} to {high[0]} (median {middle[0]}), "
+            f"height {low[1]} to {high[1]} (median {middle[1]})",
             f"{summary.num_bytes / summary.decoded / 1e3:,.1f} kB an image; colours: {kinds}",
         ]
     if not summary.broken:

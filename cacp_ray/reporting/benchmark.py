@@ -27,18 +27,22 @@ LOOKS: dict[str, dict[str, Any]] = {
 
 def benchmark_columns(content: dict[str, Any]) -> list[Column]:
     """Columns of the table: score, size, and latency with its spread for each batch size."""
+    return [column for block in benchmark_blocks(content) for column in block]
+
+
+def benchmark_blocks(content: dict[str, Any]) -> list[list[Column]]:
+    """The columns in blocks: network and format, score and size, and one for each batch size."""
     metric = Metric(**content["metric"])
-    columns = [
+    names = [
         Column("rate", "kept", lambda row: row["network"]),
         Column("format", "", lambda row: row["format"]),
-        Column(
-            metric.name, "%" if metric.is_share else "", lambda row: metric.format(row["score"])
-        ),
-        Column("size", "MB", lambda row: f"{row['size'] / 1e6:.2f}"),
     ]
-    for index, timed in enumerate(content["rows"][0]["latency"]):
-        columns += _latency_columns(index, timed["batch"])
-    return columns
+    score = Column(
+        metric.name, "%" if metric.is_share else "", lambda row: metric.format(row["score"])
+    )
+    size = Column("size", "MB", lambda row: f"{row['size'] / 1e6:.2f}")
+    batches = enumerate(timed["batch"] for timed in content["rows"][0]["latency"])
+    return [names, [score, size], *([*_latency_columns(*batch)] for batch in batches)]
 
 
 def _latency_columns(index: int, batch: int) -> Iterator[Column]:

@@ -1,19 +1,16 @@
 """The table of a comparison, with notes in sentences below it."""
 
 import dataclasses
-import itertools
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from cacp_ray.io.rates import format_rate
 from cacp_ray.reporting.comparison import UNFINISHED, Comparison
+from cacp_ray.reporting.stacks import Stack
 from cacp_ray.reporting.summary import Column, format_seconds
-from cacp_ray.reporting.tables import PLAIN_WIDTH, make_table
 
 
 def comparison_title(comparison: Comparison) -> str:
@@ -22,29 +19,12 @@ def comparison_title(comparison: Comparison) -> str:
     return f"Before fine-tuning: {comparison.metric.heading}{split}, by rate (kept)"
 
 
-def comparison_table(comparison: Comparison, width: int = PLAIN_WIDTH) -> RenderableType:
-    """A table with a row for each run; columns beyond `width` go into further tables below."""
+def comparison_table(comparison: Comparison) -> RenderableType:
+    """A table with a row for each run; columns that do not fit go into further tables below."""
     rows = [dataclasses.asdict(run) for run in comparison.runs]
-    title = comparison_title(comparison)
     name, effort, blocks = comparison_columns(comparison)
-
-    def make(columns: Sequence[Column], title: str = "") -> Table:
-        return make_table(title, columns, rows, show_edge=False)
-
-    parts = [[name, *effort, *itertools.chain(*blocks)]]  # columns of each table
-    if _width(make(parts[0])) > width:
-        parts, columns = [], [name, *effort]
-        for block in blocks:
-            for column in block:
-                if _width(make([*columns, column])) > width and len(columns) > 1:
-                    parts.append(columns)
-                    columns = [name]
-                columns.append(column)
-            parts.append(columns)
-            columns = [name]
-    tables = [make(columns, "" if number else title) for number, columns in enumerate(parts)]
-    spaced = [part for table in tables for part in (table, Text(""))]
-    return Group(*spaced, Text("\n".join(comparison_notes(comparison))))
+    stack = Stack(comparison_title(comparison), [name], [effort, *blocks], rows)
+    return Group(stack, "", Text("\n".join(comparison_notes(comparison))))
 
 
 def comparison_columns(comparison: Comparison) -> tuple[Column, list[Column], list[list[Column]]]:
@@ -52,7 +32,7 @@ def comparison_columns(comparison: Comparison) -> tuple[Column, list[Column], li
     name = Column("run", "", lambda r: r["label"] + ("" if r["is_finished"] else f"\n{UNFINISHED}"))
     effort = [
         Column("rates", "", lambda row: row["searched"]),
-        Column("evalua-", "tions", lambda row: f"{row['evaluations']:,}"),
+        Column("evaluations", "", lambda row: f"{row['evaluations']:,}"),
         Column("search", "time", lambda row: format_seconds(row["seconds"])),
     ]
     blocks = [_accuracy_columns(comparison, "best", "search_score")]
@@ -74,11 +54,6 @@ def _accuracy_columns(comparison: Comparison, head: str, key: str) -> list[Colum
         Column(head, format_rate(rate), partial(cell, rate=rate)) for rate in comparison.rates
     ]
     return [*columns, Column(head, "mean", mean)]
-
-
-def _width(table: Table) -> int:
-    """Width of a table in which nothing is folded."""
-    return Console(width=1000).measure(table).maximum
 
 
 def comparison_notes(comparison: Comparison) -> list[str]:

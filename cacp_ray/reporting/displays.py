@@ -20,6 +20,7 @@ from cacp_ray.reporting.tables import make_console
 PLAIN_SECONDS = 5.0
 LIVE_SECONDS = 0.2
 BAR_WIDTH = 30
+SHORT_BAR_WIDTH = 12
 MOST_TRIALS = 12
 
 Objective = Literal["score", "area"]
@@ -147,9 +148,7 @@ class ConvertDisplay(Display):
         status = (
             f"{done:,}/{total:,} shards  {old}{speed:,.0f} images/s  {format_seconds(left)} left"
         )
-        panel = Table.grid(padding=(0, 1))
-        panel.add_row(" ", ProgressBar(total, done, width=BAR_WIDTH), status)
-        self._show(panel, f"convert {status}")
+        self._show(_bar(done, total, status), f"convert {status}")
 
 
 def search_panel(progress: SearchProgress) -> RenderableType:
@@ -163,9 +162,7 @@ def search_panel(progress: SearchProgress) -> RenderableType:
             cells = [metric.format(best.score), format_percent(best.cost_kept), f"{best.index:,}"]
         table.add_row(format_rate(rate), *cells)
     total, done = max(progress.total, 1), progress.evaluations
-    status = Table.grid(padding=(0, 1))
-    status.add_row(" ", ProgressBar(total, done, width=BAR_WIDTH), _search_status(progress))
-    return Group(table, status)
+    return Group(table, _bar(done, total, _search_status(progress)))
 
 
 def search_line(progress: SearchProgress) -> str:
@@ -179,13 +176,13 @@ def search_line(progress: SearchProgress) -> str:
 
 def finetune_panel(latest: Sequence[FinetuneProgress]) -> RenderableType:
     """Table with the last epoch of every trial."""
-    accuracy = "top-1\n(%, search split)"
+    accuracy = "top-1\n(%, search)"
     table = _table("rate\n(kept)", "epoch\n", "\n", "loss\n", accuracy, "epoch\n(s)", "left\n")
     for trial in latest:
         table.add_row(
             _trial_name(trial),
             f"{trial.epoch}/{trial.epochs}",
-            ProgressBar(trial.epochs, trial.epoch, width=BAR_WIDTH),
+            ProgressBar(trial.epochs, trial.epoch, width=SHORT_BAR_WIDTH),
             f"{trial.train_loss:.3f}",
             format_percent(trial.search_score),
             f"{trial.seconds:.1f}",
@@ -227,12 +224,23 @@ def tuning_line(progress: TrialProgress) -> str:
     )
 
 
-def _table(*heads: str) -> Table:
-    """An empty table of right-aligned columns."""
-    table = Table(box=box.SIMPLE_HEAD)
+def _table(first: str, *heads: str) -> Table:
+    """An empty table of right-aligned columns; the first is folded where there is no room."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(first, justify="right", overflow="fold")
     for head in heads:
-        table.add_column(head, justify="right")
+        table.add_column(head, justify="right", no_wrap=True)
     return table
+
+
+def _bar(done: int, total: int, status: str) -> Table:
+    """A bar before a text; it becomes shorter where the text needs the room."""
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column()
+    grid.add_column()
+    grid.add_column(no_wrap=True)
+    grid.add_row(" ", ProgressBar(total, done, width=BAR_WIDTH), Text(status))
+    return grid
 
 
 def _trial_name(progress: FinetuneProgress) -> str:

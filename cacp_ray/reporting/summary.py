@@ -101,8 +101,52 @@ def summary_rows(result: dict[str, Any]) -> list[Row]:
     return [whole, *({"label": format_rate(row["rate"])} | row for row in rows)]
 
 
+def rate_column(text: Callable[[Row], str] = lambda row: row["label"]) -> Column:
+    """The column that names a row of `summary_rows`."""
+    return Column("rate", "kept", text)
+
+
 def short_columns(result: dict[str, Any]) -> list[Column]:
     """The result in five columns; accuracy is on the test split once fine-tuned, else on search."""
+    return [
+        rate_column(),
+        _count_column("MACs", *_macs_unit(result["base"]["macs"])),
+        *_speed_columns(result)[1:2],
+        *_score_columns(result),
+    ]
+
+
+def result_blocks(result: dict[str, Any]) -> list[list[Column]]:
+    """The result in all columns: name; score and MACs; other sizes; speed; predicted latency."""
+    cost, macs = _cost_columns(result)
+    params = _count_column("params", *_params_unit(result["base"]["params"]))
+    blocks = [[*_score_columns(result), macs], [cost, params], _speed_columns(result)]
+    return [[rate_column()], *blocks, _predicted_columns(result)]
+
+
+def size_columns(result: dict[str, Any]) -> list[Column]:
+    """Columns of size and speed; the base network sets the units of all rows."""
+    return [
+        rate_column(),
+        *_cost_columns(result),
+        _count_column("params", *_params_unit(result["base"]["params"])),
+        *_speed_columns(result),
+        *_predicted_columns(result),
+    ]
+
+
+def _predicted_columns(result: dict[str, Any]) -> list[Column]:
+    """Latency from the latency table, if any, and as measured with the table's settings."""
+    if not result.get("latency_table"):
+        return []
+    return [
+        Column("predicted", "ms", lambda row: format_number(row.get("predicted_latency_ms"), 2)),
+        Column("measured", "ms", lambda row: format_number(row.get("measured_latency_ms"), 2)),
+    ]
+
+
+def _score_columns(result: dict[str, Any]) -> list[Column]:
+    """The last score that was measured, and its distance from the base network's."""
     metric = metric_of(result)
     split, key = ("test", "test_score") if _has(result, "test_score") else ("search", "score")
     unit = f"%, {split}" if metric.is_share else "fine-tuned"
@@ -110,27 +154,8 @@ def short_columns(result: dict[str, Any]) -> list[Column]:
         key = "finetuned_score" if _has(result, "finetuned_score") else "score"
         unit = unit if key == "finetuned_score" else ""
     return [
-        Column("rate", "kept", lambda row: row["label"]),
-        _count_column("MACs", *_macs_unit(result["base"]["macs"])),
-        *_speed_columns(result)[1:2],
         Column(metric.name, unit, lambda row: metric.format(row.get(key))),
         _change_column(result, "points" if metric.is_share else "", split, key),
-    ]
-
-
-def size_columns(result: dict[str, Any]) -> list[Column]:
-    """Columns of size and speed; the base network sets the units of all rows."""
-    # Latency from the latency table, and as measured with the table's settings.
-    from_table = [
-        Column("predicted", "ms", lambda row: format_number(row.get("predicted_latency_ms"), 2)),
-        Column("measured", "ms", lambda row: format_number(row.get("measured_latency_ms"), 2)),
-    ]
-    return [
-        Column("rate", "kept", lambda row: row["label"]),
-        *_cost_columns(result),
-        _count_column("params", *_params_unit(result["base"]["params"])),
-        *_speed_columns(result),
-        *(from_table if result.get("latency_table") else []),
     ]
 
 
@@ -148,7 +173,7 @@ def _speed_columns(result: dict[str, Any]) -> list[Column]:
         count_examples(metric, count) for count in (1, result.get("latency_batch", "batch"))
     )
     return [
-        Column("latency", f"ms, {one}", lambda row: format_number(row.get("latency_ms"), 2)),
+        Column("ms for", one, lambda row: format_number(row.get("latency_ms"), 2)),
         Column("speed-up", one, lambda row: _format_speedup(row.get("speedup"))),
         Column("speed-up", batch, lambda row: _format_speedup(row.get("batch_speedup"))),
     ]
@@ -159,6 +184,19 @@ def accuracy_columns(result: dict[str, Any]) -> list[Column]:
 
     `words` explains the heads. A number that no rate has, such as a policy's, gets no column.
     """
+    metric = metric_of(result)
+    if not metric.is_share:  # a task of the user's own has one way of scoring
+        key = "finetuned_score" if _has(result, "finetuned_score") else "score"
+        return [*stage_columns(result), _change_column(result, "", "search", key)]
+    return [
+        *stage_columns(result),
+        _score_column(metric, "tuned", "on test", "test_score"),
+        _change_column(result, "on test", "test", "test_score"),
+    ]
+
+
+def stage_columns(result: dict[str, Any]) -> list[Column]:
+    """Columns of scores on the way: scored by the search, repaired, fine-tuned."""
     metric = metric_of(result)
     measured = [
         ("uniform", "scored", "uniform_score"),
@@ -171,24 +209,7 @@ def accuracy_columns(result: dict[str, Any]) -> list[Column]:
     return [
         *(_score_column(metric, *column) for column in measured if _has(result, column[-1])),
         _score_column(metric, "winner", "final", "score"),
-        *(_last_columns(result) if metric.is_share else _own_columns(result)),
-    ]
-
-
-def _last_columns(result: dict[str, Any]) -> list[Column]:
-    return [
-        _score_column(metric_of(result), "tuned", "on search", "finetuned_score"),
-        _score_column(metric_of(result), "tuned", "on test", "test_score"),
-        _change_column(result, "on test", "test", "test_score"),
-    ]
-
-
-def _own_columns(result: dict[str, Any]) -> list[Column]:
-    """The last columns for a task of the user's own, which has one way of scoring."""
-    key = "finetuned_score" if _has(result, "finetuned_score") else "score"
-    return [
-        _score_column(metric_of(result), "tuned", "", "finetuned_score"),
-        _change_column(result, "", "search", key),
+        _score_column(metric, "tuned", "on search" * metric.is_share, "finetuned_score"),
     ]
 
 
@@ -221,7 +242,7 @@ def words(result: dict[str, Any]) -> list[tuple[str, str]]:
 def frontier_columns(result: dict[str, Any]) -> list[Column]:
     """Columns of the policy's answers at rates without a further search."""
     return [
-        Column("rate", "kept", lambda row: format_rate(row["rate"])),
+        rate_column(lambda row: format_rate(row["rate"])),
         *_cost_columns(result),
         _score_column(metric_of(result), "policy", "scored", "score"),
     ]

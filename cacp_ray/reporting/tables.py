@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
@@ -11,27 +12,30 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cacp_ray.evaluation.measurement import DASH
+from cacp_ray.evaluation.measurement import Metric, Scored
+from cacp_ray.io.rates import format_rate
 from cacp_ray.pruning.cost import ChannelGroup, CostModel
-from cacp_ray.reporting.benchmark import benchmark_columns, conclude, describe_benchmark
+from cacp_ray.reporting.benchmark import benchmark_blocks, conclude, describe_benchmark
+from cacp_ray.reporting.stacks import Stack
 from cacp_ray.reporting.summary import (
     Column,
     Row,
-    accuracy_columns,
     answer_columns,
+    binomial_error,
+    format_percent,
     frontier_columns,
     metric_of,
+    rate_column,
+    result_blocks,
     sentence,
-    size_columns,
+    stage_columns,
     standard_errors,
     summary_rows,
     words,
 )
 
 PLAIN_WIDTH = 110
-MAX_RUN_NAME = 34  # columns; a longer path is folded
 MANY_GROUPS = 24
-TEXT_HEADS = ("subnet", "run", "rates", "format")
 
 
 def make_console(file: TextIO | None = None) -> Console:
@@ -43,12 +47,16 @@ def make_console(file: TextIO | None = None) -> Console:
 
 
 def final_table(result: dict[str, Any]) -> RenderableType:
-    """Size and accuracy of every rate, in two tables of at most 100 and 80 columns."""
-    subnet = Column("subnet", "folder", lambda row: row.get("path") or DASH)
-    title = f"What you got: {result['name']}"
+    """What every rate became, and below it what it was worth on the way there."""
+    rows = summary_rows(result)
+    name, *blocks = result_blocks(result)
+    paths = [row["path"] for row in rows if row.get("path")]
     parts: list[RenderableType] = [
-        make_table(title, [*size_columns(result), subnet], summary_rows(result)),
-        accuracy_table(result),
+        Stack(f"What you got: {result['name']}", name, blocks, rows),
+        "",
+        *([Text(f"Subnets: {', '.join(paths)}"), ""] if paths else []),
+        stages_table(result),
+        "",
         Text(" ".join(f"{sentence(word)}: {text}" for word, text in words(result))),
     ]
     if errors := standard_errors(result):
@@ -56,37 +64,70 @@ def final_table(result: dict[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def accuracy_table(result: dict[str, Any]) -> Table:
-    """Accuracy of every subnet: cut, repaired, fine-tuned, and on the test split."""
+def stages_table(result: dict[str, Any]) -> Stack:
+    """Score of every subnet on the way: cut, repaired and fine-tuned."""
     metric = metric_of(result)
-    where = ", on the search split if not on test" if metric.is_share else ""
-    title = f"How good it is: {metric.heading}{where}"
-    columns = [size_columns(result)[0], *accuracy_columns(result)]
-    return make_table(title, columns, summary_rows(result))
+    where = " on the search split" if metric.is_share else ""
+    title = f"How it got there: {metric.heading}{where}"
+    return Stack(title, [rate_column()], [stage_columns(result)], summary_rows(result))
 
 
-def frontier_table(result: dict[str, Any]) -> Table:
+def frontier_table(result: dict[str, Any]) -> Stack:
     """The policy's answers without a further search; no rows where it was not asked."""
     title = f"The policy's answers, {metric_of(result).heading}"
-    return make_table(title, frontier_columns(result), result["frontier"])
+    name, *others = frontier_columns(result)
+    return Stack(title, [name], [others], result["frontier"])
 
 
-def answers_table(title: str, result: dict[str, Any], answers: Sequence[Row]) -> Table:
+def answers_table(title: str, result: dict[str, Any], answers: Sequence[Row]) -> Stack:
     """The answers of `cacp-ray subnet`."""
     metric = metric_of(result)
     where = " on the search split" if metric.is_share else ""
-    title = f"{title}, {metric.heading}{where}"
-    return make_table(title, answer_columns(result, answers), answers)
+    name, *others = answer_columns(result, answers)
+    return Stack(f"{title}, {metric.heading}{where}", [name], [others], answers)
 
 
 def benchmark_table(content: dict[str, Any]) -> RenderableType:
     """Output of `benchmark`: a row a network and format, and the conclusion."""
-    title = f"Where it is deployed: {content['name']}"
+    names, *blocks = benchmark_blocks(content)
     return Group(
-        make_table(title, benchmark_columns(content), content["rows"]),
+        Stack(f"Where it is deployed: {content['name']}", names, blocks, content["rows"]),
+        "",
         Text(describe_benchmark(content)),
         *map(Text, conclude(content)),
     )
+
+
+def measured_table(split: str, measured: Sequence[tuple[Path, float, Scored, Metric]]) -> Stack:
+    """Output of `evaluate`: rate, measurement and folder of every subnet."""
+    rows = [
+        {"rate": rate, "path": str(folder), "scored": scored}
+        for folder, rate, scored, _ in measured
+    ]
+    _, _, first, metric = measured[0]
+    score = Column(
+        metric.name, "%" * metric.is_share, lambda row: metric.format(row["scored"].score)
+    )
+    if metric.is_share:
+        others = [
+            Column("standard", "error", lambda row: _error(row["scored"])),
+            Column("images", "", lambda row: f"{row['scored'].images:,}"),
+        ]
+    else:
+        others = [
+            Column(name, "", lambda row, name=name: f"{row['scored'].figures[name]:.5g}")
+            for name in first.figures
+        ]
+    return Stack(
+        f"Measured on the {split} split" if metric.is_share else "Measured",
+        [rate_column(lambda row: format_rate(row["rate"]))],
+        [[score], others, [Column("subnet", "folder", lambda row: row["path"])]],
+        rows,
+    )
+
+
+def _error(scored: Scored) -> str:
+    return format_percent(binomial_error(scored.score, scored.images))
 
 
 def groups_table(
@@ -234,28 +275,3 @@ def _braces(numbers: Sequence[str]) -> str:
             runs.append([number])
     spans = [f"{run[0]}..{run[-1]}" if len(run) > 1 else run[0] for run in runs]
     return f"{{{','.join(spans)}}}"
-
-
-def make_table(
-    title: str, columns: Sequence[Column], rows: Sequence[Row], *, show_edge: bool = True
-) -> Table:
-    """A table of right-aligned numbers; columns of `TEXT_HEADS` are text."""
-    table = Table(
-        title=Text(title) if title else None,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        show_edge=show_edge,
-    )
-    for column in columns:
-        table.add_column(
-            Text(f"{column.head}\n{column.unit}"),
-            justify="left" if column.head in TEXT_HEADS else "right",
-            no_wrap=column.head not in ("subnet", "run"),
-            max_width=MAX_RUN_NAME if column.head == "run" else None,
-            overflow="fold",
-        )
-    for row in rows:
-        table.add_row(*(Text(column.text(row)) for column in columns))
-    return table

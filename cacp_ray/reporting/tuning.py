@@ -8,15 +8,20 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
-from rich import box
-from rich.table import Table
 
 from cacp_ray.evaluation.measurement import Metric
 from cacp_ray.io.files import read_text
 from cacp_ray.io.schema import Content, read_checked
 from cacp_ray.reporting.figures import BLUE, GREY, ORANGE, Plot, limit_y, save_plots, style
 from cacp_ray.reporting.html import write_page
-from cacp_ray.reporting.summary import format_percent, format_seconds, format_setting, metric_of
+from cacp_ray.reporting.stacks import Stack
+from cacp_ray.reporting.summary import (
+    Column,
+    format_percent,
+    format_seconds,
+    format_setting,
+    metric_of,
+)
 from cacp_ray.rundir.schema import TuningFile
 
 HEIGHT = 3.0
@@ -99,19 +104,30 @@ def is_start(row: dict[str, Any], result: dict[str, Any]) -> bool:
     return row["settings"] == result["start"]
 
 
-def tuning_table(result: dict[str, Any]) -> Table:
+def tuning_table(result: dict[str, Any]) -> Stack:
     """The best trials as a table for the terminal."""
     num = len(result["trials"])
     name = metric_of(result).name
     title = f"{result['name']}: {num} trials, {name} is the mean over rates and seeds"
-    table = Table(title=title, box=box.SIMPLE_HEAD)
-    for head in tuning_header(result):
-        table.add_column(head, justify="right")
-    rows = tuning_rows(result)
-    for index, (row, cells) in enumerate(zip(result["trials"], rows, strict=True)):
-        if index < SHOWN or is_start(row, result):
-            table.add_row(*cells)
-    return table
+    rows = [
+        {"cells": cells}
+        for index, (row, cells) in enumerate(
+            zip(result["trials"], tuning_rows(result), strict=True)
+        )
+        if index < SHOWN or is_start(row, result)
+    ]
+    trial, *others = (
+        Column(*_halve(head), lambda row, index=index: row["cells"][index])
+        for index, head in enumerate(tuning_header(result))
+    )
+    return Stack(title, [trial], [[column] for column in others], rows)
+
+
+def _halve(head: str) -> tuple[str, str]:
+    """A head in two lines that are as short as its spaces allow; the second may be empty."""
+    words = head.split(" ")
+    cuts = [(" ".join(words[:i]), " ".join(words[i:])) for i in range(1, len(words) + 1)]
+    return min(cuts, key=lambda lines: max(map(len, lines)))
 
 
 @dataclass(frozen=True)

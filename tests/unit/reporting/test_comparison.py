@@ -59,7 +59,7 @@ def make_comparison(*runs: ComparedRun) -> Comparison:
 
 def render(comparison: Comparison, width: int = 110) -> str:
     file = io.StringIO()
-    Console(file=file, width=width, no_color=True).print(comparison_table(comparison, width))
+    Console(file=file, width=width, no_color=True).print(comparison_table(comparison))
     return file.getvalue()
 
 

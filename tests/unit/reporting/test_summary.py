@@ -71,7 +71,7 @@ def test_missing_values_are_dashes():
     del result["rates"][0]["speedup"]
     table = cells(result, [*size_columns(result), *accuracy_columns(result)])["0.30"]
     for head in (
-        ("latency", "ms, 1 image"),
+        ("ms for", "1 image"),
         ("speed-up", "1 image"),
         ("tuned", "on search"),
         ("tuned", "on test"),
@@ -83,11 +83,11 @@ def test_missing_values_are_dashes():
 
 def test_without_latency_no_column_of_speed():
     result = make_result()
-    assert {"latency", "speed-up"} <= {column.head for column in size_columns(result)}
+    assert {"ms for", "speed-up"} <= {column.head for column in size_columns(result)}
     assert "speed-up" in {column.head for column in short_columns(result)}
     del result["base"]["latency_ms"]
     heads = {column.head for column in size_columns(result) + short_columns(result)}
-    assert not {"latency", "speed-up"} & heads
+    assert not {"ms for", "speed-up"} & heads
     assert {"rate", "params", "top-1"} <= heads
 
 
@@ -194,5 +194,5 @@ def test_heads_of_a_task_speak_of_examples():
         [column.unit for column in size_columns(result)[-3:]]
         for result in (make_result(), make_own_result())
     ]
-    assert heads[0] == ["ms, 1 image", "1 image", "64 images"]
-    assert heads[1] == ["ms, 1 example", "1 example", "64 examples"]
+    assert heads[0] == ["1 image", "1 image", "64 images"]
+    assert heads[1] == ["1 example", "1 example", "64 examples"]
