@@ -80,6 +80,24 @@ def test_the_analysis_example_runs(capsys):
     assert "channel groups" in capsys.readouterr().out
 
 
+def table_cells(page: str) -> set[str]:
+    """Cells with a digit in the tables of a page, without their emphasis."""
+    rows = [line for line in Path(page).read_text().splitlines() if line.startswith("|")]
+    cells = {cell.strip().replace("*", "") for row in rows for cell in row.strip("|").split("|")}
+    return {cell for cell in cells if re.search(r"\d", cell)}
+
+
+def test_every_figure_of_the_conclusions_stands_in_a_full_table():
+    known = table_cells("docs/results_appendix.md") | table_cells("docs/trained.md")
+    assert len(known) > 500
+    assert table_cells("docs/results.md") <= known
+    sources = ("docs/results_appendix.md", "docs/trained.md")
+    fractions = [set(re.findall(r"\d+\.\d+", Path(page).read_text())) for page in sources]
+    assert set(re.findall(r"\d+\.\d+", Path("docs/results.md").read_text())) <= set().union(
+        *fractions
+    )
+
+
 def slow_tests():
     """(File, name) of every test that `make test` leaves out in whole or in part."""
     for file in sorted(Path("tests").rglob("test_*.py")):
