@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from cacp_ray.cli.app import app, state
+from cacp_ray.cli.options import InputShape, parse_shape
 from cacp_ray.errors import ConfigError, EvaluationError
 
 latency_app = typer.Typer(
@@ -31,6 +32,7 @@ def measure_layers(
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Images in a forward pass.")] = 1,
     side: Annotated[int | None, typer.Option(min=1, help="Input height and width.")] = None,
+    input_shape: InputShape = None,
     num_classes: Annotated[
         int | None, typer.Option(min=1, help="Default: 1000 for torchvision and timm, else 10.")
     ] = None,
@@ -71,8 +73,9 @@ def measure_layers(
     runtime = runtime if command is None else COMMAND
     settings = Settings(device, threads, batch, runtime, command)
     settings.check()
+    shape = parse_shape(input_shape)
     timer = make_timer(settings)
-    inspected = inspect_model(model, side=side, num_classes=num_classes)
+    inspected = inspect_model(model, side=side, input_shape=shape, num_classes=num_classes)
     try:
         with Progress(console=make_console(), disable=state["quiet"]) as progress:
             task = progress.add_task("layers", total=None)

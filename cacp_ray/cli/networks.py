@@ -9,10 +9,12 @@ from cacp_ray.cli.app import app, state
 from cacp_ray.cli.options import (
     Address,
     AsJson,
+    InputShape,
     Overrides,
     Resume,
     RunDir,
     Storage,
+    parse_shape,
     print_json,
 )
 from cacp_ray.cli.results import print_report
@@ -28,6 +30,7 @@ def inspect(
         ),
     ],
     side: Annotated[int | None, typer.Option(min=1, help="Input height and width.")] = None,
+    input_shape: InputShape = None,
     num_classes: Annotated[
         int | None, typer.Option(min=1, help="Default: 1000 for torchvision and timm, else 10.")
     ] = None,
@@ -41,8 +44,9 @@ def inspect(
     from cacp_ray.reporting.tables import groups_table, make_console
     from cacp_ray.workflows.analyze import inspect_model
 
+    shape = parse_shape(input_shape)
     import_code_of(Path(model))
-    inspected = inspect_model(model, side=side, num_classes=num_classes)
+    inspected = inspect_model(model, side=side, input_shape=shape, num_classes=num_classes)
     plan, budget = inspected.analysis.plan, inspected.analysis.budget
     if as_json:
         whole = plan.cost_model.num_channels

@@ -34,6 +34,14 @@ Storage = Annotated[
         "--resume can continue from it on another machine.",
     ),
 ]
+InputShape = Annotated[
+    str | None,
+    typer.Option(
+        "--input-shape",
+        metavar="C,H,W",
+        help="Shape of one input without the batch, such as 3,480,640; instead of --side.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 
@@ -51,7 +59,7 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def parse_numbers(option: str, text: str) -> list[int]:
+def parse_numbers(option: str, text: str, example: str = "1,64") -> list[int]:
     """Reads whole numbers of 1 or more with commas between them.
 
     Raises:
@@ -59,8 +67,17 @@ def parse_numbers(option: str, text: str) -> list[int]:
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and int(part[:9]) >= 1 for part in parts):
-        raise ConfigError(f"{option} {text}: write whole numbers of 1 or more, such as 1,64")
+        raise ConfigError(f"{option} {text}: write whole numbers of 1 or more, such as {example}")
     return [int(part) for part in parts]
+
+
+def parse_shape(text: str | None) -> list[int] | None:
+    """Reads `--input-shape`; None where it was not given.
+
+    Raises:
+        ConfigError: It is no list of whole numbers of 1 or more.
+    """
+    return None if text is None else parse_numbers("--input-shape", text, "3,480,640")
 
 
 def parse_rates(text: str) -> list[float]:

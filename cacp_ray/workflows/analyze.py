@@ -1,6 +1,7 @@
 """A network's channel groups, exact cost and small copies, without a search."""
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -41,7 +42,13 @@ from cacp_ray.pruning.planner import make_plan
 from cacp_ray.pruning.resizable import build_subnet
 from cacp_ray.pruning.sequential import recover_sequentially
 from cacp_ray.pruning.statistics import Statistics, collect_statistics
-from cacp_ray.pruning.subnet import describe_kept, load_subnet, read_description, save_subnet
+from cacp_ray.pruning.subnet import (
+    MAX_INPUT,
+    describe_kept,
+    load_subnet,
+    read_description,
+    save_subnet,
+)
 from cacp_ray.pruning.surgery import Cutter, Orders, all_tensors, reorder_weights
 from cacp_ray.searching.budget import Budget, uniform
 from cacp_ray.training.metrics import find_device
@@ -299,18 +306,28 @@ class Inspection:
 
 
 def inspect_model(
-    name: str, *, side: int | None = None, num_classes: int | None = None
+    name: str,
+    *,
+    side: int | None = None,
+    input_shape: Sequence[int] | None = None,
+    num_classes: int | None = None,
 ) -> Inspection:
     """Analyses a network by name, or a subnet folder at its own widths.
 
     Args:
         name: A model name (`cacp_ray.models.factory`) or a folder with subnet.json.
         side: Height and width of the input; by default what the network is made for.
+        input_shape: Instead of `side`, the whole shape of one input without its batch: channels,
+            and one to three sizes.
         num_classes: Outputs of the classifier; by default 1000 for torchvision and timm, else 10.
 
     Raises:
-        CacpError: No such network or folder, or nothing in it can be cut.
+        CacpError: No such network or folder, no such shape, or nothing in it can be cut.
     """
+    if side is not None and input_shape is not None:
+        raise ConfigError("--side and --input-shape both say how large an input is: give one")
+    if input_shape is not None:
+        _check_shape(input_shape)
     folder = Path(name)
     is_path = name not in CIFAR_MODELS and ":" not in name and ("/" in name or folder.is_dir())
     base_channels: dict[str, int] = {}
@@ -327,14 +344,37 @@ def inspect_model(
         name = f"{name} ({description['model']} at rate {format_rate(description['rate'])})"
     else:
         num_classes = default_num_classes(name) if num_classes is None else num_classes
-        model = build_model(name, num_classes)
-        shape = default_input_shape(name, model)
-        channels = find_channels(model.eval(), torch.zeros(1, *shape))
-        arguments = (Argument(None, (channels or shape[0], *shape[1:])),)
+        model = build_model(name, num_classes).eval()
+        if input_shape is None:
+            shape = default_input_shape(name, model)
+            channels = find_channels(model, torch.zeros(1, *shape))
+            input_shape = (channels or shape[0], *shape[1:])
+        arguments = (Argument(None, tuple(input_shape)),)
+    if (side, input_shape) != (None, None) and len(arguments) > 1:
+        raise ConfigError(f"{name} takes {len(arguments)} inputs: leave the size of one out")
     if side is not None:
         arguments = (Argument(None, (*(arguments[0].shape or ())[:1], side, side)),)
+    elif input_shape is not None:
+        arguments = (Argument(None, tuple(input_shape)),)
     inputs = make_inputs(arguments, 1, torch.Generator().manual_seed(0))
     shapes = ["x".join(map(str, tensor.shape[1:])) for tensor in tensors_of(inputs)]
     classes = "" if num_classes is None else f", {num_classes} classes"
     about = f"input {' and '.join(shapes)}{classes}"
     return Inspection(name, about, analyze(model, inputs), base_channels)
+
+
+def _check_shape(shape: Sequence[int]) -> None:
+    """Refuses what is no shape of an input.
+
+    Raises:
+        ConfigError: The shape has another number of entries, or too many values.
+    """
+    text = ",".join(map(str, shape))
+    if not 2 <= len(shape) <= 4:
+        raise ConfigError(
+            f"--input-shape {text}: give channels and one to three sizes, such as 3,480,640"
+        )
+    if math.prod(shape) > MAX_INPUT:
+        raise ConfigError(
+            f"--input-shape {text}: {math.prod(shape):,} values; give at most {MAX_INPUT:,}"
+        )

@@ -220,6 +220,25 @@ def test_inspect_takes_the_input_that_a_network_is_made_for(run, name, about):
     assert f"{name}\n{about}, " in out
 
 
+def test_inspect_takes_an_input_of_any_shape(run, tmp_path):
+    code, out, _ = run("inspect", "resnet20", "--input-shape", "3,48,64")
+    assert code == 0
+    assert "input 3x48x64, 10 classes" in out
+    assert f"{3 * (40_813_184 - 640) + 640:,} MACs" in out  # three times the positions, one fc
+    code, out, _ = run("inspect", "resnet20", "--input-shape", "3,48,64", "--json")
+    assert json.loads(out)["input_shape"] == [3, 48, 64]
+    folder = make_folder(tmp_path / "rate-0.50", "resnet20", 32, num_classes=7)
+    code, out, _ = run("inspect", folder, "--input-shape", "3,16,40")
+    assert code == 0
+    assert "input 3x16x40, 7 classes" in out
+    description = json.loads((folder / "subnet.json").read_text())
+    one = {"name": None, "shape": [3, 32, 32], "dtype": "float32", "is_batch": True}
+    (folder / "subnet.json").write_text(json.dumps(description | {"inputs": [one, one]}))
+    code, _, err = run("inspect", folder, "--input-shape", "3,16,40")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "takes 2 inputs: leave the size of one out" in err
+
+
 def test_inspect_shows_a_subnet_at_its_own_widths(run, tmp_path):
     folder = make_folder(tmp_path / "rate-0.50", "resnet20", 32, num_classes=7)
     description = json.loads((folder / "subnet.json").read_text())
@@ -250,6 +269,13 @@ def test_inspect_shows_a_subnet_at_its_own_widths(run, tmp_path):
         (["tests.unit.pruning.networks:make"], r"cannot be called.*missing a required argument"),
         (["torchvision:vgg11", "--side", "8"], "does not run on an input.*check the inputs"),
         (["resnet20", "--side", "0"], "--side"),
+        (["resnet20", "--input-shape", "3x32x32"], r"--input-shape 3x32x32: .* such as 3,480,640"),
+        (["resnet20", "--input-shape", "3,0,32"], "--input-shape 3,0,32: write whole numbers"),
+        (["resnet20", "--input-shape", "3"], "give channels and one to three sizes"),
+        (["resnet20", "--input-shape", "3,9,9,9,9"], "give channels and one to three sizes"),
+        (["resnet20", "--input-shape", "3,99999,99999"], "29,999,400,003 values; give at most"),
+        (["resnet20", "--input-shape", "1,32,32"], "does not run on an input.*check the inputs"),
+        (["resnet20", "--input-shape", "3,32,32", "--side", "32"], "--side and --input-shape"),
     ],
 )
 def test_bad_input_of_inspect_is_refused_in_one_line(run, arguments, message):

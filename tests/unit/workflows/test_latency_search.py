@@ -64,9 +64,19 @@ def test_the_command_measures_a_table(run, tmp_path):
     assert (table.network, table.input_shape) == ("resnet20", (3, 8, 8))
 
 
+def test_a_table_may_be_of_an_input_that_is_no_square(run, tmp_path):
+    path = tmp_path / "table.parquet"
+    options = ["--input-shape", "3,8,16", "--points", 2, "--seconds", 0, "--out", path]
+    code, _, err = run("latency", "measure", "resnet20", *options)
+    assert (code, err) == (0, "")
+    assert load_table(path).input_shape == (3, 8, 16)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--input-shape", "3,8"], "does not run"),
+        (["--input-shape", "3;8;8"], "--input-shape 3;8;8: write whole numbers"),
         (["--device", "tpu"], "device tpu: choose cpu or cuda"),
         (["--out", "."], "is a folder: name a file"),
         (["--points", 1], "points"),
