@@ -350,7 +350,7 @@ def inspect_model(
             channels = find_channels(model, torch.zeros(1, *shape))
             input_shape = (channels or shape[0], *shape[1:])
         arguments = (Argument(None, tuple(input_shape)),)
-    if (side, input_shape) != (None, None) and len(arguments) > 1:
+    if arguments[1:] and (side, input_shape) != (None, None):
         raise ConfigError(f"{name} takes {len(arguments)} inputs: leave the size of one out")
     if side is not None:
         arguments = (Argument(None, (*(arguments[0].shape or ())[:1], side, side)),)
