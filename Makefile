@@ -7,7 +7,7 @@ SIDE_BY_SIDE := --numprocesses 3 --no-loadscope-reorder
 # With it, every process would compile torch and Ray anew, in 10 s each time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-lowest test-ray-next check docs bench
+.PHONY: demo test test-all test-lowest test-ray-next check docs bench upgrade
 
 demo: $(READY)
 	$(BIN)/cacp-ray demo
@@ -44,7 +44,7 @@ check: $(READY)
 
 # A site in site/; every warning is an error.
 docs: $(READY)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[docs]"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint .venv/locked.txt --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(READY)
@@ -52,9 +52,16 @@ bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python bench/cutting.py
 	OMP_NUM_THREADS=1 $(BIN)/python bench/compensation.py
 
-$(READY): pyproject.toml
+# New versions for everybody: commit uv.lock after `make test`.
+upgrade: $(READY)
+	$(BIN)/uv lock --quiet --upgrade --default-index https://pypi.org/simple
+
+# Versions are those of uv.lock; files come from the index that the machine has, such as one of CPU
+# builds of torch. `uv sync --frozen --extra dev` installs the files of uv.lock and checks their hashes.
+$(READY): pyproject.toml uv.lock
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.12"'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable ".[dev]"
+	$(BIN)/uv export --quiet --frozen --python $(BIN)/python --all-extras --no-emit-project --no-hashes --output-file .venv/locked.txt
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint .venv/locked.txt --editable ".[dev]"
 	touch $(READY)
