@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
+import cacp_ray
 from cacp_ray.cli import app
 
 PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), Path("SECURITY.md")]
@@ -96,6 +97,13 @@ def test_every_figure_of_the_conclusions_stands_in_a_full_table():
     assert set(re.findall(r"\d+\.\d+", Path("docs/results.md").read_text())) <= set().union(
         *fractions
     )
+
+
+def test_the_newest_release_of_the_change_log_is_the_version():
+    releases = re.findall(
+        r"^## \[(\d\S*)\] - \d{4}-\d\d-\d\d$", Path("CHANGELOG.md").read_text(), re.M
+    )
+    assert releases[0] == cacp_ray.__version__
 
 
 def slow_tests():
