@@ -1,6 +1,6 @@
 """The command line. Each command loads, calls the library once, and prints."""
 
-from cacp_ray.cli import data, latency, machines, networks, results, searching, starting
+from cacp_ray.cli import data, latency, machines, networks, results, searching, starting, subnets
 from cacp_ray.cli.app import app, main
 
 # Commands in the order of use, by panel of `--help`; the modules above have added them.
@@ -27,4 +27,5 @@ for _group in app.registered_groups:
 
 __all__ = [
     "app", "data", "latency", "machines", "main", "networks", "results", "searching", "starting",
+    "subnets",
 ]  # fmt: skip

@@ -139,11 +139,7 @@ def finetune(
         if mirror is not None:
             mirror.finish(folder)  # the report too
         return
-    typer.echo(
-        f"search split {100 * result['search_score']:.2f} % (before "
-        f"{100 * result['search_score_before']:.2f} %), test split "
-        f"{100 * result['test_score']:.2f} %: {folder / 'finetuned.safetensors'}"
-    )
+    print_trained(folder, result)
 
 
 @app.command()
@@ -210,6 +206,15 @@ def push(
     address = upload(place, repo, private=private)
     folder = "" if (place / "subnet.json").exists() else "/rate-R"
     typer.echo(f'{address}: load it by cacp_ray.load_subnet("hf://{repo}{folder}")')
+
+
+def print_trained(folder: Path, result: dict[str, Any]) -> None:
+    """Prints what the fine-tuning of one subnet reached."""
+    typer.echo(
+        f"search split {100 * result['search_score']:.2f} % (before "
+        f"{100 * result['search_score_before']:.2f} %), test split "
+        f"{100 * result['test_score']:.2f} %: {folder / 'finetuned.safetensors'}"
+    )
 
 
 def run_finetune(folder: Path, **options: Any) -> dict[str, Any]:

@@ -222,14 +222,24 @@ def words(result: dict[str, Any]) -> list[tuple[str, str]]:
     images = search_images(result)
     part = f", on {images:,} images" if images else ""
     as_scored = "as the search scores candidates"
+    is_learned = any(row.get("learned") for row in result["rates"])
+    if is_learned:
+        repaired, as_scored = "BN statistics estimated anew", "as the learning of widths left it"
     is_ladder = any(row.get("cut_from") for row in result["rates"])
     known = [
         ("uniform", "every group keeps the same share.", _has(result, "uniform_score")),
         ("policy", "what the trained policy itself answers.", has_policy),
-        ("search", f"the best candidate of the search{part}.", has_search),
+        ("search", f"the best candidate of the search{part}.", has_search and not is_learned),
+        ("search", "the network with the widths that were learned.", is_learned),
         ("winner", "the better of the two when repaired, which is saved.", has_policy),
         ("winner", "the network that is saved.", not has_policy),
-        ("scored", f"repaired without training, {as_scored}.", has_policy or has_search),
+        (
+            "scored",
+            f"{as_scored}, before any fine-tuning."
+            if is_learned
+            else f"repaired without training, {as_scored}.",
+            has_policy or has_search,
+        ),
         ("final", f"as it is saved, {repaired}, and measured in float32.", is_share),
         ("final", f"as it is saved, {repaired}.", not is_share),
         ("tuned", "the winner, fine-tuned.", not is_ladder),

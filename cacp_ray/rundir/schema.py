@@ -170,6 +170,7 @@ class ReportedRow(RateRow):
     predicted_latency_ms: Seconds | None = None
     measured_latency_ms: Seconds | None = None
     cut_from: Rate | None = None
+    learned: bool | None = None  # widths and weights come from a training, not from a search
 
 
 class FrontierRow(Content):

@@ -104,7 +104,7 @@ def run_width_trials(
             )
         )
 
-    with running_tune(note):
+    with running_tune(note, files):
         tuner = restore_tuner(trainable, space, files) or tune.Tuner(
             trainable,
             param_space=space,

@@ -30,7 +30,7 @@ from cacp_ray.workflows.result import finish_run
 from cacp_ray.workflows.setup import Setup, describe_accuracy
 from cacp_ray.workflows.splits import Splits, check_splits
 from cacp_ray.workflows.start import begin_run, prepare_run, write_model
-from cacp_ray.workflows.storage import make_push
+from cacp_ray.workflows.storage import make_push, training_into
 from cacp_ray.workflows.width_problem import make_problem, read_recipe
 from cacp_ray.workflows.winners import as_record, describe_subnet
 
@@ -63,21 +63,22 @@ def learn_run(
                 begin_run(run, setup, statistics)
             saved = setup.saved or write_model(run, setup)
             logger.info(describe_accuracy(saved))
-        with clock.phase("search"):
-            learned = _learn(setup, run_dir, mirror)
-        with clock.phase("build"):
-            rows = [_build(setup, run, index, each) for index, each in enumerate(learned)]
-            run.compact()
-        clock.seconds["search"] = round(sum(each.seconds for each in _distinct(learned)), 2)
-        return finish_run(
-            setup,
-            run_dir,
-            saved["base"],
-            rows,
-            evaluations=len(rows),
-            seconds=clock.seconds,
-            mirror=mirror,
-        )
+        with training_into(mirror, run_dir):
+            with clock.phase("search"):
+                learned = _learn(setup, run_dir, mirror)
+            with clock.phase("build"):
+                rows = [_build(setup, run, index, each) for index, each in enumerate(learned)]
+                run.compact()
+            clock.seconds["search"] = round(sum(each.seconds for each in _distinct(learned)), 2)
+            return finish_run(
+                setup,
+                run_dir,
+                saved["base"],
+                rows,
+                evaluations=len(rows),
+                seconds=clock.seconds,
+                mirror=None,  # `training_into` copies it
+            )
 
 
 def _learn(setup: Setup, run_dir: Path, mirror: RunMirror | None) -> list["Learned"]:
@@ -148,6 +149,7 @@ def _build(setup: Setup, run: RunDirectory, index: int, learned: "Learned") -> d
     logger.info("rate %s: %s, saved", format_rate(widths.rate), shown)
     return {
         **facts,
+        "learned": True,
         "search_score": scored.score,
         "search_images": scored.images,
         "path": str(folder),

@@ -13,20 +13,21 @@ import yaml
 import cacp_ray
 from cacp_ray.io.files import read_json, read_tensors
 from cacp_ray.rundir.directory import RunDirectory
+from cacp_ray.workflows.trained import answer_from_trained
 from tests.small import SMALL
 
 CONFIG = SMALL | {
     "name": "widths",
     "strategy": "group_fisher",
     "rates": [0.4, 0.7],
-    "widths": {"epochs": 2},
+    "widths": {"epochs": 1},
     "finetune": {"epochs": 1, "lr": 0.01, "batch_size": 20},
 }
 
 pytestmark = pytest.mark.ray
 
 
-def test_a_run_has_a_trained_subnet_for_every_rate_and_is_fine_tuned_like_any_other(tmp_path):
+def test_a_run_has_a_subnet_with_learned_widths_for_every_rate(tmp_path):
     run_dir = tmp_path / "run"
     result = cacp_ray.search(CONFIG, run_dir).result
     assert [row["rate"] for row in result["rates"]] == [0.4, 0.7]
@@ -37,9 +38,24 @@ def test_a_run_has_a_trained_subnet_for_every_rate_and_is_fine_tuned_like_any_ot
         net = cacp_ray.load_subnet(run_dir / row["path"])
         assert sum(p.numel() for p in net.parameters()) == row["params"]
     assert cacp_ray.search(CONFIG, run_dir, resume=True).result == result  # does nothing
-    tuned = cacp_ray.finetune(run_dir)
+
+
+@pytest.mark.slow
+def test_a_run_with_learned_widths_is_fine_tuned_cut_and_compared_like_any_other(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    cacp_ray.search(CONFIG, first)
+    tuned = cacp_ray.finetune(first, overrides=["finetune.order=ladder"])
     assert all(row["test_score"] is not None for row in tuned["rates"])
-    assert cacp_ray.compare([run_dir]).runs[0].evaluations == 2
+    (cut,) = answer_from_trained(first, [0.55], save=True)
+    assert cut["cost_kept"] <= 0.55
+    start = str(first / tuned["rates"][0]["path"])
+    config = CONFIG | {
+        "strategy": "network_adjustment",
+        "rates": [0.4],
+        "widths": {"epochs": 1, "start": start},
+    }
+    cacp_ray.search(config, second)
+    assert [run.evaluations for run in cacp_ray.compare([first, second]).runs] == [2, 1]
 
 
 @pytest.mark.slow
