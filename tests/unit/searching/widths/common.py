@@ -16,10 +16,10 @@ from cacp_ray.workflows.setup import make_budget
 from tests.unit.pruning.networks import make
 
 
-def problem_of(model, x, rates=(0.5,), steps=200, **others):
+def problem_of(model, x, rates=(0.5,), steps=200, keep=(), **others):
     plan = make_plan(model, x[:1])
     orders = [np.random.default_rng(1).permutation(g.num_channels) for g in plan.groups]
-    budget = make_budget(plan, "macs", PruningConfig())
+    budget = make_budget(plan, "macs", PruningConfig(keep=keep))
     values = {"cost": "macs", "rates": rates, "orders": orders, "steps": steps, "seed": 0} | others
     return WidthProblem(plan=plan, budget=budget, **values)
 
