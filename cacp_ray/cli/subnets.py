@@ -89,6 +89,11 @@ def subnet(
             "--finetune is for images: a subnet of a task of your own is trained with its run, or "
             "by your own code"
         )
+    if finetune is not None and out is not None and out.resolve().parent.parent != run.resolve():
+        raise ConfigError(
+            f"--out {out}: --finetune takes data and recipe from the run that the subnet lies in: "
+            f"give a folder in {run / 'subnets'}, or leave --out out"
+        )
     save = len(rates) == 1
     if rate is None and evaluations is not None:
         raise ConfigError(
@@ -131,8 +136,12 @@ def _end(folder: Path, epochs: int | None, *, is_own: bool) -> None:
     """Trains what was saved, or says how."""
     typer.echo(f"saved: {folder}")
     if (folder / "finetuned.safetensors").exists():
+        if epochs is not None:
+            typer.echo("it is trained already, so --finetune does nothing")
         return
     if epochs is not None:
-        print_trained(folder, run_finetune(folder, overrides=[f"finetune.epochs={epochs}"]))
+        # Alone it has no larger subnet.
+        overrides = [f"finetune.epochs={epochs}", "finetune.teacher=base"]
+        print_trained(folder, run_finetune(folder, overrides=overrides))
     elif not is_own:  # a subnet of a task of the user's own is trained with its run, or elsewhere
         typer.echo(f"train it on: cacp-ray finetune {folder}")

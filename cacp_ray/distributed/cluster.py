@@ -65,6 +65,7 @@ def connect(
     """
     if ray.is_initialized():
         return
+    _connected.close()  # what a connection that `ray.shutdown` ended has set
     options = {"runtime_env": dict(runtime_env)} if runtime_env else {}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")

@@ -1,6 +1,8 @@
 """Gates on the channels of a network: factors at the inputs of all layers that mix them.
 
-A closed gate is a cut channel: coupled layers share one gate, as nothing else reads their channels.
+A closed gate is a cut channel, but where a layer normalises over the channels of a group
+(`Plan.normalised`): it still counts the zeros. Coupled layers share one gate. Transposed and
+grouped convolutions have none.
 """
 
 import numpy as np

@@ -206,11 +206,18 @@ def stage_columns(result: dict[str, Any]) -> list[Column]:
     if _has(result, "policy_score"):  # without a policy, the winner comes from the search
         measured.append(("policy", "final", "policy_recovered_score"))
         measured.append(("search", "final", "search_recovered_score"))
+    if is_learned(result):  # the winner itself
+        measured.pop()
     return [
         *(_score_column(metric, *column) for column in measured if _has(result, column[-1])),
         _score_column(metric, "winner", "final", "score"),
         _score_column(metric, "tuned", "on search" * metric.is_share, "finetuned_score"),
     ]
+
+
+def is_learned(result: dict[str, Any]) -> bool:
+    """Whether widths and weights come from a training, which scored no candidates."""
+    return any(row.get("learned") for row in result["rates"])
 
 
 def words(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -222,24 +229,17 @@ def words(result: dict[str, Any]) -> list[tuple[str, str]]:
     images = search_images(result)
     part = f", on {images:,} images" if images else ""
     as_scored = "as the search scores candidates"
-    is_learned = any(row.get("learned") for row in result["rates"])
-    if is_learned:
-        repaired, as_scored = "BN statistics estimated anew", "as the learning of widths left it"
+    if is_learned(result):
+        repaired, has_search = "BN statistics estimated anew", False
     is_ladder = any(row.get("cut_from") for row in result["rates"])
     known = [
         ("uniform", "every group keeps the same share.", _has(result, "uniform_score")),
         ("policy", "what the trained policy itself answers.", has_policy),
-        ("search", f"the best candidate of the search{part}.", has_search and not is_learned),
-        ("search", "the network with the widths that were learned.", is_learned),
+        ("search", f"the best candidate of the search{part}.", has_search),
         ("winner", "the better of the two when repaired, which is saved.", has_policy),
-        ("winner", "the network that is saved.", not has_policy),
-        (
-            "scored",
-            f"{as_scored}, before any fine-tuning."
-            if is_learned
-            else f"repaired without training, {as_scored}.",
-            has_policy or has_search,
-        ),
+        ("winner", "the network with the widths that were learned.", is_learned(result)),
+        ("winner", "the network that is saved.", not has_policy and not is_learned(result)),
+        ("scored", f"repaired without training, {as_scored}.", has_policy or has_search),
         ("final", f"as it is saved, {repaired}, and measured in float32.", is_share),
         ("final", f"as it is saved, {repaired}.", not is_share),
         ("tuned", "the winner, fine-tuned.", not is_ladder),

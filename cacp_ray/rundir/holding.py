@@ -80,7 +80,10 @@ class Hold:
         )
         for _ in range(int(WATCH_SECONDS / BEAT_SECONDS)):
             self._released.wait(BEAT_SECONDS)
-            if self._read() != first:
+            now = self._read()
+            if now is None:  # it has ended
+                return
+            if now != first:
                 raise ArtifactError(
                     f"storage {self._uri}: {_describe(first)} trains into it: wait for it, or end "
                     "it and go on with --resume, or choose another --storage"

@@ -276,9 +276,9 @@ class RunMirror:
 
     def _copy(self, snapshot: "_Snapshot") -> None:
         latest = self._read(LATEST)
-        if latest is None:  # nothing was copied yet, or the copy was removed
+        if latest is None and self._latest != {None}:  # the copy was removed
             self._copied, self._is_listed = {}, False
-        elif latest not in self._latest:
+        elif latest is not None and latest not in self._latest:
             raise ArtifactError(
                 f"storage {self.uri}: another process copies a run there; end one of the two; what "
                 f"this one has measured is in {snapshot.run_dir}"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.streams import ImageStream
+from cacp_ray.io.labels import ANY, Selector
 from cacp_ray.io.rates import format_rate
 from cacp_ray.reporting.progress import FinetuneProgress
 from cacp_ray.searching.widths.learning import learn_widths
@@ -28,6 +29,7 @@ from cacp_ray.training.recipe import Recipe
 from cacp_ray.tuning.experiment import (
     ReportCallback,
     TrialFiles,
+    as_resources,
     check_trials,
     make_run_config,
     running_tune,
@@ -47,6 +49,7 @@ class WidthTask:
         recipe: Recipe of the training.
         cpus: CPUs of a trial, and its threads.
         gpus: Share of a GPU for a trial.
+        labels: Labels of the nodes that trials run on.
     """
 
     strategy: str
@@ -55,6 +58,7 @@ class WidthTask:
     recipe: Recipe
     cpus: int
     gpus: float
+    labels: Selector = ANY
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def run_width_trials(
     trials = group_rates(task.strategy, task.problem.rates)
     trainable = tune.with_resources(
         tune.with_parameters(_learn, task=task, splits=[ray.put(split) for split in splits]),
-        {"cpu": task.cpus, **({"gpu": task.gpus} if task.gpus else {})},
+        as_resources(task.cpus, task.gpus, task.labels),
     )
     space = {"trial": tune.grid_search([*range(len(trials))])}
 

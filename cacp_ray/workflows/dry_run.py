@@ -10,6 +10,8 @@ import torch
 from cacp_ray.config.run import RunConfig
 from cacp_ray.config.saved import open_folder
 from cacp_ray.evaluation.task import OwnTask
+from cacp_ray.searching.strategies import WIDTH_STRATEGIES
+from cacp_ray.searching.widths.table import FOR_ALL_RATES
 from cacp_ray.workflows.estimate import (
     GpuFigures,
     describe_estimate,
@@ -20,6 +22,7 @@ from cacp_ray.workflows.estimate import (
 )
 from cacp_ray.workflows.evaluators import describe_needs, read_cpus
 from cacp_ray.workflows.setup import Setup
+from cacp_ray.workflows.splits import Splits
 from cacp_ray.workflows.start import check_run
 
 if TYPE_CHECKING:
@@ -46,11 +49,26 @@ def check_search(
     cpus = read_cpus(config, address)
     setup = Setup.create(config, run_dir)
     check_run(setup)
-    if isinstance(setup.task, OwnTask):
+    if config.strategy in WIDTH_STRATEGIES:
+        lines = [_describe_widths(config)]
+    elif isinstance(setup.task, OwnTask):
         lines = [_time_own(setup, setup.task)]
     else:
         lines = estimate(setup, cpus, address, price)
     return "\n".join([setup.describe(), *lines])
+
+
+def _describe_widths(config: RunConfig) -> str:
+    """The trainings of a strategy that learns widths; their time is not estimated."""
+    steps = config.widths.epochs * -(
+        -Splits(config.data).count("train") // config.finetune.batch_size
+    )
+    number = 1 if config.strategy in FOR_ALL_RATES else len(config.rates)
+    return (
+        f"{number} {'training' if number == 1 else 'trainings'} of the whole network for "
+        f"{config.widths.epochs} epochs, {steps:,} steps each; no candidates are measured, and the "
+        "time is not estimated"
+    )
 
 
 def _time_own(setup: Setup, task: OwnTask) -> str:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from cacp_ray.config.run import RunConfig
 from cacp_ray.config.saved import is_run
+from cacp_ray.data.streams import ImageStream
+from cacp_ray.errors import ArtifactError
 from cacp_ray.evaluation.building import Built
 from cacp_ray.evaluation.measurement import Candidate, Measurement
 from cacp_ray.evaluation.preparation import BN_BATCH
@@ -25,12 +27,13 @@ from cacp_ray.pruning.surgery import Cutter, reorder_weights
 from cacp_ray.reporting.progress import FinetuneProgress
 from cacp_ray.rundir.directory import RunDirectory
 from cacp_ray.rundir.mirror import RunMirror
+from cacp_ray.searching.widths.table import FOR_ALL_RATES
 from cacp_ray.workflows.problem import Given
 from cacp_ray.workflows.result import finish_run
 from cacp_ray.workflows.setup import Setup, describe_accuracy
 from cacp_ray.workflows.splits import Splits, check_splits
 from cacp_ray.workflows.start import begin_run, prepare_run, write_model
-from cacp_ray.workflows.storage import make_push, training_into
+from cacp_ray.workflows.storage import RESULT_FILE, make_push, training_into
 from cacp_ray.workflows.width_problem import make_problem, read_recipe
 from cacp_ray.workflows.winners import as_record, describe_subnet
 
@@ -52,12 +55,23 @@ def learn_run(
 ) -> dict[str, Any]:
     """Fills `run_dir` up to result.json, whose content it returns; a run that has begun goes on."""
     clock, run = Clock(), RunDirectory(run_dir)
+    is_begun = is_run(run_dir)
+    if mirror is not None and mirror.holds(RESULT_FILE):  # the folder has none: see `search`
+        raise ArtifactError(
+            f"{mirror.uri} holds the result of a run that {run_dir} lacks: remove the folder or "
+            "choose another --run-dir, and it is fetched from there"
+        )
     with ExitStack() as lock:
-        if is_run(run_dir):
+        if is_begun:
             lock.enter_context(run.locked())
         setup, statistics = prepare_run(config, run_dir, address, clock, given)
-        if not is_run(run_dir):
+        if not is_begun:
             lock.enter_context(run.locked())
+            if is_run(run_dir):
+                raise ArtifactError(
+                    f"{run_dir}: another process has begun a run there: pass --resume (in Python "
+                    "resume=True) to continue it, or choose another --run-dir"
+                )
         with clock.phase("start"):
             if setup.saved is None:
                 begin_run(run, setup, statistics)
@@ -83,6 +97,7 @@ def learn_run(
 
 def _learn(setup: Setup, run_dir: Path, mirror: RunMirror | None) -> list["Learned"]:
     """Trains on Ray Tune; one entry a rate, rising."""
+    from cacp_ray.distributed.probe import probe_nodes
     from cacp_ray.tuning.experiment import TrialFiles
     from cacp_ray.tuning.widths import WidthTask, run_width_trials
 
@@ -97,21 +112,29 @@ def _learn(setup: Setup, run_dir: Path, mirror: RunMirror | None) -> list["Learn
         recipe=read_recipe(config),
         cpus=cluster.cpus_per_evaluator,
         gpus=float(cluster.gpus_per_evaluator),
+        labels=cluster.label_selector,
     )
+    shared = run_dir.resolve() if mirror is None else mirror.folder
+    streams = [train] if isinstance(train, ImageStream) else []
+    probe_nodes([] if shared is None else [shared], streams)
+    if mirror is not None:
+        mirror.finish(run_dir)  # before the trials, so that no other run begins there
     folder = str((run_dir / TRIALS_FOLDER).resolve())
     files = TrialFiles(folder) if mirror is None else TrialFiles(*mirror.trials(TRIALS_FOLDER))
     push = make_push(mirror, run_dir)
+    is_for_all = config.strategy in FOR_ALL_RATES
 
     def note(progress: FinetuneProgress) -> None:
         push()
         logger.info(
-            "%s %s  epoch %d/%d  loss %.3f  search split %.2f %% behind its gates",
+            "%s %s  epoch %d/%d  loss %.3f  search split %.2f %% %s",
             config.strategy,
-            format_rate(progress.rate),
+            "all rates" if is_for_all else format_rate(progress.rate),
             progress.epoch,
             progress.epochs,
             progress.train_loss,
             100 * progress.search_score,
+            "whole" if is_for_all else "behind its gates",
         )
 
     return run_width_trials(task, (train, setup.search), files, note)

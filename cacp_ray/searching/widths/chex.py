@@ -92,7 +92,7 @@ class Chex(PlainLoss):
 
     def _play_round(self) -> None:
         problem = self._problem
-        tensors = self._model.state_dict()
+        tensors = {name: value.cpu() for name, value in self._model.state_dict().items()}
         scales = measure_scales(problem.plan, self._model)
         active = [mask.bool().numpy() for mask in self._active]
         # Pruned channels come after all active ones.
@@ -107,8 +107,9 @@ class Chex(PlainLoss):
         pruned = self._gates.split(torch.cat(self._active).bool() & ~kept.bool())
         self._memory.keep(pruned)
         grown = self._draw_grown(self._gates.split(kept))
-        was_gone = self._gates.split(torch.cat(grown) & ~torch.cat(self._active).bool())
-        self._memory.restore(was_gone)
+        # Also channels that were closed and that the budget has room for now.
+        opened = (torch.cat(grown) | kept.bool()) & ~torch.cat(self._active).bool()
+        self._memory.restore(self._gates.split(opened))
         self._set_active(torch.maximum(kept, torch.cat(grown).float()))
         self._rounds += 1
 
@@ -162,7 +163,7 @@ def score_leverage(plan: Plan, tensors: dict[str, Tensor], keep_counts: Ints) ->
             at = torch.as_tensor(axis.group == g)
             channel = torch.as_tensor(axis.channel)[at]
             own = torch.zeros(plan.groups[g].num_channels, rows.shape[1], dtype=torch.float64)
-            own.index_add_(0, channel, rows[at].cpu())
+            own.index_add_(0, channel, rows[at])
             filters[g].append(own / max(float(own.square().sum()), 1e-60) ** 0.5)
     scores = weight_norms(plan, tensors, lambda rows: rows.abs().sum(1))
     for g, (parts, kept) in enumerate(zip(filters, keep_counts.tolist(), strict=True)):

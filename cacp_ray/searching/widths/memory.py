@@ -26,15 +26,15 @@ class ChannelMemory:
     def keep(self, masks: list[Tensor]) -> None:
         """Copies the channels of (C,) boolean masks as they are now."""
         for name, dim, positions in self._positions(masks):
-            source = self._tensors[name].detach()
-            self.copies[name].index_copy_(dim, positions, source.index_select(dim, positions))
+            source, at = self._tensors[name].detach(), positions.to(self.copies[name].device)
+            self.copies[name].index_copy_(dim, at, source.index_select(dim, at))
 
     @torch.no_grad()
     def restore(self, masks: list[Tensor]) -> None:
         """Puts the channels of (C,) boolean masks back as they were copied."""
         for name, dim, positions in self._positions(masks):
-            source = self.copies[name].index_select(dim, positions)
-            self._tensors[name].index_copy_(dim, positions, source)
+            at = positions.to(self.copies[name].device)
+            self._tensors[name].index_copy_(dim, at, self.copies[name].index_select(dim, at))
 
     def load(self, copies: dict[str, Tensor]) -> None:
         """Takes the copies of a saved state."""

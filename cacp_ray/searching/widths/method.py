@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cacp_ray.errors import ConfigError
 from cacp_ray.pruning.axis import Axis
+from cacp_ray.pruning.criteria.common import is_read
 from cacp_ray.pruning.plan import Plan
 from cacp_ray.pruning.surgery import Orders
 from cacp_ray.pruning.torch_types import BatchNorm
@@ -102,6 +103,23 @@ class Method(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back a `state_dict`."""
         ...
+
+
+def check_gated(name: str, problem: WidthProblem) -> None:
+    """Refuses groups whose channels no gate closes, as only layers that do not mix them read them.
+
+    Raises:
+        ConfigError: The groups, and how to keep them whole.
+    """
+    prunable = problem.budget.min_counts < problem.budget.num_channels
+    open_groups = np.flatnonzero(prunable & ~is_read(problem.plan)).tolist()
+    if open_groups:
+        names = ", ".join(problem.plan.groups[g].name for g in open_groups[:4])
+        raise ConfigError(
+            f"strategy {name} has no gates for the channels of {names}"
+            f"{' and others' if len(open_groups) > 4 else ''}, which no plain convolution or "
+            "linear layer reads: keep them whole (pruning.keep), or choose a strategy that searches"
+        )
 
 
 def check_batch_norms(name: str, problem: WidthProblem, model: nn.Module) -> None:

@@ -134,7 +134,9 @@ class SCP:
             means, variances = zip(*parts, strict=True)
             parts = [(torch.stack(means).sum(0), torch.stack(variances).sum(0))]
         is_rectified = self._is_rectified[g] if self._is_rectified else True
-        each = [_zero_probability(mean, var.sqrt(), is_rectified) for mean, var in parts]
+        # The root of zero has no slope.
+        spread = [(mean, variance.clamp(min=1e-12).sqrt()) for mean, variance in parts]
+        each = [_zero_probability(mean, deviation, is_rectified) for mean, deviation in spread]
         return torch.stack(each).mean(0)
 
     def _masks(self, dead: Tensor, threshold: Tensor) -> Tensor:
@@ -160,7 +162,6 @@ class SCP:
 
 def _zero_probability(mean: Tensor, deviation: Tensor, is_rectified: bool) -> Tensor:
     """Share of a Gaussian that an activation answers with zero, or that is near zero."""
-    deviation = deviation.clamp(min=1e-6)
     if is_rectified:
         return normal_cdf(-mean / deviation)
     near = NEAR_ZERO * deviation.detach().mean()

@@ -9,7 +9,7 @@ from cacp_ray.searching.widths import network_adjustment
 from cacp_ray.searching.widths.chex import Chex
 from cacp_ray.searching.widths.dmcp import DMCP
 from cacp_ray.searching.widths.group_fisher import GroupFisher
-from cacp_ray.searching.widths.method import ROUNDS, Method, WidthProblem
+from cacp_ray.searching.widths.method import ROUNDS, Method, WidthProblem, check_gated
 from cacp_ray.searching.widths.network_adjustment import NetworkAdjustment
 from cacp_ray.searching.widths.scp import SCP
 
@@ -44,4 +44,5 @@ def make_method(name: str, problem: WidthProblem, model: nn.Module) -> Method:
             f"strategy {name} needs {fewest} steps of training, and widths.epochs has "
             f"{problem.steps}: raise it, or lower finetune.batch_size"
         )
+    check_gated(name, problem)
     return MAKERS[name](problem, model)

@@ -63,6 +63,12 @@ def test_after_a_driver_that_ended_nobody_waits(tmp_path, caplog):
     assert not caplog.records
 
 
+def test_a_driver_that_ends_while_it_is_watched_makes_room(tmp_path):
+    signs = iter([b'{"driver": "other"}', b'{"driver": "other"}', None, None])
+    hold = holding.Hold("far", lambda: next(signs, None), lambda content: None)
+    hold.release()
+
+
 def test_after_a_driver_that_was_killed_another_goes_on(tmp_path, caplog):
     sign = tmp_path / "far" / SIGN
     sign.parent.mkdir(parents=True)

@@ -230,6 +230,7 @@ def test_a_result_is_there_when_all_that_it_speaks_of_is(tmp_path, monkeypatch):
     for name in ("result.json", "subnets/rate-0.50/model.safetensors", "zebra", mirror.LATEST):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("{}")
+    RunDirectory(run).write_config({"name": "another"})
     monkeypatch.setattr(copy, "_put", lambda *file: (order.append(file[0]), put(copy, *file)))
     push_whole(copy, run)
     assert order[-3:] == ["result.json", mirror.LATEST, "config.yaml"]
@@ -431,3 +432,14 @@ def test_a_storage_that_cannot_be_asked_is_one_line(tmp_path, monkeypatch):
     for ask in (lambda: copy.config, lambda: copy.pull(tmp_path / "run")):
         with pytest.raises(ArtifactError, match="cannot be read"):
             ask()
+
+
+def test_a_run_without_checkpoints_is_copied_once(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    RunDirectory(run).write_config({"name": "x"})
+    (run / "statistics.bin").write_text("large")
+    copy, put, puts = RunMirror(str(tmp_path / "copy")), RunMirror._put, []
+    monkeypatch.setattr(copy, "_put", lambda *file: (puts.append(file[0]), put(copy, *file)))
+    push_whole(copy, run)
+    push_whole(copy, run)
+    assert sorted(puts) == ["config.yaml", "statistics.bin"]

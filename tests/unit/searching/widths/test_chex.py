@@ -96,3 +96,14 @@ def test_widths_follow_batch_norm_scales():
         model[4].weight.fill_(1e-3)  # the second group
     shares = Chex(problem, model).finish()[0].keep_counts / problem.budget.num_channels
     assert shares[1] < 0.5 < min(shares[0], shares[2])
+
+
+def test_every_channel_that_opens_is_as_it_was_when_it_closed(monkeypatch):
+    model, _, problem = open_small("resnet", steps=ROUNDS)
+    chex = Chex(problem, model)
+    restored = []
+    monkeypatch.setattr(chex._memory, "restore", lambda masks: restored.append(torch.cat(masks)))
+    for _ in range(ROUNDS - 1):
+        before = chex.state_dict()["active"].bool()
+        chex.after_step()
+        assert torch.equal(restored[-1], chex.state_dict()["active"].bool() & ~before)

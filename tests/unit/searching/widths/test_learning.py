@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torchvision import models
 
 from cacp_ray.errors import ConfigError
@@ -99,6 +100,20 @@ def test_networks_of_torchvision_are_cut(name, network):
 def test_groups_without_batch_norm_are_named(name):
     model, _, problem = open_small("depthwise")
     with pytest.raises(ConfigError, match=r"no BN layer follows squeeze: choose group_fisher"):
+        make_method(name, problem, model)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_channels_without_a_gate_are_refused(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.ConvTranspose2d(16, 16, 2, stride=2), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
+    ).eval()  # fmt: skip
+    problem = problem_of(model, torch.randn(1, 3, 8, 8))
+    with pytest.raises(ConfigError, match=r"no gates for the channels of 0, .* \(pruning.keep\)"):
         make_method(name, problem, model)
 
 

@@ -95,3 +95,14 @@ def test_the_loss_draws_channels_towards_death():
     term = loss - objective(model, x, y, recipe)
     (slope,) = torch.autograd.grad(term, [model[1].bias])
     assert (slope > 0).all()  # a step against it lowers the bias
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-24])
+def test_a_scale_of_zero_has_a_finite_slope(scale):
+    model, x, problem = open_small("plain")
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    with torch.no_grad():
+        model[1].weight[0] = scale
+    SCP(problem, model).loss(model.train(), x, torch.tensor([0, 1]), Recipe(lr=0.1)).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
