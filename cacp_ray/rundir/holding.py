@@ -93,7 +93,8 @@ class Hold:
         while not self._released.wait(BEAT_SECONDS):
             try:
                 there = self._read()
-                if there is not None and _parse(there).get("driver") != self._name:
+                # A sign that is half written says nothing.
+                if there is not None and _parse(there).get("driver") not in (None, self._name):
                     self._failure = ArtifactError(
                         f"storage {self._uri}: {_describe(there)} trains into it too: end one of "
                         "the two, then go on with --resume"

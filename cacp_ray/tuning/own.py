@@ -20,7 +20,7 @@ from cacp_ray.errors import ConfigError
 from cacp_ray.evaluation.measurement import Scored
 from cacp_ray.evaluation.task import OwnTask
 from cacp_ray.io.files import write_json
-from cacp_ray.io.labels import ANY, Selector
+from cacp_ray.io.labels import Selector
 from cacp_ray.io.numbers import as_number
 from cacp_ray.io.schema import read_checked
 from cacp_ray.pruning.subnet import SubnetFiles, build_network
@@ -146,7 +146,7 @@ class OwnJob:
     is_given: bool
     cpus: int
     gpus: float
-    labels: Selector = ANY
+    labels: Selector = field(default_factory=dict)
 
     def load(self, rate: float) -> nn.Module:
         """The subnet as the search left it."""

@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.streams import ImageStream
-from cacp_ray.io.labels import ANY, Selector
+from cacp_ray.io.labels import Selector
 from cacp_ray.training.loop import EpochResult, make_batches, measured_weights, train
 from cacp_ray.training.metrics import fast_dtype, measure_split
 from cacp_ray.training.recipe import Recipe
@@ -43,7 +43,7 @@ class Resources:
     cpus: int = 1  # also threads of torch
     gpus: float = 0.0  # a share lets several trials use one
     workers: int | tuple[int, int] = 1
-    labels: Selector = ANY  # of the nodes that they run on
+    labels: Selector = field(default_factory=dict)  # of the nodes that they run on
 
     @property
     def most_workers(self) -> int:

@@ -7,7 +7,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.streams import ImageStream
-from cacp_ray.io.labels import ANY, Selector
+from cacp_ray.io.labels import Selector
 from cacp_ray.io.rates import format_rate
 from cacp_ray.reporting.progress import FinetuneProgress
 from cacp_ray.searching.widths.learning import learn_widths
@@ -58,7 +58,7 @@ class WidthTask:
     recipe: Recipe
     cpus: int
     gpus: float
-    labels: Selector = ANY
+    labels: Selector = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
