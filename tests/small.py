@@ -37,7 +37,12 @@ TINY: dict[str, Any] = SMALL | {
 
 def mostly_slow(names: Iterable[Any], fast: Collection[Any]) -> list[Any]:
     """Parameters of a test, of which `make test` tries those in `fast`."""
-    return [n if n in fast else pytest.param(n, marks=pytest.mark.slow) for n in names]
+    return [
+        n
+        if n in fast
+        else pytest.param(*(n if isinstance(n, tuple) else [n]), marks=pytest.mark.slow)
+        for n in names
+    ]
 
 
 def measurement_of(index, score, top5=0.0, loss=0.0, images=1, seconds=0.0, status="ok", **others):

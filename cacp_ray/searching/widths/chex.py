@@ -29,7 +29,7 @@ from cacp_ray.searching.ranking import cut_at_threshold
 from cacp_ray.searching.widths.memory import ChannelMemory
 from cacp_ray.searching.widths.method import (
     ROUNDS,
-    PlainLoss,
+    TrainingBatch,
     WidthProblem,
     Widths,
     batch_norms,
@@ -41,7 +41,7 @@ from cacp_ray.searching.widths.method import (
 REGROWN = 0.3  # share of the pruned channels that grow again after the first round
 
 
-class Chex(PlainLoss):
+class Chex:
     """Prunes and regrows the channels of one network for one rate."""
 
     def __init__(self, problem: WidthProblem, model: nn.Module) -> None:
@@ -58,6 +58,10 @@ class Chex(PlainLoss):
         self._steps = self._rounds = 0
         self._widths: Widths | None = None
         self._play_round()
+
+    def loss(self, batch: TrainingBatch) -> Tensor:
+        """The recipe's loss of the active channels."""
+        return batch.loss()
 
     def after_step(self) -> None:
         """Prunes and regrows where a round is due."""
@@ -107,7 +111,7 @@ class Chex(PlainLoss):
         pruned = self._gates.split(torch.cat(self._active).bool() & ~kept.bool())
         self._memory.keep(pruned)
         grown = self._draw_grown(self._gates.split(kept))
-        # Also channels that were closed and that the budget has room for now.
+        # The budget may have room for some that were closed, besides those that are drawn.
         opened = (torch.cat(grown) | kept.bool()) & ~torch.cat(self._active).bool()
         self._memory.restore(self._gates.split(opened))
         self._set_active(torch.maximum(kept, torch.cat(grown).float()))

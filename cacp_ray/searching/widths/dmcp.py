@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from cacp_ray.pruning.gates import ChannelGates
 from cacp_ray.searching.budget import Ints, spend
 from cacp_ray.searching.widths.method import (
+    TrainingBatch,
     WidthProblem,
     Widths,
     check_derivative,
@@ -38,10 +39,8 @@ from cacp_ray.training.objective import (
     count_classes,
     distillation_loss,
     fast_autocast,
-    objective,
     read_scores,
 )
-from cacp_ray.training.recipe import Recipe
 
 COST_WEIGHT = 0.1  # of the cost term
 DEAD_ZONE = 0.95  # share of the budget above which a network is not pushed to grow
@@ -76,26 +75,16 @@ class DMCP:
         shape = (len(problem.rates), len(self._blocks), most)
         self._logits = torch.full(shape, FIRST_LOGIT, requires_grad=True)
         self._optimizer: Any = torch.optim.Adam([self._logits], lr=STEP)
-        self._batch: tuple[Any, ...] = ()
+        self._batch: TrainingBatch | None = None
         self._steps = 0
 
-    def loss(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        recipe: Recipe,
-        target: Tensor | None = None,
-        *,
-        share: float = 1.0,
-        other: Any = None,
-    ) -> Tensor:
+    def loss(self, batch: TrainingBatch) -> Tensor:
         """The recipe's loss of the whole network, and the distance of narrower ones from it."""
-        self._batch = (model, x, y, recipe, target, share, other)
+        self._batch, model, x = batch, batch.model, batch.x
         self._gates.values = None
         outputs: list[Any] = []
         hook = model.register_forward_hook(lambda module, args, output: outputs.append(output))
-        total = objective(model, x, y, recipe, target, share=share, other=other)
+        total = batch.loss()
         hook.remove()
         read = partial(read_scores, num_classes=partial(count_classes, model, x[:1]))
         whole = read(outputs[0])[0].detach()
@@ -103,20 +92,21 @@ class DMCP:
             self._gates.values = prefix_masks(self._problem.orders, counts)
             with own_statistics(model), fast_autocast(x.device.type):
                 narrow = read(model(x))[0]
-            total = total + distillation_loss(narrow, whole, recipe.temperature)
+            total = total + distillation_loss(narrow, whole, batch.recipe.temperature)
         self._gates.values = None
         return total
 
     def after_step(self) -> None:
         """Moves the probabilities of every rate, with the weights as they are."""
-        model, x, y, recipe, target, share, other = self._batch
+        batch = self._batch
+        assert batch is not None
         budget = self._problem.budget
         gradients: list[Tensor] = []
         for row, rate in enumerate(self._problem.rates):
             marginals = self._marginals(row)
             self._gates.values = torch.cat(marginals)
-            with own_statistics(model):
-                loss = objective(model, x, y, recipe, target, share=share, other=other)
+            with own_statistics(batch.model):
+                loss = batch.loss()
             expected = expected_cost(self._problem, torch.stack([m.sum() for m in marginals]))
             limit = float(budget.limit(rate))
             away = (expected - limit) / budget.total
@@ -126,7 +116,7 @@ class DMCP:
         self._logits.grad = torch.stack(gradients).sum(0)
         self._optimizer.step()
         self._gates.values = None
-        self._batch = ()
+        self._batch = None
         self._steps += 1
 
     def finish(self) -> list[Widths]:

@@ -19,9 +19,7 @@ from torch import Tensor, nn
 
 from cacp_ray.pruning.gates import ChannelGates
 from cacp_ray.searching.budget import spend
-from cacp_ray.searching.widths.method import WidthProblem, Widths
-from cacp_ray.training.objective import objective
-from cacp_ray.training.recipe import Recipe
+from cacp_ray.searching.widths.method import TrainingBatch, WidthProblem, Widths
 
 INTERVAL = 25  # steps between deletions, fewer in a short training
 FEWEST = 16  # times that channels are deleted
@@ -42,21 +40,11 @@ class GroupFisher:
         self._probe = torch.empty(0)
         self._interval = max(1, min(INTERVAL, int(DELETING * problem.steps / FEWEST)))
 
-    def loss(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        recipe: Recipe,
-        target: Tensor | None = None,
-        *,
-        share: float = 1.0,
-        other: Any = None,
-    ) -> Tensor:
+    def loss(self, batch: TrainingBatch) -> Tensor:
         """The recipe's loss, with a gate for each image and channel."""
-        self._probe = torch.ones(len(x), self._gates.size, requires_grad=True)
+        self._probe = torch.ones(len(batch.y), self._gates.size, requires_grad=True)
         self._gates.values = self._probe * self._mask
-        return objective(model, x, y, recipe, target, share=share, other=other)
+        return batch.loss()
 
     def after_step(self) -> None:
         """Adds the squared derivatives, and deletes channels where an interval ends."""

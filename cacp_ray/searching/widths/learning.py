@@ -9,7 +9,7 @@ from torch import nn
 
 from cacp_ray.data.images import ImageSet
 from cacp_ray.data.streams import ImageStream
-from cacp_ray.searching.widths.method import Method, Widths
+from cacp_ray.searching.widths.method import Method, TrainingBatch, Widths
 from cacp_ray.training.curvature import find_rate
 from cacp_ray.training.loop import EpochResult, make_batches, make_optimizer, train_epoch
 from cacp_ray.training.metrics import fast_dtype, find_device, measure_split
@@ -64,7 +64,7 @@ def learn_widths(
             recipe,
             epoch,
             teacher=teacher,
-            loss_of=method.loss,
+            loss_of=lambda *values, **others: method.loss(TrainingBatch(*values, **others)),
             after_step=method.after_step,
         )
         accuracy = measure_split(model, search_split, dtype=fast_dtype(find_device(model).type))

@@ -71,21 +71,36 @@ class Widths:
     orders: Orders
 
 
+@dataclass(frozen=True)
+class TrainingBatch:
+    """A batch of a training step, with all that its loss reads; see `objective` for each."""
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    recipe: Recipe
+    target: Tensor | None = None
+    share: float = 1.0
+    other: Any = None
+
+    def loss(self) -> Tensor:
+        """The recipe's loss of the network as its gates are now."""
+        return objective(
+            self.model,
+            self.x,
+            self.y,
+            self.recipe,
+            self.target,
+            share=self.share,
+            other=self.other,
+        )
+
+
 class Method(Protocol):
     """Learns widths while `train_epoch` trains the network."""
 
-    def loss(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        recipe: Recipe,
-        target: Tensor | None = None,
-        *,
-        share: float = 1.0,
-        other: Any = None,
-    ) -> Tensor:
-        """The loss of a batch, as `objective` takes it."""
+    def loss(self, batch: TrainingBatch) -> Tensor:
+        """The loss of a batch, in nats."""
         ...
 
     def after_step(self) -> None:
@@ -191,12 +206,6 @@ def expected_cost(problem: WidthProblem, counts: Tensor) -> Tensor:
     made = counts @ left + torch.as_tensor(cost.left_bias)
     read = counts @ right + torch.as_tensor(cost.right_bias)
     return (made * read) @ torch.as_tensor(cost.coefficient)
-
-
-class PlainLoss:
-    """The recipe's loss of the network as its gates are now."""
-
-    loss = staticmethod(objective)
 
 
 @contextmanager

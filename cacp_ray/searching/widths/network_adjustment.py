@@ -20,9 +20,12 @@ from torch import Tensor, nn
 
 from cacp_ray.pruning.gates import ChannelGates
 from cacp_ray.searching.budget import Floats, Ints, spend, uniform
-from cacp_ray.searching.widths.method import WidthProblem, Widths, prefix_masks
-from cacp_ray.training.objective import objective
-from cacp_ray.training.recipe import Recipe
+from cacp_ray.searching.widths.method import (
+    TrainingBatch,
+    WidthProblem,
+    Widths,
+    prefix_masks,
+)
 
 DROPPED = 0.1  # mean share of a group's channels that are dropped
 DRAWS = 2  # times that each group drops channels in a round
@@ -44,23 +47,13 @@ class NetworkAdjustment:
             start = uniform(problem.budget, problem.rates, np.ones(groups))[0]
         self._counts = spend(problem.budget, start[None].astype(np.float64), problem.rates)[0]
         self._steps = self._rounds = 0
-        self._batch: Any = ()
+        self._batch: TrainingBatch | None = None
         self._close()
 
-    def loss(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        recipe: Recipe,
-        target: Tensor | None = None,
-        *,
-        share: float = 1.0,
-        other: Any = None,
-    ) -> Tensor:
+    def loss(self, batch: TrainingBatch) -> Tensor:
         """The recipe's loss of the network as wide as it is now."""
-        self._batch = (model, x, y, recipe, target, share, other)
-        return objective(model, x, y, recipe, target, share=share, other=other)
+        self._batch = batch
+        return batch.loss()
 
     def after_step(self) -> None:
         """Widens and narrows where a round is due."""
@@ -70,7 +63,7 @@ class NetworkAdjustment:
             self._rounds < ROUNDS
         ):
             self._play_round()
-        self._batch = ()
+        self._batch = None
 
     def finish(self) -> list[Widths]:
         """The widths as they are."""
@@ -113,8 +106,9 @@ class NetworkAdjustment:
     @torch.no_grad()
     def _measure_use(self, movable: Ints) -> Floats:
         """(M,) rise of the loss when a group drops channels, at equal cost for all groups."""
-        model, x, y, recipe, target, share, other = self._batch
-        images = len(y)
+        batch = self._batch
+        assert batch is not None
+        model, images = batch.model, len(batch.y)
         budget, counts = self._problem.budget, self._counts
         less = np.maximum(counts - np.eye(len(counts), dtype=np.int64)[movable], 1)
         costs = np.maximum(budget.cost(counts) - budget.cost(less), 1) * counts[movable]  # (M,)
@@ -123,7 +117,7 @@ class NetworkAdjustment:
         rng = self._problem.rng(self._steps)
 
         def measure() -> float:
-            return float(objective(model, x, y, recipe, target, share=share, other=other))
+            return float(batch.loss())
 
         model.eval()
         self._close()

@@ -25,6 +25,7 @@ from cacp_ray.pruning.gates import ChannelGates
 from cacp_ray.pruning.torch_types import normal_cdf
 from cacp_ray.searching.ranking import cut_at_threshold
 from cacp_ray.searching.widths.method import (
+    TrainingBatch,
     WidthProblem,
     Widths,
     batch_norms,
@@ -33,8 +34,6 @@ from cacp_ray.searching.widths.method import (
     expected_cost,
     sort_channels,
 )
-from cacp_ray.training.objective import objective
-from cacp_ray.training.recipe import Recipe
 
 SPARSITY = 0.1  # weight of the share of the cost that is alive
 FALLING = 2 / 3  # share of the training over which the budget falls to the rate
@@ -62,25 +61,15 @@ class SCP:
         self._is_rectified: list[bool] = []
         self._steps = 0
 
-    def loss(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        recipe: Recipe,
-        target: Tensor | None = None,
-        *,
-        share: float = 1.0,
-        other: Any = None,
-    ) -> Tensor:
+    def loss(self, batch: TrainingBatch) -> Tensor:
         """The recipe's loss behind soft masks, and the share of the cost that is alive."""
         if not self._is_rectified:
-            self._is_rectified = find_rectified(self._problem, model, x)
+            self._is_rectified = find_rectified(self._problem, batch.model, batch.x)
         dead = self.dead_probabilities()
         with torch.no_grad():
             threshold = self._find_threshold(torch.cat(dead))
         self._gates.values = self._masks(torch.cat(dead), threshold)
-        loss = objective(model, x, y, recipe, target, share=share, other=other)
+        loss = batch.loss()
         budget = self._problem.budget
         freed = freed_by_one_channel(budget.cost, budget.num_channels) / budget.total
         alive = [cost * (1 - p).sum() for cost, p in zip(freed.tolist(), dead, strict=True)]

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from cacp_ray.searching.widths import dmcp as module_of_dmcp
 from cacp_ray.searching.widths.dmcp import BLOCK, DEAD_ZONE, DMCP, FIRST_LOGIT
-from cacp_ray.searching.widths.method import expected_cost
+from cacp_ray.searching.widths.method import TrainingBatch, expected_cost
 from cacp_ray.training.objective import objective
 from cacp_ray.training.recipe import Recipe
 from tests.unit.searching.widths.common import open_small
@@ -15,7 +14,7 @@ RECIPE = Recipe(lr=0.1)
 
 
 def step(dmcp, model, x, y):
-    dmcp.loss(model.train(), x, y, RECIPE).backward()
+    dmcp.loss(TrainingBatch(model.train(), x, y, RECIPE)).backward()
     dmcp.after_step()
 
 
@@ -49,9 +48,9 @@ def test_drawn_widths_have_the_expected_widths_as_their_mean():
 def test_the_cost_moves_probabilities_towards_the_budget(rate, way, monkeypatch):
     model, x, problem = open_small("resnet", rates=(rate,))
     dmcp = DMCP(problem, model)
-    dmcp._batch = (model, x, None, RECIPE, None, 1.0, None)
+    dmcp._batch = TrainingBatch(model, x, None, RECIPE)
     nothing = lambda *args, **options: 0 * dmcp._logits.sum()  # noqa: E731
-    monkeypatch.setattr(module_of_dmcp, "objective", nothing)
+    monkeypatch.setattr(TrainingBatch, "loss", nothing)
     dmcp.after_step()
     moved = dmcp._logits.detach()[0, :, 0] - FIRST_LOGIT
     assert (way * moved > 0).all()
@@ -64,9 +63,9 @@ def test_a_cost_within_the_dead_zone_moves_nothing(monkeypatch):
     monkeypatch.setattr(
         type(problem.budget), "limit", lambda self, rate: spent.item() / (0.5 + DEAD_ZONE / 2)
     )
-    dmcp._batch = (model, x, None, RECIPE, None, 1.0, None)
+    dmcp._batch = TrainingBatch(model, x, None, RECIPE)
     nothing = lambda *args, **options: 0 * dmcp._logits.sum()  # noqa: E731
-    monkeypatch.setattr(module_of_dmcp, "objective", nothing)
+    monkeypatch.setattr(TrainingBatch, "loss", nothing)
     dmcp.after_step()
     assert (dmcp._logits == FIRST_LOGIT).all()
 
@@ -75,7 +74,7 @@ def test_whole_network_learns_by_the_recipe_and_narrow_ones_from_it():
     model, x, problem = open_small("plain")
     y = torch.tensor([0, 1])
     dmcp = DMCP(problem, model)
-    loss = dmcp.loss(model.train(), x, y, RECIPE)
+    loss = dmcp.loss(TrainingBatch(model.train(), x, y, RECIPE))
     dmcp._gates.values = None
     assert loss.item() > objective(model.train(), x, y, RECIPE).item()
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from cacp_ray.searching.widths.group_fisher import DELETING, GroupFisher
+from cacp_ray.searching.widths.method import TrainingBatch
 from cacp_ray.training.objective import objective
 from cacp_ray.training.recipe import Recipe
 from tests.unit.searching.widths.common import open_small
@@ -23,7 +24,7 @@ def test_sums_are_squares_of_each_image_s_derivative():
     model, x, problem = begin()
     y = torch.tensor([1, 3])
     fisher = GroupFisher(problem, model)
-    fisher.loss(model.eval(), x, y, RECIPE).backward()
+    fisher.loss(TrainingBatch(model.eval(), x, y, RECIPE)).backward()
     fisher.after_step()
     expected = torch.zeros(fisher._gates.size, dtype=torch.float64)
     for image, label in zip(x, y, strict=True):
@@ -66,7 +67,7 @@ def test_the_cost_falls_in_equal_steps_and_reaches_the_rate_before_the_end():
     fisher = GroupFisher(problem, model)
     costs = []
     for _ in range(problem.steps):
-        fisher.loss(model.train(), x, y, RECIPE).backward()
+        fisher.loss(TrainingBatch(model.train(), x, y, RECIPE)).backward()
         fisher.after_step()
         parts = fisher._gates.split(fisher._mask)
         counts = np.array([int(part.sum()) for part in parts])

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from cacp_ray.searching.budget import uniform
+from cacp_ray.searching.widths.method import TrainingBatch
 from cacp_ray.searching.widths.network_adjustment import NetworkAdjustment
 from cacp_ray.training.recipe import Recipe
 from tests.unit.searching.widths.common import open_small
@@ -37,7 +38,7 @@ def test_a_group_that_nobody_needs_is_narrowed():
     adjustment = NetworkAdjustment(problem, model)
     before = adjustment.finish()[0].keep_counts
     for _ in range(problem.steps):
-        adjustment.loss(model.train(), x, y, Recipe(lr=0.1))
+        adjustment.loss(TrainingBatch(model.train(), x, y, Recipe(lr=0.1)))
         adjustment.after_step()
     after = adjustment.finish()[0].keep_counts
     assert after[useless] < before[useless]
@@ -48,7 +49,7 @@ def test_no_probe_remains_in_the_network():
     model, x, y, problem = begin()
     adjustment = NetworkAdjustment(problem, model)
     buffers = {name: value.clone() for name, value in model.named_buffers()}
-    adjustment._batch = (model, x, y, Recipe(lr=0.1), None, 1.0, None)
+    adjustment._batch = TrainingBatch(model, x, y, Recipe(lr=0.1))
     adjustment._play_round()
     assert model.training
     assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
@@ -61,7 +62,7 @@ def test_no_probe_remains_in_the_network():
 def test_equal_cost_is_dropped_in_every_group():
     model, x, y, problem = begin()
     adjustment = NetworkAdjustment(problem, model)
-    adjustment._batch = (model, x, y, Recipe(lr=0.1), None, 1.0, None)
+    adjustment._batch = TrainingBatch(model, x, y, Recipe(lr=0.1))
     seen = []
     masks = adjustment._gates.split(adjustment._gates.values)
     hook = model.register_forward_pre_hook(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from cacp_ray.searching.widths.method import expected_cost
+from cacp_ray.searching.widths.method import TrainingBatch, expected_cost
 from cacp_ray.searching.widths.scp import SCP, find_rectified
 from cacp_ray.training.objective import objective
 from cacp_ray.training.recipe import Recipe
@@ -73,7 +73,7 @@ def test_masks_cost_what_the_falling_budget_allows():
     scp = SCP(problem, model)
     costs = []
     for _ in range(60):
-        scp.loss(model.train(), x, y, Recipe(lr=0.1))
+        scp.loss(TrainingBatch(model.train(), x, y, Recipe(lr=0.1)))
         masks = scp._gates.split(scp._gates.values.detach())
         least = torch.as_tensor(problem.budget.min_counts)
         counts = torch.maximum(torch.stack([mask.sum() for mask in masks]), least)
@@ -91,7 +91,7 @@ def test_the_loss_draws_channels_towards_death():
     scp = SCP(problem, model)
     y = torch.tensor([0, 1])
     recipe = Recipe(lr=0.1)
-    loss = scp.loss(model.eval(), x, y, recipe)
+    loss = scp.loss(TrainingBatch(model.eval(), x, y, recipe))
     term = loss - objective(model, x, y, recipe)
     (slope,) = torch.autograd.grad(term, [model[1].bias])
     assert (slope > 0).all()  # a step against it lowers the bias
@@ -104,5 +104,7 @@ def test_a_scale_of_zero_has_a_finite_slope(scale):
         parameter.requires_grad_(True)
     with torch.no_grad():
         model[1].weight[0] = scale
-    SCP(problem, model).loss(model.train(), x, torch.tensor([0, 1]), Recipe(lr=0.1)).backward()
+    SCP(problem, model).loss(
+        TrainingBatch(model.train(), x, torch.tensor([0, 1]), Recipe(lr=0.1))
+    ).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
